@@ -1,0 +1,252 @@
+"""The bank: stored draws, readable one at a time by memory map.
+
+    index.json             which plan, which images and prompts, every draw; written first
+    prompts.safetensors    "<prompt>.<tensor>": what depends on the prompt alone, once per prompt
+    shard-00000.safetensors ...   "<draw>.<tensor>", SHARD draws each
+
+Every draw follows from the seed alone, so the index is complete before anything is computed; a
+shard that is there is whole, so a stopped run goes on with the first missing one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from edge_dit.errors import BadInput
+from edge_dit.files import write_json, write_tensors
+from edge_dit.sampler import Crop, crop_at
+
+SCHEMA = 1
+SHARD = 64
+"""Draws in a shard: some megabytes, so that a stopped run loses seconds."""
+INDEX = "index.json"
+PROMPTS = "prompts.safetensors"
+GOLDEN = (5**0.5 - 1) / 2
+"""Step of the additive recurrence that spreads the noise levels: any prefix of the draws covers
+(0, 1) evenly (H. Weyl; Roberts, "The unreasonable effectiveness of quasirandom sequences")."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One (image, t, crop, noise, prompt).
+
+    Attributes:
+        seed: of this draw's noise and crop position.
+        image: number of the image in the index.
+        prompt: number of the prompt in the index.
+        sigma: noise level in (0, 1].
+        u, v: crop position, see `edge_dit.sampler.crop_at`.
+        crop: the resulting crop in pixels of the resized image.
+    """
+
+    seed: int
+    image: int
+    prompt: int
+    sigma: float
+    u: float
+    v: float
+    crop: Crop
+
+
+def plan_draws(
+    count: int,
+    seed: int,
+    sigmas: np.ndarray,
+    prompt_of_image: list[int],
+    sizes: list[tuple[int, int]],
+    s_min: int,
+    s_max: int,
+    multiple: int,
+) -> list[Draw]:
+    """All draws of a bank, from the seed alone.
+
+    Images take turns; noise levels are spread evenly over the scheduler's table by the golden-ratio
+    sequence; crop position and noise are pseudo-random.
+
+    Args:
+        count: number of draws.
+        seed: of the whole bank.
+        sigmas: the scheduler's noise levels, ascending.
+        prompt_of_image: prompt number of each image.
+        sizes: height and width of each image in pixels.
+        s_min, s_max, multiple: see `edge_dit.sampler.crop_at`.
+    """
+    offset = np.random.default_rng(seed).random()
+    draws = []
+    for number in range(count):
+        draw_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
+        u, v = map(float, np.random.default_rng(draw_seed).random(2, dtype=np.float32))
+        # One image's draws, not only all draws together, must cover the noise levels.
+        turn, image = divmod(number, len(sizes))
+        level = (offset + turn * GOLDEN + image / len(sizes)) % 1.0
+        sigma = float(sigmas[int(level * len(sigmas))])
+        crop = crop_at(sigma, u, v, *sizes[image], s_min, s_max, multiple)
+        draws.append(Draw(draw_seed, image, prompt_of_image[image], sigma, u, v, crop))
+    return draws
+
+
+@dataclass(frozen=True)
+class Index:
+    """index.json.
+
+    Attributes:
+        plan_hash: `edge_dit.plan.Plan.identity` of the plan.
+        images: name and SHA-256 of each image.
+        prompts: distinct prompts.
+        draws: all draws.
+    """
+
+    plan_hash: str
+    images: list[dict[str, str]]
+    prompts: list[str]
+    draws: list[Draw]
+    schema_version: int = SCHEMA
+
+    @property
+    def shards(self) -> int:
+        """Number of shards of the complete bank."""
+        return -(-len(self.draws) // SHARD)
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """File of a shard."""
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def begin(folder: Path, index: Index) -> list[int]:
+    """Start a bank, or go on with one; the numbers of the shards still to write.
+
+    Raises:
+        BadInput: the folder holds another bank, or something else.
+    """
+    path = folder / INDEX
+    if path.is_file():
+        if read_index(folder) != index:
+            raise BadInput(
+                folder,
+                found="a bank of another plan, other images or other prompts",
+                expected="the bank of this job and plan, to continue it",
+                remedy="choose another -o, or remove the folder",
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(
+            folder,
+            found="not empty, and not a bank",
+            expected="a new or empty folder",
+            remedy="choose another -o",
+        )
+    else:
+        write_json(path, asdict(index))
+    return [s for s in range(index.shards) if not shard_path(folder, s).is_file()]
+
+
+def write_prompts(folder: Path, prompts: list[Mapping[str, np.ndarray]]) -> None:
+    """Store what depends on the prompt alone, by prompt number."""
+    _write(folder / PROMPTS, dict(enumerate(prompts)))
+
+
+def write_shard(folder: Path, shard: int, draws: Mapping[int, Mapping[str, np.ndarray]]) -> None:
+    """Store the tensors of a shard's draws, by draw number."""
+    _write(shard_path(folder, shard), draws)
+
+
+def _write(path: Path, items: Mapping[int, Mapping[str, np.ndarray]]) -> None:
+    tensors = {f"{n}.{name}": v for n, named in items.items() for name, v in named.items()}
+    write_tensors(path, tensors)
+
+
+def read_index(folder: Path) -> Index:
+    """A bank's index; the bank may be incomplete.
+
+    Raises:
+        BadInput: missing, damaged, or of another schema.
+    """
+    path = folder / INDEX
+    remedy = "make it: edge-dit precompute JOB --plan plan.json -o bank/"
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        version = raw["schema_version"]
+        if version == SCHEMA:
+            draws = [Draw(**{**d, "crop": Crop(**d["crop"])}) for d in raw["draws"]]
+            return Index(raw["plan_hash"], raw["images"], raw["prompts"], draws)
+    except FileNotFoundError:
+        raise BadInput(
+            folder, found=f"no {INDEX} in it", expected="a bank folder", remedy=remedy
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(path, found=f"not a bank's index ({error!r})", remedy=remedy) from None
+    raise BadInput(
+        path, found=f"schema version {version}", expected=str(SCHEMA), remedy="upgrade edge-dit"
+    )
+
+
+class Bank:
+    """A complete bank, opened for reading.
+
+    Args:
+        folder: as written by precompute.
+        plan_hash: of the plan the draws must belong to, or None to accept any.
+
+    Raises:
+        BadInput: not a bank, incomplete, or of another plan.
+    """
+
+    def __init__(self, folder: Path, plan_hash: str | None = None) -> None:
+        self.folder = folder
+        self.index = read_index(folder)
+        if plan_hash is not None and self.index.plan_hash != plan_hash:
+            raise BadInput(
+                folder,
+                found="a bank that belongs to another plan",
+                expected=f"plan {plan_hash[:12]}, found {self.index.plan_hash[:12]}",
+                remedy="precompute again with the plan the bundle was exported for",
+            )
+        wanted = [folder / PROMPTS, *(shard_path(folder, s) for s in range(self.index.shards))]
+        missing = [path.name for path in wanted if not path.is_file()]
+        if missing:
+            raise BadInput(
+                folder,
+                found=f"incomplete: {len(missing)} of {len(wanted)} files missing ({missing[0]})",
+                remedy="run the same edge-dit precompute again; it goes on where it stopped",
+            )
+
+    def __len__(self) -> int:
+        return len(self.index.draws)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        """The batch tensors of a draw, float32, by the names the exported graphs use."""
+        draw = self.index.draws[number]
+        shard = _read(shard_path(self.folder, number // SHARD), number)
+        return {**self._prompts[draw.prompt], **shard}
+
+    @cached_property
+    def _prompts(self) -> list[dict[str, np.ndarray]]:
+        path = self.folder / PROMPTS
+        return [_read(path, number) for number in range(len(self.index.prompts))]
+
+
+def _read(path: Path, number: int) -> dict[str, np.ndarray]:
+    """The tensors of one item; only its own bytes of the memory-mapped file are read."""
+    prefix = f"{number}."
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            found = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise BadInput(
+            path, found=f"damaged ({error})", remedy="precompute the bank again"
+        ) from None
+    if not found:
+        raise BadInput(path, found=f"no item {number}", remedy="precompute the bank again")
+    return found

@@ -1,0 +1,330 @@
+"""The command line: the one place that knows all parts.
+
+Heavy parts are imported by the command that needs them, so `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from edge_dit import __version__
+from edge_dit.errors import BadInput, CheckFailed
+
+app = typer.Typer(
+    name="edge-dit",
+    help="Personalise Diffusion Transformers on the device their user owns.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+JobFile = Annotated[Path, typer.Argument(help="job.toml, see samples/sana.toml.")]
+PlanFile = Annotated[Path, typer.Option("--plan", help="plan.json, made by edge-dit plan.")]
+Bundle = Annotated[Path, typer.Argument(help="Bundle folder, made by edge-dit export.")]
+BankFolder = Annotated[Path, typer.Option("--bank", help="Bank, made by edge-dit precompute.")]
+OneTarget = Annotated[
+    str | None, typer.Option("--target", help="onnx, ort-training or executorch.")
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option("--target", help="onnx, ort-training or executorch; may be repeated."),
+]
+
+
+def report(as_json: bool, facts: dict[str, Any], *lines: str) -> None:
+    """Print ``facts`` as JSON, or the lines for people."""
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for line in lines:
+        out.print(line, markup=False)
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Options of every command (--debug may stand anywhere; `main` takes it out)."""
+
+
+@app.command()
+def version(as_json: Json = False) -> None:
+    """Print the version."""
+    report(as_json, {"version": __version__}, __version__)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed, and what each target still needs."""
+    from edge_dit.doctor import examine, in_words
+
+    facts = examine()
+    report(as_json, facts, *in_words(facts))
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Where everything goes.")] = Path(
+        "out"
+    ),
+    target: OneTarget = None,
+    job: Annotated[Path | None, typer.Option("--job", help="Another job file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The whole road on the shipped sample, with pictures before and after."""
+    from edge_dit.quickstart import quickstart as run
+    from edge_dit.quickstart import samples_folder
+
+    def say(line: str) -> None:
+        (err if as_json else out).print(line, markup=False)
+
+    check_targets([target] if target else None)
+    table = run(job or samples_folder() / "sana.toml", folder, target, say)
+    if as_json:
+        print(
+            json.dumps(
+                {"out": str(folder), "losses": json.loads(table.with_suffix(".json").read_text())}
+            )
+        )
+
+
+@app.command()
+def plan(
+    job: JobFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path(
+        "plan.json"
+    ),
+    skip_ratio: Annotated[
+        float | None, typer.Option(help="Share of blocks to skip, in [0, 1).")
+    ] = None,
+    head_skip: Annotated[int | None, typer.Option(help="Leading blocks to skip (n).")] = None,
+    tail_skip: Annotated[int | None, typer.Option(help="Trailing blocks to skip (m).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose which blocks to train, at which sizes."""
+    from edge_dit.files import write_atomic
+    from edge_dit.inspect import plan_in_words
+    from edge_dit.job import read_job
+    from edge_dit.plan import make_plan
+
+    if skip_ratio is not None and not 0 <= skip_ratio < 1:
+        raise BadInput("--skip-ratio", found=str(skip_ratio), expected="a share in [0, 1)")
+    for name, value in (("--head-skip", head_skip), ("--tail-skip", tail_skip)):
+        if value is not None and value < 0:
+            raise BadInput(name, found=str(value), expected="0 or more blocks")
+    made = make_plan(read_job(job), skip_ratio, head_skip, tail_skip)
+    write_atomic(output, made.model_dump_json(indent=2) + "\n")
+    report(as_json, made.model_dump(mode="json"), *plan_in_words(made), f"written to {output}")
+
+
+@app.command()
+def precompute(
+    job: JobFile,
+    plan_file: PlanFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the bank goes.")],
+    as_json: Json = False,
+) -> None:
+    """Store the entry state and tail residual of every draw. Goes on where it stopped."""
+    from edge_dit.errors import require
+    from edge_dit.images import read_folder
+    from edge_dit.inspect import bank_in_words
+    from edge_dit.job import read_job
+    from edge_dit.plan import read_plan
+
+    read, made = read_job(job), read_plan(plan_file)
+    require("torch", "precompute")
+    from edge_dit.precompute import precompute as run
+
+    images = read_folder(read.data.images, read.data.prompt, made.s_max)
+    for image in images:
+        if image.upscaled:
+            err.print(
+                f"warning: {image.name} is smaller than {made.s_max} px and was enlarged",
+                style="yellow",
+            )
+    index = run(made, images, output)
+    facts = {"draws": len(index.draws), "images": len(index.images), "prompts": index.prompts}
+    report(as_json, facts, *bank_in_words(output))
+
+
+@app.command()
+def export(
+    job: JobFile,
+    plan_file: PlanFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle goes.")],
+    target: Targets = None,
+    as_json: Json = False,
+) -> None:
+    """Write the trainable sub-graph and the patch sampler for every target."""
+    from edge_dit.errors import require
+    from edge_dit.inspect import bundle_in_words
+    from edge_dit.job import read_job
+    from edge_dit.plan import read_plan
+
+    check_targets(target)
+    read_job(job)
+    made = read_plan(plan_file)
+    require("torch", "export")
+    from edge_dit_export.export import export as run
+
+    manifest = run(made, output, target or made.targets)
+    facts = {"targets": manifest.targets, "bytes": sum(file.bytes for file in manifest.files)}
+    report(as_json, facts, *bundle_in_words(output))
+
+
+@app.command()
+def verify(
+    bundle: Bundle,
+    bank: BankFolder,
+    steps: Annotated[int, typer.Option(min=1, help="Length of the training trajectory.")] = 20,
+    target: Targets = None,
+    as_json: Json = False,
+) -> None:
+    """Compare every target with PyTorch; exit code 1 when one fails."""
+    from edge_dit.bundle import check_has_target, read_manifest
+    from edge_dit_runtime.verify import verify as run
+
+    check_targets(target)
+    manifest = read_manifest(bundle)
+    for name in target or []:
+        check_has_target(bundle, manifest, name)
+    certificate = run(bundle, bank, steps, target)
+    if as_json:
+        print(json.dumps(certificate))
+    else:
+        out.print(parity_table(certificate))
+    if not certificate["passed"]:
+        raise CheckFailed(why_failed(certificate))
+
+
+@app.command()
+def train(
+    bundle: Bundle,
+    bank: BankFolder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the run goes.")],
+    target: OneTarget = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: the plan's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a bundle over its bank. Ctrl-C stops it with a checkpoint."""
+    from edge_dit_runtime.train import train as run
+
+    check_targets([target] if target else None)
+    done = run(bundle, bank, output, target, steps, resume)
+    stopped = "" if done.done == done.steps else "; stopped early, --resume continues"
+    words = f"{output}: {done.done} of {done.steps} steps on {done.target}{stopped}"
+    report(as_json, {"done": done.done, "steps": done.steps, "target": done.target}, words)
+    if stopped:
+        raise typer.Exit(130)
+
+
+@app.command()
+def adapter(
+    run: Annotated[Path, typer.Argument(help="Run folder, made by edge-dit train.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the LoRA goes.")],
+    as_json: Json = False,
+) -> None:
+    """Write the trained LoRA as a folder for pipe.load_lora_weights, with a PEFT copy in peft/."""
+    from edge_dit.adapter import DIFFUSERS_FILE, write_adapter_folder
+    from edge_dit_runtime.train import trained_adapter
+
+    tensors, read = trained_adapter(run)
+    write_adapter_folder(output, tensors, read.rank, read.alpha, read.base_model)
+    facts = {"path": str(output / DIFFUSERS_FILE), "tensors": len(tensors), "steps": read.done}
+    unfinished = "" if read.done == read.steps else f" (unfinished: {read.done} of {read.steps})"
+    report(
+        as_json,
+        facts,
+        f"{output}: {len(tensors)} LoRA tensors{unfinished}",
+        f'load it: pipe.load_lora_weights("{output}")',
+    )
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A plan, bank, bundle, run or LoRA.")],
+    as_json: Json = False,
+) -> None:
+    """Say in words what a plan, bank, bundle or run is."""
+    from edge_dit.inspect import look
+
+    facts, lines = look(path)
+    report(as_json, facts, *lines)
+
+
+def check_targets(targets: list[str] | None) -> None:
+    """Raise `BadInput` for a target that does not exist."""
+    from edge_dit.bundle import TARGETS
+
+    for target in targets or []:
+        if target not in TARGETS:
+            raise BadInput(
+                "--target", found=f"unknown target {target!r}", expected=", ".join(TARGETS)
+            )
+
+
+def parity_table(certificate: dict[str, Any]) -> Any:
+    """A certificate as a table: the worst relative difference of each kind and target."""
+    from rich.table import Table
+
+    kinds = ("loss", "gradients", "trajectory", "adapter")
+    table = Table(title=f"parity with {certificate['reference']}, {certificate['steps']} steps")
+    for heading in ("target", *kinds, "verdict"):
+        table.add_column(heading)
+    for target, result in certificate["targets"].items():
+        cells = []
+        for kind in kinds:
+            worst = result.get("worst", {}).get(kind)
+            limit = result["tolerances"][kind]
+            cells.append(f"{worst['relative']:.1e} (limit {limit:.0e})" if worst else "-")
+        table.add_row(target, *cells, "passed" if result["passed"] else "FAILED")
+    return table
+
+
+def why_failed(certificate: dict[str, Any]) -> str:
+    """The worst tensor of each target that failed."""
+    lines = ["parity failed"]
+    for target, result in certificate["targets"].items():
+        if "error" in result:
+            lines.append(f"  {target}: {result['error']}")
+        elif result["failed"]:
+            worst = result["failed"][0]
+            lines.append(
+                f"  {target}: {worst['name']}: max difference {worst['max']:.3e}, mean "
+                f"{worst['mean']:.3e}, cosine {worst['cosine']:.6f}; relative "
+                f"{worst['relative']:.3e} > tolerance {worst['tolerance']:.0e} "
+                f"({len(result['failed'])} tensors failed)"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line; exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        code = app(args=arguments, prog_name="edge-dit", standalone_mode=False)
+        sys.exit(code or 0)
+    except (BadInput, CheckFailed, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        err.print(f"edge-dit: {error}", style="red", markup=False)
+        sys.exit(1 if isinstance(error, CheckFailed) else 2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        err.print("interrupted; the same command continues where it can")
+        sys.exit(130)

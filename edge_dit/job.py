@@ -1,0 +1,215 @@
+"""job.toml: what a user asks for. All faults of a file are reported together."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edge_dit.bundle import TARGETS
+from edge_dit.errors import BadInput, ManyFaults
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(_Section):
+    """[model]: ``path`` of a diffusers pipeline folder, relative to the job file."""
+
+    path: Path
+
+
+class Data(_Section):
+    """[data]: a folder of images, relative to the job file, and the prompt of every image that has
+    no side-car .txt caption.
+    """
+
+    images: Path
+    prompt: str | None = None
+
+
+class PlanOptions(_Section):
+    """[plan]: the share of blocks to skip, or how many at each end."""
+
+    skip_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    head_skip: Annotated[int, Field(ge=0)] | None = None
+    tail_skip: Annotated[int, Field(ge=0)] | None = None
+
+
+class Train(_Section):
+    """[train]: ``resolution`` is s_max and ``patch`` s_min of Eq. 1, in pixels; ``draws`` is the
+    size of the bank.
+    """
+
+    resolution: Positive
+    patch: Positive
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    steps: Positive = 500
+    draws: Positive = 256
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+class Export(_Section):
+    """[export]: the targets to export."""
+
+    targets: Annotated[list[str], Field(min_length=1)] = list(TARGETS)
+
+
+class Job(_Section):
+    """A job file, paths resolved."""
+
+    model: Model
+    data: Data
+    plan: PlanOptions = PlanOptions()
+    train: Train
+    export: Export = Export()
+
+
+REMEDIES = {
+    "extra_forbidden": "remove it, or correct its spelling",
+    "missing": "add it",
+}
+
+
+def read_job(path: Path) -> Job:
+    """Read and check a job file.
+
+    Raises:
+        BadInput: unreadable, not TOML, or (as `ManyFaults`) every fault with its line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        found = "no such file" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
+        raise BadInput(
+            path, found=found, expected="a job file (TOML)", remedy="see samples/sana.toml"
+        ) from None
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(path, found=f"not valid TOML: {error}") from None
+    faults: list[BadInput] = []
+    job = None
+    try:
+        job = Job.model_validate(raw)
+    except ValidationError as error:
+        faults = [_fault(path, text, detail) for detail in error.errors()]
+    faults += _relations(path, text, raw)
+    if job is not None:
+        job = _resolve(job, path.parent)
+        faults += _paths(path, text, job)
+    if faults:
+        raise faults[0] if len(faults) == 1 else ManyFaults(path, faults)
+    assert job is not None
+    return job
+
+
+def _fault(path: Path, text: str, detail: Any) -> BadInput:
+    """A pydantic error as a fault of the file, with its line."""
+    keys = [part for part in detail["loc"] if isinstance(part, str)]
+    found = {
+        "extra_forbidden": f"unknown key {'.'.join(keys)}",
+        "missing": f"{'.'.join(keys)} is missing",
+    }.get(detail["type"], f"{'.'.join(keys)} = {detail['input']!r}")
+    expected = "" if detail["type"] in REMEDIES else detail["msg"]
+    if detail["type"] == "extra_forbidden":
+        expected = f"one of {', '.join(_known_keys(keys[:-1]))}"
+        if keys == ["plan", "ram"]:
+            expected = "skip_ratio (a budget in bytes is not supported yet)"
+    return BadInput(
+        _place(path, text, keys),
+        found=found,
+        expected=expected,
+        remedy=REMEDIES.get(detail["type"], ""),
+    )
+
+
+def _known_keys(section: list[str]) -> list[str]:
+    model: Any = Job
+    for key in section:
+        model = model.model_fields[key].annotation
+    return list(model.model_fields)
+
+
+def _place(path: Path, text: str, keys: list[str]) -> str:
+    """``path:line`` of a key, of its section where the key is not there, else ``path``."""
+    section, line_of = [], {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[+\s*([^\]]+?)\s*\]+", line):
+            section = header.group(1).split(".")
+            line_of[tuple(section)] = number
+        elif entry := re.match(r"\s*([\w.\-\"']+)\s*=", line):
+            key = entry.group(1).replace('"', "").replace("'", "").split(".")
+            line_of[(*section, *key)] = number
+    for end in range(len(keys), 0, -1):
+        if tuple(keys[:end]) in line_of:
+            return f"{path}:{line_of[tuple(keys[:end])]}"
+    return str(path)
+
+
+def _relations(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
+    """Faults between keys; looked for even where keys are wrong, so that all come at once."""
+    faults = []
+
+    def section(name: str) -> dict[str, Any]:
+        value = raw.get(name)
+        return value if isinstance(value, dict) else {}
+
+    train = section("train")
+    patch, resolution = train.get("patch"), train.get("resolution")
+    if isinstance(patch, int) and isinstance(resolution, int) and patch > resolution:
+        faults.append(
+            BadInput(
+                _place(path, text, ["train", "patch"]),
+                found=f"train.patch (s_min) = {patch} is larger than train.resolution (s_max) = "
+                f"{resolution}",
+                expected="patch <= resolution, in pixels",
+                remedy="make patch smaller, e.g. half the resolution",
+            )
+        )
+    targets = section("export").get("targets")
+    unknown = [t for t in targets if t not in TARGETS] if isinstance(targets, list) else []
+    if unknown:
+        faults.append(
+            BadInput(
+                _place(path, text, ["export", "targets"]),
+                found=f"unknown target {', '.join(map(repr, unknown))}",
+                expected=f"one of {', '.join(TARGETS)}",
+            )
+        )
+    return faults
+
+
+def _resolve(job: Job, base: Path) -> Job:
+    return job.model_copy(
+        update={
+            "model": Model(path=(base / job.model.path).resolve()),
+            "data": Data(images=(base / job.data.images).resolve(), prompt=job.data.prompt),
+        }
+    )
+
+
+def _paths(path: Path, text: str, job: Job) -> list[BadInput]:
+    faults = []
+    for key, folder, what in (
+        (["model", "path"], job.model.path, "a diffusers pipeline folder"),
+        (["data", "images"], job.data.images, "a folder of images"),
+    ):
+        if not folder.is_dir():
+            faults.append(
+                BadInput(
+                    _place(path, text, key),
+                    found=f"{'.'.join(key)}: no folder {folder}",
+                    expected=what,
+                    remedy="paths are relative to the job file",
+                )
+            )
+    return faults

@@ -1,0 +1,60 @@
+"""Progress bars with an ETA, on standard error, for whatever takes more than a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True)
+
+
+class Advance(Protocol):
+    """Moves a bar on."""
+
+    def __call__(self, steps: int = 1, note: str = "") -> None:
+        """Count ``steps`` done and show ``note`` (a loss, a file)."""
+        ...
+
+
+@contextmanager
+def bar(title: str, total: int, done: int = 0) -> Iterator[Advance]:
+    """A bar of ``total`` steps of which ``done`` are done already.
+
+    Without a terminal it prints one line at the end instead.
+    """
+    if not console.is_terminal:
+        notes = [""]
+
+        def count(steps: int = 1, note: str = "") -> None:
+            notes[0] = note or notes[0]
+
+        yield count
+        console.print(f"{title}: {total} done {notes[0]}".rstrip(), highlight=False)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=total, completed=done, note="")
+
+        def advance(steps: int = 1, note: str = "") -> None:
+            progress.update(task, advance=steps, note=note)
+
+        yield advance

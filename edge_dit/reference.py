@@ -1,0 +1,117 @@
+"""PyTorch's own answer: the same sub-graph, loss and AdamW in eager mode.
+
+Everything an export is held against. `EagerSession` offers what the runtime's sessions offer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from edge_dit.adamw import AdamW
+from edge_dit.errors import BadInput
+from edge_dit.families import family_module
+from edge_dit.pipeline import quiet
+from edge_dit.plan import Plan, check_model
+from edge_dit.subgraph import TrainableSubgraph, add_lora, as_batch, lora_modules
+
+
+def load_transformer(plan: Plan) -> nn.Module:
+    """The plan's transformer alone, float32, in eval mode.
+
+    Raises:
+        BadInput: it changed since the plan was made, or cannot be loaded.
+    """
+    check_model(plan)
+    with quiet():
+        import diffusers
+
+        family = family_module(plan.family)
+        try:
+            model = getattr(diffusers, family.TRANSFORMER).from_pretrained(
+                plan.model / "transformer", torch_dtype=torch.float32, local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BadInput(
+                plan.model / "transformer", found=f"diffusers cannot load it: {error}"
+            ) from None
+    return model.eval()
+
+
+def adapted_subgraph(plan: Plan) -> tuple[TrainableSubgraph, dict[str, torch.Tensor]]:
+    """The plan's trainable sub-graph with a fresh LoRA (A random from the plan's seed, B zero), and
+    a draw with the bank's names, shapes and dtypes (its values mean nothing).
+    """
+    model = load_transformer(plan)
+    family = family_module(plan.family)
+    modules = lora_modules(family, plan.head_skip, plan.tail_skip, plan.layers)
+    add_lora(model, modules, plan.rank, plan.alpha, plan.seed)
+    inputs = family.blank(model, plan.grid, plan.text_tokens)
+    captured = family.capture(model, *inputs, plan.head_skip, plan.tail_skip)
+    subgraph = TrainableSubgraph(model, plan.family, plan.head_skip, plan.tail_skip, plan.grid)
+    return subgraph, as_batch(captured, torch.ones_like(captured.prediction))
+
+
+def lora_tensors(subgraph: TrainableSubgraph) -> dict[str, np.ndarray]:
+    """Copies of the LoRA tensors by diffusers name."""
+    return {k: p.detach().numpy().copy() for k, p in subgraph.lora_parameters().items()}
+
+
+class EagerSession:
+    """A sub-graph trained by torch: the Session protocol of `edge_dit_runtime.session`.
+
+    Args:
+        subgraph: with LoRA in place; its parameters are trained in place.
+        adamw: hyper-parameters.
+    """
+
+    def __init__(self, subgraph: TrainableSubgraph, adamw: AdamW) -> None:
+        self.subgraph = subgraph
+        self.parameters = subgraph.lora_parameters()
+        self.max_grad_norm = adamw.max_grad_norm
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=adamw.lr,
+            betas=(adamw.beta1, adamw.beta2),
+            eps=adamw.eps,
+            weight_decay=adamw.weight_decay,
+        )
+
+    def backward(self, draw: Mapping[str, np.ndarray]) -> float:
+        """Loss of one draw; keeps its gradients."""
+        self.optimizer.zero_grad()
+        loss = self.subgraph({name: torch.from_numpy(value) for name, value in draw.items()})
+        loss.backward()
+        return float(loss.detach())
+
+    def update(self) -> None:
+        """One AdamW step after clipping."""
+        nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        self.optimizer.step()
+
+    def step(self, draw: Mapping[str, np.ndarray]) -> float:
+        """`backward`, then `update`."""
+        loss = self.backward(draw)
+        self.update()
+        return loss
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        """Gradients of the last `backward` by LoRA name."""
+        return {k: _numpy(p.grad) for k, p in self.parameters.items()}
+
+    def adapter(self) -> dict[str, np.ndarray]:
+        """A copy of the LoRA tensors."""
+        return lora_tensors(self.subgraph)
+
+    def load_adapter(self, adapter: Mapping[str, np.ndarray]) -> None:
+        """Replace the LoRA tensors."""
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(torch.from_numpy(adapter[name]))
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    return tensor.detach().numpy().copy()

@@ -1,0 +1,135 @@
+"""A plan -> a bundle."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from pathlib import Path
+from typing import Any
+
+from edge_dit.adamw import AdamW
+from edge_dit.adapter import write_adapter
+from edge_dit.bundle import ADAPTER, MANIFEST, SCHEMA, FileSpec, Manifest, TensorSpec
+from edge_dit.errors import require
+from edge_dit.files import sha256, whole_folder, write_json
+from edge_dit.patch_sampler import PatchSampler
+from edge_dit.pipeline import quiet
+from edge_dit.plan import Plan
+from edge_dit.progress import bar
+from edge_dit.reference import adapted_subgraph, lora_tensors
+from edge_dit_export.optimizer import AdamWStep
+from edge_dit_export.train_step import TrainStepGraph, trace_train_step
+
+MAX_IMAGE_SIDES = 4
+"""The patch sampler takes images with sides up to this many times s_max."""
+TOOLS = {
+    "onnx": ("torch", "onnx", "onnxscript"),
+    "ort-training": ("torch", "onnx", "onnxscript", "onnxruntime-training-cpu"),
+    "executorch": ("torch", "executorch"),
+}
+MODULES = {
+    "onnx": ("onnx", "onnxscript"),
+    "ort-training": ("onnx", "onnxscript", "onnxruntime.training"),
+    "executorch": ("executorch",),
+}
+"""What each target's export imports."""
+
+
+def export(plan: Plan, folder: Path, targets: list[str]) -> Manifest:
+    """Write the bundle of a plan.
+
+    Args:
+        plan: what to train; its model folder must be the one it was made for.
+        folder: where the bundle goes; put in place whole, or not at all.
+        targets: some of `edge_dit.bundle.TARGETS`.
+
+    Raises:
+        BadInput: a target's packages are missing, the model changed, ``folder`` holds something
+            else.
+    """
+    for target in targets:
+        for module in MODULES[target]:
+            with quiet():
+                require(module, f"the {target} target")
+    subgraph, batch = adapted_subgraph(plan)
+    adamw = AdamW(**plan.optimizer.model_dump())
+    sampler = PatchSampler(plan.s_min, plan.s_max, plan.multiple)
+    parameters = subgraph.lora_parameters()
+    step: TrainStepGraph | None = None
+    facts: dict[str, dict[str, Any]] = {}
+    with (
+        whole_folder(folder, MANIFEST) as building,
+        quiet(),
+        bar("export", len(targets)) as advance,
+    ):
+        write_adapter(building / ADAPTER, lora_tensors(subgraph), plan.rank, plan.alpha)
+        for target in targets:
+            started = time.monotonic()
+            directory = building / target
+            directory.mkdir()
+            if target == "ort-training":
+                from edge_dit_export.ort_training_target import export_ort_training
+
+                facts[target] = export_ort_training(subgraph, batch, adamw, sampler, directory)
+            else:
+                step = step or trace_train_step(subgraph, batch)
+                facts[target] = _export_step(target, step, adamw, sampler, directory, plan)
+            advance(note=f"{target} {time.monotonic() - started:.0f} s")
+        tools = {t: importlib.metadata.version(t) for name in targets for t in TOOLS[name]}
+        manifest = Manifest(
+            schema_version=SCHEMA,
+            family=plan.family,
+            plan=plan.model_dump(mode="json"),
+            plan_hash=plan.identity(),
+            tensors=[
+                *_specs(batch, "batch"),
+                *_specs(parameters, "lora"),
+                TensorSpec(name="loss", shape=(), role="output"),
+                *_specs({f"grad.{k}": p for k, p in parameters.items()}, "output"),
+            ],
+            optimizer=plan.optimizer,
+            targets=facts,
+            tools={"edge-dit": importlib.metadata.version("edge-dit"), **tools},
+            files=_files(building),
+        )
+        write_json(building / MANIFEST, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def _export_step(
+    target: str,
+    step: TrainStepGraph,
+    adamw: AdamW,
+    sampler: PatchSampler,
+    directory: Path,
+    plan: Plan,
+) -> dict[str, Any]:
+    names = [name.removeprefix("grad.") for name in step.outputs[1:]]
+    optimizer = AdamWStep(adamw, {name: step.inputs[name].shape for name in names})
+    if target == "onnx":
+        from edge_dit_export.onnx_target import export_onnx
+
+        return export_onnx(step, optimizer, sampler, directory)
+    from edge_dit_export.executorch_target import export_executorch
+
+    return export_executorch(step, optimizer, sampler, directory, MAX_IMAGE_SIDES * plan.s_max)
+
+
+def _specs(tensors: Any, role: Any) -> list[TensorSpec]:
+    return [
+        TensorSpec(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            role=role,
+        )
+        for name, tensor in tensors.items()
+    ]
+
+
+def _files(folder: Path) -> list[FileSpec]:
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    return [
+        FileSpec(path=p.relative_to(folder).as_posix(), bytes=p.stat().st_size, sha256=sha256(p))
+        for p in paths
+    ]

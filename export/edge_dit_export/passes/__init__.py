@@ -1,0 +1,68 @@
+"""Rewrites of a traced train step, one a file, and the order each target needs them in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import fx
+
+from edge_dit_export.passes._graph import propagate, rehome, sweep
+from edge_dit_export.passes.bmm_of_one_to_mm import bmm_of_one_to_mm
+from edge_dit_export.passes.conv1x1_to_mm import conv1x1_to_mm
+from edge_dit_export.passes.depthwise_backward_to_conv import depthwise_backward_to_conv
+from edge_dit_export.passes.merge_shape_ops import merge_shape_ops
+from edge_dit_export.passes.negative_pad_to_slice import negative_pad_to_slice
+from edge_dit_export.passes.raise_frozen_gemm import raise_frozen_gemm
+from edge_dit_export.passes.remove_units import remove_units
+from edge_dit_export.passes.safe_softmax_to_softmax import safe_softmax_to_softmax
+from edge_dit_export.passes.share_shape_ops import share_shape_ops
+from edge_dit_export.passes.slice_scatter_to_pad import slice_scatter_to_pad
+
+Pass = Callable[[fx.GraphModule], int]
+
+FOR_ONNX: tuple[Pass, ...] = (
+    conv1x1_to_mm,
+    depthwise_backward_to_conv,
+    bmm_of_one_to_mm,
+    negative_pad_to_slice,
+    slice_scatter_to_pad,
+    safe_softmax_to_softmax,
+    remove_units,
+    merge_shape_ops,
+    share_shape_ops,
+)
+"""Rewrites for the plain ONNX step; shapes come last, over what the others brought together."""
+
+FOR_EXECUTORCH: tuple[Pass, ...] = (
+    *FOR_ONNX[:-2],
+    raise_frozen_gemm,
+    merge_shape_ops,
+    share_shape_ops,
+)
+"""Rewrites for the ExecuTorch step."""
+
+
+def apply(module: fx.GraphModule, passes: Sequence[Pass]) -> dict[str, int]:
+    """Run ``passes`` over ``module``, in place; ``meta["val"]`` is set anew on every node.
+
+    Returns:
+        Rewrites by pass, summed where one runs more than once, for a report.
+
+    Raises:
+        RuntimeError, ValueError: a rewrite left a call that torch would refuse.
+    """
+    rehome(module)
+    counts: dict[str, int] = {}
+    for rewrite in passes:
+        counts[rewrite.__name__] = counts.get(rewrite.__name__, 0) + rewrite(module)
+    sweep(module)
+    propagate(module)
+    return counts
+
+
+def copy_of(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph, free to be rewritten; weights are shared, not copied."""
+    graph = fx.Graph()
+    graph.set_codegen(fx.graph.CodeGen())
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)

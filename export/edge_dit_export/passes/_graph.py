@@ -1,0 +1,114 @@
+"""What the rewrites share: finding calls and adding nodes that know their shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def calls(module: fx.GraphModule, *targets: Any) -> list[fx.Node]:
+    """The graph's calls of ``targets``, in order."""
+    return [n for n in module.graph.nodes if n.op == "call_function" and n.target in targets]
+
+
+def value(node: fx.Node) -> Any:
+    """The fake tensor (or tuple of them) a node yields."""
+    return node.meta["val"]
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node's tensor."""
+    return tuple(value(node).shape)
+
+
+def fake_mode(module: fx.GraphModule) -> FakeTensorMode:
+    """The mode that the graph was traced in."""
+    return next(value(n).fake_mode for n in module.graph.nodes if n.op == "placeholder")
+
+
+def insert(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Add a call in front of ``before``, with meta["val"] worked out.
+
+    Raises:
+        RuntimeError, ValueError: as ``target`` itself would raise; nothing was added then.
+    """
+    example = fx.map_arg((args, kwargs), value)
+    mode = next(v for v in _tensors(example)).fake_mode
+    with mode:
+        result = target(*example[0], **example[1])
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args, kwargs)
+    node.meta["val"] = result
+    return node
+
+
+def _tensors(tree: Any) -> list[Any]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        return [t for item in tree.values() for t in _tensors(item)]
+    return [t for item in tree for t in _tensors(item)] if isinstance(tree, (list, tuple)) else []
+
+
+def frozen(module: fx.GraphModule, node: Any) -> Tensor | None:
+    """The buffer a node reads, or None for any other node."""
+    if isinstance(node, fx.Node) and node.op == "get_attr":
+        return getattr(module, str(node.target))
+    return None
+
+
+def add_buffer(module: fx.GraphModule, before: fx.Node, name: str, tensor: Tensor) -> fx.Node:
+    """Register ``tensor`` and read it in front of ``before``; a buffer of that name is reused."""
+    if not hasattr(module, name):
+        module.register_buffer(name, tensor)
+    with before.graph.inserting_before(before):
+        node = before.graph.get_attr(name)
+    node.meta["val"] = fake_mode(module).from_tensor(tensor)
+    return node
+
+
+def replace(node: fx.Node, replacement: fx.Node) -> None:
+    """Let every user of ``node`` use ``replacement``, and erase ``node``."""
+    node.replace_all_uses_with(replacement)
+    node.graph.erase_node(node)
+
+
+def sweep(module: fx.GraphModule) -> None:
+    """Erase what nothing uses any more, buffers included, and recompile."""
+    module.graph.eliminate_dead_code()
+    read = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    for name in [name for name, _ in module.named_buffers() if name not in read]:
+        delattr(module, name)
+    module.recompile()
+
+
+def rehome(module: fx.GraphModule) -> None:
+    """Move every meta["val"] to one new fake tensor mode (a copied graph has one for each)."""
+    mode = FakeTensorMode()
+
+    def move(old: Any) -> Any:
+        if isinstance(old, Tensor):
+            return torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
+        return type(old)(map(move, old)) if isinstance(old, (list, tuple)) else old
+
+    with mode:
+        for node in module.graph.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = move(node.meta["val"])
+
+
+def propagate(module: fx.GraphModule) -> None:
+    """Work out every call's meta["val"] from its arguments'.
+
+    Raises:
+        RuntimeError, ValueError: a call that torch would refuse.
+    """
+    with fake_mode(module), torch.no_grad():
+        for node in module.graph.nodes:
+            if node.op != "call_function":
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+            node.meta["val"] = node.target(*args, **kwargs)

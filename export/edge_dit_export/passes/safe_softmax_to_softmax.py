@@ -1,0 +1,66 @@
+"""The guard that attention's math form puts around a softmax."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from edge_dit_export.passes._graph import calls, frozen, replace
+
+aten: Any = torch.ops.aten
+
+
+def safe_softmax_to_softmax(module: fx.GraphModule) -> int:
+    """where(all of a row is -inf, 0, softmax(row)) -> softmax(row), where no row can be.
+
+    torch 2.13 decomposes attention's _safe_softmax so. Inputs of a train step are finite - masks
+    are 0 or -10000, never -inf (`edge_dit.families`) - so a score is -inf only if a constant
+    brought an infinity in: with one upstream, the guard stays.
+
+    Returns:
+        Number of guards removed.
+    """
+    count = 0
+    for node in calls(module, aten.where.self):
+        condition, zero, probabilities = node.args
+        scores = _guarded(condition)
+        if (
+            scores is not None
+            and probabilities.target == aten._softmax.default
+            and probabilities.args[0] is scores
+            and zero.target in (aten.full_like.default, aten.full.default)
+            and not _has_infinite_constant(module, scores)
+        ):
+            replace(node, probabilities)
+            count += 1
+    module.graph.eliminate_dead_code()
+    return count
+
+
+def _guarded(condition: fx.Node) -> fx.Node | None:
+    """X of not(any(not(x == -inf)))."""
+    node = condition
+    for target in (aten.logical_not.default, aten.any.dim, aten.logical_not.default):
+        if node.target != target:
+            return None
+        node = node.args[0]  # type: ignore[assignment]
+    is_guard = node.target == aten.eq.Scalar and node.args[1] == -math.inf
+    return node.args[0] if is_guard else None  # type: ignore[return-value]
+
+
+def _has_infinite_constant(module: fx.GraphModule, node: fx.Node) -> bool:
+    seen, open_nodes = {node}, [node]
+    while open_nodes:
+        current = open_nodes.pop()
+        buffer = frozen(module, current)
+        if buffer is not None and not torch.isfinite(buffer).all():
+            return True
+        if any(isinstance(arg, float) and math.isinf(arg) for arg in current.args):
+            return True
+        new = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(new)
+        open_nodes += new
+    return False

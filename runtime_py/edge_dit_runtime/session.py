@@ -1,0 +1,77 @@
+"""What a loaded bundle can do, whatever its target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from edge_dit.bundle import Manifest, check_has_target
+
+Tensors = dict[str, np.ndarray]
+
+
+class Session(Protocol):
+    """A loaded train step with its adapter and optimiser state.
+
+    Tensors are float32 numpy arrays; LoRA tensors go by their diffusers names, as in
+    adapter.safetensors.
+    """
+
+    def backward(self, draw: Mapping[str, np.ndarray]) -> float:
+        """Loss of one draw; keeps its gradients. ``draw`` holds the batch tensors of the manifest
+        by name. Does not change the adapter.
+        """
+        ...
+
+    def update(self) -> None:
+        """One AdamW step (`edge_dit.adamw`) with the gradients of the last `backward`."""
+        ...
+
+    def step(self, draw: Mapping[str, np.ndarray]) -> float:
+        """`backward` then `update`; the loss before the update."""
+        ...
+
+    def gradients(self) -> Tensors:
+        """Gradients of the last `backward`, before clipping, by LoRA name. Valid until `update`."""
+        ...
+
+    def adapter(self) -> Tensors:
+        """A copy of the LoRA tensors."""
+        ...
+
+    def load_adapter(self, adapter: Mapping[str, np.ndarray]) -> None:
+        """Replace the LoRA tensors; the optimiser state is kept."""
+        ...
+
+    def state_dict(self) -> Tensors:
+        """Everything a resumed run needs to go on bit for bit: "adapter.<name>", "exp_avg.<name>",
+        "exp_avg_sq.<name>" and "step" (int64, [1]: updates done).
+        """
+        ...
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue from a `state_dict`."""
+        ...
+
+
+def open_session(bundle: Path, manifest: Manifest, target: str) -> Session:
+    """Load ``target`` of a bundle.
+
+    Raises:
+        BadInput: the bundle lacks the target, or the target's runtime is not installed.
+    """
+    check_has_target(bundle, manifest, target)
+    if target == "onnx":
+        from edge_dit_runtime.onnx_session import OnnxSession
+
+        return OnnxSession(bundle, manifest)
+    if target == "ort-training":
+        from edge_dit_runtime.ort_training_session import OrtTrainingSession
+
+        return OrtTrainingSession(bundle, manifest)
+    from edge_dit_runtime.executorch_session import ExecuTorchSession
+
+    return ExecuTorchSession(bundle, manifest)

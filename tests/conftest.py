@@ -1,0 +1,87 @@
+"""A small pipeline on disk and the whole road over it, made once for all tests."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import tiny
+from edge_dit.job import read_job
+from edge_dit.plan import Plan, make_plan
+
+SAMPLES = Path(__file__).resolve().parent.parent / "samples"
+
+JOB = """
+[model]
+path = "model"
+
+[data]
+images = "images"
+prompt = "a sks toy"
+
+[plan]
+head_skip = 1
+tail_skip = 1
+
+[train]
+resolution = 64
+patch = 32
+rank = 4
+alpha = 8
+lr = 1e-3
+steps = 12
+draws = 10
+seed = 3
+
+[export]
+targets = ["onnx", "ort-training", "executorch"]
+"""
+
+
+@dataclass(frozen=True)
+class Road:
+    """What the stages wrote for the small pipeline."""
+
+    folder: Path
+    job: Path
+    plan: Plan
+    bank: Path
+    bundle: Path
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with job.toml, three images and a SANA pipeline: tiny-sana's autoencoder, text
+    encoder and scheduler around a random transformer of four blocks.
+    """
+    folder = tmp_path_factory.mktemp("road")
+    parts = shutil.ignore_patterns("transformer")
+    shutil.copytree(SAMPLES / "tiny-sana", folder / "model", ignore=parts)
+    tiny.transformer(in_channels=8, caption_channels=96).save_pretrained(
+        folder / "model" / "transformer"
+    )
+    (folder / "images").mkdir()
+    for source in sorted((SAMPLES / "subject" / "train").glob("*.png"))[:3]:
+        shutil.copy(source, folder / "images")
+    shutil.copy(SAMPLES / "subject" / "train" / "toy-0.txt", folder / "images")
+    (folder / "job.toml").write_text(JOB)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def road(workplace: Path) -> Road:
+    """The workplace with plan, bank and a bundle of all targets."""
+    from edge_dit.images import read_folder
+    from edge_dit.precompute import precompute
+    from edge_dit_export.export import export
+
+    job = read_job(workplace / "job.toml")
+    plan = make_plan(job)
+    (workplace / "plan.json").write_text(plan.model_dump_json())
+    images = read_folder(job.data.images, job.data.prompt, plan.s_max)
+    precompute(plan, images, workplace / "bank")
+    export(plan, workplace / "bundle", plan.targets)
+    return Road(workplace, workplace / "job.toml", plan, workplace / "bank", workplace / "bundle")

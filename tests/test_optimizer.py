@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+import tiny
+from edge_dit.adamw import AdamW
+from edge_dit_export.optimizer import AdamWStep, _bias_correction
+
+SHAPES = {"a": (4, 32), "b": (32, 4), "c": (7, 3), "d": (5,)}
+
+
+def gradients(generator: torch.Generator, update: int) -> list[torch.Tensor]:
+    """Random gradients; every third update is far above the clipping norm, some far below."""
+    scale = (1e-3, 1e-2, 10.0)[update % 3]
+    return [scale * torch.randn(shape, generator=generator) for shape in SHAPES.values()]
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e-2])
+def test_equals_torch_adamw(lr):
+    generator = torch.Generator().manual_seed(0)
+    hyper = AdamW(lr=lr, weight_decay=0.1)
+    start = [torch.randn(shape, generator=generator) for shape in SHAPES.values()]
+    reference = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+    adamw = torch.optim.AdamW(
+        reference, lr, (hyper.beta1, hyper.beta2), hyper.eps, hyper.weight_decay
+    )
+    step = AdamWStep(hyper, SHAPES)
+    count = len(SHAPES)
+    zeros = [torch.zeros_like(tensor) for tensor in start]
+    state = [*start, *zeros, *zeros]
+    for update in range(50):
+        grads = gradients(generator, update)
+        for parameter, grad in zip(reference, grads, strict=True):
+            parameter.grad = grad.clone()
+        torch.nn.utils.clip_grad_norm_(reference, hyper.max_grad_norm)
+        adamw.step()
+        done = torch.tensor([float(update)])
+        state = list(step(torch.tensor([lr]), done, *state[:count], *grads, *state[count:]))
+    expected = {
+        **{f"{name}": p.detach() for name, p in zip(SHAPES, reference, strict=True)},
+        **{
+            f"exp_avg.{n}": adamw.state[p]["exp_avg"]
+            for n, p in zip(SHAPES, reference, strict=True)
+        },
+        **{
+            f"exp_avg_sq.{n}": adamw.state[p]["exp_avg_sq"]
+            for n, p in zip(SHAPES, reference, strict=True)
+        },
+    }
+    tiny.assert_close(expected, dict(zip(expected, state, strict=True)), 2e-6)
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.999, 0.9999])
+def test_bias_correction_keeps_its_digits(beta):
+    steps = torch.tensor([1.0, 2.0, 10.0, 1000.0, 100_000.0])
+    exact = 1 - beta ** steps.to(torch.float64)
+    torch.testing.assert_close(
+        _bias_correction(beta, steps).to(torch.float64), exact, rtol=3e-7, atol=0
+    )

@@ -1,0 +1,90 @@
+"""Small deterministic models for tests: real diffusers classes, fixed non-trivial weights."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from diffusers import SanaTransformer2DModel
+from torch import Tensor
+
+from edge_dit.families import sana
+from edge_dit.subgraph import TrainableSubgraph, add_lora, as_batch, lora_modules
+
+GRID = (4, 4)
+"""Token grid of a test patch."""
+TEXT = 10
+"""Text tokens, of which the last three are padding."""
+
+
+def transformer(
+    layers: int = 4, in_channels: int = 4, caption_channels: int = 24
+) -> SanaTransformer2DModel:
+    """A SANA transformer of width 32 with ``layers`` blocks."""
+    torch.manual_seed(0)
+    return SanaTransformer2DModel(
+        in_channels=in_channels,
+        out_channels=in_channels,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=layers,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=caption_channels,
+        sample_size=8,
+    ).eval()
+
+
+def subgraph(
+    head_skip: int = 1, tail_skip: int = 1, layers: int = 4, rank: int = 4, alpha: float = 8.0
+) -> tuple[TrainableSubgraph, dict[str, Tensor]]:
+    """A sub-graph with non-zero LoRA B, and one draw for it."""
+    model = transformer(layers)
+    add_lora(model, lora_modules(sana, head_skip, tail_skip, layers), rank, alpha, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05, generator=generator)
+    mask = torch.ones(1, TEXT)
+    mask[:, -3:] = 0
+    captured = sana.capture(
+        model,
+        torch.randn(1, 4, *GRID, generator=generator),
+        torch.tensor([500.0]),
+        torch.randn(1, TEXT, 24, generator=generator),
+        mask,
+        head_skip,
+        tail_skip,
+    )
+    batch = as_batch(captured, torch.randn(1, 4, *GRID, generator=generator))
+    return TrainableSubgraph(model, "sana", head_skip, tail_skip, GRID), batch
+
+
+def eager(sub: TrainableSubgraph, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Loss and gradients by torch autograd, named like a train step's outputs."""
+    sub.zero_grad()
+    loss = sub(batch)
+    loss.backward()
+    gradients = {f"grad.{name}": p.grad.clone() for name, p in sub.lora_parameters().items()}
+    return {"loss": loss.detach(), **gradients}
+
+
+@cache
+def traced():
+    """The default sub-graph, its draw and its traced step. Passes edit a deep copy of it."""
+    from edge_dit_export.train_step import trace_train_step
+
+    sub, batch = subgraph()
+    return sub, batch, trace_train_step(sub, batch)
+
+
+def assert_close(expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: float) -> None:
+    """Every tensor within ``tolerance`` of its largest value; the message names the worst one."""
+    for name, want in expected.items():
+        error = (want - found[name]).abs()
+        limit = tolerance * want.abs().max()
+        assert error.max() <= limit, (
+            f"{name}: max difference {error.max():.3e}, mean {error.mean():.3e}, "
+            f"tolerance {limit:.3e}"
+        )
