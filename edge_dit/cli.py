@@ -11,7 +11,6 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -27,6 +26,9 @@ app = typer.Typer(
 )
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+# typer carries its own copy of click in newer releases and exports only this child of its errors.
+UsageError: Any = typer.BadParameter.__base__
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 JobFile = Annotated[Path, typer.Argument(help="job.toml, see samples/sana.toml.")]
@@ -322,9 +324,9 @@ def main() -> None:
             traceback.print_exc()
         err.print(f"edge-dit: {error}", style="red", markup=False)
         sys.exit(1 if isinstance(error, CheckFailed) else 2)
-    except click.ClickException as error:
+    except UsageError as error:
         error.show()
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted; the same command continues where it can")
         sys.exit(130)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from edge_dit.adamw import AdamW
 from edge_dit.bank import GOLDEN
 from edge_dit.families import family_module
 from edge_dit.images import Captioned
@@ -29,51 +29,88 @@ LEVELS = 8
 """Noise levels at which held-out loss is measured, the middles of equal parts of (0, 1)."""
 
 
-def full_example(
-    plan: Plan, pipeline: Any, image: Captioned, sigma: float, seed: int
-) -> tuple[dict[str, Any], Tensor]:
-    """Inputs of the stock transformer and the target velocity for one whole image, centre-cropped
-    to a square of s_max pixels.
+@dataclass(frozen=True)
+class Whole:
+    """A whole image, encoded: clean latents [1, C, h, w], prompt embeddings [1, L, width] without
+    padding, and their mask of ones [1, L].
     """
+
+    clean: Tensor
+    embeds: Tensor
+    mask: Tensor
+
+
+def encode_whole(plan: Plan, pipeline: Any, images: list[Captioned]) -> list[Whole]:
+    """Images centre-cropped to squares of s_max pixels, encoded with their captions."""
     family = family_module(plan.family)
-    height, width = image.pixels.shape[1:]
-    top, left = (height - plan.s_max) // 2, (width - plan.s_max) // 2
-    square = image.pixels[:, top : top + plan.s_max, left : left + plan.s_max]
-    clean = family.encode_image(pipeline.vae, torch.from_numpy(square.copy()).unsqueeze(0))
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
-    embeds, mask = family.encode_prompts(pipeline, [image.caption])[0]
-    steps = len(family.sigmas(family.scheduler_config(plan.model)))
-    inputs = {
-        "hidden_states": (1 - sigma) * clean + sigma * noise,
-        "encoder_hidden_states": embeds[:, : int(mask.sum())],
-        "encoder_attention_mask": mask[:, : int(mask.sum())],
-        "timestep": torch.tensor([sigma * steps], dtype=torch.float32),
-    }
-    return inputs, noise - clean
+    encoded = []
+    for image in images:
+        height, width = image.pixels.shape[1:]
+        top, left = (height - plan.s_max) // 2, (width - plan.s_max) // 2
+        square = image.pixels[:, top : top + plan.s_max, left : left + plan.s_max]
+        clean = family.encode_image(pipeline.vae, torch.from_numpy(square.copy()).unsqueeze(0))
+        embeds, mask = family.encode_prompts(pipeline, [image.caption])[0]
+        tokens = int(mask.sum())
+        encoded.append(Whole(clean, embeds[:, :tokens], mask[:, :tokens]))
+    return encoded
 
 
-def heldout_loss(plan: Plan, pipeline: Any, images: list[Captioned]) -> float:
+def flow_matching_loss(model: Any, whole: Whole, sigma: float, steps: int, seed: int) -> Tensor:
+    """Loss of the stock transformer on one noised image, a scalar.
+
+    Args:
+        model: the transformer.
+        whole: the image.
+        sigma: noise level in (0, 1].
+        steps: the scheduler's training timesteps; the model's timestep is sigma * steps.
+        seed: of the noise.
+    """
+    noise = torch.randn(whole.clean.shape, generator=torch.Generator().manual_seed(seed))
+    found = model(
+        (1 - sigma) * whole.clean + sigma * noise,
+        encoder_hidden_states=whole.embeds,
+        encoder_attention_mask=whole.mask,
+        timestep=torch.tensor([sigma * steps], dtype=torch.float32),
+        return_dict=False,
+    )[0]
+    return torch.nn.functional.mse_loss(found, noise - whole.clean)
+
+
+def heldout_loss(plan: Plan, pipeline: Any, images: list[Whole]) -> float:
     """Mean flow-matching loss of the pipeline, as it is, over images and `LEVELS` noise levels; the
     noise is the same at every call.
     """
-    losses = []
+    steps = len(levels_of(plan))
     with torch.no_grad():
-        for number, image in enumerate(images):
-            for level in range(LEVELS):
-                sigma = (level + 0.5) / LEVELS
-                inputs, target = full_example(plan, pipeline, image, sigma, 1000 * number + level)
-                found = pipeline.transformer(**inputs, return_dict=False)[0]
-                losses.append(float((found - target).square().mean()))
+        losses = [
+            float(
+                flow_matching_loss(
+                    pipeline.transformer,
+                    image,
+                    (level + 0.5) / LEVELS,
+                    steps,
+                    LEVELS * number + level,
+                )
+            )
+            for number, image in enumerate(images)
+            for level in range(LEVELS)
+        ]
     return float(np.mean(losses))
 
 
+def levels_of(plan: Plan) -> np.ndarray:
+    """The noise levels of the plan's scheduler, ascending."""
+    family = family_module(plan.family)
+    return family.sigmas(family.scheduler_config(plan.model))
+
+
 def train_full_lora(
-    plan: Plan, pipeline: Any, images: list[Captioned], adamw: AdamW, steps: int
+    plan: Plan, pipeline: Any, images: list[Whole], steps: int
 ) -> dict[str, np.ndarray]:
     """LoRA on every block at full resolution by torch eager - what users do today; the adapter by
     diffusers names. The pipeline is left without it.
     """
-    family = family_module(plan.family)
+    family, adamw = family_module(plan.family), plan.optimizer
     model = pipeline.transformer
     add_lora(model, lora_modules(family, 0, 0, plan.layers), plan.rank, plan.alpha, plan.seed)
     parameters = {lora_name(n): p for n, p in model.named_parameters() if p.requires_grad}
@@ -84,14 +121,13 @@ def train_full_lora(
         eps=adamw.eps,
         weight_decay=adamw.weight_decay,
     )
-    levels = family.sigmas(family.scheduler_config(plan.model))
+    levels = levels_of(plan)
     with bar("full LoRA (torch)", steps) as advance:
         for step in range(steps):
             turn, number = divmod(step, len(images))
             place = (turn * GOLDEN + number / len(images)) % 1.0
             sigma = float(levels[int(place * len(levels))])
-            inputs, target = full_example(plan, pipeline, images[number], sigma, step)
-            loss = (model(**inputs, return_dict=False)[0] - target).square().mean()
+            loss = flow_matching_loss(model, images[number], sigma, len(levels), step)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters.values(), adamw.max_grad_norm)
@@ -124,12 +160,11 @@ def contact_sheet(
     sheet = Image.new("RGB", (len(seeds) * size, strip + len(prompts) * (size + strip)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((4, 2), title, fill="black")
-    with bar(title, len(prompts) * len(seeds)) as advance:
+    with bar(title, len(prompts)) as advance:
         for row, prompt in enumerate(prompts):
             top = strip + row * (size + strip)
             draw.text((4, top + 2), prompt, fill="black")
-            for column, seed in enumerate(seeds):
-                picture = family.sample(pipeline, prompt, size, seed)
+            for column, picture in enumerate(family.sample(pipeline, prompt, size, seeds)):
                 sheet.paste(picture, (column * size, top + strip))
-                advance()
+            advance()
     return sheet

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_dit.adamw import AdamW
 from edge_dit.adapter import read_adapter, write_adapter_folder
 from edge_dit.bundle import ADAPTER
 from edge_dit.errors import BadInput, CheckFailed
-from edge_dit.evaluate import adapted, contact_sheet, heldout_loss, train_full_lora
+from edge_dit.evaluate import adapted, contact_sheet, encode_whole, heldout_loss, train_full_lora
 from edge_dit.files import write_atomic, write_json
 from edge_dit.images import read_folder
 from edge_dit.job import read_job
@@ -91,16 +90,17 @@ def quickstart(job_path: Path, out: Path, target: str | None, say: Callable[[str
         adapters[name] = out / f"adapter-{name}"
         write_adapter_folder(adapters[name], tensors, rank, alpha, str(plan.model))
     pipeline = load_pipeline(plan.model)
-    adamw = AdamW(**plan.optimizer.model_dump())
     full = out / "adapter-full-lora"
-    tensors = train_full_lora(plan, pipeline, images, adamw, plan.steps)
+    whole = encode_whole(plan, pipeline, images)
+    tensors = train_full_lora(plan, pipeline, whole, plan.steps)
     write_adapter_folder(full, tensors, plan.rank, plan.alpha, str(plan.model))
 
     prompts = list(dict.fromkeys(image.caption for image in heldout))[:PROMPTS]
+    unseen = encode_whole(plan, pipeline, heldout)
     arms: dict[str, Path | None] = {"before": None, **adapters, "full LoRA": full}
     for name, folder in arms.items():
         with adapted(pipeline, folder):
-            rows[name] = heldout_loss(plan, pipeline, heldout)
+            rows[name] = heldout_loss(plan, pipeline, unseen)
             if name == "before":
                 sheet(plan, pipeline, prompts, "before", out / "before.png")
             elif name == targets[0]:

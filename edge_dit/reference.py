@@ -1,6 +1,7 @@
 """PyTorch's own answer: the same sub-graph, loss and AdamW in eager mode.
 
-Everything an export is held against. `EagerSession` offers what the runtime's sessions offer.
+Everything an export is held against. `EagerSession` is a
+`edge_dit_runtime.session.Trainer`.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def lora_tensors(subgraph: TrainableSubgraph) -> dict[str, np.ndarray]:
 
 
 class EagerSession:
-    """A sub-graph trained by torch: the Session protocol of `edge_dit_runtime.session`.
+    """A sub-graph trained by torch: a `Trainer` of `edge_dit_runtime.session`.
 
     Args:
         subgraph: with LoRA in place; its parameters are trained in place.

@@ -39,9 +39,8 @@ def add_lora(model: nn.Module, modules: list[str], rank: int, alpha: float, seed
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=modules, init_lora_weights="gaussian"
-        )
+        options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": modules}
+        config = LoraConfig(**options, init_lora_weights="gaussian")
         model.add_adapter(config)  # type: ignore[operator]
 
 

@@ -9,7 +9,7 @@ Stages, each kept in DIR and skipped when already there; a stopped training resu
     latents        8,000 captioned scenes, encoded at 128 px, at 64 px, and as 64 px crops of Eq. 1
     transformer    SanaTransformer2DModel, 12 blocks of width 128: 64 px first, then 128 px
 
-About an hour and a half on two cores. Needs the extra `host` and scikit-image.
+About an hour on two idle cores. Needs the extra `host` and scikit-image.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def photographs() -> list[np.ndarray]:
         "hubble_deep_field",
     ]
     pictures = [np.asarray(getattr(data, name)()) for name in names]
-    return pictures + [np.asarray(data.stereo_motorcycle()[0])]
+    return [*pictures, np.asarray(data.stereo_motorcycle()[0])]
 
 
 def textures() -> list[np.ndarray]:
@@ -398,7 +398,7 @@ def make_latents(work: Path, vae: AutoencoderDC, tokenizer, text_encoder) -> dic
         "empty_mask": empty_mask,
         "scale": scale,
     }
-    save_file(data, done)
+    save_file({k: v.contiguous() for k, v in data.items()}, done)
     return data
 
 

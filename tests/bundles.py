@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
+from textwrap import dedent
 
 import numpy as np
+import onnxruntime
 import torch
+from safetensors.numpy import save_file
 from torch import Tensor
 
 import tiny
@@ -13,6 +19,7 @@ from edge_dit.adamw import AdamW
 from edge_dit.adapter import write_adapter
 from edge_dit.bundle import ADAPTER, MANIFEST, Manifest, Optimizer, TensorSpec
 from edge_dit.patch_sampler import PatchSampler
+from edge_dit.sampler import crop_at
 from edge_dit.subgraph import TrainableSubgraph
 
 ADAMW = AdamW(lr=1e-3, weight_decay=0.1, max_grad_norm=0.5)
@@ -22,8 +29,6 @@ SAMPLER = PatchSampler(16, 48, 8)
 
 def write(folder: Path, target: str) -> tuple[TrainableSubgraph, dict[str, Tensor], Manifest]:
     """A bundle with one target; also the sub-graph and draw it was made from."""
-    from dataclasses import asdict
-
     from edge_dit_export.onnx_target import export_onnx
     from edge_dit_export.optimizer import AdamWStep
     from edge_dit_export.ort_training_target import export_ort_training
@@ -93,6 +98,60 @@ def train_eagerly(
         optimizer.step()
         losses.append(loss.item())
     return losses, {name: p.detach().numpy().copy() for name, p in parameters.items()}
+
+
+_TRAIN_WITHOUT_TORCH = """
+    import sys
+    from pathlib import Path
+
+    class NoTorch:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in ("torch", "onnx", "diffusers"):
+                raise ImportError(f"{name} is blocked")
+
+    sys.meta_path.insert(0, NoTorch())
+    from safetensors.numpy import load_file
+    from edge_dit.bundle import read_manifest
+    from edge_dit_runtime.session import open_session
+
+    bundle, target = Path(sys.argv[1]), sys.argv[2]
+    session = open_session(bundle, read_manifest(bundle), target)
+    draw = load_file(bundle / "draw.safetensors")
+    print(*(session.step(draw) for _ in range(3)))
+"""
+
+
+def assert_trains_without_torch(session, folder: Path, target: str, batch) -> None:
+    """A process that cannot import torch trains ``folder``, to the same bits as ``session``."""
+    draw = draws(batch, 1)[0]
+    save_file(draw, folder / "draw.safetensors")
+    command = [sys.executable, "-c", dedent(_TRAIN_WITHOUT_TORCH), str(folder), target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert [float(word) for word in done.stdout.split()] == [session.step(draw) for _ in range(3)]
+
+
+def assert_samples_like_interpolate(path: Path) -> None:
+    """patch_sampler.onnx against torch's antialiased resize of the host's crop."""
+    session = onnxruntime.InferenceSession(path)
+    rng = np.random.default_rng(0)
+    s_min, s_max, multiple = SAMPLER.s_min, SAMPLER.s_max, SAMPLER.multiple
+    for _ in range(100):
+        height, width = map(int, rng.integers(s_max, 3 * s_max, 2))
+        image = rng.uniform(-1, 1, (1, 3, height, width)).astype(np.float32)
+        sigma, u, v = rng.uniform(0, 1, 3).astype(np.float32)
+        feeds = {"image": image, "sigma": sigma[None], "uv": np.array([u, v])}
+        patch = torch.from_numpy(session.run(None, feeds)[0])
+        crop = crop_at(sigma, u, v, height, width, s_min, s_max, multiple)
+        rows, columns = (slice(start, start + crop.side) for start in (crop.top, crop.left))
+        want = torch.nn.functional.interpolate(
+            torch.from_numpy(image[:, :, rows, columns]),
+            size=(s_min, s_min),
+            mode="bilinear",
+            antialias=True,
+        )
+        torch.testing.assert_close(patch, want, rtol=0, atol=1e-5)
 
 
 def assert_trains_like_torch(session, sub, batch) -> None:

@@ -1,15 +1,15 @@
-import subprocess
 import sys
-import textwrap
 
-import bundles
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import tiny
 import torch
 
+import bundles
+import tiny
+from edge_dit.errors import BadInput
+from edge_dit_export.optimizer import AdamWStep
 from edge_dit_runtime.onnx_session import OnnxSession
 
 FILES = ("train_step", "optimizer", "patch_sampler")
@@ -89,8 +89,6 @@ def test_frozen_weights_are_stored_once(bundle):
 
 def test_optimizer_equals_its_module(bundle):
     folder, sub, _, _ = bundle
-    from edge_dit_export.optimizer import AdamWStep
-
     shapes = {name: p.shape for name, p in sub.lora_parameters().items()}
     generator = torch.Generator().manual_seed(0)
     state = [torch.randn(shape, generator=generator) for _ in range(4) for shape in shapes.values()]
@@ -104,37 +102,46 @@ def test_optimizer_equals_its_module(bundle):
 
 
 def test_sampler_equals_interpolate(bundle):
-    from edge_dit.sampler import crop_at
-
-    session = onnxruntime.InferenceSession(bundle[0] / "onnx" / "patch_sampler.onnx")
-    sampler = bundles.SAMPLER
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        height, width = rng.integers(sampler.s_max, 3 * sampler.s_max, 2)
-        image = rng.uniform(-1, 1, (1, 3, height, width)).astype(np.float32)
-        sigma, u, v = rng.uniform(0, 1, 3).astype(np.float32)
-        feeds = {"image": image, "sigma": sigma[None], "uv": np.array([u, v])}
-        patch = session.run(None, feeds)[0]
-        crop = None
-    assert crop_at
+    bundles.assert_samples_like_interpolate(bundle[0] / "onnx" / "patch_sampler.onnx")
 
 
-TRAIN_WITHOUT_TORCH = """
-    import sys
-    from pathlib import Path
+def test_trains_without_torch(bundle):
+    folder, _, batch, manifest = bundle
+    bundles.assert_trains_without_torch(OnnxSession(folder, manifest), folder, "onnx", batch)
 
-    class NoTorch:
-        def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] in ("torch", "onnx", "onnxscript", "diffusers"):
-                raise ImportError(f"{name} is blocked")
 
-    sys.meta_path.insert(0, NoTorch())
-    from safetensors.numpy import load_file, save_file
-    from edge_dit.bundle import read_manifest
-    from edge_dit_runtime.session import open_session
+def test_another_draw_changes_nothing_kept(bundle):
+    """Backward alone leaves adapter and optimiser state as they are."""
+    folder, _, batch, manifest = bundle
+    session = OnnxSession(folder, manifest)
+    before = session.state_dict()
+    session.backward(bundles.draws(batch, 1)[0])
+    for name, value in session.state_dict().items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
 
-    bundle, target = Path(sys.argv[1]), sys.argv[2]
-    session = open_session(bundle, read_manifest(bundle), target)
-    draw = load_file(bundle / "draw.safetensors")
-    print(*(session.step(draw) for _ in range(5)))
-"""
+
+def test_a_foreign_adapter_is_refused(bundle):
+    folder, _, _, manifest = bundle
+    session = OnnxSession(folder, manifest)
+    adapter = session.adapter()
+    name, value = adapter.popitem()
+    with pytest.raises(BadInput, match=name):
+        session.load_adapter(adapter)
+    with pytest.raises(BadInput, match="shape"):
+        session.load_adapter({**adapter, name: value[:1, :1]})
+
+
+def test_names_the_extra_that_is_missing(bundle, monkeypatch):
+    folder, _, _, manifest = bundle
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BadInput, match=r"edge-dit\[ort\]"):
+        OnnxSession(folder, manifest)
+
+
+@pytest.mark.slow
+def test_exports_are_reproducible(bundle, tmp_path):
+    folder, *_ = bundle
+    bundles.write(tmp_path / "again", "onnx")
+    for path in sorted((folder / "onnx").iterdir()):
+        again = tmp_path / "again" / "onnx" / path.name
+        assert path.read_bytes() == again.read_bytes(), path.name

@@ -1,10 +1,16 @@
 import numpy as np
 import onnx
 import pytest
+from onnxruntime.capi import _pybind_state
 
 import bundles
 import tiny
+from edge_dit.errors import BadInput
 from edge_dit_runtime.ort_training_session import OrtTrainingSession
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(_pybind_state, "CheckpointState"), reason="stock onnxruntime, no training"
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +44,7 @@ def test_state_before_the_first_step(bundle):
         np.testing.assert_array_equal(value, first[1][name], err_msg=name)
 
 
-def test_clips_with_torchs_epsilon(bundle, tmp_path):
-    """A gradient as small as clip_grad_norm_'s 1e-6 shows which epsilon divides."""
+def test_clips_like_torch(bundle):
     folder, _, batch, manifest = bundle
     session = OrtTrainingSession(folder, manifest)
     draw = bundles.draws(batch, 1)[0]
@@ -57,7 +62,7 @@ def test_clips_with_torchs_epsilon(bundle, tmp_path):
 
 
 def test_files_fit_the_last_runtime(bundle):
-    folder, sub, batch, manifest = bundle
+    folder, sub, _, manifest = bundle
     for name in ("training_model", "eval_model", "optimizer_model", "patch_sampler"):
         model = onnx.load(folder / "ort-training" / f"{name}.onnx")
         assert model.ir_version <= 10
@@ -69,7 +74,29 @@ def test_files_fit_the_last_runtime(bundle):
     assert (folder / "ort-training" / "checkpoint").stat().st_size < 2 * lora_bytes
 
 
+def test_trains_without_torch(bundle):
+    folder, _, batch, manifest = bundle
+    session = OrtTrainingSession(folder, manifest)
+    bundles.assert_trains_without_torch(session, folder, "ort-training", batch)
+
+
+def test_sampler_equals_interpolate(bundle):
+    bundles.assert_samples_like_interpolate(bundle[0] / "ort-training" / "patch_sampler.onnx")
+
+
 def test_no_paths_of_the_exporting_machine(bundle):
     folder, *_ = bundle
     for path in (folder / "ort-training").glob("*.onnx"):
         assert b"site-packages" not in path.read_bytes(), path.name
+
+
+def test_stock_onnxruntime_is_told_apart(bundle, monkeypatch):
+    folder, _, _, manifest = bundle
+    monkeypatch.delattr(_pybind_state, "CheckpointState")
+    with pytest.raises(BadInput, match=r"edge-dit\[ort-training\]"):
+        OrtTrainingSession(folder, manifest)
+
+
+def test_export_writes_nothing_to_stderr(tmp_path, capfd):
+    bundles.write(tmp_path / "bundle", "ort-training")
+    assert capfd.readouterr() == ("", "")

@@ -159,16 +159,16 @@ def run_block(
     )
 
 
-def head(model: nn.Module, h: Tensor, cond: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+def head(model: Any, h: Tensor, cond: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
     """From the last hidden state [1, N, D] to the velocity [1, C, h, w]; ``model`` needs only
     norm_out, scale_shift_table, proj_out and config.patch_size.
     """
-    h = model.norm_out(h, cond["embedded_timestep"], model.scale_shift_table)  # type: ignore[operator]
-    h = model.proj_out(h)  # type: ignore[operator]
-    p = model.config.patch_size  # type: ignore[union-attr]
+    h = model.norm_out(h, cond["embedded_timestep"], model.scale_shift_table)
+    h = model.proj_out(h)
+    p = model.config.patch_size
     rows, columns = size
     h = h.reshape(1, rows, columns, p, p, -1).permute(0, 5, 1, 3, 2, 4)
-    return h.reshape(1, -1, rows * p, columns * p)  # type: ignore[operator]
+    return h.reshape(1, -1, rows * p, columns * p)
 
 
 @contextmanager
@@ -289,16 +289,16 @@ def encode_prompts(pipeline: Any, prompts: list[str]) -> list[tuple[Tensor, Tens
     return encoded
 
 
-def sample(pipeline: Any, prompt: str, side: int, seed: int) -> Any:
-    """One square picture of ``side`` pixels (PIL) by the stock pipeline, 20 steps."""
+def sample(pipeline: Any, prompt: str, side: int, seeds: list[int]) -> list[Any]:
+    """Square pictures of ``side`` pixels (PIL), one a seed, by the stock pipeline in 20 steps."""
     return pipeline(
-        prompt,
+        [prompt] * len(seeds),
         height=side,
         width=side,
         num_inference_steps=20,
-        generator=torch.Generator().manual_seed(seed),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         use_resolution_binning=False,
-    ).images[0]
+    ).images
 
 
 def scheduler_config(folder: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ OPSET = 18
 IR = 10
 """Newest IR version that onnxruntime 1.19 reads."""
 INLINE_BYTES = 1024
-"""Smaller constants (shapes, scalars) stay inside an .onnx file, where shape inference reads them."""
+"""Smaller constants (shapes, scalars) stay in the .onnx file, where shape inference reads them."""
 
 
 def onnx_model(
@@ -91,7 +91,10 @@ def patch_sampler_model(sampler: PatchSampler) -> ir.Model:
         "sigma": torch.full((1,), 0.5),
         "uv": torch.full((2,), 0.5),
     }
-    sides = {2: torch.export.Dim("H", min=sampler.s_max), 3: torch.export.Dim("W", min=sampler.s_max)}
+    sides = {
+        2: torch.export.Dim("H", min=sampler.s_max),
+        3: torch.export.Dim("W", min=sampler.s_max),
+    }
     return onnx_model(sampler, examples, ["patch"], {"image": sides, "sigma": None, "uv": None})
 
 

@@ -13,6 +13,10 @@ model's memory and the checkpoint holds the adapter only.
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from edge_dit.patch_sampler import PatchSampler
 from edge_dit.subgraph import TrainableSubgraph
 from edge_dit_export.onnx_model import IR, OPSET, onnx_model, patch_sampler_model
 from edge_dit_export.passes_onnx.complete_layer_norm import complete_layer_norm
+from edge_dit_export.passes_onnx.expand_clip_grad_norm import expand_clip_grad_norm
 
 FROZEN = "frozen.safetensors"
 SAMPLER = "patch_sampler.onnx"
@@ -113,15 +118,33 @@ def _make_artifacts(model: onnx.ModelProto, lora: list[str], adamw: AdamW, direc
         weight_decay=adamw.weight_decay,
         clip_grad=onnxblock.optim.ClipGradNorm(adamw.max_grad_norm),
     )
-    artifacts.generate_artifacts(
-        model, requires_grad=lora, optimizer=optimizer, artifact_directory=directory
-    )
+    with _quiet():
+        artifacts.generate_artifacts(
+            model, requires_grad=lora, optimizer=optimizer, artifact_directory=directory
+        )
     path = directory / "optimizer_model.onnx"
     written = onnx.load(path)
     # generate_artifacts stamps the installed onnx's IR version, which its own runtime refuses.
     written.ir_version = min(written.ir_version, IR)
+    expand_clip_grad_norm(written, len(lora))
     for node in written.graph.node:
         for attribute in node.attribute:
             if attribute.name == "adam_mode":
                 attribute.i = 0  # decay before the step, as torch.optim.AdamW; 1 is after it
     onnx.save(written, path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what onnxruntime's C++ writes to stderr: one line per graph transformer, whatever its
+    logger's severity is set to. Its errors are exceptions.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -12,12 +12,14 @@ Frozen weights are buffers of the graph module, LoRA tensors are inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import CodeGen
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edge_dit.subgraph import TrainableSubgraph
@@ -68,7 +70,8 @@ def trace_train_step(subgraph: TrainableSubgraph, batch: dict[str, Tensor]) -> T
         return loss.detach(), *gradients
 
     with sdpa_kernel(SDPBackend.MATH):
-        module = make_fx(step, decomposition_table=core_aten_decompositions())(batch, lora, frozen)
+        decompositions: Any = core_aten_decompositions()
+        module = make_fx(step, decomposition_table=decompositions)(batch, lora, frozen)
     module = _flatten(module, frozen)
     inputs = {**batch, **lora}
     return TrainStepGraph(module, inputs, ["loss", *(f"grad.{name}" for name in lora)])
@@ -83,7 +86,7 @@ def _parameter_names(subgraph: TrainableSubgraph) -> dict[str, str]:
 def _flatten(module: fx.GraphModule, frozen: dict[str, Tensor]) -> fx.GraphModule:
     """Drop the pytree wrapping of ``make_fx`` and turn the trailing frozen inputs into buffers."""
     graph = module.graph
-    graph.set_codegen(fx.graph.CodeGen())
+    graph.set_codegen(CodeGen())
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node, (name, tensor) in zip(placeholders[-len(frozen) :], frozen.items(), strict=True):
         if node.users:

@@ -43,7 +43,7 @@ class OnnxSession:
     def backward(self, draw: Mapping[str, np.ndarray]) -> float:
         """See `Session.backward`."""
         outputs = ["loss", *(f"grad.{name}" for name in self._shapes)]
-        batch = {name: draw[name] for name in self._batch}
+        batch = {name: np.asarray(draw[name], np.float32) for name in self._batch}
         loss, *gradients = self._train.run(outputs, {**batch, **self._state[""]})
         self._gradients = dict(zip(self._shapes, gradients, strict=True))
         return float(loss)

@@ -36,6 +36,11 @@ class OrtTrainingSession:
         manifest: its manifest.
     """
 
+    # Objects of onnxruntime, which has no type stubs.
+    _optimizer: Any = None
+    _module: Any = None
+    _state: Any = None
+
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
         self._ort = require("onnxruntime", "the ort-training target")
         self._c: Any = self._ort.capi._pybind_state
@@ -52,6 +57,7 @@ class OrtTrainingSession:
 
     def _open(self, checkpoint: Path) -> None:
         """Start from a checkpoint file, and from the moments and step in it if there are any."""
+        self._close()
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.use_deterministic_compute = True
@@ -64,6 +70,16 @@ class OrtTrainingSession:
             str(self._folder / "optimizer_model.onnx"), self._state, cpu, options
         )
         self._optimizer.set_learning_rate(self._lr)
+
+    def _close(self) -> None:
+        """Let go of the optimiser and the module before the state they point into, or they write to
+        freed memory.
+        """
+        self._optimizer = None
+        self._module = None
+        self._state = None
+
+    __del__ = _close
 
     def backward(self, draw: Mapping[str, np.ndarray]) -> float:
         """See `Session.backward`."""
@@ -89,7 +105,7 @@ class OrtTrainingSession:
         return loss
 
     def gradients(self) -> Tensors:
-        """See `Session.gradients`. `update` clips them where they are."""
+        """See `Session.gradients`."""
         return {name: self._parameter(name).grad.numpy().copy() for name in self._shapes}
 
     def _parameter(self, name: str) -> Any:
@@ -113,12 +129,12 @@ class OrtTrainingSession:
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """See `Session.load_state_dict`."""
-        values = take(state, self._state_shapes())
+        values, step = take(state, self._state_shapes()), take_step(state)
         # An update of any kind gives the checkpoint a place for the step count.
         self.step({name: np.zeros(shape, np.float32) for name, shape in self._batch.items()})
         checkpoint = self._checkpoint()
         places = views(checkpoint)
-        places["step"][:] = take_step(state)
+        places["step"][:] = step
         for name, value in values.items():
             places[name][:] = value.reshape(-1)
         with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +147,7 @@ class OrtTrainingSession:
         return {kind + name: shape for kind in kinds for name, shape in self._shapes.items()}
 
     def _checkpoint(self) -> bytearray:
-        """Onnxruntime's checkpoint file of the present state, moments included."""
+        """A checkpoint file of the present state, moments included, as onnxruntime writes it."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "checkpoint"
             self._c.save_checkpoint(self._state, str(path), True)

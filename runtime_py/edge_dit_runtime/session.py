@@ -13,8 +13,8 @@ from edge_dit.bundle import Manifest, check_has_target
 Tensors = dict[str, np.ndarray]
 
 
-class Session(Protocol):
-    """A loaded train step with its adapter and optimiser state.
+class Trainer(Protocol):
+    """A train step with its adapter; what parity compares.
 
     Tensors are float32 numpy arrays; LoRA tensors go by their diffusers names, as in
     adapter.safetensors.
@@ -45,6 +45,10 @@ class Session(Protocol):
     def load_adapter(self, adapter: Mapping[str, np.ndarray]) -> None:
         """Replace the LoRA tensors; the optimiser state is kept."""
         ...
+
+
+class Session(Trainer, Protocol):
+    """A loaded bundle: a trainer whose state can be kept and restored."""
 
     def state_dict(self) -> Tensors:
         """Everything a resumed run needs to go on bit for bit: "adapter.<name>", "exp_avg.<name>",

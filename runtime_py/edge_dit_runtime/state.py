@@ -11,8 +11,6 @@ from edge_dit.errors import BadInput
 
 MOMENTS = ("exp_avg.", "exp_avg_sq.")
 """Prefixes of AdamW's first and second moments, named as in torch.optim."""
-
-
 REMEDY = "use the files of a run with this bundle"
 
 

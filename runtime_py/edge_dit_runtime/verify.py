@@ -24,7 +24,7 @@ from edge_dit.bundle import ADAPTER, MANIFEST, Manifest, read_manifest
 from edge_dit.errors import require
 from edge_dit.files import sha256, write_json
 from edge_dit.progress import bar
-from edge_dit_runtime.session import Session, open_session
+from edge_dit_runtime.session import Trainer, open_session
 from edge_dit_runtime.train import draw_order
 
 PARITY = "parity.json"
@@ -39,7 +39,7 @@ B_STD = 0.02
 gradient of A is zero and would prove nothing."""
 
 
-def measure(session: Session, bank: Bank, adapter: Mapping[str, Any], steps: int) -> dict[str, Any]:
+def measure(session: Trainer, bank: Bank, adapter: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """What parity compares, as flat tensors: "loss", "gradients.<name>", "trajectory",
     "adapter.<name>". The session's adapter and optimiser state are used up.
     """

@@ -10,6 +10,7 @@ from edge_dit_export.passes._graph import propagate, rehome, sweep
 from edge_dit_export.passes.bmm_of_one_to_mm import bmm_of_one_to_mm
 from edge_dit_export.passes.conv1x1_to_mm import conv1x1_to_mm
 from edge_dit_export.passes.depthwise_backward_to_conv import depthwise_backward_to_conv
+from edge_dit_export.passes.float_scalars import float_scalars
 from edge_dit_export.passes.merge_shape_ops import merge_shape_ops
 from edge_dit_export.passes.negative_pad_to_slice import negative_pad_to_slice
 from edge_dit_export.passes.raise_frozen_gemm import raise_frozen_gemm
@@ -34,12 +35,14 @@ FOR_ONNX: tuple[Pass, ...] = (
 """Rewrites for the plain ONNX step; shapes come last, over what the others brought together."""
 
 FOR_EXECUTORCH: tuple[Pass, ...] = (
-    *FOR_ONNX[:-2],
+    *FOR_ONNX,
     raise_frozen_gemm,
+    float_scalars,
     merge_shape_ops,
     share_shape_ops,
 )
-"""Rewrites for the ExecuTorch step."""
+"""Rewrites for the ExecuTorch step. Frozen weights are recognised once shapes are merged; raising
+them leaves permutes to merge again."""
 
 
 def apply(module: fx.GraphModule, passes: Sequence[Pass]) -> dict[str, int]:

@@ -37,6 +37,9 @@ def complete_layer_norm(model: onnx.ModelProto) -> None:
             node.input.append(bias.name)
         statistics = [f"{prefix}.mean", f"{prefix}.inverse_std"]
         node.output.extend(statistics[len(node.output) - 1 :])
+    used = {name for node in graph.node for name in node.input}
+    for name in constants.keys() - used:
+        graph.initializer.remove(constants[name])
 
 
 def _input_shape(graph: onnx.GraphProto, name: str) -> tuple[int, ...]:

@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 
 def transposes_to_gemm(model: ir.Model) -> int:
-    """Rewrite every MatMul and Gemm of two matrices of which one is transposed, in place; Transposes
-    that nothing uses any more are left to a clean-up.
+    """Rewrite every MatMul and Gemm of which a factor is transposed, in place; Transposes that
+    nothing uses any more are left to a clean-up.
 
     Returns:
         Number of nodes rewritten.

@@ -1,0 +1,33 @@
+"""Whole-number scalars beside float tensors, as floats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from edge_dit_export.passes._graph import calls, value
+
+aten: Any = torch.ops.aten
+
+
+def float_scalars(module: fx.GraphModule) -> int:
+    """Write x * 32 as x * 32.0, in the four operations of arithmetic on float tensors.
+
+    ExecuTorch 1.5.1 makes a tensor of every such scalar; of a whole number an int64 one, with a
+    conversion to float32 that runs in every step.
+
+    Returns:
+        Number of scalars replaced.
+    """
+    count = 0
+    targets = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+    for node in calls(module, *targets):
+        result = value(node)
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            continue
+        args = tuple(float(arg) if type(arg) is int else arg for arg in node.args)
+        count += sum(type(arg) is int for arg in node.args)
+        node.args = args
+    return count

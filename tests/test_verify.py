@@ -1,0 +1,92 @@
+"""Parity: passes on what we export, fails on what does not match, and names the tensor."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from onnx import external_data_helper, numpy_helper
+
+from edge_dit.bundle import read_manifest
+from edge_dit_runtime.verify import TOLERANCES, compare, read_certificate, verify
+
+
+@pytest.fixture
+def bundle(road, tmp_path):
+    copy = tmp_path / "bundle"
+    shutil.copytree(road.bundle, copy)
+    return copy
+
+
+def test_every_target_passes_and_the_certificate_says_so(road, bundle):
+    certificate = verify(bundle, road.bank, steps=20)
+    assert certificate["passed"], certificate["targets"]
+    assert set(certificate["targets"]) == set(read_manifest(bundle).targets)
+    lora = read_manifest(bundle).names("lora")
+    for target, result in certificate["targets"].items():
+        names = {row["name"] for row in result["tensors"]}
+        assert names == {
+            "loss",
+            "trajectory",
+            *(f"gradients.{name}" for name in lora),
+            *(f"adapter.{name}" for name in lora),
+        }
+        assert result["tolerances"] == TOLERANCES[target]
+        gradients = [row for row in result["tensors"] if row["kind"] == "gradients"]
+        assert all(row["max"] < np.inf and row["cosine"] > 0.999 for row in gradients)
+    assert read_certificate(bundle) == json.loads((bundle / "parity.json").read_text())
+
+
+def test_a_changed_weight_fails_and_the_worst_tensor_is_named(road, bundle):
+    path = bundle / "onnx" / "train_step.onnx"
+    model = onnx.load(path)
+    weight = max(
+        (w for w in model.graph.initializer if len(w.dims) == 2), key=lambda w: np.prod(w.dims)
+    )
+    weight.CopyFrom(numpy_helper.from_array(1.05 * numpy_helper.to_array(weight), weight.name))
+    external_data_helper.convert_model_from_external_data(model)
+    onnx.save(model, path)
+    certificate = verify(bundle, road.bank, steps=2, targets=["onnx"])
+    assert not certificate["passed"]
+    worst = certificate["targets"]["onnx"]["failed"][0]
+    assert worst["relative"] > worst["tolerance"]
+    assert worst["name"].partition(".")[0] in TOLERANCES["onnx"]
+
+
+def test_a_target_that_dies_is_reported_not_raised(road, bundle):
+    (bundle / "onnx" / "train_step.onnx").write_bytes(b"not a model")
+    certificate = verify(bundle, road.bank, steps=1, targets=["onnx"])
+    assert not certificate["passed"]
+    assert "ended with code" in certificate["targets"]["onnx"]["error"]
+
+
+def test_certificate_of_another_manifest_does_not_count(road, bundle):
+    verify(bundle, road.bank, steps=1, targets=["onnx"])
+    manifest = bundle / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    assert read_certificate(bundle) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "fails"),
+    [
+        ("gradients", 0.9e-4, False),
+        ("gradients", 1.1e-4, True),
+        ("adapter", 0.9e-3, False),
+        ("adapter", 1.1e-3, True),
+        ("trajectory", 1.1e-4, True),
+        ("gradients", np.nan, True),
+    ],
+)
+def test_compare_holds_the_stated_tolerance(kind, change, fails):
+    reference = {f"{kind}.x": np.array([1.0, -2.0, 0.5])}
+    found = {f"{kind}.x": reference[f"{kind}.x"] + np.array([0, 2 * change, 0])}
+    result = compare(reference, found, TOLERANCES["onnx"])
+    assert result["passed"] is not fails
+    assert bool(result["failed"]) is fails
+
+
+def test_compare_fails_on_a_missing_tensor():
+    result = compare({"loss": np.ones(1)}, {}, TOLERANCES["onnx"])
+    assert not result["passed"]
