@@ -58,12 +58,14 @@ def as_batch(captured: Any, target: Tensor) -> dict[str, Tensor]:
         captured: a family's Captured.
         target: velocity to predict, [1, C, h, w].
     """
-    return {
+    batch = {
         "entry": captured.entry,
         **{f"cond.{name}": value for name, value in captured.cond.items()},
         "tail_residual": captured.tail_residual,
         "target": target,
     }
+    # A bank stores rows; graphs traced with other strides would take no such tensor (ExecuTorch).
+    return {name: value.contiguous() for name, value in batch.items()}
 
 
 class TrainableSubgraph(nn.Module):

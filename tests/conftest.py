@@ -83,5 +83,5 @@ def road(workplace: Path) -> Road:
     (workplace / "plan.json").write_text(plan.model_dump_json())
     images = read_folder(job.data.images, job.data.prompt, plan.s_max)
     precompute(plan, images, workplace / "bank")
-    export(plan, workplace / "bundle", ["onnx","ort-training"])
+    export(plan, workplace / "bundle", plan.targets)
     return Road(workplace, workplace / "job.toml", plan, workplace / "bank", workplace / "bundle")

@@ -59,9 +59,9 @@ def write(folder: Path) -> Manifest:
 
 
 def session(folder: Path, manifest: Manifest):
-    from edge_dit_runtime.executorch_session import ExecuTorchSession
+    from edge_dit_runtime.executorch_session import executorch_session
 
-    return ExecuTorchSession(folder, manifest)
+    return executorch_session(folder, manifest)
 
 
 def gradients(folder: Path, manifest: Manifest) -> None:
@@ -106,23 +106,25 @@ def adapter(folder: Path, manifest: Manifest) -> None:
 def optimizer(folder: Path, manifest: Manifest) -> None:
     """optimizer.pte against its module, late in a run, where the moments' bias hardly counts."""
     from edge_dit_export.optimizer import AdamWStep
-    from edge_dit_runtime.executorch_session import Program
+    from edge_dit_runtime.executorch_session import ExecuTorchProgram
 
     shapes = {t.name: t.shape for t in manifest.tensors if t.role == "lora"}
     generator = torch.Generator().manual_seed(0)
     state = [torch.randn(s, generator=generator) for _ in range(4) for s in shapes.values()]
     state[3 * len(shapes) :] = [value.abs() for value in state[3 * len(shapes) :]]
     arguments = [torch.tensor([1e-3]), torch.tensor([900.0]), *state]
-    found = Program(folder / "executorch" / "optimizer.pte")(*(a.numpy() for a in arguments))
+    found = ExecuTorchProgram(folder / "executorch" / "optimizer.pte")(
+        *(a.numpy() for a in arguments)
+    )
     for want, have in zip(AdamWStep(bundles.ADAMW, shapes)(*arguments), found, strict=True):
         torch.testing.assert_close(torch.from_numpy(have), want, rtol=1e-6, atol=1e-7)
 
 
 def sampler(folder: Path, manifest: Manifest) -> None:
     """patch_sampler.pte against torch's antialiased resize, images of many sizes."""
-    from edge_dit_runtime.executorch_session import Program
+    from edge_dit_runtime.executorch_session import ExecuTorchProgram
 
-    program = Program(folder / "executorch" / "patch_sampler.pte")
+    program = ExecuTorchProgram(folder / "executorch" / "patch_sampler.pte")
     rng = np.random.default_rng(0)
     settings = bundles.SAMPLER.s_min, bundles.SAMPLER.s_max, bundles.SAMPLER.multiple
     sides = rng.integers(settings[1], MAX_IMAGE_SIDE, (100, 2), endpoint=True)
@@ -144,12 +146,12 @@ def sampler(folder: Path, manifest: Manifest) -> None:
 def bad_file(folder: Path, manifest: Manifest) -> None:
     """What is no program is refused with the file's name."""
     from edge_dit.errors import BadInput
-    from edge_dit_runtime.executorch_session import Program
+    from edge_dit_runtime.executorch_session import ExecuTorchProgram
 
     path = folder / "broken.pte"
     path.write_bytes(bytes(2048))
     with pytest.raises(BadInput, match=r"broken\.pte"):
-        Program(path)
+        ExecuTorchProgram(path)
 
 
 def every_frozen_layer_is_delegated(folder: Path, manifest: Manifest) -> None:

@@ -67,8 +67,8 @@ def run_without(blocked: tuple[str, ...], code: str) -> str:
 def test_import_needs_nothing_heavy():
     run_without(
         (*HEAVY, "onnxruntime"),
-        "import edge_dit, edge_dit.cli, edge_dit.bank, edge_dit.plan, edge_dit.job, edge_dit.images,"
-        "edge_dit.bundle, edge_dit.adapter, edge_dit.doctor, edge_dit.inspect\n"
+        "import edge_dit, edge_dit.cli, edge_dit.bank, edge_dit.plan, edge_dit.job,"
+        "edge_dit.images, edge_dit.bundle, edge_dit.adapter, edge_dit.doctor, edge_dit.inspect\n"
         "import edge_dit_runtime, edge_dit_runtime.train, edge_dit_runtime.verify",
     )
 

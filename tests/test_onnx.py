@@ -10,7 +10,7 @@ import bundles
 import tiny
 from edge_dit.errors import BadInput
 from edge_dit_export.optimizer import AdamWStep
-from edge_dit_runtime.onnx_session import OnnxSession
+from edge_dit_runtime.onnx_session import onnx_session
 
 FILES = ("train_step", "optimizer", "patch_sampler")
 
@@ -25,12 +25,12 @@ def bundle(tmp_path_factory):
 def test_trains_like_torch(bundle):
     folder, _, _, manifest = bundle
     sub, batch = tiny.subgraph()
-    bundles.assert_trains_like_torch(OnnxSession(folder, manifest), sub, batch)
+    bundles.assert_trains_like_torch(onnx_session(folder, manifest), sub, batch)
 
 
 def test_resumes_bit_for_bit(bundle):
     folder, _, batch, manifest = bundle
-    bundles.assert_resumes_bit_for_bit(lambda: OnnxSession(folder, manifest), batch)
+    bundles.assert_resumes_bit_for_bit(lambda: onnx_session(folder, manifest), batch)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -107,13 +107,13 @@ def test_sampler_equals_interpolate(bundle):
 
 def test_trains_without_torch(bundle):
     folder, _, batch, manifest = bundle
-    bundles.assert_trains_without_torch(OnnxSession(folder, manifest), folder, "onnx", batch)
+    bundles.assert_trains_without_torch(onnx_session(folder, manifest), folder, "onnx", batch)
 
 
 def test_another_draw_changes_nothing_kept(bundle):
     """Backward alone leaves adapter and optimiser state as they are."""
     folder, _, batch, manifest = bundle
-    session = OnnxSession(folder, manifest)
+    session = onnx_session(folder, manifest)
     before = session.state_dict()
     session.backward(bundles.draws(batch, 1)[0])
     for name, value in session.state_dict().items():
@@ -122,7 +122,7 @@ def test_another_draw_changes_nothing_kept(bundle):
 
 def test_a_foreign_adapter_is_refused(bundle):
     folder, _, _, manifest = bundle
-    session = OnnxSession(folder, manifest)
+    session = onnx_session(folder, manifest)
     adapter = session.adapter()
     name, value = adapter.popitem()
     with pytest.raises(BadInput, match=name):
@@ -135,7 +135,7 @@ def test_names_the_extra_that_is_missing(bundle, monkeypatch):
     folder, _, _, manifest = bundle
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BadInput, match=r"edge-dit\[ort\]"):
-        OnnxSession(folder, manifest)
+        onnx_session(folder, manifest)
 
 
 @pytest.mark.slow

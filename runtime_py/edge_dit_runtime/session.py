@@ -69,13 +69,13 @@ def open_session(bundle: Path, manifest: Manifest, target: str) -> Session:
     """
     check_has_target(bundle, manifest, target)
     if target == "onnx":
-        from edge_dit_runtime.onnx_session import OnnxSession
+        from edge_dit_runtime.onnx_session import onnx_session
 
-        return OnnxSession(bundle, manifest)
+        return onnx_session(bundle, manifest)
     if target == "ort-training":
         from edge_dit_runtime.ort_training_session import OrtTrainingSession
 
         return OrtTrainingSession(bundle, manifest)
-    from edge_dit_runtime.executorch_session import ExecuTorchSession
+    from edge_dit_runtime.executorch_session import executorch_session
 
-    return ExecuTorchSession(bundle, manifest)
+    return executorch_session(bundle, manifest)
