@@ -88,8 +88,8 @@ def quickstart(
     from edge_dit.quickstart import quickstart as run
     from edge_dit.quickstart import samples_folder
 
-    def say(line: str) -> None:
-        (err if as_json else out).print(line, markup=False)
+    def say(what: Any) -> None:
+        (err if as_json else out).print(what, markup=False)
 
     check_targets([target] if target else None)
     table = run(job or samples_folder() / "sana.toml", folder, target, say)
@@ -195,6 +195,7 @@ def verify(
 ) -> None:
     """Compare every target with PyTorch; exit code 1 when one fails."""
     from edge_dit.bundle import check_has_target, read_manifest
+    from edge_dit.certificate import parity_table, why_failed
     from edge_dit_runtime.verify import verify as run
 
     check_targets(target)
@@ -275,41 +276,6 @@ def check_targets(targets: list[str] | None) -> None:
             raise BadInput(
                 "--target", found=f"unknown target {target!r}", expected=", ".join(TARGETS)
             )
-
-
-def parity_table(certificate: dict[str, Any]) -> Any:
-    """A certificate as a table: the worst relative difference of each kind and target."""
-    from rich.table import Table
-
-    kinds = ("loss", "gradients", "trajectory", "adapter")
-    table = Table(title=f"parity with {certificate['reference']}, {certificate['steps']} steps")
-    for heading in ("target", *kinds, "verdict"):
-        table.add_column(heading)
-    for target, result in certificate["targets"].items():
-        cells = []
-        for kind in kinds:
-            worst = result.get("worst", {}).get(kind)
-            limit = result["tolerances"][kind]
-            cells.append(f"{worst['relative']:.1e} (limit {limit:.0e})" if worst else "-")
-        table.add_row(target, *cells, "passed" if result["passed"] else "FAILED")
-    return table
-
-
-def why_failed(certificate: dict[str, Any]) -> str:
-    """The worst tensor of each target that failed."""
-    lines = ["parity failed"]
-    for target, result in certificate["targets"].items():
-        if "error" in result:
-            lines.append(f"  {target}: {result['error']}")
-        elif result["failed"]:
-            worst = result["failed"][0]
-            lines.append(
-                f"  {target}: {worst['name']}: max difference {worst['max']:.3e}, mean "
-                f"{worst['mean']:.3e}, cosine {worst['cosine']:.6f}; relative "
-                f"{worst['relative']:.3e} > tolerance {worst['tolerance']:.0e} "
-                f"({len(result['failed'])} tensors failed)"
-            )
-    return "\n".join(lines)
 
 
 def main() -> None:

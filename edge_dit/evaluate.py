@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from edge_dit.adamw import learning_rate
 from edge_dit.bank import GOLDEN
 from edge_dit.families import family_module
 from edge_dit.images import Captioned
@@ -112,7 +113,8 @@ def train_full_lora(
     """
     family, adamw = family_module(plan.family), plan.optimizer
     model = pipeline.transformer
-    add_lora(model, lora_modules(family, 0, 0, plan.layers), plan.rank, plan.alpha, plan.seed)
+    modules = lora_modules(family, range(plan.layers), plan.lora_targets)
+    add_lora(model, modules, plan.rank, plan.alpha, plan.seed)
     parameters = {lora_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         parameters.values(),
@@ -129,6 +131,7 @@ def train_full_lora(
             sigma = float(levels[int(place * len(levels))])
             loss = flow_matching_loss(model, images[number], sigma, len(levels), step)
             optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, adamw.lr)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters.values(), adamw.max_grad_norm)
             optimizer.step()

@@ -44,13 +44,14 @@ class PlanOptions(_Section):
 
 class Train(_Section):
     """[train]: ``resolution`` is s_max and ``patch`` s_min of Eq. 1, in pixels; ``draws`` is the
-    size of the bank.
+    size of the bank; ``lora_targets`` names modules within a block, default the family's.
     """
 
     resolution: Positive
     patch: Positive
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] | None = None
+    lora_targets: Annotated[list[str], Field(min_length=1)] | None = None
     lr: Annotated[float, Field(gt=0)] = 1e-4
     steps: Positive = 500
     draws: Positive = 256

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from edge_dit.adamw import AdamW
 from edge_dit.bundle import Optimizer
 from edge_dit.errors import BadInput, ManyFaults, require
 from edge_dit.families import detect, family_module
@@ -42,6 +45,7 @@ class Plan(BaseModel):
         multiple: the autoencoder's downsampling factor times the transformer's patch size, pixels.
         text_tokens: length text is cut to: the longest prompt of the job.
         rank, alpha: of the LoRA; W' = W + alpha / rank B A.
+        lora_targets: modules within a block that carry LoRA.
         optimizer: AdamW's hyper-parameters.
         steps: training steps.
         draws: draws in the bank.
@@ -63,6 +67,7 @@ class Plan(BaseModel):
     text_tokens: int
     rank: int
     alpha: float
+    lora_targets: list[str]
     optimizer: Optimizer
     steps: int
     draws: int
@@ -82,11 +87,20 @@ class Plan(BaseModel):
 
     def identity(self) -> str:
         """Hash of all that bank and bundle must share to fit together: the model's weights, the
-        split, the sizes and the seed - not learning rate, steps, targets, or where files lie.
+        split, the sizes and the seed - not the LoRA, the optimizer, or where files lie.
         """
         shared = self.model_dump(
             mode="json",
-            exclude={"model", "optimizer", "steps", "draws", "targets", "rank", "alpha"},
+            exclude={
+                "model",
+                "rank",
+                "alpha",
+                "lora_targets",
+                "optimizer",
+                "steps",
+                "draws",
+                "targets",
+            },
         )
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
@@ -137,6 +151,8 @@ def make_plan(
                 remedy="skip fewer blocks",
             )
         )
+    lora_targets = job.train.lora_targets or list(family.LORA_TARGETS)
+    faults += _target_faults(lora_targets, family.linear_modules(job.model.path))
     prompts = captions(image_files(job.data.images), job.data.prompt)
     if faults:
         raise faults[0] if len(faults) == 1 else ManyFaults("job", faults)
@@ -154,14 +170,8 @@ def make_plan(
         text_tokens=family.text_tokens(job.model.path, sorted(set(prompts))),
         rank=job.train.rank,
         alpha=alpha,
-        optimizer=Optimizer(
-            lr=job.train.lr,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            weight_decay=1e-2,
-            max_grad_norm=1.0,
-        ),
+        lora_targets=lora_targets,
+        optimizer=Optimizer(**asdict(AdamW(lr=job.train.lr))),
         steps=job.train.steps,
         draws=job.train.draws,
         seed=job.train.seed,
@@ -179,6 +189,20 @@ def _size_faults(job: Job, multiple: int) -> list[BadInput]:
         )
         for key, value in (("patch", job.train.patch), ("resolution", job.train.resolution))
         if value % multiple
+    ]
+
+
+def _target_faults(targets: list[str], known: list[str]) -> list[BadInput]:
+    return [
+        BadInput(
+            "train.lora_targets",
+            found=f"no module {target!r} in a block",
+            expected=f"some of {', '.join(known)}",
+            remedy=f"did you mean {' or '.join(near)}?" if near else "",
+        )
+        for target in targets
+        if target not in known
+        for near in [difflib.get_close_matches(target, known)]
     ]
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_dit.adapter import read_adapter, write_adapter_folder
-from edge_dit.bundle import ADAPTER
+from edge_dit.adapter import write_adapter_folder
+from edge_dit.bundle import read_manifest
+from edge_dit.certificate import parity_table, why_failed
 from edge_dit.errors import BadInput, CheckFailed
 from edge_dit.evaluate import adapted, contact_sheet, encode_whole, heldout_loss, train_full_lora
 from edge_dit.files import write_atomic, write_json
-from edge_dit.images import read_folder
+from edge_dit.images import Captioned, read_folder
+from edge_dit.inspect import plan_in_words
 from edge_dit.job import read_job
 from edge_dit.pipeline import load_pipeline
 from edge_dit.plan import Plan, make_plan
@@ -41,84 +42,116 @@ def samples_folder() -> Path:
     return folder
 
 
-def quickstart(job_path: Path, out: Path, target: str | None, say: Callable[[str], None]) -> Path:
+def quickstart(job_path: Path, out: Path, target: str | None, say: Callable[[Any], None]) -> Path:
     """Run the whole road into ``out``; the path of the loss table.
 
-    Every stage goes on where an earlier, stopped quickstart of the same job left it.
+    A quickstart of the same job that was stopped goes on where it was.
 
     Args:
         job_path: a job file; held-out images are looked for in ``heldout`` beside its images
-            folder.
+            folder, else the loss table is over the training images.
         out: folder for plan, bank, bundle, runs, adapters, pictures and loss table.
         target: train this target only; default: all of the job's, one after the other.
-        say: prints a line to the user.
-    """
-    from edge_dit_export.export import export
-    from edge_dit_runtime.train import train
-    from edge_dit_runtime.verify import verify
+        say: prints a line or a table to the user.
 
+    Raises:
+        BadInput: see the stages.
+        CheckFailed: a target does not compute what PyTorch computes.
+    """
     started = time.monotonic()
     job = read_job(job_path)
     plan = make_plan(job)
     targets = [target] if target else plan.targets
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "plan.json", plan.model_dump_json(indent=2) + "\n")
-    say(
-        f"plan: train blocks {plan.trained.start}..{plan.trained.stop - 1} of {plan.layers}, "
-        f"patches {plan.s_min} px out of {plan.s_min}..{plan.s_max} px"
-    )
     images = read_folder(job.data.images, job.data.prompt, plan.s_max)
-    heldout_folder = job.data.images.parent / "heldout"
-    heldout = (
-        read_folder(heldout_folder, job.data.prompt, plan.s_max)
-        if heldout_folder.is_dir()
-        else images
-    )
+    beside = job.data.images.parent / "heldout"
+    unseen = read_folder(beside, job.data.prompt, plan.s_max) if beside.is_dir() else images
+    write_atomic(out / "plan.json", plan.model_dump_json(indent=2) + "\n")
+    for line in plan_in_words(plan):
+        say(line)
+
     precompute(plan, images, out / "bank")
-    export(plan, out / "bundle", targets)
-    certificate = verify(out / "bundle", out / "bank")
-    say(parity_line(certificate))
-    if not certificate["passed"]:
-        raise CheckFailed("parity failed: see " + str(out / "bundle" / "parity.json"))
-
-    rows: dict[str, float] = {}
-    adapters: dict[str, Path] = {}
-    for name in targets:
-        run = out / f"run-{name}"
-        train(out / "bundle", out / "bank", run, name, resume=(run / "run.json").is_file())
-        tensors, rank, alpha = read_adapter(run / ADAPTER)
-        adapters[name] = out / f"adapter-{name}"
-        write_adapter_folder(adapters[name], tensors, rank, alpha, str(plan.model))
+    export_and_verify(plan, targets, out, say)
+    adapters = {name: train_target(plan, name, out) for name in targets}
     pipeline = load_pipeline(plan.model)
-    full = out / "adapter-full-lora"
-    whole = encode_whole(plan, pipeline, images)
-    tensors = train_full_lora(plan, pipeline, whole, plan.steps)
-    write_adapter_folder(full, tensors, plan.rank, plan.alpha, str(plan.model))
+    adapters["full LoRA"] = out / "adapter-full-lora"
+    tensors = train_full_lora(plan, pipeline, encode_whole(plan, pipeline, images), plan.steps)
+    write_adapter_folder(
+        adapters["full LoRA"], tensors, plan.rank, plan.alpha, base_model=str(plan.model)
+    )
 
-    prompts = list(dict.fromkeys(image.caption for image in heldout))[:PROMPTS]
-    unseen = encode_whole(plan, pipeline, heldout)
-    arms: dict[str, Path | None] = {"before": None, **adapters, "full LoRA": full}
-    for name, folder in arms.items():
-        with adapted(pipeline, folder):
-            rows[name] = heldout_loss(plan, pipeline, unseen)
-            if name == "before":
-                sheet(plan, pipeline, prompts, "before", out / "before.png")
-            elif name == targets[0]:
-                sheet(plan, pipeline, prompts, f"after ({name})", out / "after.png")
-            elif name == "full LoRA":
-                sheet(plan, pipeline, prompts, name, out / "full-lora.png")
-    table = loss_table(rows, plan.steps)
+    sheets = {"before": "before.png", targets[0]: "after.png", "full LoRA": "full-lora.png"}
+    losses = compare(plan, pipeline, {"before": None, **adapters}, unseen, sheets, out)
+    table = loss_table(losses, plan.steps)
     write_atomic(out / "losses.md", table)
-    write_json(out / "losses.json", rows)
+    write_json(out / "losses.json", losses)
     say(table)
     say(f"done in {time.monotonic() - started:.0f} s: look at {out / 'before.png'} and after.png")
     return out / "losses.md"
 
 
-def sheet(plan: Plan, pipeline: Any, prompts: list[str], title: str, path: Path) -> None:
-    """Write a contact sheet, the same seeds every time."""
-    picture = contact_sheet(plan, pipeline, prompts, SEEDS, title)
-    picture.save(path)
+def export_and_verify(
+    plan: Plan, targets: list[str], out: Path, say: Callable[[Any], None]
+) -> None:
+    """Make ``out/bundle`` unless it is there, and certify it."""
+    from edge_dit_export.export import export
+    from edge_dit_runtime.verify import verify
+
+    if not is_bundle_of(plan, out / "bundle", targets):
+        export(plan, out / "bundle", targets)
+    certificate = verify(out / "bundle", out / "bank")
+    say(parity_table(certificate))
+    if not certificate["passed"]:
+        raise CheckFailed(why_failed(certificate))
+
+
+def train_target(plan: Plan, target: str, out: Path) -> Path:
+    """Train one target, or finish its run; the folder of its LoRA."""
+    from edge_dit_runtime.train import train, trained_adapter
+
+    run, folder = out / f"run-{target}", out / f"adapter-{target}"
+    train(out / "bundle", out / "bank", run, target, resume=(run / "run.json").is_file())
+    tensors, _ = trained_adapter(run)
+    write_adapter_folder(folder, tensors, plan.rank, plan.alpha, base_model=str(plan.model))
+    return folder
+
+
+def compare(
+    plan: Plan,
+    pipeline: Any,
+    arms: dict[str, Path | None],
+    unseen: list[Captioned],
+    sheets: dict[str, str],
+    out: Path,
+) -> dict[str, float]:
+    """Held-out loss of every arm, and a contact sheet of some.
+
+    Args:
+        plan: of the job.
+        pipeline: the base model.
+        arms: folder of each arm's LoRA; None is the base model.
+        unseen: held-out images; their captions are the prompts of the sheets.
+        sheets: file name of the sheet of an arm.
+        out: where the sheets go.
+    """
+    prompts = list(dict.fromkeys(image.caption for image in unseen))[:PROMPTS]
+    encoded = encode_whole(plan, pipeline, unseen)
+    losses = {}
+    for name, folder in arms.items():
+        with adapted(pipeline, folder):
+            losses[name] = heldout_loss(plan, pipeline, encoded)
+            if name in sheets:
+                picture = contact_sheet(plan, pipeline, prompts, SEEDS, name)
+                picture.save(out / sheets[name])
+    return losses
+
+
+def is_bundle_of(plan: Plan, folder: Path, targets: list[str]) -> bool:
+    """Whether ``folder`` holds the bundle of exactly this plan, with these targets."""
+    try:
+        manifest = read_manifest(folder)
+    except BadInput:
+        return False
+    return manifest.plan == plan.model_dump(mode="json") and list(manifest.targets) == targets
 
 
 def loss_table(rows: dict[str, float], steps: int) -> str:
@@ -132,16 +165,3 @@ def loss_table(rows: dict[str, float], steps: int) -> str:
         share = (base - loss) / (base - best) if base != best else float("nan")
         lines.append(f"| {name} | {loss:.4f} | {share:.0%} |")
     return "\n".join(lines) + "\n"
-
-
-def parity_line(certificate: dict[str, Any]) -> str:
-    """One line for each target of a certificate."""
-    parts = []
-    for target, result in certificate["targets"].items():
-        if "error" in result:
-            parts.append(f"{target}: FAILED, {result['error']}")
-            continue
-        worst = {kind: f"{row['relative']:.1e}" for kind, row in result["worst"].items()}
-        state = "passed" if result["passed"] else "FAILED"
-        parts.append(f"{target}: {state} {json.dumps(worst)}")
-    return "\n".join(parts)

@@ -49,7 +49,7 @@ def adapted_subgraph(plan: Plan) -> tuple[TrainableSubgraph, dict[str, torch.Ten
     """
     model = load_transformer(plan)
     family = family_module(plan.family)
-    modules = lora_modules(family, plan.head_skip, plan.tail_skip, plan.layers)
+    modules = lora_modules(family, plan.trained, plan.lora_targets)
     add_lora(model, modules, plan.rank, plan.alpha, plan.seed)
     inputs = family.blank(model, plan.grid, plan.text_tokens)
     captured = family.capture(model, *inputs, plan.head_skip, plan.tail_skip)

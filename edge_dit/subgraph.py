@@ -8,6 +8,7 @@ tail residual is the frozen model's, not the adapted one's (Eq. 3).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,13 +20,10 @@ LORA_PREFIX = "transformer."
 """diffusers' prefix for the transformer's keys in a LoRA file."""
 
 
-def lora_modules(family: Any, head_skip: int, tail_skip: int, layers: int) -> list[str]:
-    """Full names, within the model, of the modules that carry LoRA."""
-    return [
-        f"{family.BLOCKS}.{index}.{target}"
-        for index in range(head_skip, layers - tail_skip)
-        for target in family.LORA_TARGETS
-    ]
+def lora_modules(family: Any, blocks: Iterable[int], targets: Iterable[str]) -> list[str]:
+    """Full names, within the model, of ``targets`` in ``blocks``."""
+    targets = list(targets)
+    return [f"{family.BLOCKS}.{index}.{target}" for index in blocks for target in targets]
 
 
 def add_lora(model: nn.Module, modules: list[str], rank: int, alpha: float, seed: int) -> None:

@@ -2,8 +2,8 @@
 
     python samples/make_subject.py
 
-The toy - a pale head with two big eyes, one teal and one coral ear, a striped body, orange feet -
-is nothing that tiny-sana was trained on; places, sizes and backgrounds are words it knows.
+The toy - a pale head with two big eyes, one teal and one coral ear, a body of three bands,
+orange feet - is nothing that tiny-sana was trained on; places and backgrounds are words it knows.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from scenes import BACKGROUNDS, POSITIONS
 
 SIDE = 256  # pixels
 OVERSAMPLE = 3
-RADII = {"small": 0.17, "large": 0.29}  # of the picture's side
+RADIUS = 0.33  # of the picture's side: "large"
 
 TEAL, CORAL, CREAM, ORANGE = (20, 150, 150), (240, 98, 96), (252, 240, 214), (240, 150, 40)
 NAVY = (28, 34, 66)
 
 TRAIN = (
-    ("large", "at the left", "green"),
-    ("large", "at the right", "yellow"),
-    ("large", "in the middle", "blue"),
-    ("large", "at the top", "gray"),
-    ("large", "at the bottom", "pink"),
-    ("large", "in the middle", "white"),
-    ("small", "at the left", "blue"),
-    ("small", "at the right", "pink"),
+    ("at the left", "green"),
+    ("at the right", "yellow"),
+    ("in the middle", "blue"),
+    ("at the top", "gray"),
+    ("at the bottom", "pink"),
+    ("in the middle", "white"),
+    ("at the left", "blue"),
+    ("at the right", "pink"),
 )
 HELD_OUT = (
-    ("large", "at the right", "green"),
-    ("large", "at the left", "white"),
-    ("large", "in the middle", "yellow"),
-    ("small", "at the bottom", "gray"),
+    ("at the right", "green"),
+    ("at the left", "white"),
+    ("in the middle", "yellow"),
+    ("in the middle", "gray"),
 )
 
 
-def draw_toy(size: str, position: str, background: str, rng: np.random.Generator) -> Image.Image:
+def draw_toy(position: str, background: str, rng: np.random.Generator) -> Image.Image:
     """One picture, SIDE x SIDE; place, size and the tilt of the ears vary a little."""
     canvas = SIDE * OVERSAMPLE
     picture = Image.new("RGB", (canvas, canvas), BACKGROUNDS[background])
-    r = RADII[size] * canvas * rng.uniform(0.95, 1.05)
-    shift = 22 / 128 * np.array(POSITIONS[position]) + rng.uniform(-0.02, 0.02, 2)
+    r = RADIUS * canvas * rng.uniform(0.95, 1.05)
+    shift = 20 / 128 * np.array(POSITIONS[position]) + rng.uniform(-0.02, 0.02, 2)
     cx, cy = canvas * (0.5 + shift) + (0, 0.12 * r)
     pen = ImageDraw.Draw(picture)
 
@@ -56,7 +56,7 @@ def draw_toy(size: str, position: str, background: str, rng: np.random.Generator
     for side, colour in ((-1, TEAL), (1, CORAL)):
         tilt = side * rng.uniform(0.16, 0.24)
         for t in np.linspace(0, 1, 40):  # an ear is a row of discs, widest in its middle
-            width = 0.13 + 0.07 * np.sin(np.pi * t)
+            width = 0.16 + 0.08 * np.sin(np.pi * t)
             oval(side * 0.3 + tilt * t, -0.6 - 0.5 * t, width, width, colour)
     for side in (-1, 1):
         oval(side * 0.28, 0.98, 0.24, 0.13, ORANGE)
@@ -66,17 +66,15 @@ def draw_toy(size: str, position: str, background: str, rng: np.random.Generator
     body = Image.new("L", picture.size)
     ImageDraw.Draw(body).rounded_rectangle(box, 0.25 * r, 255)
     bands = Image.new("RGB", picture.size, TEAL)
-    for i in range(1, 5, 2):
-        top = box[1] + (i + 0.35) * 0.18 * r
-        ImageDraw.Draw(bands).rectangle((box[0], top, box[2], top + 0.18 * r), CREAM)
+    middle = (box[0], cy + 0.4 * r, box[2], cy + 0.68 * r)
+    ImageDraw.Draw(bands).rectangle(middle, CREAM)
     picture.paste(bands, mask=body)
 
-    oval(0, -0.28, 0.7, 0.5, CREAM)
+    oval(0, -0.28, 0.76, 0.54, CREAM)
     for side in (-1, 1):
-        oval(side * 0.28, -0.34, 0.23, 0.23, NAVY)
-        oval(side * 0.28 + 0.05, -0.42, 0.09, 0.09, (255, 255, 255))
-        oval(side * 0.48, -0.06, 0.1, 0.07, CORAL)
-    oval(0, -0.08, 0.08, 0.06, CORAL)
+        oval(side * 0.33, -0.34, 0.28, 0.28, NAVY)
+        oval(side * 0.33 + 0.06, -0.43, 0.11, 0.11, (255, 255, 255))
+    oval(0, -0.02, 0.12, 0.08, CORAL)
     return picture.reduce(OVERSAMPLE)
 
 
@@ -85,10 +83,10 @@ def main() -> None:
     root = Path(__file__).parent / "subject"
     for folder, views in (("train", TRAIN), ("heldout", HELD_OUT)):
         (root / folder).mkdir(parents=True, exist_ok=True)
-        for i, (size, position, background) in enumerate(views):
+        for i, (position, background) in enumerate(views):
             path = root / folder / f"toy-{i}.png"
-            draw_toy(size, position, background, rng).save(path)
-            caption = f"a {size} sks toy {position} on a {background} background"
+            draw_toy(position, background, rng).save(path)
+            caption = f"a large sks toy {position} on a {background} background"
             path.with_suffix(".txt").write_text(caption + "\n")
 
 

@@ -31,6 +31,7 @@ resolution = 64
 patch = 32
 rank = 4
 alpha = 8
+lora_targets = ["attn1.to_q", "attn2.to_v", "attn1.to_out.0", "ff.conv_inverted", "ff.conv_point"]
 lr = 1e-3
 steps = 12
 draws = 10

@@ -50,7 +50,7 @@ def our_forward(road, tensors) -> torch.Tensor:
 
     model = load_transformer(road.plan)
     plan = road.plan
-    modules = lora_modules(sana, plan.head_skip, plan.tail_skip, plan.layers)
+    modules = lora_modules(sana, plan.trained, plan.lora_targets)
     add_lora(model, modules, plan.rank, plan.alpha, seed=9)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

@@ -50,7 +50,7 @@ def test_replay_without_lora_equals_the_stock_forward(split):
 @pytest.mark.parametrize("head_skip", [0, 1, 3])
 def test_gradients_equal_the_stock_models_when_no_tail_is_skipped(head_skip):
     model = tiny.transformer()
-    add_lora(model, lora_modules(sana, head_skip, 0, 4), 4, 8.0, seed=0)
+    add_lora(model, lora_modules(sana, range(head_skip, 4), tiny.TARGETS), 4, 8.0, seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -64,7 +64,7 @@ def test_gradients_equal_the_stock_models_when_no_tail_is_skipped(head_skip):
     sub = TrainableSubgraph(model, "sana", head_skip, 0, tiny.GRID)
     found = tiny.eager(sub, as_batch(captured, target))
     tiny.assert_close({f"grad.{name}": value for name, value in expected.items()}, found, 1e-5)
-    assert len(expected) == 2 * 6 * (4 - head_skip)
+    assert len(expected) == 2 * len(tiny.TARGETS) * (4 - head_skip)
 
 
 def test_only_middle_blocks_carry_lora():

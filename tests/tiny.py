@@ -17,6 +17,10 @@ TEXT = 10
 """Text tokens, of which the last three are padding."""
 
 
+TARGETS = (*sana.LORA_TARGETS, "attn1.to_out.0", "ff.conv_inverted", "ff.conv_point")
+"""LoRA on linear layers and on 1x1 convolutions."""
+
+
 def transformer(
     layers: int = 4, in_channels: int = 4, caption_channels: int = 24
 ) -> SanaTransformer2DModel:
@@ -37,11 +41,17 @@ def transformer(
 
 
 def subgraph(
-    head_skip: int = 1, tail_skip: int = 1, layers: int = 4, rank: int = 4, alpha: float = 8.0
+    head_skip: int = 1,
+    tail_skip: int = 1,
+    layers: int = 4,
+    rank: int = 4,
+    alpha: float = 8.0,
+    targets: tuple[str, ...] = TARGETS,
 ) -> tuple[TrainableSubgraph, dict[str, Tensor]]:
     """A sub-graph with non-zero LoRA B, and one draw for it."""
     model = transformer(layers)
-    add_lora(model, lora_modules(sana, head_skip, tail_skip, layers), rank, alpha, seed=0)
+    trained = range(head_skip, layers - tail_skip)
+    add_lora(model, lora_modules(sana, trained, targets), rank, alpha, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -85,6 +85,22 @@ def facts(folder: Path) -> Facts:
     return Facts(transformer["num_layers"], downsampling * transformer["patch_size"])
 
 
+def linear_modules(folder: Path) -> list[str]:
+    """Names, within a block, of the modules that may carry LoRA: linear layers and 1x1
+    convolutions. The model is built without weights.
+    """
+    with quiet(), torch.device("meta"):
+        from diffusers import SanaTransformer2DModel
+
+        model = SanaTransformer2DModel.from_config(_config(folder / "transformer", TRANSFORMER))
+    return [
+        name
+        for name, module in blocks(model)[0].named_modules()
+        if isinstance(module, nn.Linear)
+        or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
+    ]
+
+
 def _config(folder: Path, expected: str) -> dict[str, Any]:
     path = folder / "config.json"
     try:
@@ -296,6 +312,7 @@ def sample(pipeline: Any, prompt: str, side: int, seeds: list[int]) -> list[Any]
         height=side,
         width=side,
         num_inference_steps=20,
+        guidance_scale=2.0,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         use_resolution_binning=False,
     ).images

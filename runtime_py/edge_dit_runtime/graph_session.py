@@ -34,7 +34,7 @@ class GraphSession:
         self._train, self._optimizer = train, optimizer
         self._batch = manifest.names("batch")
         self._shapes = lora_shapes(manifest)
-        self._lr = np.array([manifest.optimizer.lr], np.float32)
+        self.lr = manifest.optimizer.lr
         self._step = 0
         self._gradients: Tensors = {}
         self._adapter = take(read_adapter(bundle / ADAPTER)[0], self._shapes)
@@ -54,7 +54,7 @@ class GraphSession:
         """See `Session.update`."""
         tensors = (self._adapter, self._gradients, *self._moments.values())
         new = self._optimizer(
-            self._lr,
+            np.array([self.lr], np.float32),
             np.array([self._step], np.float32),
             *(value for named in tensors for value in named.values()),
         )

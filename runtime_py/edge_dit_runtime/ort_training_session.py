@@ -47,7 +47,7 @@ class OrtTrainingSession:
         if not hasattr(self._c, "CheckpointState"):
             raise missing_extra("onnxruntime.training", "the ort-training target")
         self._folder = bundle / FOLDER
-        self._lr = manifest.optimizer.lr
+        self.lr = manifest.optimizer.lr
         self._batch = {t.name: t.shape for t in manifest.tensors if t.role == "batch"}
         self._shapes = lora_shapes(manifest)
         mapped = mapped_tensors(self._folder / "frozen.safetensors")
@@ -69,7 +69,6 @@ class OrtTrainingSession:
         self._optimizer = self._c.Optimizer(
             str(self._folder / "optimizer_model.onnx"), self._state, cpu, options
         )
-        self._optimizer.set_learning_rate(self._lr)
 
     def _close(self) -> None:
         """Let go of the optimiser and the module before the state they point into, or they write to
@@ -96,6 +95,7 @@ class OrtTrainingSession:
 
     def update(self) -> None:
         """See `Session.update`."""
+        self._optimizer.set_learning_rate(self.lr)
         self._optimizer.optimizer_step()
 
     def step(self, draw: Mapping[str, np.ndarray]) -> float:

@@ -48,7 +48,10 @@ class Trainer(Protocol):
 
 
 class Session(Trainer, Protocol):
-    """A loaded bundle: a trainer whose state can be kept and restored."""
+    """A loaded bundle: a trainer whose learning rate can be set, and whose state can be kept."""
+
+    lr: float
+    """Learning rate of the updates to come; at first the manifest's."""
 
     def state_dict(self) -> Tensors:
         """Everything a resumed run needs to go on bit for bit: "adapter.<name>", "exp_avg.<name>",

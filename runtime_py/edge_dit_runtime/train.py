@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from edge_dit.adamw import learning_rate
 from edge_dit.adapter import read_adapter, write_adapter
 from edge_dit.bank import Bank
 from edge_dit.bundle import ADAPTER, MANIFEST, read_manifest
@@ -116,12 +117,13 @@ def train(
         done, rows = _restore(folder, session, previous, run)
     else:
         session.load_adapter(read_adapter(bundle / ADAPTER)[0])
-    seed = int(manifest.plan["seed"])
+    seed, lr = int(manifest.plan["seed"]), manifest.optimizer.lr
 
     last = total if stop_after is None else min(total, done + stop_after)
     with bar(f"train ({target})", total, done) as advance, interrupt_flag() as interrupted:
         while done < last and not interrupted():
             number = draw_order(done, len(bank), seed)
+            session.lr = learning_rate(done, total, lr)
             loss = session.step(bank[number])
             rows.append((done, number, bank.index.draws[number].sigma, loss))
             done += 1

@@ -7,11 +7,25 @@ from edge_dit_export.passes.conv1x1_to_mm import conv1x1_to_mm
 
 def test_train_step_keeps_only_depthwise_convolutions():
     before, after, count = rewrite(train_step(), conv1x1_to_mm, tolerance=1e-5)
-    # Two blocks, each: two 1x1 convolutions and a depthwise one, forward and backward.
-    assert (before["convolution"], before["convolution_backward"]) == (6, 6)
+    # Two blocks, each: two frozen 1x1 convolutions, the four of their LoRA, and a depthwise one.
+    assert (before["convolution"], before["convolution_backward"]) == (14, 14)
     assert (after["convolution"], after["convolution_backward"]) == (2, 2)
-    assert count == 8
-    assert after["mm"] == before["mm"] + 8
+    assert count == 24
+    # A product each way, and one for the gradient of every LoRA weight.
+    assert after["mm"] == before["mm"] + 24 + 8
+
+
+def test_gradients_of_a_trained_weight():
+    def gradients(x, weight):
+        x, weight = x.requires_grad_(), weight.requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(conv2d(x, weight).square().sum(), (x, weight))
+
+    torch.manual_seed(0)
+    graph = trace(gradients, torch.randn(1, 5, 3, 4), torch.randn(7, 5, 1, 1))
+    before, after, _ = rewrite(graph, conv1x1_to_mm, tolerance=1e-5)
+    assert before["convolution_backward"] == 1
+    assert after["convolution_backward"] == 0
 
 
 def test_bias_is_added_per_channel():

@@ -13,9 +13,9 @@ aten: Any = torch.ops.aten
 
 
 def conv1x1_to_mm(module: fx.GraphModule) -> int:
-    """Write a 1x1 convolution of one image, and its gradient with respect to it, as products:
+    """Write a 1x1 convolution of one image, and its gradients, as products:
 
-        y = W x + b        dx = W^T dy        x [C, H W], W [O, C], y [O, H W]
+        y = W x + b    dx = W^T dy    dW = dy x^T    x [C, H W], W [O, C], y [O, H W]
 
     The weight stands left, so that no feature map is transposed. ExecuTorch 1.5.1's convolution is
     hundreds of times slower than torch's on these, its convolution_backward has no kernel at all,
@@ -49,18 +49,25 @@ def _backward(module: fx.GraphModule) -> int:
     count = 0
     for node in calls(module, aten.convolution_backward.default):
         dy, x, weight, _bias_sizes, *settings, mask = node.args
-        if list(mask) != [True, False, False] or not _is_product(x, weight, settings):
+        if mask[2] or not _is_product(x, weight, settings):
             continue
         _, channels, rows, columns = shape(x)
         outputs = shape(weight)[0]
         flat = insert(node, aten.view.default, _contiguous(node, dy), [outputs, rows * columns])
-        matrix = insert(node, aten.view.default, weight, [outputs, channels])
-        transposed = insert(node, aten.permute.default, matrix, [1, 0])
-        dx = insert(node, aten.mm.default, transposed, flat)
-        dx = insert(node, aten.view.default, dx, [1, channels, rows, columns])
+        gradients = {}
+        if mask[0]:
+            matrix = insert(node, aten.view.default, weight, [outputs, channels])
+            transposed = insert(node, aten.permute.default, matrix, [1, 0])
+            dx = insert(node, aten.mm.default, transposed, flat)
+            gradients[0] = insert(node, aten.view.default, dx, [1, channels, rows, columns])
+        if mask[1]:
+            seen = insert(node, aten.view.default, _contiguous(node, x), [channels, rows * columns])
+            turned = insert(node, aten.permute.default, seen, [1, 0])
+            dw = insert(node, aten.mm.default, flat, turned)
+            gradients[1] = insert(node, aten.view.default, dw, [outputs, channels, 1, 1])
         for item in list(node.users):
-            if item.args[1] == 0:
-                replace(item, dx)
+            if item.args[1] in gradients:  # the bias has none
+                replace(item, gradients[item.args[1]])
         module.graph.eliminate_dead_code()
         count += 1
     return count

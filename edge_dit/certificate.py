@@ -1,0 +1,40 @@
+"""A parity certificate for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+
+def parity_table(certificate: dict[str, Any]) -> Table:
+    """A certificate as a table: the worst relative difference of each kind and target."""
+    kinds = ("loss", "gradients", "trajectory", "adapter")
+    table = Table(title=f"parity with {certificate['reference']}, {certificate['steps']} steps")
+    for heading in ("target", *kinds, "verdict"):
+        table.add_column(heading)
+    for target, result in certificate["targets"].items():
+        cells = []
+        for kind in kinds:
+            worst = result.get("worst", {}).get(kind)
+            limit = result["tolerances"][kind]
+            cells.append(f"{worst['relative']:.1e} (limit {limit:.0e})" if worst else "-")
+        table.add_row(target, *cells, "passed" if result["passed"] else "FAILED")
+    return table
+
+
+def why_failed(certificate: dict[str, Any]) -> str:
+    """The worst tensor of each target that failed."""
+    lines = ["parity failed"]
+    for target, result in certificate["targets"].items():
+        if "error" in result:
+            lines.append(f"  {target}: {result['error']}")
+        elif result["failed"]:
+            worst = result["failed"][0]
+            lines.append(
+                f"  {target}: {worst['name']}: max difference {worst['max']:.3e}, mean "
+                f"{worst['mean']:.3e}, cosine {worst['cosine']:.6f}; relative "
+                f"{worst['relative']:.3e} > tolerance {worst['tolerance']:.0e} "
+                f"({len(result['failed'])} tensors failed)"
+            )
+    return "\n".join(lines)
