@@ -19,7 +19,8 @@ def test_gradients_of_a_trained_weight():
     def gradients(x, weight):
         x, weight = x.requires_grad_(), weight.requires_grad_()
         with torch.enable_grad():
-            return torch.autograd.grad(conv2d(x, weight).square().sum(), (x, weight))
+            both = torch.autograd.grad(conv2d(x, weight).square().sum(), (x, weight))
+        return torch.cat([gradient.flatten() for gradient in both])
 
     torch.manual_seed(0)
     graph = trace(gradients, torch.randn(1, 5, 3, 4), torch.randn(7, 5, 1, 1))
