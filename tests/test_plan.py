@@ -152,3 +152,18 @@ def test_any_bytes_are_no_plan_and_no_manifest(tmp_path_factory, data):
 def test_plan_type_is_strict():
     with pytest.raises(ValueError, match="extra"):
         Plan.model_validate({"surprise": 1})
+
+
+def test_lora_targets_that_do_not_exist_are_named_with_near_misses(workplace):
+    path = write_job(workplace, ('"ff.conv_point"', '"ff.conv_pont", "ff.conv_depth"'))
+    with pytest.raises(ManyFaults) as caught:
+        make_plan(read_job(path))
+    assert re.search(r"(?s)ff.conv_pont.*did you mean ff.conv_point", str(caught.value))
+    assert "ff.conv_depth" in str(caught.value)  # depthwise: no LoRA on it
+
+
+def test_lora_targets_default_to_the_familys(workplace):
+    text = JOB.replace("lora_targets", "# lora_targets")
+    (workplace / "plain.toml").write_text(text)
+    plan = make_plan(read_job(workplace / "plain.toml"))
+    assert plan.lora_targets == list(family_module("sana").LORA_TARGETS)
