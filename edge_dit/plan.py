@@ -151,7 +151,7 @@ def make_plan(
                 remedy="skip fewer blocks",
             )
         )
-    lora_targets = job.train.lora_targets or list(family.LORA_TARGETS)
+    lora_targets = list(dict.fromkeys(job.train.lora_targets or family.LORA_TARGETS))
     faults += _target_faults(lora_targets, family.linear_modules(job.model.path))
     prompts = captions(image_files(job.data.images), job.data.prompt)
     if faults:
@@ -175,7 +175,7 @@ def make_plan(
         steps=job.train.steps,
         draws=job.train.draws,
         seed=job.train.seed,
-        targets=job.export.targets,
+        targets=list(dict.fromkeys(job.export.targets)),
     )
 
 

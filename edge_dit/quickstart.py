@@ -110,7 +110,9 @@ def train_target(plan: Plan, target: str, out: Path) -> Path:
 
     run, folder = out / f"run-{target}", out / f"adapter-{target}"
     train(out / "bundle", out / "bank", run, target, resume=(run / "run.json").is_file())
-    tensors, _ = trained_adapter(run)
+    tensors, state = trained_adapter(run)
+    if state.done < state.steps:
+        raise KeyboardInterrupt  # train stops at the first Ctrl-C; so does the rest of the road
     write_adapter_folder(folder, tensors, plan.rank, plan.alpha, base_model=str(plan.model))
     return folder
 

@@ -9,7 +9,15 @@ import pytest
 from onnx import external_data_helper, numpy_helper
 
 from edge_dit.bundle import read_manifest
-from edge_dit_runtime.verify import TOLERANCES, compare, read_certificate, verify
+from edge_dit.errors import CheckFailed
+from edge_dit_runtime.verify import (
+    TOLERANCES,
+    choose_draws,
+    compare,
+    is_well_posed,
+    read_certificate,
+    verify,
+)
 
 
 @pytest.fixture
@@ -90,3 +98,38 @@ def test_compare_holds_the_stated_tolerance(kind, change, fails):
 def test_compare_fails_on_a_missing_tensor():
     result = compare({"loss": np.ones(1)}, {}, TOLERANCES["onnx"])
     assert not result["passed"]
+
+
+class Kinked:
+    """A trainer whose gradient jumps where the entry state is 0, as a ReLU's does."""
+
+    def load_adapter(self, adapter):
+        self.stepped = 0
+
+    def backward(self, draw):
+        self.gradient = np.maximum(draw["entry"], 0) + (draw["entry"] > 1)
+        return 0.0
+
+    def gradients(self):
+        return {"a": self.gradient}
+
+    def step(self, draw):
+        self.stepped += 1
+
+
+def test_draws_at_a_kink_decide_nothing_and_are_left_out():
+    at_kink = {"entry": np.array([0.5, 1 + 1e-7], np.float32)}
+    clear = {"entry": np.array([0.5, 1.1], np.float32)}
+    assert not is_well_posed(Kinked(), at_kink)
+    assert is_well_posed(Kinked(), clear)
+    bank = [at_kink, clear, at_kink, clear, clear, clear]
+    chosen = choose_draws(Kinked(), bank, {}, steps=5)
+    assert len(chosen) == 6
+    assert not {0, 2} & set(chosen)
+    with pytest.raises(CheckFailed, match="too sensitive"):
+        choose_draws(Kinked(), [at_kink], {}, steps=1)
+
+
+def test_certificate_lists_its_draws(road, bundle):
+    certificate = verify(bundle, road.bank, steps=3, targets=["onnx"])
+    assert len(certificate["draws"]) == 4
