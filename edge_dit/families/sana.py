@@ -92,7 +92,8 @@ def linear_modules(folder: Path) -> list[str]:
     with quiet(), torch.device("meta"):
         from diffusers import SanaTransformer2DModel
 
-        model = SanaTransformer2DModel.from_config(_config(folder / "transformer", TRANSFORMER))
+        config = _config(folder / "transformer", TRANSFORMER)
+        model: Any = SanaTransformer2DModel.from_config(config)
     return [
         name
         for name, module in blocks(model)[0].named_modules()
