@@ -103,14 +103,11 @@ def read_job(path: Path) -> Job:
         job = Job.model_validate(raw)
     except ValidationError as error:
         faults = [_fault(path, text, detail) for detail in error.errors()]
-    faults += _relations(path, text, raw)
-    if job is not None:
-        job = _resolve(job, path.parent)
-        faults += _paths(path, text, job)
+    faults += _relations(path, text, raw) + _paths(path, text, raw)
     if faults:
         raise faults[0] if len(faults) == 1 else ManyFaults(path, faults)
     assert job is not None
-    return job
+    return _resolve(job, path.parent)
 
 
 def _fault(path: Path, text: str, detail: Any) -> BadInput:
@@ -198,17 +195,20 @@ def _resolve(job: Job, base: Path) -> Job:
     )
 
 
-def _paths(path: Path, text: str, job: Job) -> list[BadInput]:
+def _paths(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
+    """Folders that are not there."""
     faults = []
-    for key, folder, what in (
-        (["model", "path"], job.model.path, "a diffusers pipeline folder"),
-        (["data", "images"], job.data.images, "a folder of images"),
+    for section, key, what in (
+        ("model", "path", "a diffusers pipeline folder"),
+        ("data", "images", "a folder of images"),
     ):
-        if not folder.is_dir():
+        value = raw.get(section)
+        value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, str) and not (path.parent / value).is_dir():
             faults.append(
                 BadInput(
-                    _place(path, text, key),
-                    found=f"{'.'.join(key)}: no folder {folder}",
+                    _place(path, text, [section, key]),
+                    found=f"{section}.{key}: no folder {(path.parent / value).absolute()}",
                     expected=what,
                     remedy="paths are relative to the job file",
                 )

@@ -36,7 +36,7 @@ def test_all_faults_at_once_with_their_lines(job_file):
         read_job(job_file(text))
     message = str(caught.value)
     lines = text.splitlines()
-    for line in ("rank = 0", "sead = 3", "patch = 128"):
+    for line in ('path = "nowhere"', "rank = 0", "sead = 3", "patch = 128"):
         assert f":{lines.index(line) + 1}: " in message, message
     assert "unknown key train.sead" in message
     assert "resolution, patch, rank" in message  # the known keys are listed
