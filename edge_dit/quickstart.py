@@ -81,7 +81,8 @@ def quickstart(job_path: Path, out: Path, target: str | None, say: Callable[[Any
 
     sheets = {"before": "before.png", targets[0]: "after.png", "full LoRA": "full-lora.png"}
     losses = compare(plan, pipeline, {"before": None, **adapters}, unseen, sheets, out)
-    table = loss_table(losses, plan.steps)
+    measured = "held-out loss" if beside.is_dir() else "loss on the training images"
+    table = loss_table(losses, plan.steps, measured)
     write_atomic(out / "losses.md", table)
     write_json(out / "losses.json", losses)
     say(table)
@@ -156,11 +157,11 @@ def is_bundle_of(plan: Plan, folder: Path, targets: list[str]) -> bool:
     return manifest.plan == plan.model_dump(mode="json") and list(manifest.targets) == targets
 
 
-def loss_table(rows: dict[str, float], steps: int) -> str:
-    """Held-out losses as Markdown; the share of full LoRA's improvement that each arm reached."""
+def loss_table(rows: dict[str, float], steps: int, measured: str) -> str:
+    """Losses as Markdown, headed ``measured``; the share of full LoRA's improvement of each arm."""
     base, best = rows["before"], rows["full LoRA"]
     lines = [
-        f"| adapter, {steps} steps | held-out loss | of full LoRA's improvement |",
+        f"| adapter, {steps} steps | {measured} | of full LoRA's improvement |",
         "|---|---|---|",
     ]
     for name, loss in rows.items():
