@@ -14,6 +14,8 @@ needs one imports it itself.
     subgraph    the trainable middle of a model, as a torch module
     precompute  fills a bank
     adapter     LoRA files
+    reference   PyTorch's own training step, what exports are held against
+    evaluate    held-out loss and pictures; quickstart: the whole road
 """
 
 __version__ = "0.1.0"

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edge_dit.adapter import PREFIX
 from edge_dit.families import family_module
-
-LORA_PREFIX = "transformer."
-"""diffusers' prefix for the transformer's keys in a LoRA file."""
 
 
 def lora_modules(family: Any, blocks: Iterable[int], targets: Iterable[str]) -> list[str]:
@@ -46,7 +44,7 @@ def lora_name(parameter: str) -> str:
     """Diffusers' name of a PEFT parameter: "...to_q.lora_A.default.weight" ->
     "transformer....to_q.lora_A.weight".
     """
-    return LORA_PREFIX + parameter.replace(".default.weight", ".weight")
+    return PREFIX + parameter.replace(".default.weight", ".weight")
 
 
 def as_batch(captured: Any, target: Tensor) -> dict[str, Tensor]:
