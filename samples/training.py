@@ -1,0 +1,278 @@
+"""What the scripts that train the sample checkpoints share: pictures, progress, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from scenes import SIDE, draw, random_scene
+
+SEED = 20260320
+PATCH = 64  # pixels, side of the small training pictures
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def photographs() -> list[np.ndarray]:
+    """Pictures that come with scikit-image, uint8 [H, W, 3]."""
+    from skimage import data
+
+    names = [
+        "astronaut",
+        "coffee",
+        "chelsea",
+        "rocket",
+        "retina",
+        "immunohistochemistry",
+        "hubble_deep_field",
+    ]
+    pictures = [np.asarray(getattr(data, name)()) for name in names]
+    return [*pictures, np.asarray(data.stereo_motorcycle()[0])]
+
+
+def textures() -> list[np.ndarray]:
+    """Grey textures of scikit-image, uint8 [H, W]."""
+    from skimage import data
+
+    return [np.asarray(getattr(data, name)()) for name in ("brick", "grass", "gravel", "coins")]
+
+
+def random_crop(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A square of random size and place, mirrored half the time: uint8 [SIDE, SIDE, ...]."""
+    high, wide = picture.shape[:2]
+    side = int(rng.integers(SIDE, min(high, wide) + 1))
+    top, left = rng.integers(0, high - side + 1), rng.integers(0, wide - side + 1)
+    square = picture[top : top + side, left : left + side]
+    if rng.random() < 0.5:
+        square = square[:, ::-1]
+    return np.asarray(Image.fromarray(square).resize((SIDE, SIDE), Image.LANCZOS))
+
+
+def abstract(rng: np.random.Generator) -> np.ndarray:
+    """Noise of a random coarseness over a gradient: uint8 [SIDE, SIDE, 3]."""
+    cells = int(2 ** rng.uniform(1, 6))
+    noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+    noise = np.asarray(noise.resize((SIDE, SIDE), Image.BICUBIC), np.float32)
+    ramp = np.linspace(0, 1, SIDE, dtype=np.float32)
+    ramp = (ramp[:, None] if rng.random() < 0.5 else ramp[None, :])[..., None]
+    ends = rng.uniform(0, 256, (2, 3)).astype(np.float32)
+    gradient = ends[0] * (1 - ramp) + ends[1] * ramp
+    share = rng.uniform(0, 1)
+    return (gradient * (1 - share) + noise * share).clip(0, 255).astype(np.uint8)
+
+
+def tinted(grey: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Grey levels as a mix of two random colours: uint8 [H, W, 3]."""
+    share = grey[..., None].astype(np.float32) / 255
+    dark, light = rng.uniform(0, 256, (2, 3))
+    return (dark * (1 - share) + light * share).astype(np.uint8)
+
+
+@functools.cache
+def mixed_pictures(count: int) -> np.ndarray:
+    """What the autoencoder sees: uint8 [count, SIDE, SIDE, 3]."""
+    rng = np.random.default_rng(SEED)
+    photos, greys = photographs(), textures()
+    pictures = np.empty((count, SIDE, SIDE, 3), np.uint8)
+    for i in range(count):
+        kind = rng.random()
+        if kind < 0.5:
+            pictures[i] = draw(random_scene(rng), rng, wild=rng.random() < 0.4)
+        elif kind < 0.85:
+            pictures[i] = random_crop(photos[rng.integers(len(photos))], rng)
+        elif kind < 0.92:
+            pictures[i] = tinted(random_crop(greys[rng.integers(len(greys))], rng), rng)
+        else:
+            pictures[i] = abstract(rng)
+    return pictures
+
+
+def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def shrink(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """[N, 3, H, W] -> [N, 3, side, side], antialiased."""
+    return F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+
+
+def mixed_batch(step: int, whole: bool = False) -> torch.Tensor:
+    """Pictures for the autoencoder's training, out of 6,000: 8 crops and 8 whole pictures shrunk,
+    float32 [16, 3, PATCH, PATCH]; with `whole` 4 whole pictures [4, 3, SIDE, SIDE].
+    """
+    pictures = mixed_pictures(6_000)
+    rng = np.random.default_rng([SEED, step])
+    pixels = to_tensor(pictures[rng.integers(0, len(pictures), 16)])
+    if whole:
+        return pixels[:4]
+    top, left = rng.integers(0, SIDE - PATCH + 1, 2)
+    crops = pixels[:8, :, top : top + PATCH, left : left + PATCH]
+    return torch.cat([crops, shrink(pixels[8:], PATCH)])
+
+
+def scene_batches(count: int) -> Iterator[tuple]:
+    """Captioned scenes as a transformer is trained on them, 100 at a time:
+
+    captions; whole [100, 3, SIDE, SIDE]; small [100, 3, PATCH, PATCH] the same scenes shrunk; crops
+    [100, 3, PATCH, PATCH] of side `crop_side` pixels [100] (Eq. 1 of the paper), resized.
+    """
+    rng = np.random.default_rng(SEED + 1)
+    begun = time.time()
+    for i in range(0, count, 100):
+        scenes = [random_scene(rng) for _ in range(100)]
+        whole = to_tensor(np.stack([draw(scene, rng) for scene in scenes]))
+        crops, sides = [], []
+        for picture in whole:
+            sigma = 1 / (1 + np.exp(-rng.normal(0.4, 1.2)))
+            side = 8 * round((PATCH + sigma * (SIDE - PATCH)) / 8)
+            top, left = rng.integers(0, SIDE - side + 1, 2)
+            crops.append(shrink(picture[None, :, top : top + side, left : left + side], PATCH))
+            sides.append(side)
+        captions = [scene.caption() for scene in scenes]
+        side = torch.tensor(sides, dtype=torch.float32)
+        yield captions, whole, shrink(whole, PATCH), torch.cat(crops), side
+        if (i + 100) % 1000 == 0:
+            left_s = (time.time() - begun) / (i + 100) * (count - i - 100)
+            print(f"latents {i + 100}/{count}  {left_s / 60:.1f} min to go", flush=True)
+
+
+def batch_kind(step: int, first: int, chance: float) -> tuple[str, int]:
+    """Which pictures, and how many: of PATCH pixels three times in four in the `first` steps, one
+    time in four later.
+    """
+    little = 0.75 if step < first else 0.25
+    if chance > little:
+        return "whole", 12
+    return ("crop" if chance < little / 3 else "small"), 32
+
+
+def noisy_batch(data: dict, kind: str, count: int, draw_from: torch.Generator) -> tuple:
+    """Rows of the latents `data[kind]`, [scenes, channels, height, width], with noise.
+
+    Returns noisy latents and target, [count, channels, height, width], sigma [count], their rows
+    [count] and, bool [count], which of them are to be trained with the empty prompt.
+    x = (1 - sigma) * latent + sigma * noise, target = noise - latent, as diffusers trains.
+    """
+    rows = torch.randint(len(data[kind]), (count,), generator=draw_from)
+    latent = data[kind][rows].float()
+    sigma = torch.sigmoid(0.4 + 1.2 * torch.randn(count, generator=draw_from))
+    if kind == "crop":  # the crop's side was chosen for its sigma, to within half a step of 8 px
+        near = (data["crop_side"][rows] - PATCH) / (SIDE - PATCH)
+        sigma = near + (torch.rand(count, generator=draw_from) - 0.5) / 8
+        sigma = sigma.abs().clamp(0.002, 0.998)
+    noise = torch.randn(latent.shape, generator=draw_from)
+    dropped = torch.rand(count, generator=draw_from) < 0.1
+    level = sigma[:, None, None, None]
+    return (1 - level) * latent + level * noise, noise - latent, sigma, rows, dropped
+
+
+# ---------------------------------------------------------------- training
+
+
+class Progress:
+    """A line every hundred steps: mean loss since the last, seconds a step, minutes to go."""
+
+    def __init__(self, name: str, step: int, steps: int):
+        self.name, self.steps, self.losses, self.since = name, steps, [], time.time()
+
+    def add(self, step: int, loss: float) -> None:
+        self.losses.append(loss)
+        if step % 100 == 0 or step == self.steps:
+            pace = (time.time() - self.since) / len(self.losses)
+            left = pace * (self.steps - step) / 60
+            print(
+                f"{self.name} {step}/{self.steps}  loss {np.mean(self.losses):.4f}"
+                f"  {pace:.2f} s/step  {left:.1f} min to go",
+                flush=True,
+            )
+            self.losses, self.since = [], time.time()
+
+
+def picture_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """L1 at three scales and on edges. Both [N, 3, H, W]."""
+    loss = F.l1_loss(decoded, pixels)
+    for factor in (2, 4):
+        loss = loss + F.l1_loss(F.avg_pool2d(decoded, factor), F.avg_pool2d(pixels, factor))
+    for dim in (2, 3):
+        loss = loss + F.l1_loss(decoded.diff(dim=dim), pixels.diff(dim=dim))
+    return loss
+
+
+def learning_rate(step: int, steps: int, peak: float, decay: float) -> float:
+    """Warm-up over 200 steps, flat, then linearly to 2 % over the last `decay` of the run."""
+    return peak * min(1.0, (step + 1) / 200, max(0.02, (steps - step) / (decay * steps)))
+
+
+def train(
+    name: str,
+    model: torch.nn.Module,
+    loss_at: Callable[[int], torch.Tensor],
+    work: Path,
+    *,
+    steps: int,
+    peak: float,
+    decay: float,
+    weight_decay: float,
+    averaged: bool = False,
+    save_every: int,
+) -> torch.nn.Module:
+    """Trains `model` on `loss_at(step)`, or loads it when `work` already has it.
+
+    averaged: what is kept is the exponential mean of the weights, over about 500 steps.
+    """
+    mean = copy.deepcopy(model).requires_grad_(False) if averaged else model
+    done, checkpoint = work / f"{name}.safetensors", work / f"{name}.pt"
+    if done.exists():
+        mean.load_state_dict(load_file(done))
+        return mean.eval()
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+    )
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        start = state["step"]
+        model.load_state_dict(state["model"])
+        mean.load_state_dict(state["mean"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    progress = Progress(name, start, steps)
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak, decay)
+        loss = loss_at(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if averaged:
+            keep = min(0.998, (step + 1) / (step + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(mean.parameters()), list(model.parameters()), 1 - keep)
+        progress.add(step + 1, loss.item())
+        if (step + 1) % save_every == 0:
+            part = checkpoint.with_suffix(".part")
+            torch.save(
+                {
+                    "step": step + 1,
+                    "model": model.state_dict(),
+                    "mean": mean.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                },
+                part,
+            )
+            part.replace(checkpoint)
+    save_file({k: v.contiguous() for k, v in mean.state_dict().items()}, done)
+    return mean.eval()
