@@ -17,6 +17,8 @@ from edge_dit.errors import BadInput
 from edge_dit.files import whole_folder, write_json, write_tensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
 PREFIX = "transformer."
 """diffusers' prefix of the transformer's LoRA; without it nothing loads, with a mere warning."""
 
@@ -71,22 +73,61 @@ def read_adapter(path: Path) -> tuple[dict[str, np.ndarray], int, float]:
         raise BadInput(path, found=f"not a LoRA file of ours ({error!r})") from None
 
 
+def read_peft(folder: Path) -> tuple[dict[str, np.ndarray], int, float]:
+    """Tensors by name, rank and alpha of a PEFT folder written by `write_adapter_folder`.
+
+    Raises:
+        BadInput: missing, damaged, or not LoRA.
+    """
+    try:
+        config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+        with safe_open(folder / PEFT_FILE, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, int(config["r"]), float(config["lora_alpha"])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise BadInput(folder, found=f"not a PEFT LoRA folder ({error!r})") from None
+
+
 def write_adapter_folder(
-    folder: Path, tensors: Mapping[str, np.ndarray], rank: int, alpha: float, base_model: str
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    rank: int,
+    alpha: float,
+    base_model: str,
+    peft_only: bool = False,
 ) -> None:
     """The folder a user passes to ``pipe.load_lora_weights``, with a PEFT copy in ``peft/``.
 
     The copy lies in a sub-folder because diffusers picks the wrong file when both lie together.
+
+    Args:
+        folder: where it goes; put in place whole, or not at all.
+        tensors: by diffusers name.
+        rank: r.
+        alpha: lora_alpha.
+        base_model: the diffusers folder the adapter is for.
+        peft_only: for a pipeline without ``load_lora_weights`` (`edge_dit.families.PEFT_ONLY`): the
+            folder is a plain PEFT folder.
     """
-    with whole_folder(folder, DIFFUSERS_FILE) as building:
-        write_adapter(building / DIFFUSERS_FILE, tensors, rank, alpha)
-        peft = {
-            f"base_model.model.{name.removeprefix(PREFIX)}": value
-            for name, value in tensors.items()
-        }
-        write_tensors(building / "peft" / "adapter_model.safetensors", peft, {"format": "pt"})
+    with whole_folder(folder, PEFT_CONFIG if peft_only else DIFFUSERS_FILE) as building:
+        peft = building
+        if not peft_only:
+            write_adapter(building / DIFFUSERS_FILE, tensors, rank, alpha)
+            peft = building / "peft"
+        named = {f"base_model.model.{k.removeprefix(PREFIX)}": v for k, v in tensors.items()}
+        write_tensors(peft / PEFT_FILE, named, {"format": "pt"})
         config = lora_config(list(tensors), rank, alpha)
-        write_json(
-            building / "peft" / "adapter_config.json",
-            {**config, "base_model_name_or_path": base_model},
-        )
+        write_json(peft / PEFT_CONFIG, {**config, "base_model_name_or_path": base_model})
+
+
+def peft_folder(folder: Path) -> Path:
+    """Where, in a folder written by `write_adapter_folder`, PEFT finds the adapter."""
+    return folder if (folder / PEFT_CONFIG).is_file() else folder / "peft"
+
+
+def loading_hint(folder: Path, peft_only: bool) -> str:
+    """The line of Python that puts a written adapter into a pipeline ``pipe``."""
+    if peft_only:
+        load = f'PeftModel.from_pretrained(pipe.transformer, "{folder}")'
+        return f"from peft import PeftModel; pipe.transformer = {load}"
+    return f'pipe.load_lora_weights("{folder}")'

@@ -2,7 +2,7 @@
 
     index.json             which plan, which images and prompts, every draw; written first
     prompts.safetensors    "<prompt>.<tensor>": what depends on the prompt alone, once per prompt
-    shard-00000.safetensors ...   "<draw>.<tensor>", SHARD draws each
+    shard-00000.safetensors ...   "<draw>.<tensor>", as many draws each as the index says
 
 Every draw follows from the seed alone, so the index is complete before anything is computed; a
 shard that is there is whole, so a stopped run goes on with the first missing one.
@@ -11,7 +11,7 @@ shard that is there is whole, so a stopped run goes on with the first missing on
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,9 @@ from edge_dit.sampler import Crop, crop_at
 
 SCHEMA = 1
 SHARD = 64
-"""Draws in a shard: some megabytes, so that a stopped run loses seconds."""
+"""Most draws in a shard: some megabytes, so that a stopped run loses seconds."""
+HALVED = ("entry", "entry_text", "tail_residual", "target")
+"""Tensors of a draw that grow with the patch: a bank of float16 stores these so."""
 INDEX = "index.json"
 PROMPTS = "prompts.safetensors"
 GOLDEN = (5**0.5 - 1) / 2
@@ -59,7 +61,7 @@ class Draw:
 def plan_draws(
     count: int,
     seed: int,
-    sigmas: np.ndarray,
+    level: Callable[[float], float],
     prompt_of_image: list[int],
     sizes: list[tuple[int, int]],
     s_min: int,
@@ -68,13 +70,14 @@ def plan_draws(
 ) -> list[Draw]:
     """All draws of a bank, from the seed alone.
 
-    Images take turns; noise levels are spread evenly over the scheduler's table by the golden-ratio
+    Images take turns; noise levels are spread evenly over the training density by the golden-ratio
     sequence; crop position and noise are pseudo-random.
 
     Args:
         count: number of draws.
         seed: of the whole bank.
-        sigmas: the scheduler's noise levels, ascending.
+        level: noise level at a share in [0, 1) of the training density
+            (`edge_dit.objective.FlowMatching.level`).
         prompt_of_image: prompt number of each image.
         sizes: height and width of each image in pixels.
         s_min, s_max, multiple: see `edge_dit.sampler.crop_at`.
@@ -86,8 +89,7 @@ def plan_draws(
         u, v = map(float, np.random.default_rng(draw_seed).random(2, dtype=np.float32))
         # One image's draws, not only all draws together, must cover the noise levels.
         turn, image = divmod(number, len(sizes))
-        level = (offset + turn * GOLDEN + image / len(sizes)) % 1.0
-        sigma = float(sigmas[int(level * len(sigmas))])
+        sigma = level((offset + turn * GOLDEN + image / len(sizes)) % 1.0)
         crop = crop_at(sigma, u, v, *sizes[image], s_min, s_max, multiple)
         draws.append(Draw(draw_seed, image, prompt_of_image[image], sigma, u, v, crop))
     return draws
@@ -102,18 +104,26 @@ class Index:
         images: name and SHA-256 of each image.
         prompts: distinct prompts.
         draws: all draws.
+        shard: draws in a shard.
+        dtype: of the tensors in `HALVED`, "float32" or "float16".
     """
 
     plan_hash: str
     images: list[dict[str, str]]
     prompts: list[str]
     draws: list[Draw]
+    shard: int = SHARD
+    dtype: str = "float32"
     schema_version: int = SCHEMA
 
     @property
     def shards(self) -> int:
         """Number of shards of the complete bank."""
-        return -(-len(self.draws) // SHARD)
+        return -(-len(self.draws) // self.shard)
+
+    def members(self, shard: int) -> range:
+        """Numbers of the draws in a shard."""
+        return range(shard * self.shard, min((shard + 1) * self.shard, len(self.draws)))
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -158,6 +168,17 @@ def write_shard(folder: Path, shard: int, draws: Mapping[int, Mapping[str, np.nd
     _write(shard_path(folder, shard), draws)
 
 
+def narrowed(draw: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """A draw as a bank of ``dtype`` stores it; what float16 cannot hold stays float32."""
+    largest = np.finfo(np.float16).max
+    return {
+        name: value.astype(np.float16)
+        if dtype == "float16" and name in HALVED and np.abs(value).max() <= largest
+        else value
+        for name, value in draw.items()
+    }
+
+
 def _write(path: Path, items: Mapping[int, Mapping[str, np.ndarray]]) -> None:
     tensors = {f"{n}.{name}": v for n, named in items.items() for name, v in named.items()}
     write_tensors(path, tensors)
@@ -176,7 +197,14 @@ def read_index(folder: Path) -> Index:
         version = raw["schema_version"]
         if version == SCHEMA:
             draws = [Draw(**{**d, "crop": Crop(**d["crop"])}) for d in raw["draws"]]
-            return Index(raw["plan_hash"], raw["images"], raw["prompts"], draws)
+            return Index(
+                raw["plan_hash"],
+                raw["images"],
+                raw["prompts"],
+                draws,
+                raw.get("shard", SHARD),
+                raw.get("dtype", "float32"),
+            )
     except FileNotFoundError:
         raise BadInput(
             folder, found=f"no {INDEX} in it", expected="a bank folder", remedy=remedy
@@ -227,26 +255,34 @@ class Bank:
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         """The batch tensors of a draw, float32, by the names the exported graphs use."""
         draw = self.index.draws[number]
-        shard = _read(shard_path(self.folder, number // SHARD), number)
+        shard = _read(shard_path(self.folder, number // self.index.shard), number)
         return {**self._prompts[draw.prompt], **shard}
 
     @cached_property
     def _prompts(self) -> list[dict[str, np.ndarray]]:
         path = self.folder / PROMPTS
-        return [_read(path, number) for number in range(len(self.index.prompts))]
+        return [_read(path, number, may_lack=True) for number in range(len(self.index.prompts))]
 
 
-def _read(path: Path, number: int) -> dict[str, np.ndarray]:
-    """The tensors of one item; only its own bytes of the memory-mapped file are read."""
+def _read(path: Path, number: int, may_lack: bool = False) -> dict[str, np.ndarray]:
+    """The tensors of one item; only its own bytes of the memory-mapped file are read.
+
+    Args:
+        path: a shard, or the prompts.
+        number: of the item.
+        may_lack: an item without tensors is no fault (in some families nothing depends on the
+            prompt alone).
+    """
     prefix = f"{number}."
     try:
         with safe_open(path, framework="numpy") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-            found = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+            found = {name: t.astype(np.float32, copy=False) for name, t in tensors.items()}
     except (OSError, SafetensorError) as error:
         raise BadInput(
             path, found=f"damaged ({error})", remedy="precompute the bank again"
         ) from None
-    if not found:
+    if not found and not may_lack:
         raise BadInput(path, found=f"no item {number}", remedy="precompute the bank again")
     return found

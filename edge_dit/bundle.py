@@ -14,6 +14,8 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 ADAPTER = "adapter.safetensors"
 TARGETS = ("onnx", "ort-training", "executorch")
+WEIGHTS = ("float32", "float16", "int8")
+"""How the onnx target can store frozen matrices, see `edge_dit.quantize`."""
 
 
 class TensorSpec(BaseModel):

@@ -10,15 +10,20 @@ from rich.table import Table
 def parity_table(certificate: dict[str, Any]) -> Table:
     """A certificate as a table: the worst relative difference of each kind and target."""
     kinds = ("loss", "gradients", "trajectory", "adapter")
-    table = Table(title=f"parity with {certificate['reference']}, {certificate['steps']} steps")
+    limits: dict[str, list[str]] = {}
+    for target, result in certificate["targets"].items():
+        words = ", ".join(f"{kind} {result['tolerances'][kind]:.0e}" for kind in kinds)
+        limits.setdefault(words, []).append(target)
+    caption = "\n".join(f"limits of {', '.join(names)}: {words}" for words, names in limits.items())
+    title = f"parity with {certificate['reference']}, {certificate['steps']} steps"
+    table = Table(title=title, caption=caption, caption_justify="left")
     for heading in ("target", *kinds, "verdict"):
         table.add_column(heading)
     for target, result in certificate["targets"].items():
         cells = []
         for kind in kinds:
             worst = result.get("worst", {}).get(kind)
-            limit = result["tolerances"][kind]
-            cells.append(f"{worst['relative']:.1e} (limit {limit:.0e})" if worst else "-")
+            cells.append(f"{worst['relative']:.1e}" if worst else "-")
         table.add_row(target, *cells, "passed" if result["passed"] else "FAILED")
     return table
 

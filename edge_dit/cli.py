@@ -103,7 +103,9 @@ def quickstart(
 
 @app.command()
 def plan(
-    job: JobFile,
+    job: Annotated[
+        Path | None, typer.Argument(help="job.toml, see samples/sana.toml; or give --config.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path(
         "plan.json"
     ),
@@ -112,9 +114,18 @@ def plan(
     ] = None,
     head_skip: Annotated[int | None, typer.Option(help="Leading blocks to skip (n).")] = None,
     tail_skip: Annotated[int | None, typer.Option(help="Trailing blocks to skip (m).")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="What a public checkpoint would take (flux.1-dev, ...); no weights."),
+    ] = None,
+    patch: Annotated[
+        int | None, typer.Option(min=1, help="With --config: side of a patch (s_min), pixels.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="With --config: rank of the LoRA.")] = 16,
     as_json: Json = False,
 ) -> None:
-    """Choose which blocks to train, at which sizes."""
+    """Choose which blocks to train, at which sizes, and say what that takes."""
+    from edge_dit.cost import cost_of_config, cost_of_plan, table
     from edge_dit.files import write_atomic
     from edge_dit.inspect import plan_in_words
     from edge_dit.job import read_job
@@ -125,9 +136,30 @@ def plan(
     for name, value in (("--head-skip", head_skip), ("--tail-skip", tail_skip)):
         if value is not None and value < 0:
             raise BadInput(name, found=str(value), expected="0 or more blocks")
+    if (job is None) == (config is None):
+        raise BadInput(
+            "plan",
+            found="both a job file and --config" if job else "neither a job file nor --config",
+            expected="one of them",
+            remedy="edge-dit plan JOB -o plan.json, or edge-dit plan --config flux.1-dev",
+        )
+    if config is not None:
+        facts, columns = cost_of_config(config, skip_ratio, head_skip, tail_skip, patch, rank)
+        report(as_json, facts, facts["summary"], *table(columns))
+        return
+    assert job is not None
+    if patch is not None:
+        raise BadInput("--patch", found="with a job file", remedy="set [train] patch in the job")
     made = make_plan(read_job(job), skip_ratio, head_skip, tail_skip)
+    columns = cost_of_plan(made)
     write_atomic(output, made.model_dump_json(indent=2) + "\n")
-    report(as_json, made.model_dump(mode="json"), *plan_in_words(made), f"written to {output}")
+    report(
+        as_json,
+        {**made.model_dump(mode="json"), "cost": {k: vars(v) for k, v in columns.items()}},
+        *plan_in_words(made),
+        *table(columns),
+        f"written to {output}",
+    )
 
 
 @app.command()
@@ -217,6 +249,12 @@ def train(
     bank: BankFolder,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the run goes.")],
     target: OneTarget = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the onnx target: fused (fastest), recompute or streamed (least memory)."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: the plan's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
     as_json: Json = False,
@@ -225,7 +263,7 @@ def train(
     from edge_dit_runtime.train import train as run
 
     check_targets([target] if target else None)
-    done = run(bundle, bank, output, target, steps, resume)
+    done = run(bundle, bank, output, target, steps, resume, layout=layout)
     stopped = "" if done.done == done.steps else "; stopped early, --resume continues"
     words = f"{output}: {done.done} of {done.steps} steps on {done.target}{stopped}"
     report(as_json, {"done": done.done, "steps": done.steps, "target": done.target}, words)
@@ -239,20 +277,61 @@ def adapter(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the LoRA goes.")],
     as_json: Json = False,
 ) -> None:
-    """Write the trained LoRA as a folder for pipe.load_lora_weights, with a PEFT copy in peft/."""
-    from edge_dit.adapter import DIFFUSERS_FILE, write_adapter_folder
+    """Write the trained LoRA as a folder for pipe.load_lora_weights, with a PEFT copy in peft/; for
+    a pipeline that has no load_lora_weights as a PEFT folder.
+    """
+    from edge_dit.adapter import DIFFUSERS_FILE, PEFT_FILE, loading_hint, write_adapter_folder
+    from edge_dit.families import PEFT_ONLY
     from edge_dit_runtime.train import trained_adapter
 
     tensors, read = trained_adapter(run)
-    write_adapter_folder(output, tensors, read.rank, read.alpha, read.base_model)
-    facts = {"path": str(output / DIFFUSERS_FILE), "tensors": len(tensors), "steps": read.done}
+    peft_only = read.family in PEFT_ONLY
+    write_adapter_folder(output, tensors, read.rank, read.alpha, read.base_model, peft_only)
+    path = output / (PEFT_FILE if peft_only else DIFFUSERS_FILE)
+    hint = loading_hint(output, peft_only)
+    facts = {"path": str(path), "tensors": len(tensors), "steps": read.done, "load": hint}
     unfinished = "" if read.done == read.steps else f" (unfinished: {read.done} of {read.steps})"
     report(
         as_json,
         facts,
         f"{output}: {len(tensors)} LoRA tensors{unfinished}",
-        f'load it: pipe.load_lora_weights("{output}")',
+        f"load it: {hint}",
     )
+
+
+@app.command()
+def bench(
+    config: Annotated[str, typer.Option(help="A public configuration.")] = "sana-0.6b",
+    trained: Annotated[
+        str, typer.Option(help="Trained blocks; for FLUX double+single, e.g. 4+4.")
+    ] = "14",
+    tokens: Annotated[int, typer.Option(min=1, help="Image tokens of a patch.")] = 256,
+    text: Annotated[int | None, typer.Option(min=1, help="Text tokens; default all.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps, after two others.")] = 5,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="onnx, onnx:streamed, onnx:streamed:int8, ...; may be repeated."),
+    ] = None,
+    full_lora: Annotated[
+        bool, typer.Option(help="Measure full LoRA at full resolution too.")
+    ] = True,
+    work: Annotated[
+        Path, typer.Option(help="Folder for the random model and the bundles; used again.")
+    ] = Path("bench"),
+    as_json: Json = False,
+) -> None:
+    """Measure speed and memory on random weights, against torch eager in the same run."""
+    from edge_dit.bench import CONTENDERS, Case, contender_of, in_words
+    from edge_dit.bench import bench as run
+    from edge_dit.configs import public_config
+
+    public = public_config(config)
+    blocks = [int(part) for part in trained.split("+") if part.isdigit()]
+    contenders = [contender_of(name) for name in target] if target else list(CONTENDERS)
+    case = Case(config, blocks, tokens, text or public.text_tokens, rank, steps, full_lora)
+    found = run(case, contenders, work, lambda line: err.print(line, markup=False))
+    report(as_json, found, *in_words(found))
 
 
 @app.command()

@@ -18,13 +18,17 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from edge_dit.adamw import learning_rate
+from edge_dit.adapter import peft_folder
 from edge_dit.bank import GOLDEN
-from edge_dit.families import family_module
+from edge_dit.families import family_of
+from edge_dit.families.family import Family, Grid, Prompt
 from edge_dit.images import Captioned
+from edge_dit.objective import Objective
 from edge_dit.pipeline import quiet
 from edge_dit.plan import Plan
 from edge_dit.progress import bar
-from edge_dit.subgraph import add_lora, lora_modules, lora_name
+from edge_dit.reference import objective_of
+from edge_dit.subgraph import add_lora, lora_modules, lora_name, remove_lora
 
 LEVELS = 8
 """Noise levels at which held-out loss is measured, the middles of equal parts of (0, 1)."""
@@ -32,64 +36,64 @@ LEVELS = 8
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole image, encoded: clean latents [1, C, h, w], prompt embeddings [1, L, width] without
-    padding, and their mask of ones [1, L].
-    """
+    """A whole image, encoded: clean latents, prompt, and token grid."""
 
     clean: Tensor
-    embeds: Tensor
-    mask: Tensor
+    prompt: Prompt
+    grid: Grid
 
 
 def encode_whole(plan: Plan, pipeline: Any, images: list[Captioned]) -> list[Whole]:
     """Images centre-cropped to squares of s_max pixels, encoded with their captions."""
-    family = family_module(plan.family)
+    family = family_of(plan.family)
+    side = plan.s_max // plan.multiple
     encoded = []
-    for image in images:
+    for number, image in enumerate(images):
         height, width = image.pixels.shape[1:]
         top, left = (height - plan.s_max) // 2, (width - plan.s_max) // 2
         square = image.pixels[:, top : top + plan.s_max, left : left + plan.s_max]
-        clean = family.encode_image(pipeline.vae, torch.from_numpy(square.copy()).unsqueeze(0))
-        embeds, mask = family.encode_prompts(pipeline, [image.caption])[0]
-        tokens = int(mask.sum())
-        encoded.append(Whole(clean, embeds[:, :tokens], mask[:, :tokens]))
+        pixels = torch.from_numpy(square.copy()).unsqueeze(0)
+        clean = family.encode_image(pipeline.vae, pixels, torch.Generator().manual_seed(number))
+        tokens = family.text_tokens(plan.model, [image.caption])
+        prompt = family.encode_prompts(pipeline, [image.caption], tokens)[0]
+        encoded.append(Whole(clean, prompt, (side, side)))
     return encoded
 
 
-def flow_matching_loss(model: Any, whole: Whole, sigma: float, steps: int, seed: int) -> Tensor:
+def whole_loss(
+    family: Family, objective: Objective, model: Any, whole: Whole, sigma: float, seed: int
+) -> Tensor:
     """Loss of the stock transformer on one noised image, a scalar.
 
     Args:
+        family: of the model.
+        objective: what it predicts.
         model: the transformer.
         whole: the image.
         sigma: noise level in (0, 1].
-        steps: the scheduler's training timesteps; the model's timestep is sigma * steps.
         seed: of the noise.
     """
     noise = torch.randn(whole.clean.shape, generator=torch.Generator().manual_seed(seed))
-    found = model(
-        (1 - sigma) * whole.clean + sigma * noise,
-        encoder_hidden_states=whole.embeds,
-        encoder_attention_mask=whole.mask,
-        timestep=torch.tensor([sigma * steps], dtype=torch.float32),
-        return_dict=False,
-    )[0]
-    return torch.nn.functional.mse_loss(found, noise - whole.clean)
+    noised = objective.noised(whole.clean, noise, sigma)
+    inputs = family.inputs(model, noised, objective.timestep(sigma), whole.prompt, whole.grid)
+    found = family.learned(model(**inputs, return_dict=False)[0])
+    return torch.nn.functional.mse_loss(found, objective.target(whole.clean, noise))
 
 
 def heldout_loss(plan: Plan, pipeline: Any, images: list[Whole]) -> float:
-    """Mean flow-matching loss of the pipeline, as it is, over images and `LEVELS` noise levels; the
+    """Mean loss of the pipeline, as it is, over images and `LEVELS` noise levels, unweighted; the
     noise is the same at every call.
     """
-    steps = len(levels_of(plan))
+    family, objective = family_of(plan.family), objective_of(plan)
     with torch.no_grad():
         losses = [
             float(
-                flow_matching_loss(
+                whole_loss(
+                    family,
+                    objective,
                     pipeline.transformer,
                     image,
                     (level + 0.5) / LEVELS,
-                    steps,
                     LEVELS * number + level,
                 )
             )
@@ -99,21 +103,15 @@ def heldout_loss(plan: Plan, pipeline: Any, images: list[Whole]) -> float:
     return float(np.mean(losses))
 
 
-def levels_of(plan: Plan) -> np.ndarray:
-    """The noise levels of the plan's scheduler, ascending."""
-    family = family_module(plan.family)
-    return family.sigmas(family.scheduler_config(plan.model))
-
-
 def train_full_lora(
     plan: Plan, pipeline: Any, images: list[Whole], steps: int
 ) -> dict[str, np.ndarray]:
     """LoRA on every block at full resolution by torch eager - what users do today; the adapter by
     diffusers names. The pipeline is left without it.
     """
-    family, adamw = family_module(plan.family), plan.optimizer
+    family, adamw = family_of(plan.family), plan.optimizer
     model = pipeline.transformer
-    modules = lora_modules(family, range(plan.layers), plan.lora_targets)
+    modules = lora_modules(family, model, range(plan.layers), plan.lora_targets)
     add_lora(model, modules, plan.rank, plan.alpha, plan.seed)
     parameters = {lora_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -123,13 +121,13 @@ def train_full_lora(
         eps=adamw.eps,
         weight_decay=adamw.weight_decay,
     )
-    levels = levels_of(plan)
+    objective = objective_of(plan)
     with bar("full LoRA (torch)", steps) as advance:
         for step in range(steps):
             turn, number = divmod(step, len(images))
-            place = (turn * GOLDEN + number / len(images)) % 1.0
-            sigma = float(levels[int(place * len(levels))])
-            loss = flow_matching_loss(model, images[number], sigma, len(levels), step)
+            sigma = objective.level((turn * GOLDEN + number / len(images)) % 1.0)
+            loss = whole_loss(family, objective, model, images[number], sigma, step)
+            loss = loss * (objective.weight(sigma) or 1.0)
             optimizer.zero_grad()
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, adamw.lr)
             loss.backward()
@@ -137,7 +135,7 @@ def train_full_lora(
             optimizer.step()
             advance(note=f"loss {float(loss.detach()):.4f}")
     adapter = {name: p.detach().numpy().copy() for name, p in parameters.items()}
-    model.delete_adapters("default")
+    remove_lora(model)
     return adapter
 
 
@@ -147,19 +145,29 @@ def adapted(pipeline: Any, folder: Path | None) -> Iterator[Any]:
     if folder is None:
         yield pipeline
         return
+    stock = hasattr(pipeline, "load_lora_weights")
     with quiet():
-        pipeline.load_lora_weights(folder)
+        if stock:
+            pipeline.load_lora_weights(folder)
+        else:
+            from peft import PeftModel
+
+            model = pipeline.transformer
+            pipeline.transformer = PeftModel.from_pretrained(model, peft_folder(folder))
     try:
         yield pipeline
     finally:
-        pipeline.unload_lora_weights()
+        if stock:
+            pipeline.unload_lora_weights()
+        else:
+            pipeline.transformer = pipeline.transformer.unload()
 
 
 def contact_sheet(
     plan: Plan, pipeline: Any, prompts: list[str], seeds: list[int], title: str
 ) -> Image.Image:
     """Pictures of every prompt (rows) and seed (columns), captions above the rows."""
-    family, strip, size = family_module(plan.family), 16, plan.s_max
+    family, strip, size = family_of(plan.family), 16, plan.s_max
     sheet = Image.new("RGB", (len(seeds) * size, strip + len(prompts) * (size + strip)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((4, 2), title, fill="black")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_dit import bank as banks
-from edge_dit.adapter import DIFFUSERS_FILE, read_adapter
+from edge_dit.adapter import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, read_adapter, read_peft
 from edge_dit.bundle import ADAPTER, MANIFEST, read_manifest
 from edge_dit.errors import BadInput
 from edge_dit.plan import Plan, read_plan
@@ -41,6 +41,8 @@ def look(path: Path) -> tuple[dict[str, Any], list[str]]:
         ]
     if (path / DIFFUSERS_FILE).is_file():
         return _adapter(path / DIFFUSERS_FILE)
+    if (path / PEFT_CONFIG).is_file() and (path / PEFT_FILE).is_file():
+        return _adapter_in_words(*read_peft(path))
     raise BadInput(
         path,
         found="nothing edge-dit knows" if path.exists() else "no such file or folder",
@@ -90,7 +92,12 @@ def bundle_in_words(folder: Path) -> list[str]:
 
 
 def _adapter(path: Path) -> tuple[dict[str, Any], list[str]]:
-    tensors, rank, alpha = read_adapter(path)
+    return _adapter_in_words(*read_adapter(path))
+
+
+def _adapter_in_words(
+    tensors: dict[str, Any], rank: int, alpha: float
+) -> tuple[dict[str, Any], list[str]]:
     facts = {
         "rank": rank,
         "alpha": alpha,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -44,7 +44,8 @@ class PlanOptions(_Section):
 
 class Train(_Section):
     """[train]: ``resolution`` is s_max and ``patch`` s_min of Eq. 1, in pixels; ``draws`` is the
-    size of the bank; ``lora_targets`` names modules within a block, default the family's.
+    size of the bank and ``bank`` the dtype its large tensors are stored in; ``lora_targets`` names
+    modules within a block, default the family's.
     """
 
     resolution: Positive
@@ -55,13 +56,19 @@ class Train(_Section):
     lr: Annotated[float, Field(gt=0)] = 1e-4
     steps: Positive = 500
     draws: Positive = 256
+    bank: Literal["float32", "float16"] = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
 class Export(_Section):
-    """[export]: the targets to export."""
+    """[export]: the targets to export, and how the onnx target stores frozen matrices: as float32
+    for all its layouts, as float16 or int8 (a scale per output channel) for the streamed one only;
+    with ``recompute`` there is a layout that computes each block again for its gradients.
+    """
 
     targets: Annotated[list[str], Field(min_length=1)] = list(TARGETS)
+    weights: Literal["float32", "float16", "int8"] = "float32"
+    recompute: bool = False
 
 
 class Job(_Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
@@ -20,6 +21,14 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Read by those packages when they are first imported; what the user set stays."""
+VOCABULARIES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("tokenizer.model",),
+)
+"""Files by which a tokenizer is stored, as checkpoints of the supported families have them."""
+EXPECTED, REMEDY = "a whole pipeline folder", "save or download it again"
 
 
 @contextmanager
@@ -34,11 +43,16 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def load_pipeline(folder: Path, **parts: Any) -> Any:
+def load_pipeline(folder: Path, keep_text: bool = False, **parts: Any) -> Any:
     """The whole pipeline in float32, from disk, without progress bars.
+
+    A part that was saved as absent (Stable Diffusion 3 without its T5) stays absent; diffusers
+    itself wants it passed as None.
 
     Args:
         folder: a diffusers folder.
+        keep_text: text encoders stored in bfloat16 stay so, for prompts to be encoded in half the
+            memory; the pipeline itself cannot be called then.
         parts: components to use instead of the stored ones; None leaves one out.
 
     Raises:
@@ -46,6 +60,12 @@ def load_pipeline(folder: Path, **parts: Any) -> Any:
     """
     require("torch", "loading a model")
     require("diffusers", "loading a model")
+    stored, absent = _parts(folder)
+    for name in stored:
+        if name not in parts and not (folder / name).is_dir():
+            raise BadInput(folder / name, found="no such folder", expected=EXPECTED, remedy=REMEDY)
+        if name.startswith("tokenizer"):
+            check_vocabulary(folder / name)
     with quiet():
         import torch
         from diffusers import DiffusionPipeline
@@ -57,14 +77,64 @@ def load_pipeline(folder: Path, **parts: Any) -> Any:
             chatter.disable_progress_bar()
         try:
             pipeline = DiffusionPipeline.from_pretrained(
-                folder, torch_dtype=torch.float32, local_files_only=True, **parts
+                folder,
+                dtype={**_text_dtypes(folder, stored, keep_text), "default": torch.float32},
+                local_files_only=True,
+                **{**dict.fromkeys(absent), **parts},
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise BadInput(
                 folder,
                 found=f"diffusers cannot load it: {error}",
-                expected="a whole pipeline folder",
-                remedy="save or download it again",
+                expected=EXPECTED,
+                remedy=REMEDY,
             ) from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def check_vocabulary(tokenizer: Path) -> None:
+    """Raise `BadInput` when a tokenizer's folder holds no vocabulary: transformers 5 makes up a
+    tokenizer of special tokens only, without a word (tokenization_utils_tokenizers.py).
+    """
+    if not any(all((tokenizer / name).is_file() for name in names) for names in VOCABULARIES):
+        raise BadInput(
+            tokenizer,
+            found="no vocabulary in it",
+            expected="one of " + ", ".join(" with ".join(names) for names in VOCABULARIES),
+            remedy=REMEDY,
+        )
+
+
+def _parts(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the parts that a pipeline folder stores, and of those it was saved without.
+
+    Raises:
+        BadInput: no readable model_index.json.
+    """
+    path = folder / "model_index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        parts = {name: kind for name, kind in index.items() if isinstance(kind, list)}
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadInput(
+            path, found=f"unreadable ({error})", expected=EXPECTED, remedy=REMEDY
+        ) from None
+    stored = [name for name, kind in parts.items() if any(kind)]
+    return stored, [name for name in parts if name not in stored]
+
+
+def _text_dtypes(folder: Path, parts: list[str], keep: bool) -> dict[str, Any]:
+    """bfloat16 for each text encoder whose weights are."""
+    import torch
+    from safetensors import safe_open
+
+    found = {}
+    for part in parts if keep else []:
+        file = next(iter(sorted((folder / part).glob("*.safetensors"))), None)
+        if part.startswith("text_encoder") and file is not None:
+            with safe_open(file, framework="pt") as tensors:
+                name = next(iter(tensors.keys()), None)
+                if name is not None and tensors.get_slice(name).get_dtype() == "BF16":
+                    found[part] = torch.bfloat16
+    return found

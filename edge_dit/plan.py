@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from edge_dit.adamw import AdamW
 from edge_dit.bundle import Optimizer
 from edge_dit.errors import BadInput, ManyFaults, require
-from edge_dit.families import detect, family_module
+from edge_dit.families import detect, family_of
 from edge_dit.files import sha256
 from edge_dit.images import captions, image_files
 from edge_dit.job import Job
@@ -49,8 +49,11 @@ class Plan(BaseModel):
         optimizer: AdamW's hyper-parameters.
         steps: training steps.
         draws: draws in the bank.
+        bank_dtype: what the bank stores its large tensors as.
         seed: of everything random.
         targets: what to export.
+        weights: how the onnx target stores frozen matrices, see `edge_dit.job.Export`.
+        recompute: whether the onnx target gets the recomputing layout too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,6 +76,9 @@ class Plan(BaseModel):
     draws: int
     seed: int
     targets: list[str]
+    weights: str = "float32"
+    recompute: bool = False
+    bank_dtype: str = "float32"
 
     @property
     def trained(self) -> range:
@@ -100,6 +106,9 @@ class Plan(BaseModel):
                 "steps",
                 "draws",
                 "targets",
+                "weights",
+                "recompute",
+                "bank_dtype",
             },
         )
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
@@ -110,6 +119,26 @@ def split(layers: int, skip_ratio: float) -> tuple[int, int]:
     skipped = round(layers * skip_ratio)
     head = math.ceil(skipped * HEAD_SHARE)
     return head, skipped - head
+
+
+def choose_split(
+    layers: int, skip_ratio: float | None, head_skip: int | None, tail_skip: int | None
+) -> tuple[int, int, list[BadInput]]:
+    """(head_skip, tail_skip, faults): the ratio's split (default one half), where the two ends are
+    not given.
+    """
+    head, tail = split(layers, 0.5 if skip_ratio is None else skip_ratio)
+    head = head if head_skip is None else head_skip
+    tail = tail if tail_skip is None else tail_skip
+    if head + tail < layers:
+        return head, tail, []
+    fault = BadInput(
+        "plan",
+        found=f"head_skip {head} + tail_skip {tail} leave no block to train",
+        expected=f"less than the model's {layers} blocks",
+        remedy="skip fewer blocks",
+    )
+    return head, tail, [fault]
 
 
 def make_plan(
@@ -131,28 +160,38 @@ def make_plan(
     """
     family_name = detect(job.model.path)
     require("torch", "reading a model")
-    family = family_module(family_name)
+    family = family_of(family_name)
     facts = family.facts(job.model.path)
     explicit = head_skip is not None or tail_skip is not None or skip_ratio is not None
     ratio = job.plan.skip_ratio if skip_ratio is None else skip_ratio
-    head, tail = split(facts.layers, ratio)
     if not explicit:
         head_skip, tail_skip = job.plan.head_skip, job.plan.tail_skip
-    head = head if head_skip is None else head_skip
-    tail = tail if tail_skip is None else tail_skip
+    head, tail, faults = choose_split(facts.layers, ratio, head_skip, tail_skip)
+    sizes = {"train.patch": job.train.patch, "train.resolution": job.train.resolution}
+    faults += size_faults(sizes, facts.multiple)
+    from edge_dit.checkpoint import meta_model
+    from edge_dit.subgraph import can_carry_lora, lora_modules
 
-    faults = _size_faults(job, facts.multiple)
-    if head + tail >= facts.layers:
+    model = meta_model(family, family.config(job.model.path))
+    lora_targets = list(dict.fromkeys(job.train.lora_targets or family.lora_targets))
+    known = dict.fromkeys(
+        name
+        for block in family.blocks(model).values()
+        for name, module in block.named_modules()
+        if can_carry_lora(module)
+    )
+    if job.train.lora_targets:
+        faults += _target_faults(lora_targets, list(known))
+    trained = range(head, facts.layers - tail)
+    if not faults and not lora_modules(family, model, trained, lora_targets):
         faults.append(
             BadInput(
-                "plan",
-                found=f"head_skip {head} + tail_skip {tail} leave no block to train",
-                expected=f"less than the model's {facts.layers} blocks",
-                remedy="skip fewer blocks",
+                "train.lora_targets",
+                found="none of them is in a trained block, or all feed only its text output",
+                expected=f"a module that blocks {trained[0]} to {trained[-1]} train",
+                remedy="name other modules, or skip other blocks",
             )
         )
-    lora_targets = list(dict.fromkeys(job.train.lora_targets or family.LORA_TARGETS))
-    faults += _target_faults(lora_targets, family.linear_modules(job.model.path))
     prompts = captions(image_files(job.data.images), job.data.prompt)
     if faults:
         raise faults[0] if len(faults) == 1 else ManyFaults("job", faults)
@@ -176,18 +215,22 @@ def make_plan(
         draws=job.train.draws,
         seed=job.train.seed,
         targets=list(dict.fromkeys(job.export.targets)),
+        weights=job.export.weights,
+        recompute=job.export.recompute,
+        bank_dtype=job.train.bank,
     )
 
 
-def _size_faults(job: Job, multiple: int) -> list[BadInput]:
+def size_faults(sizes: dict[str, int], multiple: int) -> list[BadInput]:
+    """Sizes in pixels, by where they stand, that are no multiple of a token's side."""
     return [
         BadInput(
-            f"train.{key}",
+            where,
             found=f"{value} pixels",
             expected=f"a multiple of {multiple}, the model's downsampling factor",
             remedy=f"{max(1, value // multiple) * multiple} or {-(-value // multiple) * multiple}",
         )
-        for key, value in (("patch", job.train.patch), ("resolution", job.train.resolution))
+        for where, value in sizes.items()
         if value % multiple
     ]
 
@@ -209,10 +252,11 @@ def _target_faults(targets: list[str], known: list[str]) -> list[BadInput]:
 def model_hash(model: Path) -> str:
     """SHA-256 over configurations and weights of all that shapes a bank's bytes."""
     digest = hashlib.sha256()
-    for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
-        for file in sorted((model / part).glob("*")):
+    parts = ("transformer", "vae", "text_encoder*", "tokenizer*", "scheduler")
+    for folder in (f for part in parts for f in sorted(model.glob(part))):
+        for file in sorted(folder.glob("*")):
             if file.suffix in (".json", ".safetensors"):
-                digest.update(f"{part}/{file.name} {sha256(file)}\n".encode())
+                digest.update(f"{folder.name}/{file.name} {sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,22 +10,30 @@ import torch
 from torch import Tensor
 
 from edge_dit import bank
-from edge_dit.errors import BadInput
-from edge_dit.families import family_module
+from edge_dit.checkpoint import Checkpoint
+from edge_dit.families import family_of
+from edge_dit.families.family import Conditioning, Prompt, State
 from edge_dit.images import Captioned
+from edge_dit.objective import Objective
 from edge_dit.patch_sampler import PatchSampler
 from edge_dit.pipeline import load_pipeline
 from edge_dit.plan import Plan, check_model
 from edge_dit.progress import bar
+from edge_dit.reference import blank_batch, objective_of
 from edge_dit.subgraph import as_batch
+
+SHARD_BYTES = 128 * 2**20
+"""Draws of a shard go through the model together, block by block: about this many bytes of them
+are in memory at once, and each block is read from disk once per shard.
+"""
 
 
 def precompute(plan: Plan, images: list[Captioned], folder: Path) -> bank.Index:
     """Write the bank of a plan, or finish one that was stopped; its index.
 
-    Per draw: crop and resize (Eq. 1), encode, noise x_t = (1 - sigma) x_0 + sigma eps, run the
-    frozen model once, keep the entry state, the tail residual (Eq. 3), the conditioning and the
-    target velocity eps - x_0. The same plan and images give the same bytes.
+    Per draw: crop and resize (Eq. 1), encode, noise, run the frozen model, keep the entry state,
+    the tail residual (Eq. 3), the conditioning and the target. The same plan and images give the
+    same bytes. Of the transformer, one block at a time is in memory.
 
     Args:
         plan: as made by `edge_dit.plan.make_plan`.
@@ -32,67 +41,130 @@ def precompute(plan: Plan, images: list[Captioned], folder: Path) -> bank.Index:
         folder: where the bank goes.
 
     Raises:
-        BadInput: the folder holds another bank; the model changed since the plan.
+        BadInput: the folder holds another bank; the model changed since the plan, or is damaged.
     """
     check_model(plan)
-    family = family_module(plan.family)
-    index, levels = plan_index(plan, images)
-    missing = bank.begin(folder, index)
-    if not missing and (folder / bank.PROMPTS).is_file():
+    family = family_of(plan.family)
+    checkpoint = Checkpoint(family, plan.model)
+    skeleton = checkpoint.skeleton()
+    blank = blank_batch(plan, skeleton)
+    index, objective = plan_index(plan, images, blank)
+    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    missing = bank.begin(folder, index) if occupied else None
+    if missing == [] and (folder / bank.PROMPTS).is_file():
         return index
 
-    pipeline = load_pipeline(plan.model)
-    model, vae = pipeline.transformer.eval(), pipeline.vae.eval()
-    texts = [_cut(e, m, plan) for e, m in family.encode_prompts(pipeline, index.prompts)]
-    latents, timestep, _, _ = family.blank(model, plan.grid, plan.text_tokens)
-
-    def conditions(text: tuple[Tensor, Tensor]) -> dict[str, np.ndarray]:
-        seen = family.capture(model, latents, timestep, *text, plan.head_skip, plan.tail_skip)
-        return {f"cond.{name}": seen.cond[name].numpy() for name in family.PROMPT_COND}
-
+    pipeline = load_pipeline(plan.model, keep_text=True, transformer=skeleton)
+    prompts = family.encode_prompts(pipeline, index.prompts, plan.text_tokens)
+    vae = pipeline.vae.eval()
+    del pipeline  # and with it the text encoders
+    if missing is None:  # not before: a pipeline that cannot be loaded leaves no bank behind
+        missing = bank.begin(folder, index)
     if not (folder / bank.PROMPTS).is_file():
-        bank.write_prompts(folder, [conditions(text) for text in texts])
+        latents, _ = family.blank(skeleton, plan.grid, plan.text_tokens)
+        conditions = [
+            family.begin(skeleton, family.inputs(skeleton, latents, 0.0, prompt, plan.grid))[1]
+            for prompt in prompts
+        ]
+        bank.write_prompts(
+            folder,
+            [{f"cond.{n}": cond[n].numpy() for n in family.per_prompt} for cond in conditions],
+        )
 
     sampler = PatchSampler(plan.s_min, plan.s_max, plan.multiple)
-
-    def tensors(draw: bank.Draw) -> dict[str, np.ndarray]:
-        pixels = torch.from_numpy(images[draw.image].pixels).unsqueeze(0)
-        sigma = torch.tensor([draw.sigma])
-        patch = sampler(pixels, sigma, torch.tensor([draw.u, draw.v]))
-        clean = family.encode_image(vae, patch)
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(draw.seed))
-        captured = family.capture(
-            model,
-            (1 - sigma) * clean + sigma * noise,
-            sigma * len(levels),
-            *texts[draw.prompt],
-            plan.head_skip,
-            plan.tail_skip,
-        )
-        shared = [f"cond.{name}" for name in family.PROMPT_COND]
-        batch = as_batch(captured, noise - clean)
-        return {name: value.numpy() for name, value in batch.items() if name not in shared}
-
-    done = len(index.draws) - sum(len(_members(index, shard)) for shard in missing)
+    done = len(index.draws) - sum(len(index.members(shard)) for shard in missing)
     with bar("precompute", len(index.draws), done) as advance:
         for shard in missing:
-            stored = {}
-            for number in _members(index, shard):
-                stored[number] = tensors(index.draws[number])
-                advance()
-            bank.write_shard(folder, shard, stored)
+            draws = [index.draws[number] for number in index.members(shard)]
+            begun = [
+                _begin(plan, skeleton, vae, sampler, objective, images, prompts, draw)
+                for draw in draws
+            ]
+            through = _through_blocks(plan, checkpoint, begun, advance)
+            stored = [bank.narrowed(draw, plan.bank_dtype) for draw in through]
+            bank.write_shard(folder, shard, dict(zip(index.members(shard), stored, strict=True)))
     return index
 
 
-def plan_index(plan: Plan, images: list[Captioned]) -> tuple[bank.Index, np.ndarray]:
-    """The index of the bank of ``plan`` over ``images``, and the scheduler's noise levels."""
-    family = family_module(plan.family)
-    levels = family.sigmas(family.scheduler_config(plan.model))
+Begun = tuple[State, Conditioning, Tensor, float | None]
+"""State entering the model, conditioning, target and weight of a draw."""
+
+
+@torch.no_grad()
+def _begin(
+    plan: Plan,
+    skeleton: torch.nn.Module,
+    vae: torch.nn.Module,
+    sampler: PatchSampler,
+    objective: Objective,
+    images: list[Captioned],
+    prompts: list[Prompt],
+    draw: bank.Draw,
+) -> Begun:
+    family = family_of(plan.family)
+    pixels = torch.from_numpy(images[draw.image].pixels).unsqueeze(0)
+    patch = sampler(pixels, torch.tensor([draw.sigma]), torch.tensor([draw.u, draw.v]))
+    generator = torch.Generator().manual_seed(draw.seed)
+    clean = family.encode_image(vae, patch, generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    inputs = family.inputs(
+        skeleton,
+        objective.noised(clean, noise, draw.sigma),
+        objective.timestep(draw.sigma),
+        prompts[draw.prompt],
+        plan.grid,
+    )
+    state, cond = family.begin(skeleton, inputs)
+    return state, cond, objective.target(clean, noise), objective.weight(draw.sigma)
+
+
+@torch.no_grad()
+def _through_blocks(
+    plan: Plan, checkpoint: Checkpoint, begun: list[Begun], advance: Callable[..., None]
+) -> list[dict[str, np.ndarray]]:
+    """What a bank stores of each draw, one block of the model after the other."""
+    family = checkpoint.family
+    states = [state for state, *_ in begun]
+    entries, tails = states, [state.image for state in states]
+    for number in range(plan.layers):
+        if number == plan.head_skip:
+            entries = states
+        if number == plan.layers - plan.tail_skip:
+            tails = [state.image for state in states]
+        with checkpoint.block(number) as block:
+            states = [
+                family.run_block(block, state, cond, plan.grid)
+                for state, (_, cond, _, _) in zip(states, begun, strict=True)
+            ]
+        advance(len(begun) / plan.layers)
+    if not plan.tail_skip:
+        tails = [state.image for state in states]
+    batches = [
+        as_batch(entry, state.image - tail, cond, target, weight)
+        for entry, tail, state, (_, cond, target, weight) in zip(
+            entries, tails, states, begun, strict=True
+        )
+    ]
+    shared = [f"cond.{name}" for name in family.per_prompt]
+    return [{k: v.numpy() for k, v in batch.items() if k not in shared} for batch in batches]
+
+
+def plan_index(
+    plan: Plan, images: list[Captioned], blank: dict[str, Tensor]
+) -> tuple[bank.Index, Objective]:
+    """The index of the bank of ``plan`` over ``images``, and what its model predicts.
+
+    Args:
+        plan: of the bank.
+        images: as read.
+        blank: a draw of the plan's shapes.
+    """
+    objective = objective_of(plan)
     prompts = list(dict.fromkeys(image.caption for image in images))
     draws = bank.plan_draws(
         plan.draws,
         plan.seed,
-        levels,
+        objective.level,
         [prompts.index(image.caption) for image in images],
         [(image.pixels.shape[1], image.pixels.shape[2]) for image in images],
         plan.s_min,
@@ -100,20 +172,7 @@ def plan_index(plan: Plan, images: list[Captioned]) -> tuple[bank.Index, np.ndar
         plan.multiple,
     )
     named = [{"name": image.name, "sha256": image.sha256} for image in images]
-    return bank.Index(plan.identity(), named, prompts, draws), levels
-
-
-def _members(index: bank.Index, shard: int) -> range:
-    return range(shard * bank.SHARD, min((shard + 1) * bank.SHARD, len(index.draws)))
-
-
-def _cut(embeds: Tensor, mask: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Embeddings and mask cut to the plan's text length; nothing but padding may be lost."""
-    if mask[:, plan.text_tokens :].any():
-        raise BadInput(
-            "prompt",
-            found=f"{int(mask.sum())} tokens",
-            expected=f"at most {plan.text_tokens}, the longest prompt when the plan was made",
-            remedy="plan again: edge-dit plan JOB -o plan.json",
-        )
-    return embeds[:, : plan.text_tokens], mask[:, : plan.text_tokens]
+    bytes_each = sum(4 * value.numel() for value in blank.values())
+    shard = max(1, min(bank.SHARD, SHARD_BYTES // bytes_each))
+    index = bank.Index(plan.identity(), named, prompts, draws, shard, plan.bank_dtype)
+    return index, objective

@@ -22,7 +22,7 @@ console = Console(stderr=True)
 class Advance(Protocol):
     """Moves a bar on."""
 
-    def __call__(self, steps: int = 1, note: str = "") -> None:
+    def __call__(self, steps: float = 1, note: str = "") -> None:
         """Count ``steps`` done and show ``note`` (a loss, a file)."""
         ...
 
@@ -36,7 +36,7 @@ def bar(title: str, total: int, done: int = 0) -> Iterator[Advance]:
     if not console.is_terminal:
         notes = [""]
 
-        def count(steps: int = 1, note: str = "") -> None:
+        def count(steps: float = 1, note: str = "") -> None:
             notes[0] = note or notes[0]
 
         yield count
@@ -54,7 +54,7 @@ def bar(title: str, total: int, done: int = 0) -> Iterator[Advance]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=total, completed=done, note="")
 
-        def advance(steps: int = 1, note: str = "") -> None:
+        def advance(steps: float = 1, note: str = "") -> None:
             progress.update(task, advance=steps, note=note)
 
         yield advance

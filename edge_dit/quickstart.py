@@ -12,6 +12,7 @@ from edge_dit.bundle import read_manifest
 from edge_dit.certificate import parity_table, why_failed
 from edge_dit.errors import BadInput, CheckFailed
 from edge_dit.evaluate import adapted, contact_sheet, encode_whole, heldout_loss, train_full_lora
+from edge_dit.families import PEFT_ONLY
 from edge_dit.files import write_atomic, write_json
 from edge_dit.images import Captioned, read_folder
 from edge_dit.inspect import plan_in_words
@@ -75,9 +76,7 @@ def quickstart(job_path: Path, out: Path, target: str | None, say: Callable[[Any
     pipeline = load_pipeline(plan.model)
     adapters["full LoRA"] = out / "adapter-full-lora"
     tensors = train_full_lora(plan, pipeline, encode_whole(plan, pipeline, images), plan.steps)
-    write_adapter_folder(
-        adapters["full LoRA"], tensors, plan.rank, plan.alpha, base_model=str(plan.model)
-    )
+    write_lora(plan, tensors, adapters["full LoRA"])
 
     sheets = {"before": "before.png", targets[0]: "after.png", "full LoRA": "full-lora.png"}
     losses = compare(plan, pipeline, {"before": None, **adapters}, unseen, sheets, out)
@@ -114,8 +113,20 @@ def train_target(plan: Plan, target: str, out: Path) -> Path:
     tensors, state = trained_adapter(run)
     if state.done < state.steps:
         raise KeyboardInterrupt  # train stops at the first Ctrl-C; so does the rest of the road
-    write_adapter_folder(folder, tensors, plan.rank, plan.alpha, base_model=str(plan.model))
+    write_lora(plan, tensors, folder)
     return folder
+
+
+def write_lora(plan: Plan, tensors: dict[str, Any], folder: Path) -> None:
+    """Write an adapter of the plan's model as a user would want it."""
+    write_adapter_folder(
+        folder,
+        tensors,
+        plan.rank,
+        plan.alpha,
+        base_model=str(plan.model),
+        peft_only=plan.family in PEFT_ONLY,
+    )
 
 
 def compare(

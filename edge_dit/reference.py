@@ -14,47 +14,57 @@ import torch
 from torch import nn
 
 from edge_dit.adamw import AdamW
-from edge_dit.errors import BadInput
-from edge_dit.families import family_module
-from edge_dit.pipeline import quiet
+from edge_dit.checkpoint import Checkpoint
+from edge_dit.families import family_of
+from edge_dit.families.family import scheduler_config
+from edge_dit.objective import Objective
 from edge_dit.plan import Plan, check_model
 from edge_dit.subgraph import TrainableSubgraph, add_lora, as_batch, lora_modules
 
 
-def load_transformer(plan: Plan) -> nn.Module:
-    """The plan's transformer alone, float32, in eval mode.
+def adapted_subgraph(
+    plan: Plan, check: bool = True
+) -> tuple[TrainableSubgraph, dict[str, torch.Tensor]]:
+    """The plan's trainable sub-graph with a fresh LoRA (A random from the plan's seed, B zero), and
+    a draw with the bank's names, shapes and dtypes (its values mean nothing). Of the model's
+    weights only the trained blocks, the embeddings and the head are read.
+
+    Args:
+        plan: what to train.
+        check: compare the model's weights with those the plan was made for.
 
     Raises:
-        BadInput: it changed since the plan was made, or cannot be loaded.
+        BadInput: the model changed since the plan was made, or cannot be read.
     """
-    check_model(plan)
-    with quiet():
-        import diffusers
-
-        family = family_module(plan.family)
-        try:
-            model = getattr(diffusers, family.TRANSFORMER).from_pretrained(
-                plan.model / "transformer", torch_dtype=torch.float32, local_files_only=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise BadInput(
-                plan.model / "transformer", found=f"diffusers cannot load it: {error}"
-            ) from None
-    return model.eval()
-
-
-def adapted_subgraph(plan: Plan) -> tuple[TrainableSubgraph, dict[str, torch.Tensor]]:
-    """The plan's trainable sub-graph with a fresh LoRA (A random from the plan's seed, B zero), and
-    a draw with the bank's names, shapes and dtypes (its values mean nothing).
-    """
-    model = load_transformer(plan)
-    family = family_module(plan.family)
-    modules = lora_modules(family, plan.trained, plan.lora_targets)
+    if check:
+        check_model(plan)
+    family = family_of(plan.family)
+    model = Checkpoint(family, plan.model).model(plan.trained)
+    modules = lora_modules(family, model, plan.trained, plan.lora_targets)
     add_lora(model, modules, plan.rank, plan.alpha, plan.seed)
-    inputs = family.blank(model, plan.grid, plan.text_tokens)
-    captured = family.capture(model, *inputs, plan.head_skip, plan.tail_skip)
     subgraph = TrainableSubgraph(model, plan.family, plan.head_skip, plan.tail_skip, plan.grid)
-    return subgraph, as_batch(captured, torch.ones_like(captured.prediction))
+    return subgraph, blank_batch(plan, model)
+
+
+def objective_of(plan: Plan) -> Objective:
+    """What the plan's model is trained to predict."""
+    return family_of(plan.family).objective(scheduler_config(plan.model))
+
+
+def blank_batch(plan: Plan, model: nn.Module) -> dict[str, torch.Tensor]:
+    """A draw of the plan's shapes.
+
+    Args:
+        plan: of the model.
+        model: the transformer; its blocks may lie on the meta device.
+    """
+    family = family_of(plan.family)
+    objective = objective_of(plan)
+    latents, prompt = family.blank(model, plan.grid, plan.text_tokens)
+    inputs = family.inputs(model, latents, objective.timestep(0.5), prompt, plan.grid)
+    entry, cond = family.begin(model, inputs)
+    target = objective.target(latents, torch.ones_like(latents))
+    return as_batch(entry, torch.zeros_like(entry.image), cond, target, objective.weight(0.5))
 
 
 def lora_tensors(subgraph: TrainableSubgraph) -> dict[str, np.ndarray]:

@@ -8,20 +8,44 @@ tail residual is the frozen model's, not the adapted one's (Eq. 3).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edge_dit.adapter import PREFIX
-from edge_dit.families import family_module
+from edge_dit.families import family_of
+from edge_dit.families.family import Family, Grid, State
 
 
-def lora_modules(family: Any, blocks: Iterable[int], targets: Iterable[str]) -> list[str]:
-    """Full names, within the model, of ``targets`` in ``blocks``."""
-    targets = list(targets)
-    return [f"{family.BLOCKS}.{index}.{target}" for index in blocks for target in targets]
+def can_carry_lora(module: nn.Module) -> bool:
+    """Whether LoRA may sit on a module: linear layers and 1x1 convolutions."""
+    one = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    return isinstance(module, nn.Linear) or one
+
+
+def lora_modules(
+    family: Family, model: nn.Module, blocks: Iterable[int], targets: Iterable[str]
+) -> list[str]:
+    """Full names, within the model, of the modules in ``blocks`` that carry LoRA.
+
+    Args:
+        family: of the model.
+        model: its blocks may lie on the meta device.
+        blocks: numbers of the trained blocks, in order.
+        targets: modules within a block; a block without one of them goes without. So does the last
+            trained block where the module only feeds its text output, which nothing trained reads.
+    """
+    everything = list(family.blocks(model).items())
+    chosen, wanted = list(blocks), list(targets)
+    modules = []
+    for number in chosen:
+        name, block = everything[number]
+        inside = dict(block.named_modules())
+        idle = family.text_output if number == chosen[-1] else ()
+        modules += [f"{name}.{t}" for t in wanted if t in inside and t not in idle]
+    return modules
 
 
 def add_lora(model: nn.Module, modules: list[str], rank: int, alpha: float, seed: int) -> None:
@@ -30,14 +54,24 @@ def add_lora(model: nn.Module, modules: list[str], rank: int, alpha: float, seed
     A is drawn from N(0, 1 / rank) (PEFT's "gaussian"), B is zero; W' = W + alpha / rank * B A
     (arXiv 2106.09685). All other parameters are frozen.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": modules}
         config = LoraConfig(**options, init_lora_weights="gaussian")
-        model.add_adapter(config)  # type: ignore[operator]
+        # Not model.add_adapter: PixArt's transformer has none.
+        inject_adapter_in_model(config, model)
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Take away what `add_lora` put there, trained or not."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(name, module.get_base_layer())
 
 
 def lora_name(parameter: str) -> str:
@@ -47,50 +81,66 @@ def lora_name(parameter: str) -> str:
     return PREFIX + parameter.replace(".default.weight", ".weight")
 
 
-def as_batch(captured: Any, target: Tensor) -> dict[str, Tensor]:
+def as_batch(
+    entry: State,
+    tail_residual: Tensor,
+    cond: Mapping[str, Tensor],
+    target: Tensor,
+    weight: float | None = None,
+) -> dict[str, Tensor]:
     """A draw's tensors by the names that bank and exported graphs use.
 
     Args:
-        captured: a family's Captured.
-        target: velocity to predict, [1, C, h, w].
+        entry: state entering the first trained block.
+        tail_residual: image tokens after the last block less those after the last trained one,
+            [1, N, D].
+        cond: conditioning.
+        target: what the model is to predict.
+        weight: of the draw's loss, in families that weigh draws.
     """
-    batch = {
-        "entry": captured.entry,
-        **{f"cond.{name}": value for name, value in captured.cond.items()},
-        "tail_residual": captured.tail_residual,
-        "target": target,
-    }
+    batch = {"entry": entry.image}
+    if entry.text is not None:
+        batch["entry_text"] = entry.text
+    batch |= {f"cond.{name}": value for name, value in cond.items()}
+    batch |= {"tail_residual": tail_residual, "target": target}
+    if weight is not None:
+        batch["weight"] = torch.tensor([weight])
     # A bank stores rows; graphs traced with other strides would take no such tensor (ExecuTorch).
     return {name: value.contiguous() for name, value in batch.items()}
 
 
 class TrainableSubgraph(nn.Module):
-    """Trained blocks with LoRA, head and flow-matching loss.
+    """Trained blocks with LoRA, head and loss.
 
     The blocks and the head are the model's own submodules, not copies. Parameters keep the model's
     names, so `lora_parameters` gives diffusers' LoRA names.
 
     Args:
-        model: a diffusers transformer that already carries LoRA (`add_lora`).
+        model: a diffusers transformer that already carries LoRA (`add_lora`); blocks that are not
+            trained may lie on the meta device.
         family: name of the family.
         head_skip: leading blocks left out (n).
         tail_skip: trailing blocks left out (m).
-        size: token grid (rows, columns) of a patch.
+        grid: token rows and columns of a patch.
     """
 
     def __init__(
-        self, model: nn.Module, family: str, head_skip: int, tail_skip: int, size: tuple[int, int]
+        self, model: nn.Module, family: str, head_skip: int, tail_skip: int, grid: Grid
     ) -> None:
         super().__init__()
-        self.family = family_module(family)
-        self.size = size
-        layers = self.family.blocks(model)
-        trained = range(head_skip, len(layers) - tail_skip)
-        # Keyed by the block's number in the model, so that names stay the model's.
-        self.transformer_blocks = nn.ModuleDict({str(i): layers[i] for i in trained})
-        self.norm_out = model.norm_out
-        self.proj_out = model.proj_out
-        self.scale_shift_table = model.scale_shift_table
+        self.family = family_of(family)
+        self.grid = grid
+        everything = list(self.family.blocks(model).items())
+        self.order = [name for name, _ in everything[head_skip : len(everything) - tail_skip]]
+        # Keyed by the block's number in its container, so that names stay the model's.
+        for name, block in everything:
+            if name in self.order:
+                container, number = name.split(".")
+                if not hasattr(self, container):
+                    self.add_module(container, nn.ModuleDict())
+                getattr(self, container)[number] = block
+        for name in self.family.head_modules:
+            setattr(self, name, getattr(model, name))
         self.config = model.config
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
@@ -102,18 +152,29 @@ class TrainableSubgraph(nn.Module):
         }
 
     def predict(self, batch: dict[str, Tensor]) -> Tensor:
-        """The velocity [1, C, h, w] that the adapted middle predicts for one draw."""
-        cond = {k.removeprefix("cond."): v for k, v in batch.items() if k.startswith("cond.")}
-        h = batch["entry"]
-        for block in self.transformer_blocks.values():
-            h = self.family.run_block(block, h, cond, self.size)
-        return self.family.head(self, h + batch["tail_residual"], cond, self.size)
+        """What the adapted middle makes of one draw, shaped like the stock forward's output."""
+        cond = conditioning_of(batch)
+        state = State(batch["entry"], batch.get("entry_text"))
+        for name in self.order:
+            state = self.family.run_block(self.get_submodule(name), state, cond, self.grid)
+        return self.family.head(self, state.image + batch["tail_residual"], cond, self.grid)
+
+    def loss(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of a `predict` against a draw's target, a scalar."""
+        loss = torch.nn.functional.mse_loss(self.family.learned(prediction), batch["target"])
+        return loss * batch["weight"].squeeze() if "weight" in batch else loss
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss of one draw, a scalar.
 
         Args:
-            batch: "entry" and "tail_residual" [1, N, D], "target" [1, C, h, w], and the family's
+            batch: "entry" and "tail_residual" [1, N, D], "target", "entry_text" [1, L, D] in
+                joint-attention families, "weight" [1] where draws are weighed, and the family's
                 "cond.<name>" tensors; all float32.
         """
-        return torch.nn.functional.mse_loss(self.predict(batch), batch["target"])
+        return self.loss(self.predict(batch), batch)
+
+
+def conditioning_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The conditioning tensors of a draw, by the family's names."""
+    return {k.removeprefix("cond."): v for k, v in batch.items() if k.startswith("cond.")}

@@ -1,12 +1,16 @@
-"""Bundles of the tiny sub-graph with a manifest made by hand, and what they are compared with."""
+"""Bundles of small sub-graphs with a manifest made by hand, and what they are compared with."""
 
 from __future__ import annotations
 
+import ast
+import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -15,6 +19,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 import tiny
+import variants
 from edge_dit.adamw import AdamW
 from edge_dit.adapter import write_adapter
 from edge_dit.bundle import ADAPTER, MANIFEST, Manifest, Optimizer, TensorSpec
@@ -22,31 +27,49 @@ from edge_dit.patch_sampler import PatchSampler
 from edge_dit.sampler import crop_at
 from edge_dit.subgraph import TrainableSubgraph
 
-ADAMW = AdamW(lr=1e-3, weight_decay=0.1, max_grad_norm=0.5)
-"""Clips: the tiny sub-graph's gradient norms are above 0.5."""
+ADAMW = AdamW(lr=1e-3, weight_decay=0.1, max_grad_norm=0.2)
+"""Clips: the tiny sub-graph's gradient norms are above 0.2."""
 SAMPLER = PatchSampler(16, 48, 8)
 
 
-def write(folder: Path, target: str) -> tuple[TrainableSubgraph, dict[str, Tensor], Manifest]:
-    """A bundle with one target; also the sub-graph and draw it was made from."""
-    from edge_dit_export.onnx_target import export_onnx
-    from edge_dit_export.optimizer import AdamWStep
-    from edge_dit_export.ort_training_target import export_ort_training
-    from edge_dit_export.train_step import trace_train_step
+EXECUTORCH_CHILD = Path(__file__).with_name("executorch_child.py")
+MAX_IMAGE_SIDE = 160
+"""Largest image side that ExecuTorch's patch sampler is made for."""
+Made = tuple[TrainableSubgraph, dict[str, Tensor]]
+"""A sub-graph with LoRA, and one draw for it."""
 
-    sub, batch = tiny.subgraph()
+
+def made_variant(variant: str, split: str, targets: str = "own") -> Made:
+    """Of `variants`; SD3, which weighs draws, with a weight.
+
+    Args:
+        variant: one of `variants.VARIANTS`.
+        split: one of `variants.SPLITS`.
+        targets: LoRA where the family puts it ("own"), or on every module that can carry it
+            ("all").
+    """
+    made = variants.case(variant)
+    head_skip, tail_skip = variants.SPLITS[split]
+    layers = len(made.family.blocks(made.model))
+    variants.with_lora(made, range(head_skip, layers - tail_skip), targets == "all")
+    weight = 0.3 if made.family.name == "sd3" else None
+    return variants.subgraph(made, head_skip, tail_skip, weight)
+
+
+def write(folder: Path, *targets: str, made: Made | None = None) -> tuple[*Made, Manifest]:
+    """A bundle with some targets; also the sub-graph and draw it was made from.
+
+    Args:
+        folder: where it goes.
+        targets: what to export; "executorch" in a process of its own only.
+        made: what to export, by default `tiny.subgraph`.
+    """
+    sub, batch = made or tiny.subgraph()
     lora = {name: p.detach().numpy() for name, p in sub.lora_parameters().items()}
-    directory = folder / target
-    directory.mkdir(parents=True)
-    if target == "onnx":
-        step = trace_train_step(sub, batch)
-        optimizer = AdamWStep(ADAMW, {name: value.shape for name, value in lora.items()})
-        facts = export_onnx(step, optimizer, SAMPLER, directory)
-    else:
-        facts = export_ort_training(sub, batch, ADAMW, SAMPLER, directory)
+    facts = _export(folder, targets, sub, batch)
     write_adapter(folder / ADAPTER, lora, rank=4, alpha=8.0)
     manifest = Manifest(
-        family="sana",
+        family=sub.family.name,
         plan={},
         plan_hash="",
         tensors=[
@@ -54,7 +77,7 @@ def write(folder: Path, target: str) -> tuple[TrainableSubgraph, dict[str, Tenso
             *(TensorSpec(name=n, shape=t.shape, role="lora") for n, t in lora.items()),
         ],
         optimizer=Optimizer(**asdict(ADAMW)),
-        targets={target: facts},
+        targets=facts,
         tools={},
         files=[],
     )
@@ -62,18 +85,86 @@ def write(folder: Path, target: str) -> tuple[TrainableSubgraph, dict[str, Tenso
     return sub, batch, manifest
 
 
-def draws(batch: dict[str, Tensor], count: int) -> list[dict[str, np.ndarray]]:
-    """``count`` draws like ``batch``, each with an entry, tail residual and target of its own."""
-    generator = torch.Generator().manual_seed(2)
-    varied = ("entry", "tail_residual", "target")
+def _export(
+    folder: Path, targets: tuple[str, ...], sub: TrainableSubgraph, batch: dict[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Write each target into its folder; facts of each."""
+    from edge_dit_export.optimizer import AdamWStep
+    from edge_dit_export.train_step import trace_train_step
+
+    facts = {}
+    step = trace_train_step(sub, batch) if set(targets) - {"ort-training"} else None
+    optimizer = AdamWStep(ADAMW, {name: p.shape for name, p in sub.lora_parameters().items()})
+    for target in targets:
+        directory = folder / target
+        directory.mkdir(parents=True)
+        if step is None or target == "ort-training":
+            from edge_dit_export.ort_training_target import export_ort_training
+
+            facts[target] = export_ort_training(sub, batch, ADAMW, SAMPLER, directory)
+        elif target == "onnx":
+            from edge_dit_export.onnx_target import RECOMPUTE, TRAIN_STEP, export_onnx
+
+            again = trace_train_step(sub, batch, recompute=True)
+            steps = {TRAIN_STEP: step, RECOMPUTE: again}
+            facts[target] = export_onnx(sub, batch, steps, optimizer, SAMPLER, directory)
+        else:
+            from edge_dit_export.executorch_target import export_executorch
+
+            facts[target] = export_executorch(step, optimizer, SAMPLER, directory, MAX_IMAGE_SIDE)
+    return facts
+
+
+def executorch_checks(kind: str) -> list[str]:
+    """Names of the checks in a tuple of executorch_child.py: read, not imported, so that ExecuTorch
+    stays out of this process.
+    """
     return [
-        {
-            name: (value + torch.randn(value.shape, generator=generator)).numpy()
-            if name in varied
-            else value.numpy()
-            for name, value in batch.items()
-        }
-        for _ in range(count)
+        ast.unparse(element)
+        for node in ast.parse(EXECUTORCH_CHILD.read_text()).body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+        if ast.unparse(node.targets[0]) == kind
+        for element in node.value.elts
+    ]
+
+
+def run_executorch_child(folder: Path, *variant: str) -> dict[str, str | None]:
+    """What executorch_child.py found: for every check null or a traceback; under "ending", how the
+    process ended.
+    """
+    done = subprocess.run(
+        [sys.executable, EXECUTORCH_CHILD, folder, *variant],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(EXECUTORCH_CHILD.parent)},
+    )
+    path = folder / "results.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return {**found, "ending": f"exit code {done.returncode}\n{done.stderr[-4000:]}"}
+
+
+def assert_passed(results: dict[str, str | None], check: str) -> None:
+    """Fail with the check's traceback, or with how its process ended before it."""
+    assert check in results, f"the process ended before this check: {results['ending']}"
+    assert results[check] is None, results[check]
+
+
+def draws(batch: dict[str, Tensor], count: int) -> list[dict[str, np.ndarray]]:
+    """``count`` draws like ``batch``, each with an entry, tail residual, target and weight of its
+    own.
+    """
+    generator = torch.Generator().manual_seed(2)
+    varied = ("entry", "entry_text", "tail_residual", "target")
+    scaled = ("weight",)
+
+    def vary(name: str, value: Tensor) -> Tensor:
+        if name in varied:
+            return value + torch.randn(value.shape, generator=generator)
+        return value * (0.5 + torch.rand(1, generator=generator)) if name in scaled else value
+
+    return [
+        {name: vary(name, value).numpy() for name, value in batch.items()} for _ in range(count)
     ]
 
 
@@ -155,7 +246,10 @@ def assert_samples_like_interpolate(path: Path) -> None:
 
 
 def assert_trains_like_torch(session, sub, batch) -> None:
-    """Gradients of one draw, then losses and adapter of 20 steps, against PyTorch."""
+    """Gradients of one draw, then losses and adapter of 20 steps, against PyTorch.
+
+    ``sub`` is trained in place.
+    """
     many = draws(batch, 20)
     eager = tiny.eager(sub, {name: torch.from_numpy(value) for name, value in many[0].items()})
     found = {"loss": torch.tensor(session.backward(many[0]))}

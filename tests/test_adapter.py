@@ -1,19 +1,32 @@
-"""The LoRA file, by really loading it: every key used, the right scale, the same prediction."""
+"""LoRA files: whole or absent, read as written, and loaded by PEFT too.
+
+That the stock pipelines load them is shown for every family in test_family_pipelines.py.
+"""
 
 import numpy as np
 import pytest
 import torch
-from diffusers import SanaPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 
-from edge_dit.adapter import DIFFUSERS_FILE, read_adapter, write_adapter, write_adapter_folder
+from edge_dit.adapter import (
+    DIFFUSERS_FILE,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    loading_hint,
+    peft_folder,
+    read_adapter,
+    write_adapter,
+    write_adapter_folder,
+)
+from edge_dit.checkpoint import Checkpoint
 from edge_dit.errors import BadInput
 from edge_dit.evaluate import adapted
+from edge_dit.families.sana import FAMILY
 from edge_dit.pipeline import load_pipeline
-from edge_dit.reference import adapted_subgraph, load_transformer
-from edge_dit.subgraph import add_lora, lora_modules
+from edge_dit.reference import adapted_subgraph
+from edge_dit.subgraph import TrainableSubgraph
 
 
 @pytest.fixture(scope="module")
@@ -34,64 +47,28 @@ def folder(road, tensors, tmp_path):
     return path
 
 
-def inputs():
-    generator = torch.Generator().manual_seed(2)
-    return {
-        "hidden_states": torch.randn(1, 8, 4, 4, generator=generator),
-        "encoder_hidden_states": torch.randn(1, 6, 96, generator=generator),
-        "encoder_attention_mask": torch.ones(1, 6),
-        "timestep": torch.tensor([400.0]),
-    }
-
-
-def our_forward(road, tensors) -> torch.Tensor:
-    """The model with LoRA put in by us: alpha is twice the rank in this job."""
-    from edge_dit.families import sana
-
-    model = load_transformer(road.plan)
-    plan = road.plan
-    modules = lora_modules(sana, plan.trained, plan.lora_targets)
-    add_lora(model, modules, plan.rank, plan.alpha, seed=9)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            stored = tensors["transformer." + name.replace(".default", "")]
-            parameter.data.copy_(torch.from_numpy(stored))
-    with torch.no_grad():
-        return model(**inputs(), return_dict=False)[0]
-
-
-def test_pipeline_loads_every_key_at_the_right_scale(road, tensors, folder):
-    assert road.plan.alpha != road.plan.rank
-    pipeline = SanaPipeline.from_pretrained(road.plan.model)
-    with torch.no_grad():
-        before = pipeline.transformer(**inputs(), return_dict=False)[0]
-    pipeline.load_lora_weights(folder)
-    state = pipeline.transformer.state_dict()
-    for name, value in tensors.items():
-        key = name.removeprefix("transformer.").replace(".weight", ".default_0.weight")
-        torch.testing.assert_close(state.pop(key), torch.from_numpy(value))
-    assert not [key for key in state if "lora_" in key]
-    with torch.no_grad():
-        after = pipeline.transformer(**inputs(), return_dict=False)[0]
-    torch.testing.assert_close(after, our_forward(road, tensors), atol=1e-5, rtol=0)
-    assert (after - before).abs().max() > 1e-3
-
-
 def test_peft_copy_loads_too(road, tensors, folder):
-    model = PeftModel.from_pretrained(load_transformer(road.plan), folder / "peft")
+    """Every key, at the right scale: alpha is twice the rank in this job."""
+    assert road.plan.alpha != road.plan.rank
+    subgraph, batch = adapted_subgraph(road.plan)
+    for name, parameter in subgraph.lora_parameters().items():
+        parameter.data.copy_(torch.from_numpy(tensors[name]))
+    model = Checkpoint(FAMILY, road.plan.model).model(range(road.plan.layers))
+    loaded = PeftModel.from_pretrained(model, folder / "peft").get_base_model()
+    plan = road.plan
+    same = TrainableSubgraph(loaded, plan.family, plan.head_skip, plan.tail_skip, plan.grid)
+    batch = {name: torch.randn(value.shape) for name, value in batch.items()}
     with torch.no_grad():
-        found = model(**inputs(), return_dict=False)[0]
-    torch.testing.assert_close(found, our_forward(road, tensors), atol=1e-5, rtol=0)
+        found, expected = same.predict(batch), subgraph.predict(batch)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_pictures_change_with_it_and_come_back_without(road, folder):
-    from edge_dit.families import sana
-
     pipeline = load_pipeline(road.plan.model)
-    before = np.asarray(sana.sample(pipeline, "a sks toy", 64, [1])[0])
+    before = np.asarray(FAMILY.sample(pipeline, "a sks toy", 64, [1])[0])
     with adapted(pipeline, folder):
-        after = np.asarray(sana.sample(pipeline, "a sks toy", 64, [1])[0])
-    restored = np.asarray(sana.sample(pipeline, "a sks toy", 64, [1])[0])
+        after = np.asarray(FAMILY.sample(pipeline, "a sks toy", 64, [1])[0])
+    restored = np.asarray(FAMILY.sample(pipeline, "a sks toy", 64, [1])[0])
     assert (before != after).any()
     assert (before == restored).all()
 
@@ -109,6 +86,23 @@ def test_a_folder_of_something_else_is_not_replaced(tensors, tmp_path):
         write_adapter_folder(tmp_path, tensors, 4, 8.0, "model")
     assert (tmp_path / "letter.txt").read_text() == "dear"
     assert not (tmp_path / DIFFUSERS_FILE).exists()
+
+
+@pytest.mark.parametrize("peft_only", [False, True])
+def test_what_a_folder_holds(tensors, tmp_path, peft_only):
+    folder = tmp_path / "lora"
+    for _ in range(2):  # a second one replaces the first
+        write_adapter_folder(folder, tensors, 4, 8.0, "model", peft_only)
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    peft = {PEFT_FILE, PEFT_CONFIG}
+    expected = peft if peft_only else {DIFFUSERS_FILE, *(f"peft/{name}" for name in peft)}
+    assert files == expected
+    assert {path.name for path in peft_folder(folder).iterdir()} == peft
+    wanted = "PeftModel.from_pretrained" if peft_only else "load_lora_weights"
+    assert wanted in loading_hint(folder, peft_only)
+    assert str(folder) in loading_hint(folder, peft_only)
+    with pytest.raises(BadInput, match="already there"):  # the other kind does not
+        write_adapter_folder(folder, tensors, 4, 8.0, "model", not peft_only)
 
 
 @given(data=st.binary(max_size=300))

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from edge_dit import bank
 from edge_dit.bank import Bank, Draw, Index
 from edge_dit.errors import BadInput
+from edge_dit.objective import FlowMatching
 from edge_dit.sampler import Crop
 
-SIGMAS = (np.arange(1, 1001) / 1000).astype(np.float32)
+LEVELS = FlowMatching((np.arange(1, 1001) / 1000).astype(np.float32))
 
 
 def draws(count: int, seed: int = 0) -> list[Draw]:
     return bank.plan_draws(
-        count, seed, SIGMAS, [0, 1, 0], [(64, 64), (64, 90), (80, 64)], 32, 64, 8
+        count, seed, LEVELS.level, [0, 1, 0], [(64, 64), (64, 90), (80, 64)], 32, 64, 8
     )
 
 
@@ -138,3 +139,20 @@ def test_any_json_as_index_is_refused(tmp_path_factory, value):
     (folder / bank.INDEX).write_text(json.dumps(value))
     with pytest.raises(BadInput):
         bank.read_index(folder)
+
+
+@given(st.floats(-1e6, 1e6, width=32), st.sampled_from(["float32", "float16"]))
+def test_float16_halves_what_it_can_hold_and_is_read_as_float32(tmp_path_factory, value, dtype):
+    folder = tmp_path_factory.mktemp("bank")
+    draw = {"entry": np.full((1, 64, 8), value, np.float32), "cond.temb": np.ones(3, np.float32)}
+    stored = bank.narrowed(draw, dtype)
+    assert stored["cond.temb"].dtype == np.float32  # small, and read by every block
+    fits = dtype == "float16" and abs(value) <= 65504
+    assert stored["entry"].dtype == (np.float16 if fits else np.float32)
+    index = bank.Index("hash", [{"name": "a", "sha256": "b"}], ["p"], draws(1), dtype=dtype)
+    bank.begin(folder, index)
+    bank.write_prompts(folder, [{"cond.text": np.ones(2, np.float32)}])
+    bank.write_shard(folder, 0, {0: stored})
+    found = bank.Bank(folder)[0]
+    assert all(tensor.dtype == np.float32 for tensor in found.values())
+    np.testing.assert_allclose(found["entry"], draw["entry"], rtol=5e-4, atol=1e-7)

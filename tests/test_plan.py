@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from conftest import JOB
 from edge_dit.bundle import read_manifest
 from edge_dit.errors import BadInput, ManyFaults
-from edge_dit.families import family_module
+from edge_dit.families import family_of
 from edge_dit.job import read_job
-from edge_dit.pipeline import load_pipeline
 from edge_dit.plan import Plan, check_model, make_plan, read_plan, split
 
 
@@ -51,17 +50,6 @@ def test_options_override_the_job(workplace):
     assert make_plan(job, head_skip=0, tail_skip=0).trained == range(4)
 
 
-def test_text_length_is_that_of_the_longest_prompt(workplace):
-    prompts = ["a sks toy", "a large sks toy at the left on a green background"]
-    family = family_module("sana")
-    pipeline = load_pipeline(workplace / "model")
-    masks = [mask for _, mask in family.encode_prompts(pipeline, prompts)]
-    for prompt, mask in zip(prompts, masks, strict=True):
-        tokens = int(mask.sum())
-        assert family.text_tokens(workplace / "model", [prompt]) == tokens
-        assert mask[0, :tokens].all(), "padding must come last"
-
-
 def test_too_long_a_prompt_is_refused(workplace):
     path = write_job(workplace, ('prompt = "a sks toy"', f'prompt = "{"toy " * 400}"'))
     with pytest.raises(BadInput, match="more would be cut off"):
@@ -83,7 +71,8 @@ def test_sizes_must_be_multiples_and_faults_come_together(workplace):
     )
     with pytest.raises(ManyFaults) as caught:
         make_plan(read_job(path))
-    assert re.search(r"(?s)train.patch: 30.*24 or 32.*resolution: 65.*no block", str(caught.value))
+    for fault in (r"(?s)train.patch: 30.*24 or 32", "resolution: 65", "no block"):
+        assert re.search(fault, str(caught.value))
 
 
 def test_a_folder_that_is_not_sana(workplace, tmp_path):
@@ -166,4 +155,4 @@ def test_lora_targets_default_to_the_familys(workplace):
     text = JOB.replace("lora_targets", "# lora_targets")
     (workplace / "plain.toml").write_text(text)
     plan = make_plan(read_job(workplace / "plain.toml"))
-    assert plan.lora_targets == list(family_module("sana").LORA_TARGETS)
+    assert plan.lora_targets == list(family_of("sana").lora_targets)

@@ -7,7 +7,8 @@ import torch
 from edge_dit import bank as banks
 from edge_dit.bank import Bank
 from edge_dit.errors import BadInput
-from edge_dit.families import sana
+from edge_dit.families.family import State
+from edge_dit.families.sana import FAMILY
 from edge_dit.images import read_folder
 from edge_dit.job import read_job
 from edge_dit.pipeline import load_pipeline
@@ -51,21 +52,21 @@ def test_a_draw_holds_what_the_equations_say(road, images):
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(draw.seed))
         np.testing.assert_allclose(stored["target"], noise - clean, atol=1e-4)
         noised = (1 - draw.sigma) * clean + draw.sigma * noise
-        embeds, mask = sana.encode_prompts(pipeline, [image.caption])[0]
+        tokens = plan.text_tokens
+        prompt = FAMILY.encode_prompts(pipeline, [image.caption], tokens)[0]
         with torch.no_grad():
             expected = pipeline.transformer(
                 noised,
-                encoder_hidden_states=embeds,
-                encoder_attention_mask=mask,
+                **prompt,
                 timestep=torch.tensor([draw.sigma * 1000]),
                 return_dict=False,
             )[0]
-            h = torch.from_numpy(stored["entry"])
+            state = State(torch.from_numpy(stored["entry"]))
             cond = {k[5:]: torch.from_numpy(v) for k, v in stored.items() if k.startswith("cond.")}
             for block in list(pipeline.transformer.transformer_blocks)[1:3]:
-                h = sana.run_block(block, h, cond, plan.grid)
-            h = h + torch.from_numpy(stored["tail_residual"])
-            found = sana.head(pipeline.transformer, h, cond, plan.grid)
+                state = FAMILY.run_block(block, state, cond, plan.grid)
+            last = state.image + torch.from_numpy(stored["tail_residual"])
+            found = FAMILY.head(pipeline.transformer, last, cond, plan.grid)
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 

@@ -30,7 +30,7 @@ def bundle(road, tmp_path):
 def test_every_target_passes_and_the_certificate_says_so(road, bundle):
     certificate = verify(bundle, road.bank, steps=20)
     assert certificate["passed"], certificate["targets"]
-    assert set(certificate["targets"]) == set(read_manifest(bundle).targets)
+    assert set(certificate["targets"]) == {*read_manifest(bundle).targets, "onnx (streamed)"}
     lora = read_manifest(bundle).names("lora")
     for target, result in certificate["targets"].items():
         names = {row["name"] for row in result["tensors"]}
@@ -40,7 +40,7 @@ def test_every_target_passes_and_the_certificate_says_so(road, bundle):
             *(f"gradients.{name}" for name in lora),
             *(f"adapter.{name}" for name in lora),
         }
-        assert result["tolerances"] == TOLERANCES[target]
+        assert result["tolerances"] == TOLERANCES[target.partition(" ")[0]]
         gradients = [row for row in result["tensors"] if row["kind"] == "gradients"]
         assert all(row["max"] < np.inf and row["cosine"] > 0.999 for row in gradients)
     assert read_certificate(bundle) == json.loads((bundle / "parity.json").read_text())

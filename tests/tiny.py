@@ -8,7 +8,7 @@ import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor
 
-from edge_dit.families import sana
+from edge_dit.families.sana import FAMILY
 from edge_dit.subgraph import TrainableSubgraph, add_lora, as_batch, lora_modules
 
 GRID = (4, 4)
@@ -17,7 +17,7 @@ TEXT = 10
 """Text tokens, of which the last three are padding."""
 
 
-TARGETS = (*sana.LORA_TARGETS, "attn1.to_out.0", "ff.conv_inverted", "ff.conv_point")
+TARGETS = (*FAMILY.lora_targets, "attn1.to_out.0", "ff.conv_inverted", "ff.conv_point")
 """LoRA on linear layers and on 1x1 convolutions."""
 
 
@@ -51,23 +51,20 @@ def subgraph(
     """A sub-graph with non-zero LoRA B, and one draw for it."""
     model = transformer(layers)
     trained = range(head_skip, layers - tail_skip)
-    add_lora(model, lora_modules(sana, trained, targets), rank, alpha, seed=0)
+    add_lora(model, lora_modules(FAMILY, model, trained, targets), rank, alpha, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05, generator=generator)
     mask = torch.ones(1, TEXT)
     mask[:, -3:] = 0
-    captured = sana.capture(
-        model,
-        torch.randn(1, 4, *GRID, generator=generator),
-        torch.tensor([500.0]),
-        torch.randn(1, TEXT, 24, generator=generator),
-        mask,
-        head_skip,
-        tail_skip,
-    )
-    batch = as_batch(captured, torch.randn(1, 4, *GRID, generator=generator))
+    latents = torch.randn(1, 4, *GRID, generator=generator)
+    embeds = torch.randn(1, TEXT, 24, generator=generator)
+    prompt = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+    entry, cond = FAMILY.begin(model, FAMILY.inputs(model, latents, 500.0, prompt, GRID))
+    residual = torch.randn(entry.image.shape, generator=generator)
+    target = torch.randn(latents.shape, generator=generator)
+    batch = as_batch(entry, residual, cond, target)
     return TrainableSubgraph(model, "sana", head_skip, tail_skip, GRID), batch
 
 

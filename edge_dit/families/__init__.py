@@ -1,34 +1,45 @@
-"""What edge-dit knows of each Diffusion Transformer: one module a family.
+"""What edge-dit knows of each Diffusion Transformer: one small module a family.
 
-A family module offers, as plain functions and constants:
-
-    NAME, PIPELINES, TRANSFORMER      names in diffusers' own spelling
-    LORA_TARGETS                      modules of a block that carry LoRA by default
-    blocks(model)                     the transformer blocks, in order
-    condition(model, ...)             what every block and the head read besides the hidden state
-    run_block(block, h, cond, ...)    one block
-    head(model, h, cond, ...)         from the last hidden state to the prediction
-    capture(model, ...)               entry state, tail residual, conditioning of one draw
-    encode_image, encode_prompts      as the family's own pipeline does
-    sigmas(scheduler_config)          the noise levels its scheduler knows
+`family.Family` is the interface; this package finds the one that fits a folder.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+from functools import cache
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 from edge_dit.errors import BadInput
 
-PIPELINE_FAMILY = {"SanaPipeline": "sana"}
-"""Pipeline class in model_index.json -> family module."""
+if TYPE_CHECKING:
+    from edge_dit.families.family import Family
+
+FAMILIES = {
+    "sana": ("SanaPipeline", "SanaSprintPipeline"),
+    "flux": ("FluxPipeline",),
+    "sd3": ("StableDiffusion3Pipeline",),
+    "pixart": ("PixArtSigmaPipeline",),
+    "qwen_image": ("QwenImagePipeline",),
+}
+"""Family module -> pipeline classes in model_index.json."""
+PIPELINE_FAMILY = {pipeline: name for name, pipelines in FAMILIES.items() for pipeline in pipelines}
+PEFT_ONLY = ("pixart",)
+"""Families whose pipeline has no ``load_lora_weights``: their adapters are PEFT folders."""
+UNSUPPORTED = {
+    "HunyuanDiTPipeline": "its blocks have long skips, so a run of blocks is no residual",
+    "HiDreamImagePipeline": "every block takes another text layer",
+    "FluxKontextPipeline": "its training pairs an image with another one",
+    "PixArtAlphaPipeline": "only PixArt-Sigma is supported",
+}
+"""Why some well-known pipelines are left out."""
 
 
-def family_module(name: str) -> ModuleType:
-    """The module of family ``name`` (imports torch)."""
-    return importlib.import_module(f"edge_dit.families.{name}")
+@cache
+def family_of(name: str) -> Family:
+    """The family called ``name`` (imports torch)."""
+    return importlib.import_module(f"edge_dit.families.{name}").FAMILY
 
 
 def detect(model: Path) -> str:
@@ -51,7 +62,11 @@ def detect(model: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(index, found=f"unreadable ({error})", remedy=remedy) from None
     if name not in PIPELINE_FAMILY:
+        why = f" ({UNSUPPORTED[name]})" if name in UNSUPPORTED else ""
         raise BadInput(
-            index, found=f"pipeline class {name}", expected=f"one of {supported}", remedy=remedy
+            index,
+            found=f"pipeline class {name}{why}",
+            expected=f"one of {supported}",
+            remedy=remedy,
         )
     return PIPELINE_FAMILY[name]

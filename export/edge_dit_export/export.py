@@ -35,13 +35,14 @@ MODULES = {
 """What each target's export imports."""
 
 
-def export(plan: Plan, folder: Path, targets: list[str]) -> Manifest:
+def export(plan: Plan, folder: Path, targets: list[str], check: bool = True) -> Manifest:
     """Write the bundle of a plan.
 
     Args:
         plan: what to train; its model folder must be the one it was made for.
         folder: where the bundle goes; put in place whole, or not at all.
         targets: some of `edge_dit.bundle.TARGETS`.
+        check: compare the model's weights with those the plan was made for.
 
     Raises:
         BadInput: a target's packages are missing, the model changed, ``folder`` holds something
@@ -51,7 +52,7 @@ def export(plan: Plan, folder: Path, targets: list[str]) -> Manifest:
         for module in MODULES[target]:
             with quiet():
                 require(module, f"the {target} target")
-    subgraph, batch = adapted_subgraph(plan)
+    subgraph, batch = adapted_subgraph(plan, check)
     adamw = AdamW(**plan.optimizer.model_dump())
     sampler = PatchSampler(plan.s_min, plan.s_max, plan.multiple)
     parameters = subgraph.lora_parameters()
@@ -72,8 +73,26 @@ def export(plan: Plan, folder: Path, targets: list[str]) -> Manifest:
 
                 facts[target] = export_ort_training(subgraph, batch, adamw, sampler, directory)
             else:
-                step = step or trace_train_step(subgraph, batch)
-                facts[target] = _export_step(target, step, adamw, sampler, directory, plan)
+                if target == "executorch" or plan.weights == "float32":
+                    step = step or trace_train_step(subgraph, batch)
+                optimizer = AdamWStep(adamw, {k: p.shape for k, p in parameters.items()})
+                if target == "onnx":
+                    from edge_dit_export.onnx_target import RECOMPUTE, TRAIN_STEP, export_onnx
+
+                    steps = {}
+                    if plan.weights == "float32" and step is not None:
+                        steps[TRAIN_STEP] = step
+                        if plan.recompute:
+                            steps[RECOMPUTE] = trace_train_step(subgraph, batch, recompute=True)
+                    facts[target] = export_onnx(
+                        subgraph, batch, steps, optimizer, sampler, directory, plan.weights
+                    )
+                else:
+                    from edge_dit_export.executorch_target import export_executorch
+
+                    assert step is not None
+                    side = MAX_IMAGE_SIDES * plan.s_max
+                    facts[target] = export_executorch(step, optimizer, sampler, directory, side)
             advance(note=f"{target} {time.monotonic() - started:.0f} s")
         tools = {t: importlib.metadata.version(t) for name in targets for t in TOOLS[name]}
         manifest = Manifest(
@@ -94,25 +113,6 @@ def export(plan: Plan, folder: Path, targets: list[str]) -> Manifest:
         )
         write_json(building / MANIFEST, manifest.model_dump(mode="json"))
     return manifest
-
-
-def _export_step(
-    target: str,
-    step: TrainStepGraph,
-    adamw: AdamW,
-    sampler: PatchSampler,
-    directory: Path,
-    plan: Plan,
-) -> dict[str, Any]:
-    names = [name.removeprefix("grad.") for name in step.outputs[1:]]
-    optimizer = AdamWStep(adamw, {name: step.inputs[name].shape for name in names})
-    if target == "onnx":
-        from edge_dit_export.onnx_target import export_onnx
-
-        return export_onnx(step, optimizer, sampler, directory)
-    from edge_dit_export.executorch_target import export_executorch
-
-    return export_executorch(step, optimizer, sampler, directory, MAX_IMAGE_SIDES * plan.s_max)
 
 
 def _specs(tensors: Any, role: Any) -> list[TensorSpec]:

@@ -23,18 +23,19 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 from onnx import numpy_helper
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from edge_dit.adamw import AdamW
 from edge_dit.patch_sampler import PatchSampler
 from edge_dit.subgraph import TrainableSubgraph
+from edge_dit_export.frozen import FROZEN, FrozenStore
 from edge_dit_export.onnx_model import IR, OPSET, onnx_model, patch_sampler_model
+from edge_dit_export.passes_onnx.cast_like_to_cast import cast_like_to_cast
 from edge_dit_export.passes_onnx.complete_layer_norm import complete_layer_norm
 from edge_dit_export.passes_onnx.expand_clip_grad_norm import expand_clip_grad_norm
+from edge_dit_export.passes_onnx.partial_split_to_slice import partial_split_to_slice
 
-FROZEN = "frozen.safetensors"
 SAMPLER = "patch_sampler.onnx"
 
 
@@ -78,7 +79,7 @@ def export_ort_training(
     lora = {name: p.detach() for name, p in subgraph.lora_parameters().items()}
     frozen = _frozen(subgraph)
     _make_artifacts(_forward_model(subgraph, batch, lora, frozen), list(lora), adamw, directory)
-    save_file({name: t.contiguous() for name, t in frozen.items()}, directory / FROZEN)
+    FrozenStore(frozen, set(), "float32").write(directory / FROZEN)
     ir.save(patch_sampler_model(sampler), directory / SAMPLER)
     return {"opset": OPSET, "ir": IR, "frozen": list(frozen)}
 
@@ -98,13 +99,16 @@ def _forward_model(
     own = {id(parameter): name for name, parameter in subgraph.named_parameters()}
     parameters = [own[id(parameter)] for parameter in subgraph.lora_parameters().values()]
     forward = _Forward(subgraph, list(batch), [*parameters, *frozen])
-    model = ir.to_proto(onnx_model(forward, {**batch, **lora, **frozen}, ["loss"]))
+    with subgraph.family.traceable():
+        model = ir.to_proto(onnx_model(forward, {**batch, **lora, **frozen}, ["loss"]))
     inputs = [value for value in model.graph.input if value.name not in lora]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
     model.graph.initializer.extend(
         numpy_helper.from_array(tensor.numpy(), name) for name, tensor in lora.items()
     )
+    cast_like_to_cast(model)
+    partial_split_to_slice(model)
     complete_layer_norm(model)
     return model
 

@@ -11,18 +11,19 @@ Frozen weights are buffers of the graph module, LoRA tensors are inputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import core_aten_decompositions
 from torch.func import functional_call
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.graph import CodeGen
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from edge_dit.subgraph import TrainableSubgraph
+from edge_dit.subgraph import TrainableSubgraph, lora_name
+from edge_dit_export.blocks import STATE, Block, Head, frozen_tensors
+from edge_dit_export.trace import trace
+
+FROZEN = "frozen."
+"""Prefix of the frozen weights' names among the traced inputs."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,20 @@ class TrainStepGraph:
     outputs: list[str]
 
 
-def trace_train_step(subgraph: TrainableSubgraph, batch: dict[str, Tensor]) -> TrainStepGraph:
+def trace_train_step(
+    subgraph: TrainableSubgraph, batch: dict[str, Tensor], recompute: bool = False
+) -> TrainStepGraph:
     """Trace ``subgraph``'s loss and gradients for tensors shaped like ``batch``.
-
-    Attention is traced in its math form: the fused kernels' backward exists in no runtime we
-    export to (pytorch/executorch issue 12804).
 
     Args:
         subgraph: float32, LoRA in place.
         batch: one draw, as `TrainableSubgraph.forward` takes it; only the shapes matter.
+        recompute: keep only the states at the blocks' borders between the passes and compute each
+            block again on the way back.
     """
     lora = {name: p.detach().clone() for name, p in subgraph.lora_parameters().items()}
+    if recompute:
+        return _trace_recomputing(subgraph, batch, lora)
     parameter_of = _parameter_names(subgraph)
     frozen = {
         name: tensor.detach()
@@ -59,21 +63,63 @@ def trace_train_step(subgraph: TrainableSubgraph, batch: dict[str, Tensor]) -> T
         if not tensor.requires_grad
     }
 
-    def step(
-        batch: dict[str, Tensor], lora: dict[str, Tensor], frozen: dict[str, Tensor]
-    ) -> tuple[Tensor, ...]:
-        lora = {name: tensor.requires_grad_() for name, tensor in lora.items()}
+    def step(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        leaves = {name: tensors[name].requires_grad_() for name in lora}
         with torch.enable_grad():
-            state = {**frozen, **{parameter_of[name]: tensor for name, tensor in lora.items()}}
-            loss = functional_call(subgraph, state, (batch,))
-            gradients = torch.autograd.grad(loss, list(lora.values()))
+            state = {parameter_of[name]: tensor for name, tensor in leaves.items()}
+            state |= {name: tensors[FROZEN + name] for name in frozen}
+            loss = functional_call(subgraph, state, ({name: tensors[name] for name in batch},))
+            gradients = torch.autograd.grad(loss, list(leaves.values()))
         return loss.detach(), *gradients
 
-    with sdpa_kernel(SDPBackend.MATH):
-        decompositions: Any = core_aten_decompositions()
-        module = make_fx(step, decomposition_table=decompositions)(batch, lora, frozen)
-    module = _flatten(module, frozen)
+    return _traced(step, subgraph, batch, lora, frozen)
+
+
+def _trace_recomputing(
+    subgraph: TrainableSubgraph, batch: dict[str, Tensor], lora: dict[str, Tensor]
+) -> TrainStepGraph:
+    blocks = [Block(subgraph, name) for name in subgraph.order]
+    head = Head(subgraph)
+    frozen = frozen_tensors(subgraph)
+
+    def own(block: Block, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        weights = {n: tensors[f"{FROZEN}{block.name}.{n}"] for n in block.weights}
+        return weights | {n: tensors[lora_name(f"{block.name}.{n}")] for n in block.lora}
+
+    def step(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        borders = [{name: tensors[name] for name in STATE if name in tensors}]
+        for block in blocks:
+            after = block.forward({**tensors, **own(block, tensors), **borders[-1]})
+            borders.append(dict(zip(STATE, after, strict=False)))
+        weights = {n: tensors[FROZEN + n] for n in head.weights}
+        loss, given = head.backward({**tensors, **weights, **borders.pop()})
+        gradients = {"grad.entry": given}
+        found: dict[str, Tensor] = {}
+        for block in reversed(blocks):
+            # Not to be merged with the first computation, nor run before the gradient is there.
+            late = 0.0 * gradients["grad.entry"]
+            state = {**borders.pop()}
+            state["entry"] = state["entry"] + late
+            back = block.backward({**tensors, **own(block, tensors), **state, **gradients})
+            gradients = {f"grad.{n}": g for n, g in zip(state, back, strict=False)}
+            names = [lora_name(f"{block.name}.{n}") for n in block.lora]
+            found |= dict(zip(names, back[len(state) :], strict=True))
+        return loss, *(found[name] for name in lora)
+
+    return _traced(step, subgraph, batch, lora, frozen)
+
+
+def _traced(
+    step: Callable[[dict[str, Tensor]], tuple[Tensor, ...]],
+    subgraph: TrainableSubgraph,
+    batch: dict[str, Tensor],
+    lora: dict[str, Tensor],
+    frozen: dict[str, Tensor],
+) -> TrainStepGraph:
     inputs = {**batch, **lora}
+    everything = {**inputs, **{FROZEN + name: tensor for name, tensor in frozen.items()}}
+    module = trace(step, everything, subgraph.family)
+    _to_buffers(module, frozen)
     return TrainStepGraph(module, inputs, ["loss", *(f"grad.{name}" for name in lora)])
 
 
@@ -83,10 +129,9 @@ def _parameter_names(subgraph: TrainableSubgraph) -> dict[str, str]:
     return {name: own[id(parameter)] for name, parameter in subgraph.lora_parameters().items()}
 
 
-def _flatten(module: fx.GraphModule, frozen: dict[str, Tensor]) -> fx.GraphModule:
-    """Drop the pytree wrapping of ``make_fx`` and turn the trailing frozen inputs into buffers."""
+def _to_buffers(module: fx.GraphModule, frozen: dict[str, Tensor]) -> None:
+    """Turn the trailing inputs, the frozen weights, into buffers, in place."""
     graph = module.graph
-    graph.set_codegen(CodeGen())
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node, (name, tensor) in zip(placeholders[-len(frozen) :], frozen.items(), strict=True):
         if node.users:
@@ -99,7 +144,6 @@ def _flatten(module: fx.GraphModule, frozen: dict[str, Tensor]) -> fx.GraphModul
         graph.erase_node(node)
     graph.eliminate_dead_code()
     module.recompile()
-    return module
 
 
 def run(step: TrainStepGraph, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

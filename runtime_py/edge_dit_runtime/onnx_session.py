@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from edge_dit.bundle import Manifest
-from edge_dit.errors import BadInput, require
+from edge_dit.errors import BadInput
 from edge_dit_runtime.graph_session import GraphSession
+from edge_dit_runtime.ort import onnxruntime, share_arena
 
 FOLDER = "onnx"
 
 
-def onnx_session(bundle: Path, manifest: Manifest) -> GraphSession:
-    """A session over onnx/train_step.onnx and onnx/optimizer.onnx.
+def onnx_session(bundle: Path, manifest: Manifest, step: str = "train_step.onnx") -> GraphSession:
+    """A session over a train step and onnx/optimizer.onnx.
 
     Args:
         bundle: the bundle's folder.
         manifest: its manifest.
+        step: file of the train step in onnx/.
 
     Raises:
         BadInput: onnxruntime is not installed, or cannot load a graph.
@@ -26,7 +29,7 @@ def onnx_session(bundle: Path, manifest: Manifest) -> GraphSession:
     graphs = manifest.targets[FOLDER]["graphs"]
     programs = [
         OnnxProgram(bundle / FOLDER / name, graphs[name]["inputs"], graphs[name]["outputs"])
-        for name in ("train_step.onnx", "optimizer.onnx")
+        for name in (step, "optimizer.onnx")
     ]
     return GraphSession(bundle, manifest, *programs)
 
@@ -38,17 +41,33 @@ class OnnxProgram:
         path: the file.
         inputs: names of the arguments.
         outputs: names of the results.
+        frugal: one of many graphs that run in turn: share memory, keep nothing for later.
     """
 
-    def __init__(self, path: Path, inputs: list[str], outputs: list[str]) -> None:
-        onnxruntime = require("onnxruntime", "the onnx target")
-        options = onnxruntime.SessionOptions()
+    def __init__(
+        self, path: Path, inputs: list[str], outputs: list[str], frugal: bool = False
+    ) -> None:
+        ort = onnxruntime("the onnx target")
+        options = ort.SessionOptions()
         options.log_severity_level = 3
         options.use_deterministic_compute = True
-        self._inputs, self._outputs = inputs, outputs
+        # Rearranged weights would be a second copy, in memory that cannot be evicted, for 3 % less
+        # time (SANA-0.6B, 14 blocks, 256 tokens: 947 against 977 ms, 1.7 against 0.7 GiB).
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        disabled = []
+        if frugal:
+            share_arena(ort)
+            options.add_session_config_entry("session.use_env_allocators", "1")
+            # A planned block would lie beside what the arena has already.
+            options.enable_mem_pattern = False
+            disabled = ["CommonSubexpressionElimination"]  # would keep widened weights alive
+        self.inputs, self._outputs = inputs, outputs
         try:
-            self._session = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
+            self._session = ort.InferenceSession(
+                path,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=disabled,
             )
         except Exception as error:  # onnxruntime's errors have no common base but this
             raise BadInput(
@@ -60,4 +79,9 @@ class OnnxProgram:
 
     def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
         """Run the graph; outputs are new arrays."""
-        return self._session.run(self._outputs, dict(zip(self._inputs, arrays, strict=True)))
+        return self._session.run(self._outputs, dict(zip(self.inputs, arrays, strict=True)))
+
+    def named(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the graph on what it reads of ``arrays``; results by name."""
+        found = self._session.run(self._outputs, {name: arrays[name] for name in self.inputs})
+        return dict(zip(self._outputs, found, strict=True))

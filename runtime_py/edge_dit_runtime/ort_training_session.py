@@ -6,7 +6,6 @@ torch and onnx; the layer below it is used instead. 1.19.2 is the last release, 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,9 @@ import numpy as np
 
 from edge_dit.adapter import read_adapter
 from edge_dit.bundle import ADAPTER, Manifest
-from edge_dit.errors import missing_extra, require
+from edge_dit.errors import missing_extra
+from edge_dit_runtime.mapped import MappedTensors
+from edge_dit_runtime.ort import onnxruntime
 from edge_dit_runtime.ort_checkpoint import views
 from edge_dit_runtime.session import Tensors
 from edge_dit_runtime.state import MOMENTS, lora_shapes, take, take_step
@@ -42,7 +43,7 @@ class OrtTrainingSession:
     _state: Any = None
 
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
-        self._ort = require("onnxruntime", "the ort-training target")
+        self._ort = onnxruntime("the ort-training target")
         self._c: Any = self._ort.capi._pybind_state
         if not hasattr(self._c, "CheckpointState"):
             raise missing_extra("onnxruntime.training", "the ort-training target")
@@ -50,7 +51,7 @@ class OrtTrainingSession:
         self.lr = manifest.optimizer.lr
         self._batch = {t.name: t.shape for t in manifest.tensors if t.role == "batch"}
         self._shapes = lora_shapes(manifest)
-        mapped = mapped_tensors(self._folder / "frozen.safetensors")
+        mapped = MappedTensors(self._folder / "frozen.safetensors")
         self._frozen = [mapped[name] for name in manifest.targets[FOLDER]["frozen"]]
         self._open(self._folder / "checkpoint")
         self.load_adapter(read_adapter(bundle / ADAPTER)[0])
@@ -152,18 +153,3 @@ class OrtTrainingSession:
             path = Path(folder) / "checkpoint"
             self._c.save_checkpoint(self._state, str(path), True)
             return bytearray(path.read_bytes())
-
-
-def mapped_tensors(path: Path) -> Tensors:
-    """Float32 tensors of a safetensors file as views of the mapped file: pages come in when read
-    and can be evicted again.
-    """
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    data = np.memmap(path, np.uint8, "r", offset=8 + size)
-    return {
-        name: data[slice(*entry["data_offsets"])].view(np.float32).reshape(entry["shape"])
-        for name, entry in header.items()
-    }

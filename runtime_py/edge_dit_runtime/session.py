@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from edge_dit.bundle import Manifest, check_has_target
+from edge_dit.errors import BadInput
 
 Tensors = dict[str, np.ndarray]
 
@@ -64,17 +65,55 @@ class Session(Trainer, Protocol):
         ...
 
 
-def open_session(bundle: Path, manifest: Manifest, target: str) -> Session:
+TRAIN_STEP = "train_step.onnx"
+RECOMPUTE = "train_step.recompute.onnx"
+LAYOUTS = ("fused", "recompute", "streamed")
+"""Of the onnx target: one graph for the whole step; the same, computing each block again for its
+gradients; or one graph per kind of block.
+"""
+
+
+def layouts(manifest: Manifest, target: str) -> list[str]:
+    """The layouts of a bundle's target, the default first."""
+    facts = manifest.targets[target]
+    has = {"fused": target != "onnx" or TRAIN_STEP in facts["graphs"]}
+    has["recompute"] = target == "onnx" and RECOMPUTE in facts["graphs"]
+    has["streamed"] = "streamed" in facts
+    return [layout for layout in LAYOUTS if has[layout]]
+
+
+def open_session(
+    bundle: Path, manifest: Manifest, target: str, layout: str | None = None
+) -> Session:
     """Load ``target`` of a bundle.
 
+    Args:
+        bundle: its folder.
+        manifest: its manifest.
+        target: one of its targets.
+        layout: one of `layouts`; default the first.
+
     Raises:
-        BadInput: the bundle lacks the target, or the target's runtime is not installed.
+        BadInput: the bundle lacks the target or layout, or the target's runtime is not installed.
     """
     check_has_target(bundle, manifest, target)
+    there = layouts(manifest, target)
+    if layout not in (None, *there):
+        raise BadInput(
+            bundle,
+            found=f"no layout {layout!r} of target {target}",
+            expected=" or ".join(there),
+            remedy="choose another --layout, or export with other [export] weights",
+        )
+    if (layout or there[0]) == "streamed":
+        from edge_dit_runtime.streamed_session import streamed_session
+
+        return streamed_session(bundle, manifest)
     if target == "onnx":
         from edge_dit_runtime.onnx_session import onnx_session
 
-        return onnx_session(bundle, manifest)
+        step = TRAIN_STEP if (layout or there[0]) == "fused" else RECOMPUTE
+        return onnx_session(bundle, manifest, step)
     if target == "ort-training":
         from edge_dit_runtime.ort_training_session import OrtTrainingSession
 

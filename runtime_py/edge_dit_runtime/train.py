@@ -26,11 +26,11 @@ from safetensors import SafetensorError, safe_open
 from edge_dit.adamw import learning_rate
 from edge_dit.adapter import read_adapter, write_adapter
 from edge_dit.bank import Bank
-from edge_dit.bundle import ADAPTER, MANIFEST, read_manifest
+from edge_dit.bundle import ADAPTER, MANIFEST, check_has_target, read_manifest
 from edge_dit.errors import BadInput, is_installed
 from edge_dit.files import sha256, write_atomic, write_json, write_tensors
 from edge_dit.progress import bar
-from edge_dit_runtime.session import Session, open_session
+from edge_dit_runtime.session import Session, layouts, open_session
 
 RUN = "run.json"
 STATE = "state.safetensors"
@@ -52,6 +52,8 @@ class Run:
         rank, alpha: of the adapter.
         steps: steps asked for.
         done: steps done when last saved.
+        family: of the base model; runs written before it was kept are of SANA.
+        layout: of the target, "fused" or "streamed".
     """
 
     bundle: str
@@ -63,6 +65,8 @@ class Run:
     alpha: float
     steps: int
     done: int = 0
+    family: str = "sana"
+    layout: str = "fused"
 
 
 def draw_order(step: int, draws: int, seed: int) -> int:
@@ -80,6 +84,7 @@ def train(
     resume: bool = False,
     stop_after: int | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    layout: str | None = None,
 ) -> Run:
     """Train a bundle over its bank.
 
@@ -92,6 +97,7 @@ def train(
         resume: go on from the folder's last checkpoint.
         stop_after: stop, with a checkpoint, after this many steps of this call.
         on_step: called with (steps done, loss) after every step.
+        layout: of the target; default the run's that is resumed, else the target's first.
 
     Raises:
         BadInput: bundle, bank or run do not fit together, or the run exists and ``resume`` is off.
@@ -101,6 +107,8 @@ def train(
     target = target or next(iter(manifest.targets))
     previous = _previous(folder, resume)
     total = steps or (previous.steps if previous else int(manifest.plan["steps"]))
+    check_has_target(bundle, manifest, target)
+    layout = layout or (previous.layout if previous else layouts(manifest, target)[0])
     run = Run(
         bundle=str(bundle.resolve()),
         bank=str(bank_folder.resolve()),
@@ -110,8 +118,10 @@ def train(
         rank=int(manifest.plan["rank"]),
         alpha=float(manifest.plan["alpha"]),
         steps=total,
+        family=manifest.family,
+        layout=layout,
     )
-    session = open_session(bundle, manifest, target)
+    session = open_session(bundle, manifest, target, layout)
     done, rows = 0, []
     if previous:
         done, rows = _restore(folder, session, previous, run)
@@ -217,11 +227,12 @@ def _save(folder: Path, session: Session, run: Run, done: int, rows: list[Any]) 
 
 def _restore(folder: Path, session: Session, previous: Run, run: Run) -> tuple[int, list[Any]]:
     """Load the checkpoint into ``session``; steps done and their losses."""
-    if (previous.manifest_sha256, previous.target) != (run.manifest_sha256, run.target):
+    started = (previous.manifest_sha256, previous.target, previous.layout)
+    if started != (run.manifest_sha256, run.target, run.layout):
         raise BadInput(
             folder,
-            found=f"a run of target {previous.target} of bundle {previous.bundle}",
-            expected="the bundle and target it was started with",
+            found=f"a run of target {previous.target}, {previous.layout}, of {previous.bundle}",
+            expected="the bundle, target and layout it was started with",
             remedy="pass those, or start a new run with another -o",
         )
     path = folder / STATE

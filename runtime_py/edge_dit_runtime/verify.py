@@ -24,7 +24,7 @@ from edge_dit.bundle import ADAPTER, MANIFEST, Manifest, read_manifest
 from edge_dit.errors import CheckFailed, require
 from edge_dit.files import sha256, write_json
 from edge_dit.progress import bar
-from edge_dit_runtime.session import Trainer, open_session
+from edge_dit_runtime.session import Trainer, layouts, open_session
 from edge_dit_runtime.train import draw_order
 
 PARITY = "parity.json"
@@ -39,6 +39,7 @@ B_STD = 0.02
 gradient of A is zero and would prove nothing."""
 
 
+WIDE = "float32"
 NUDGE = 2e-6
 """Relative size of the nudge of `is_well_posed`: just above what float32 rounding does."""
 
@@ -189,22 +190,32 @@ def verify(
     require("torch", "the PyTorch reference of verify")
     from edge_dit.adamw import AdamW
     from edge_dit.plan import Plan
+    from edge_dit.quantize import round_frozen
     from edge_dit.reference import EagerSession, adapted_subgraph
 
     manifest = read_manifest(bundle)
     bank = Bank(bank_folder, manifest.plan_hash)
     adapter = read_adapter(bundle / ADAPTER)[0]
-    chosen = targets or list(manifest.targets)
+    # Targets with frozen weights in fewer bytes come last: PyTorch's are rounded to theirs then.
+    chosen = sorted(targets or manifest.targets, key=lambda name: _weights(manifest, name) != WIDE)
+    rows = [(target, layout) for target in chosen for layout in layouts(manifest, target)]
     results: dict[str, Any] = {}
-    with bar("verify", len(chosen) + 1) as advance:
+    references: dict[str, Any] = {}
+    with bar("verify", len(rows) + 1) as advance:
         subgraph, _ = adapted_subgraph(Plan.model_validate(manifest.plan))
         adamw = AdamW(**manifest.optimizer.model_dump())
         draws = choose_draws(EagerSession(subgraph, adamw), bank, adapter, steps)
-        reference = measure(EagerSession(subgraph, adamw), bank, adapter, draws)
         advance(note="reference")
-        for target in chosen:
-            results[target] = _verify_target(bundle, bank_folder, target, draws, reference)
-            advance(note=target)
+        for target, layout in rows:
+            dtype = _weights(manifest, target)
+            if dtype not in references:
+                round_frozen(subgraph, dtype)
+                references[dtype] = measure(EagerSession(subgraph, adamw), bank, adapter, draws)
+            name = target if layout == layouts(manifest, target)[0] else f"{target} ({layout})"
+            results[name] = _verify_target(
+                bundle, bank_folder, target, layout, draws, references[dtype]
+            )
+            advance(note=name)
     import torch
 
     certificate = {
@@ -220,13 +231,23 @@ def verify(
     return certificate
 
 
+def _weights(manifest: Manifest, target: str) -> str:
+    """How a target stores frozen matrices."""
+    return str(manifest.targets[target].get("weights", WIDE))
+
+
 def _verify_target(
-    bundle: Path, bank: Path, target: str, draws: list[int], reference: Mapping[str, np.ndarray]
+    bundle: Path,
+    bank: Path,
+    target: str,
+    layout: str,
+    draws: list[int],
+    reference: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.safetensors"
         command = [sys.executable, "-m", "edge_dit_runtime.verify"]
-        command += [str(bundle), str(bank), target, json.dumps(draws), str(out)]
+        command += [str(bundle), str(bank), target, layout, json.dumps(draws), str(out)]
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         if child.returncode != 0 or not out.is_file():
             why = child.stderr.strip().splitlines()[-1:] or ["no message"]
@@ -240,11 +261,13 @@ def _verify_target(
     return {**result, "tolerances": TOLERANCES[target]}
 
 
-def child(bundle: Path, bank_folder: Path, target: str, draws: list[int], out: Path) -> None:
+def child(
+    bundle: Path, bank_folder: Path, target: str, layout: str, draws: list[int], out: Path
+) -> None:
     """Measure one target and store the tensors; runs in a process of its own."""
     manifest: Manifest = read_manifest(bundle)
     bank = Bank(bank_folder, manifest.plan_hash)
-    session = open_session(bundle, manifest, target)
+    session = open_session(bundle, manifest, target, layout)
     found = measure(session, bank, read_adapter(bundle / ADAPTER)[0], draws)
     save_file({name: np.ascontiguousarray(value) for name, value in found.items()}, out)
 
@@ -260,5 +283,5 @@ def read_certificate(bundle: Path) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    _bundle, _bank, _target, _draws, _out = sys.argv[1:]
-    child(Path(_bundle), Path(_bank), _target, json.loads(_draws), Path(_out))
+    _bundle, _bank, _target, _layout, _draws, _out = sys.argv[1:]
+    child(Path(_bundle), Path(_bank), _target, _layout, json.loads(_draws), Path(_out))

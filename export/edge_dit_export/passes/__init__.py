@@ -18,6 +18,7 @@ from edge_dit_export.passes.remove_units import remove_units
 from edge_dit_export.passes.safe_softmax_to_softmax import safe_softmax_to_softmax
 from edge_dit_export.passes.share_shape_ops import share_shape_ops
 from edge_dit_export.passes.slice_scatter_to_pad import slice_scatter_to_pad
+from edge_dit_export.passes.view_frozen import view_frozen
 
 Pass = Callable[[fx.GraphModule], int]
 
@@ -33,6 +34,9 @@ FOR_ONNX: tuple[Pass, ...] = (
     share_shape_ops,
 )
 """Rewrites for the plain ONNX step; shapes come last, over what the others brought together."""
+
+FOR_STORED_WEIGHTS: tuple[Pass, ...] = (*FOR_ONNX, view_frozen)
+"""Rewrites for an ONNX graph whose frozen weights lie in a file beside it."""
 
 FOR_EXECUTORCH: tuple[Pass, ...] = (
     *FOR_ONNX,

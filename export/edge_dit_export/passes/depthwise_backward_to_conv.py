@@ -13,13 +13,13 @@ aten: Any = torch.ops.aten
 
 
 def depthwise_backward_to_conv(module: fx.GraphModule) -> int:
-    """Write the gradient of a frozen depthwise convolution, with respect to its input, as the
-    convolution of dy with the kernel turned by 180 degrees:
+    """Write the gradient of a depthwise convolution, with respect to its input, as the convolution
+    of dy with the kernel turned by 180 degrees:
 
         dx = dy * flip(w),  padding k - 1 - p        stride 1, kernel k, forward padding p
 
-    The kernel is turned here, once. Neither ONNX (opset 18) nor ExecuTorch 1.5.1 has
-    convolution_backward.
+    A frozen kernel is turned here, once; one that is an input is turned in the graph. Neither ONNX
+    (opset 18) nor ExecuTorch 1.5.1 has convolution_backward.
 
     Returns:
         Number of gradients rewritten.
@@ -30,18 +30,20 @@ def depthwise_backward_to_conv(module: fx.GraphModule) -> int:
             node.args
         )
         kernel = frozen(module, weight)
+        sizes = shape(weight)
         if (
-            kernel is None
-            or kernel.shape[:2] != (groups, 1)
+            sizes[:2] != (groups, 1)
             or shape(x)[1] != groups
             or list(mask) != [True, False, False]
             or (set(stride), set(dilation), transposed) != ({1}, {1}, False)
         ):
             continue
-        turned = add_buffer(
-            module, node, f"{weight.target}__turned", kernel.flip(2, 3).contiguous()
-        )
-        sides = [side - 1 - p for side, p in zip(kernel.shape[2:], padding, strict=True)]
+        if kernel is None:
+            turned = insert(node, aten.flip.default, weight, [2, 3])
+        else:
+            name = f"{weight.target}__turned"
+            turned = add_buffer(module, node, name, kernel.flip(2, 3).contiguous())
+        sides = [side - 1 - p for side, p in zip(sizes[2:], padding, strict=True)]
         dx = insert(
             node,
             aten.convolution.default,

@@ -1,0 +1,503 @@
+"""Speed and memory of every target against torch eager, on random weights of a real configuration.
+
+Every figure comes from a fresh process of its own; ratios compare processes of one run. Peaks are
+sampled from outside, anonymous memory and pages of files apart: the latter can be evicted.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from edge_dit.adamw import AdamW
+from edge_dit.bundle import ADAPTER, TARGETS, WEIGHTS, Optimizer, read_manifest
+from edge_dit.configs import PublicConfig, public_config
+from edge_dit.errors import BadInput, CheckFailed, require
+from edge_dit.files import write_atomic, write_json
+from edge_dit.plan import SCHEMA, Plan
+from edge_dit.text import columns
+
+SAMPLE_SECONDS = 0.03
+"""Between two looks at a process's memory."""
+WARM_UP = 2
+"""Steps that are not timed."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+        config: name of a public configuration.
+        trained: trained blocks in each of the model's containers.
+        tokens: image tokens, a square number.
+        text: text tokens.
+        rank: of the LoRA.
+        steps: timed steps.
+        full_lora: measure full LoRA at the configuration's full resolution too.
+    """
+
+    config: str
+    trained: list[int]
+    tokens: int
+    text: int
+    rank: int = 16
+    steps: int = 5
+    full_lora: bool = True
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to train: a target, its layout, and how frozen weights are stored."""
+
+    target: str
+    layout: str = "fused"
+    dtype: str = "float32"
+
+
+CONTENDERS = (
+    Contender("onnx"),
+    Contender("onnx", "recompute"),
+    Contender("onnx", "streamed"),
+    Contender("onnx", "streamed", "int8"),
+    Contender("ort-training"),
+    Contender("executorch"),
+)
+
+
+def contender_of(name: str) -> Contender:
+    """A contender by name, "onnx:streamed:int8"; layout and dtype may be left out.
+
+    Raises:
+        BadInput: no such thing.
+    """
+    target, layout, dtype, *more = [*name.split(":"), "", ""]
+    layouts = {"onnx": ("fused", "recompute", "streamed")}.get(target, ("fused",))
+    layout, dtype = layout or "fused", dtype or "float32"
+    few = dtype == "float32" or (layout == "streamed" and dtype in WEIGHTS)
+    if target not in TARGETS or layout not in layouts or not few or any(more):
+        raise BadInput(
+            "--target",
+            found=name,
+            expected="onnx, onnx:recompute, onnx:streamed, onnx:streamed:float16, "
+            "onnx:streamed:int8, ort-training or executorch",
+        )
+    return Contender(target, layout, dtype)
+
+
+def bench(
+    case: Case, contenders: list[Contender], work: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure; {"case": ..., "rows": [one a contender]}.
+
+    Args:
+        case: what to measure.
+        contenders: the targets.
+        work: folder for the random model and the bundles; those of the same case are kept and used
+            again.
+        say: prints a line of progress.
+
+    Raises:
+        BadInput: sizes that do not fit the configuration.
+        CheckFailed: a process failed.
+    """
+    plan = random_model(case, work)
+    write_json(work / "plan.json", plan.model_dump(mode="json"))
+    say("eager, the same sub-graph")
+    eager = {}
+    for dtype in dict.fromkeys(c.dtype for c in contenders):
+        draw = work / f"draw-{dtype}.safetensors"
+        arguments = [str(case.steps), dtype, str(draw), str(work / f"eager-{dtype}")]
+        eager[dtype] = _run(work, "eager", arguments)
+    full: dict[str, Any] = {}
+    if case.full_lora:
+        say("eager, full LoRA at full resolution")
+        full = _run(work, "full", [json.dumps(asdict(case))])
+    rows = []
+    for contender in contenders:
+        name = f"{contender.target}, {contender.layout}, {contender.dtype}"
+        say(f"export {name}")
+        again = "-recompute" if contender.layout == "recompute" else ""
+        bundle = work / f"bundle-{contender.target}-{contender.dtype}{again}"
+        exported = _exported(work, contender, bundle)
+        say(f"train {name}")
+        found = work / f"found-{contender.target}-{contender.layout}-{contender.dtype}"
+        arguments = [str(bundle), contender.target, contender.layout, str(case.steps)]
+        draw = work / f"draw-{contender.dtype}.safetensors"
+        measured = _run(work, "session", [*arguments, str(draw), str(found)])
+        base = eager[contender.dtype]
+        rows.append(
+            {
+                **asdict(contender),
+                "trained_blocks": sum(case.trained),
+                "step_ms": measured["step_ms"],
+                "eager_ms": base["step_ms"],
+                "ratio_to_eager": measured["step_ms"] / base["step_ms"],
+                "full_lora_ms": full.get("step_ms"),
+                "ratio_to_full_lora": _ratio(measured["step_ms"], full.get("step_ms")),
+                "rss_anon_mb": measured["anon_mb"],
+                "rss_file_mb": measured["file_mb"],
+                "eager_rss_mb": base["anon_mb"] + base["file_mb"],
+                "full_lora_rss_mb": full["anon_mb"] + full["file_mb"] if full else None,
+                "artifact_bytes": _bytes(bundle / contender.target),
+                "export_s": exported["seconds"],
+                "export_rss_mb": exported["anon_mb"] + exported["file_mb"],
+                "max_grad_rel_error": _worst(work / f"eager-{contender.dtype}", found),
+            }
+        )
+    return {"case": asdict(case), "rows": rows}
+
+
+METRICS = {
+    "step_ms": "step, ms",
+    "eager_ms": "eager step, ms",
+    "ratio_to_eager": "of eager",
+    "ratio_to_full_lora": "of full LoRA",
+    "rss_anon_mb": "anonymous, MB",
+    "rss_file_mb": "of files, MB",
+    "eager_rss_mb": "eager, MB",
+    "full_lora_rss_mb": "full LoRA, MB",
+    "artifact_bytes": "bundle, bytes",
+    "export_s": "export, s",
+    "export_rss_mb": "export, MB",
+    "max_grad_rel_error": "gradient error",
+}
+
+
+def in_words(found: dict[str, Any]) -> list[str]:
+    """The rows as a table, one contender a column."""
+    rows = found["rows"]
+    headings = [
+        ":".join(dict.fromkeys((r["target"], r["layout"], r["dtype"]))).replace(":float32", "")
+        for r in rows
+    ]
+    return columns(headings, [(n, [_cell(k, r[k]) for r in rows]) for k, n in METRICS.items()])
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if key == "max_grad_rel_error":
+        return f"{value:.1e}"
+    return f"{value:.3f}" if key.startswith("ratio") else f"{value:,.0f}"
+
+
+def _ratio(value: float, base: float | None) -> float | None:
+    return None if base is None else value / base
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _worst(reference: Path, found: Path) -> float:
+    """Largest difference of a gradient over its largest value."""
+    want, have = load_file(reference), load_file(found)
+    return max(
+        float(np.abs(value - have[name]).max() / np.abs(value).max())
+        for name, value in want.items()
+    )
+
+
+# ---------------------------------------------------------------- the random model
+
+
+def random_model(case: Case, work: Path) -> Plan:
+    """A pipeline folder ``work/model`` of the case's configuration with as many blocks as are
+    trained, random weights, and the plan that trains all of them.
+    """
+    require("torch", "bench")
+    from edge_dit.families import FAMILIES, family_of
+
+    public = public_config(case.config)
+    family = family_of(public.family)
+    config = _shortened(public, case, family)
+    side = round(case.tokens**0.5)
+    if side * side != case.tokens:
+        raise BadInput("--tokens", found=str(case.tokens), expected="a square number")
+    model = work / "model"
+    if not _same(model / "case.json", asdict(case)):
+        _clear(work)
+        write_json(model / "model_index.json", {"_class_name": FAMILIES[public.family][0]})
+        write_json(model / "scheduler" / "scheduler_config.json", {"num_train_timesteps": 1000})
+        write_json(model / "transformer" / "config.json", config)
+        random_weights(family, config, model / "transformer")
+        write_json(model / "case.json", {k: v for k, v in asdict(case).items() if k in _SHAPES})
+    return Plan(
+        schema_version=SCHEMA,
+        family=public.family,
+        model=model.resolve(),
+        model_hash="random",
+        layers=sum(case.trained),
+        head_skip=0,
+        tail_skip=0,
+        s_min=side * public.multiple,
+        s_max=side * public.multiple,
+        multiple=public.multiple,
+        text_tokens=case.text,
+        rank=case.rank,
+        alpha=float(case.rank),
+        lora_targets=list(family.lora_targets),
+        optimizer=Optimizer(**asdict(AdamW(lr=1e-4))),
+        steps=case.steps,
+        draws=1,
+        seed=0,
+        targets=["onnx"],
+    )
+
+
+MARKER = ".edge-dit-bench"
+"""File by which a folder of ours is known: what lies in it may be removed."""
+
+
+def _clear(work: Path) -> None:
+    """Make ``work`` an empty folder of ours.
+
+    Raises:
+        BadInput: it holds something that this command did not make.
+    """
+    ours = (work / MARKER).is_file()
+    if work.exists() and not ours and (not work.is_dir() or any(work.iterdir())):
+        raise BadInput(
+            work,
+            found="already there, and not something this command made",
+            expected="a new or empty folder, or one of an earlier bench",
+            remedy="choose another --work",
+        )
+    if ours:
+        shutil.rmtree(work)
+    write_atomic(work / MARKER, "")
+
+
+_SHAPES = ("config", "trained", "tokens", "text", "rank")
+
+
+def _same(path: Path, case: dict[str, Any]) -> bool:
+    try:
+        return json.loads(path.read_text()) == {k: v for k, v in case.items() if k in _SHAPES}
+    except (OSError, ValueError):
+        return False
+
+
+def _shortened(public: PublicConfig, case: Case, family: Any) -> dict[str, Any]:
+    counts = list(family.containers.values())
+    if len(case.trained) != len(counts) or sum(case.trained) < 1:
+        raise BadInput(
+            "--trained",
+            found="+".join(map(str, case.trained)),
+            expected=f"a number of blocks for each of {', '.join(family.containers)}",
+            remedy="e.g. --trained 4+4 for FLUX, --trained 14 for the others",
+        )
+    lengths = dict(zip(counts, case.trained, strict=True))
+    return {"_class_name": family.transformer, **public.config, **lengths}
+
+
+def random_weights(family: Any, config: dict[str, Any], folder: Path) -> None:
+    """One file a block and one for the rest, with the index diffusers writes."""
+    import torch
+
+    from edge_dit.checkpoint import INDEX, meta_model
+
+    generator = torch.Generator().manual_seed(0)
+    groups: dict[str, list[str]] = {}
+    state = meta_model(family, config).state_dict()
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    names = family.block_names(config)
+    for name in shapes:
+        block = next((b for b in names if name.startswith(f"{b}.")), "rest")
+        groups.setdefault(block, []).append(name)
+    places = {}
+    for number, (_, members) in enumerate(groups.items()):
+        tensors = {}
+        for name in members:
+            spread = 0.02 if len(shapes[name]) > 1 else 0.1
+            center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            value = torch.randn(shapes[name], generator=generator) * spread + center
+            tensors[name] = value.numpy()
+        file = f"diffusion_pytorch_model-{number:05d}.safetensors"
+        save_file(tensors, folder / file)
+        places |= dict.fromkeys(members, file)
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": places})
+
+
+# ---------------------------------------------------------------- processes
+
+
+def _exported(work: Path, contender: Contender, bundle: Path) -> dict[str, Any]:
+    """Export once for both layouts of a target; how long it took and its peak memory."""
+    record = bundle / "export.json"
+    if not record.is_file():
+        facts = _run(
+            work, "export", [contender.target, contender.dtype, contender.layout, str(bundle)]
+        )
+        write_json(record, facts)
+    return json.loads(record.read_text())
+
+
+def _run(work: Path, kind: str, arguments: list[str]) -> dict[str, Any]:
+    """A child process's JSON, with its peaks "anon_mb" and "file_mb"."""
+    command = [sys.executable, "-m", "edge_dit.bench", kind, str(work), *arguments]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    peaks = {"RssAnon": 0, "RssFile": 0}
+    watcher = threading.Thread(target=_watch, args=(child, peaks))
+    watcher.start()
+    out, err = child.communicate()
+    watcher.join()
+    if child.returncode != 0:
+        last = err.strip().splitlines()[-1:] or ["no message"]
+        raise CheckFailed(f"bench {kind}: ended with code {child.returncode}: {last[0]}")
+    facts = json.loads(out.strip().splitlines()[-1])
+    return {**facts, "anon_mb": peaks["RssAnon"] / 1000, "file_mb": peaks["RssFile"] / 1000}
+
+
+def _watch(child: subprocess.Popen[str], peaks: dict[str, int]) -> None:
+    """Note the peaks of a process, in KiB * 1.024: thousands of bytes."""
+    status = Path(f"/proc/{child.pid}/status")
+    while child.poll() is None:
+        try:
+            lines = status.read_text().splitlines()
+        except OSError:
+            return
+        for line in lines:
+            name, _, rest = line.partition(":")
+            if name in peaks:
+                peaks[name] = max(peaks[name], round(int(rest.split()[0]) * 1.024))
+        time.sleep(SAMPLE_SECONDS)
+
+
+def _timed(step: Callable[[], Any], steps: int) -> float:
+    """Median milliseconds of ``step``."""
+    for _ in range(WARM_UP):
+        step()
+    times = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return 1000 * statistics.median(times)
+
+
+def _child_eager(work: Path, steps: str, dtype: str, draw: str, out: str) -> dict[str, Any]:
+    from edge_dit.quantize import round_frozen
+    from edge_dit.reference import EagerSession, adapted_subgraph
+
+    plan = Plan.model_validate_json((work / "plan.json").read_text())
+    subgraph, batch = adapted_subgraph(plan, check=False)
+    round_frozen(subgraph, dtype)
+    session = EagerSession(subgraph, AdamW(lr=1e-4))
+    session.load_adapter(_nonzero(session.adapter()))
+    if not Path(draw).is_file():
+        save_file(_random_draw(session, batch), draw)
+    arrays = load_file(draw)
+    session.backward(arrays)
+    save_file(session.gradients(), out)
+    return {"step_ms": _timed(lambda: session.step(arrays), int(steps))}
+
+
+def _random_draw(session: Any, batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    """A draw like ``batch``, with random values, whose gradients PyTorch itself can settle."""
+    from edge_dit_runtime.verify import is_well_posed
+
+    kept = ("mask", "rope_cos", "rope_sin", "rope_image", "rope_text")
+    draw: dict[str, np.ndarray] = {}
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        draw = {
+            name: value.numpy()
+            if name.endswith(kept)
+            else rng.normal(size=tuple(value.shape)).astype(np.float32)
+            for name, value in batch.items()
+        }
+        if is_well_posed(session, draw):
+            break
+    return draw
+
+
+def _nonzero(adapter: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.normal(0, 0.02, value.shape).astype(np.float32) if "lora_B" in name else value
+        for name, value in sorted(adapter.items())
+    }
+
+
+def _child_full(work: Path, case_json: str) -> dict[str, Any]:
+    """LoRA on every block at full resolution: what users do today."""
+    import torch
+
+    from edge_dit.checkpoint import build
+    from edge_dit.families import family_of
+    from edge_dit.subgraph import add_lora, lora_modules
+
+    case = Case(**json.loads(case_json))
+    public = public_config(case.config)
+    family = family_of(public.family)
+    model: Any = build(family, public.config).eval()
+    layers = range(len(family.block_names(public.config)))
+    modules = lora_modules(family, model, layers, family.lora_targets)
+    add_lora(model, modules, case.rank, float(case.rank), seed=0)
+    side = public.resolution // public.multiple
+    latents, prompt = family.blank(model, (side, side), case.text)
+    latents = torch.randn(latents.shape)
+    inputs = family.inputs(model, latents, 500.0, prompt, (side, side))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        found = family.learned(model(**inputs, return_dict=False)[0])
+        torch.nn.functional.mse_loss(found, latents).backward()
+        optimizer.step()
+
+    return {"step_ms": _timed(step, max(3, case.steps // 2))}
+
+
+def _child_export(work: Path, target: str, dtype: str, layout: str, bundle: str) -> dict[str, Any]:
+    from edge_dit_export.export import export
+
+    plan = Plan.model_validate_json((work / "plan.json").read_text())
+    started = time.perf_counter()
+    update = {"weights": dtype, "recompute": layout == "recompute"}
+    export(plan.model_copy(update=update), Path(bundle), [target], check=False)
+    return {"seconds": time.perf_counter() - started}
+
+
+def _child_session(
+    work: Path, bundle: str, target: str, layout: str, steps: str, draw: str, out: str
+) -> dict[str, Any]:
+    from edge_dit.adapter import read_adapter
+    from edge_dit_runtime.session import open_session
+
+    folder = Path(bundle)
+    session = open_session(folder, read_manifest(folder), target, layout)
+    arrays = load_file(draw)
+    session.load_adapter(_nonzero(read_adapter(folder / ADAPTER)[0]))
+    session.backward(arrays)
+    gradients = session.gradients()
+    save_file(gradients, out)
+    return {"step_ms": _timed(lambda: session.step(arrays), int(steps))}
+
+
+CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {
+    "eager": _child_eager,
+    "full": _child_full,
+    "export": _child_export,
+    "session": _child_session,
+}
+
+
+if __name__ == "__main__":
+    _kind, _work, *_rest = sys.argv[1:]
+    print(json.dumps(CHILDREN[_kind](Path(_work), *_rest)))

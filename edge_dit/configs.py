@@ -1,0 +1,147 @@
+"""Public checkpoints by name: what a plan must know of each, without its weights.
+
+Configurations are those of the checkpoints' own transformer/config.json; sizes are the paper's
+where it has them (PAPER sec. 3.1), else full resolution and half of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from edge_dit.errors import BadInput
+
+
+@dataclass(frozen=True)
+class PublicConfig:
+    """One public checkpoint.
+
+    Attributes:
+        family: family module.
+        config: of the transformer.
+        multiple: pixels per side of a token.
+        text_tokens: longest text.
+        resolution: s_max of Eq. 1, pixels.
+        patch: s_min of Eq. 1, pixels.
+    """
+
+    family: str
+    config: dict[str, Any]
+    multiple: int
+    text_tokens: int
+    resolution: int
+    patch: int
+
+
+def _flux(guidance: bool) -> PublicConfig:
+    config = {
+        "patch_size": 1,
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": guidance,
+        "axes_dims_rope": (16, 56, 56),
+    }
+    return PublicConfig("flux", config, 16, 512, 512, 256)
+
+
+def _sana(layers: int, heads: int, cross_heads: int, cross_dim: int) -> PublicConfig:
+    config = {
+        "in_channels": 32,
+        "out_channels": 32,
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "attention_head_dim": 32,
+        "num_cross_attention_heads": cross_heads,
+        "cross_attention_head_dim": cross_dim,
+        "cross_attention_dim": cross_heads * cross_dim,
+        "caption_channels": 2304,
+        "mlp_ratio": 2.5,
+        "sample_size": 32,
+        "patch_size": 1,
+    }
+    return PublicConfig("sana", config, 32, 300, 1024, 512)
+
+
+def _sd3(layers: int, heads: int, positions: int, **more: Any) -> PublicConfig:
+    config = {
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "attention_head_dim": 64,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": heads * 64,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": positions,
+        **more,
+    }
+    return PublicConfig("sd3", config, 16, 154, 1024, 512)
+
+
+CONFIGS = {
+    "flux.1-dev": _flux(guidance=True),
+    "flux.1-schnell": _flux(guidance=False),
+    "sana-0.6b": _sana(28, 36, 16, 72),
+    "sana-1.6b": _sana(20, 70, 20, 112),
+    "sd3-medium": _sd3(24, 24, 192),
+    "sd3.5-medium": _sd3(24, 24, 384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))),
+    "sd3.5-large": _sd3(38, 38, 192, qk_norm="rms_norm"),
+    "pixart-sigma-xl": PublicConfig(
+        "pixart",
+        {
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 28,
+            "cross_attention_dim": 1152,
+            "attention_bias": True,
+            "sample_size": 128,
+            "patch_size": 2,
+            "interpolation_scale": 2,
+            "caption_channels": 4096,
+            "use_additional_conditions": False,
+        },
+        16,
+        300,
+        1024,
+        512,
+    ),
+    "qwen-image": PublicConfig(
+        "qwen_image",
+        {
+            "patch_size": 2,
+            "in_channels": 64,
+            "out_channels": 16,
+            "num_layers": 60,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 3584,
+            "axes_dims_rope": (16, 56, 56),
+        },
+        16,
+        512,
+        1024,
+        512,
+    ),
+}
+
+
+def public_config(name: str) -> PublicConfig:
+    """The configuration called ``name``.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if name not in CONFIGS:
+        raise BadInput(
+            "--config", found=f"unknown configuration {name!r}", expected=", ".join(CONFIGS)
+        )
+    return CONFIGS[name]

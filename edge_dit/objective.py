@@ -1,0 +1,120 @@
+"""What a family's model is trained to predict, and at which noise levels.
+
+A draw's ``sigma`` is t / T in (0, 1], the argument of Eq. 1, in every family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class FlowMatching:
+    """x_t = (1 - sigma) x_0 + sigma eps, target eps - x_0 (arXiv 2210.02747).
+
+    Args:
+        sigmas: noise levels of the checkpoint's scheduler, ascending in (0, 1], float32 [T].
+        logit_normal: noise levels are drawn from sigmoid(N(0, 1)) over the table, not evenly.
+        precondition: the loss is that of the predicted image, so sigma^2 times the velocity's.
+    """
+
+    def __init__(
+        self, sigmas: np.ndarray, logit_normal: bool = False, precondition: bool = False
+    ) -> None:
+        self.sigmas = sigmas
+        self.logit_normal = logit_normal
+        self.precondition = precondition
+
+    def level(self, share: float) -> float:
+        """The noise level at ``share`` in [0, 1) of the training density, from below."""
+        if self.logit_normal:
+            share = float(1 / (1 + np.exp(-NormalDist().inv_cdf(min(max(share, 1e-6), 1 - 1e-6)))))
+        return float(self.sigmas[int(share * len(self.sigmas))])
+
+    def timestep(self, sigma: float) -> float:
+        """What the pipeline's loop calls the timestep: sigma T."""
+        return sigma * len(self.sigmas)
+
+    def noised(self, clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
+        """x_t."""
+        return (1 - sigma) * clean + sigma * noise
+
+    def target(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """The velocity."""
+        return noise - clean
+
+    def weight(self, sigma: float) -> float | None:
+        """Weight of the draw's loss; None if every draw weighs 1."""
+        return sigma**2 if self.precondition else None
+
+
+class EpsilonPrediction:
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, target eps (arXiv 2006.11239).
+
+    Args:
+        alphas_cumprod: a_t of the checkpoint's scheduler by timestep, [T].
+    """
+
+    def __init__(self, alphas_cumprod: np.ndarray) -> None:
+        steps = len(alphas_cumprod)
+        self.alphas_cumprod = alphas_cumprod
+        self.sigmas = (np.arange(1, steps + 1) / steps).astype(np.float32)
+
+    def level(self, share: float) -> float:
+        """The noise level at ``share`` in [0, 1) of the training density, which is even."""
+        return float(self.sigmas[int(share * len(self.sigmas))])
+
+    def timestep(self, sigma: float) -> float:
+        """The scheduler's timestep, a whole number in 0 .. T - 1."""
+        return float(max(0, round(sigma * len(self.sigmas)) - 1))
+
+    def noised(self, clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
+        """x_t."""
+        alpha = float(self.alphas_cumprod[int(self.timestep(sigma))])
+        return alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
+
+    def target(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """The noise."""
+        return noise
+
+    def weight(self, sigma: float) -> float | None:
+        """Every draw weighs 1."""
+        return None
+
+
+Objective = FlowMatching | EpsilonPrediction
+
+
+def flow_sigmas(scheduler: Mapping[str, Any]) -> np.ndarray:
+    """All noise levels of a flow-matching scheduler's configuration, ascending, float32 [T].
+
+    FlowMatchEulerDiscreteScheduler knows them itself (with dynamic shifting they are unshifted, as
+    the training scripts of diffusers use them). The others take the same T levels k / T, k = 1..T,
+    bent by their shift s: sigma -> s sigma / (1 + (s - 1) sigma)
+    (DPMSolverMultistepScheduler.set_timesteps with use_flow_sigmas).
+    """
+    if scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        own: Any = FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler))
+        sigmas = own.sigmas[own.sigmas > 0].numpy()
+        return np.sort(sigmas).astype(np.float32)
+    steps = int(scheduler.get("num_train_timesteps", 1000))
+    shift = float(scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
+    linear = np.arange(1, steps + 1, dtype=np.float64) / steps
+    return (shift * linear / (1 + (shift - 1) * linear)).astype(np.float32)
+
+
+def alphas_cumprod(scheduler: Mapping[str, Any]) -> np.ndarray:
+    """a_t of a diffusion scheduler's configuration, by timestep, float64 [T]."""
+    from diffusers import DDPMScheduler
+
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    options = {key: scheduler[key] for key in keys if scheduler.get(key) is not None}
+    own: Any = DDPMScheduler(**options)
+    return own.alphas_cumprod.to(torch.float64).numpy()

@@ -1,0 +1,83 @@
+"""Split of which a part goes unused -> one Slice for every part in use.
+
+    Split(x, sizes) -> a, unused, c
+    Slice(x, 0, a's end) -> a,    Slice(x, c's start, c's end) -> c
+
+onnxruntime-training 1.19.2 makes the gradient of a Split by joining those of its parts, and leaves
+out a part without one: the result is too small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+
+def partial_split_to_slice(model: onnx.ModelProto) -> int:
+    """Rewrite every Split of which not all parts are used, in place.
+
+    Args:
+        model: the sizes of its Splits must be constant.
+
+    Returns:
+        Number of nodes rewritten.
+
+    Raises:
+        ValueError: the sizes of such a Split are not known.
+    """
+    graph = model.graph
+    used = {name for node in graph.node for name in node.input} | {v.name for v in graph.output}
+    sides = _sides(model)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    nodes, count = [], 0
+    for node in graph.node:
+        if node.op_type != "Split" or all(name in used for name in node.output):
+            nodes.append(node)
+            continue
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        ends = np.cumsum(_sizes(node, axis, sides, constants))
+        for name, start, end in zip(node.output, [0, *ends[:-1]], ends, strict=True):
+            if name and name in used:
+                bounds = {f"{name}.start": start, f"{name}.end": end, f"{name}.axis": axis}
+                graph.initializer.extend(
+                    numpy_helper.from_array(np.array([value], np.int64), bound)
+                    for bound, value in bounds.items()
+                )
+                nodes.append(
+                    helper.make_node("Slice", [node.input[0], *bounds], [name], f"{name}.slice")
+                )
+        count += 1
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return count
+
+
+def _sizes(
+    node: onnx.NodeProto,
+    axis: int,
+    sides: Mapping[str, list[int]],
+    constants: Mapping[str, np.ndarray],
+) -> list[int]:
+    """Sizes of a Split's parts along ``axis``."""
+    if len(node.input) == 2 and node.input[1] in constants:
+        return constants[node.input[1]].tolist()
+    if len(node.input) == 1 and sides.get(node.input[0], [0])[axis]:
+        side, count = sides[node.input[0]][axis], len(node.output)
+        size = -(-side // count)  # the last part is smaller if need be
+        return [*[size] * (count - 1), side - size * (count - 1)]
+    raise ValueError(f"{node.name}: a Split whose sizes are not known")
+
+
+def _sides(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Shape of every value that has one, by name; an unknown side is 0."""
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    constants = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    values = {
+        value.name: [side.dim_value for side in value.type.tensor_type.shape.dim]
+        for value in [*graph.input, *graph.value_info, *graph.output]
+        if value.type.tensor_type.HasField("shape")
+    }
+    return constants | values

@@ -1,0 +1,48 @@
+"""A function of tensors -> one flat core ATen graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import CodeGen
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from edge_dit.families.family import Family
+
+
+def trace(
+    function: Callable[[dict[str, Tensor]], Any], inputs: Mapping[str, Tensor], family: Family
+) -> fx.GraphModule:
+    """Trace ``function(inputs)``, autograd calls in it included; every input is a placeholder, in
+    order, and outputs are a flat tuple.
+
+    Nothing is computed, so inputs may be views of files larger than memory. Attention is traced in
+    its math form: the fused kernels' backward exists in no runtime we export to (pytorch/executorch
+    issue 12804).
+
+    Args:
+        function: takes the tensors by name, returns a tensor or a tuple of tensors.
+        inputs: examples; only shapes and dtypes matter.
+        family: keeps to operations that every target has.
+    """
+    table: Any = core_aten_decompositions()
+
+    def plain(tensors: dict[str, Tensor]) -> Any:  # make_fx would count a method's self
+        return function(tensors)
+
+    seen: set[int] = set()
+    examples = {}
+    for name, tensor in inputs.items():
+        # The tracer takes one tensor under two names for one input.
+        examples[name] = torch.empty_like(tensor) if id(tensor) in seen else tensor
+        seen.add(id(tensor))
+    with sdpa_kernel(SDPBackend.MATH), family.traceable():
+        module = make_fx(plain, decomposition_table=table, tracing_mode="fake")(examples)
+    module.graph.set_codegen(CodeGen())
+    module.recompile()
+    return module

@@ -1,0 +1,59 @@
+"""Importing onnxruntime, and nothing else with it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from edge_dit.errors import require
+
+
+def onnxruntime(why: str) -> Any:
+    """The onnxruntime module.
+
+    The training build imports torch where it finds it, for a front end that is not used here: two
+    seconds and 180 MB (onnxruntime_validation.py, 1.19.2).
+
+    Args:
+        why: what it is needed for.
+
+    Raises:
+        BadInput: it is not installed.
+    """
+    with _without("torch"):
+        return require("onnxruntime", why)
+
+
+@contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Let ``import name`` fail, unless it was imported already."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+@cache
+def share_arena(module: Any) -> None:
+    """Let sessions that ask for it (``session.use_env_allocators``) share one arena of memory that
+    grows by what is needed, where onnxruntime's own doubles.
+    """
+    arena = module.OrtArenaCfg(
+        {
+            "max_mem": 0,
+            "arena_extend_strategy": 1,
+            "initial_chunk_size_bytes": -1,
+            "max_dead_bytes_per_chunk": -1,
+        }
+    )
+    kind = module.OrtMemoryInfo(
+        "Cpu", module.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, module.OrtMemType.DEFAULT
+    )
+    module.create_and_register_allocator(kind, arena)

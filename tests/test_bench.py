@@ -1,0 +1,34 @@
+"""bench removes nothing that is not its own, and says what it does not know."""
+
+import pytest
+
+from edge_dit.bench import MARKER, Case, contender_of, random_model
+from edge_dit.errors import BadInput
+
+SMALL = Case("sana-0.6b", [1], 4, 4, rank=2)
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(BadInput, match="another --work"):
+        random_model(SMALL, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_another_case_replaces_the_model_and_the_same_case_keeps_it(tmp_path):
+    work = tmp_path / "bench"
+    random_model(SMALL, work)
+    (work / "draw.safetensors").write_bytes(b"of this case")
+    random_model(SMALL, work)
+    assert (work / "draw.safetensors").is_file()
+    random_model(Case("sana-0.6b", [1], 9, 4, rank=2), work)
+    assert not (work / "draw.safetensors").exists()
+    assert (work / MARKER).is_file()
+
+
+@pytest.mark.parametrize(
+    "name", ["", "onnx:int8", "onnx:fused:int8", "executorch:streamed", "a:b:c:d"]
+)
+def test_an_unknown_contender_is_refused(name):
+    with pytest.raises(BadInput, match="onnx:streamed:int8"):
+        contender_of(name)

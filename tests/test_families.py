@@ -1,0 +1,119 @@
+"""The contract of a family, the same for every variant."""
+
+import pytest
+import torch
+
+import tiny
+import variants
+from variants import GRID, SPLITS, VARIANTS
+
+ALL = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@ALL
+def test_replay_with_nothing_skipped_is_the_stock_forward(variant):
+    made = variants.case(variant)
+    sub, batch = variants.subgraph(made, 0, 0)
+    # A bank stores rows, while SANA's embedding, a convolution, gives columns: on some processors
+    # a GEMM adds those up in another order. To the bit means with the stock forward's own strides.
+    entry, _ = made.family.begin(made.model, made.inputs)
+    assert torch.equal(batch["entry"], entry.image)
+    with torch.no_grad():
+        expected = made.model(**made.inputs, return_dict=False)[0]
+        found = sub.predict({**batch, "entry": entry.image})
+    assert torch.equal(found, expected)
+
+
+@ALL
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_entry_state_trained_blocks_and_tail_residual_give_the_stock_forward(variant, split):
+    made = variants.case(variant)
+    sub, batch = variants.subgraph(made, *split)
+    with torch.no_grad():
+        expected = made.model(**made.inputs, return_dict=False)[0]
+        found = sub.predict(batch)
+    assert (found - expected).abs().max() < 1e-5
+    assert expected.abs().max() > 0.1
+
+
+@ALL
+@pytest.mark.parametrize("head_skip", [0, 1, 2, 3])
+def test_gradients_are_the_stock_models_when_no_tail_is_skipped(variant, head_skip):
+    made = variants.case(variant)
+    variants.with_lora(made, range(head_skip, 4))
+    expected = variants.stock_gradients(made)
+    sub, batch = variants.subgraph(made, head_skip, 0)
+    found = tiny.eager(sub, batch)
+    tiny.assert_close({f"grad.{name}": value for name, value in expected.items()}, found, 1e-5)
+    assert all(value.abs().max() > 0 for value in expected.values())
+
+
+@ALL
+def test_no_lora_is_put_where_the_loss_does_not_reach(variant):
+    """Every LoRA tensor has a gradient, and every left-out module of the last block has none."""
+    for split in SPLITS.values():
+        made = variants.case(variant)
+        variants.with_lora(made, range(split[0], 4 - split[1]))
+        sub, batch = variants.subgraph(made, *split)
+        sub(batch).backward()
+        assert all(_reached(p) for p in sub.lora_parameters().values())
+        last = sub.get_submodule(sub.order[-1])
+        if split[1]:  # what is left out there is out of the loss's reach indeed
+            for name in made.family.text_output:
+                module = dict(last.named_modules()).get(name)
+                if module is not None:
+                    module.requires_grad_(True)
+            sub.zero_grad()
+            sub(batch).backward()
+            for name in made.family.text_output:
+                module = dict(last.named_modules()).get(name)
+                assert module is None or not any(_reached(p) for p in module.parameters())
+
+
+def _reached(parameter: torch.nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
+
+
+@ALL
+def test_every_block_is_called_with_the_same_conditioning(variant):
+    made = variants.case(variant)
+    calls = []
+    handles = [
+        block.register_forward_pre_hook(
+            lambda module, args, kwargs: calls.append((type(module), args, kwargs)),
+            with_kwargs=True,
+        )
+        for block in made.family.blocks(made.model).values()
+    ]
+    with torch.no_grad():
+        made.model(**made.inputs, return_dict=False)
+    for handle in handles:
+        handle.remove()
+    import inspect
+
+    seen = []
+    for kind, args, kwargs in calls:
+        bound = inspect.signature(kind.forward).bind(None, *args, **kwargs).arguments
+        own = {"self", "hidden_states"} | (
+            {"encoder_hidden_states"} if made.family.joint else set()
+        )
+        seen.append({k: v for k, v in bound.items() if k not in own and v is not None})
+    for later in seen[1:]:
+        assert later.keys() == seen[0].keys()
+        for name, value in later.items():
+            assert value is seen[0][name] or value == seen[0][name], name
+    cond = made.family.begin(made.model, made.inputs)[1]
+    told = {k for k, v in made.family.arguments(cond, GRID).items() if v is not None}
+    assert told == {k for k in seen[0] if seen[0][k] != {}}
+
+
+@ALL
+def test_begin_leaves_the_model_as_it_was(variant):
+    made = variants.case(variant)
+    before = made.model.state_dict().keys()
+    with torch.no_grad():
+        expected = made.model(**made.inputs, return_dict=False)[0]
+    made.family.begin(made.model, made.inputs)
+    assert made.model.state_dict().keys() == before
+    with torch.no_grad():
+        assert torch.equal(made.model(**made.inputs, return_dict=False)[0], expected)

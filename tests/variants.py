@@ -1,0 +1,212 @@
+"""Every variant of every family, small: real diffusers classes, fixed non-trivial weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from edge_dit.families import family_of
+from edge_dit.families.family import Family, Prompt
+from edge_dit.subgraph import (
+    TrainableSubgraph,
+    add_lora,
+    as_batch,
+    can_carry_lora,
+    lora_modules,
+    lora_name,
+)
+
+GRID = (2, 3)
+"""Token grid: not square, so that rows and columns cannot be mixed up unseen."""
+TEXT = 7
+"""Text tokens, of which the last two are padding where the family masks."""
+RANK, ALPHA = 2, 3.0
+
+_SANA = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 4,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "caption_channels": 24,
+    "sample_size": 8,
+}
+_FLUX = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 12,
+    "axes_dims_rope": (4, 6, 6),
+}
+_SD3 = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 4,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 12,
+    "pos_embed_max_size": 12,
+}
+_PIXART = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 4,
+    "cross_attention_dim": 32,
+    "caption_channels": 24,
+    "sample_size": 16,
+}
+_QWEN = {
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 4,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sana": ("sana", _SANA),
+    "sana-1.5": ("sana", {**_SANA, "qk_norm": "rms_norm_across_heads"}),
+    "sana-sprint": (
+        "sana",
+        {**_SANA, "qk_norm": "rms_norm_across_heads", "guidance_embeds": True},
+    ),
+    "flux-dev": ("flux", {**_FLUX, "guidance_embeds": True}),
+    "flux-schnell": ("flux", {**_FLUX, "guidance_embeds": False}),
+    "sd3-medium": ("sd3", _SD3),
+    "sd3.5-medium": ("sd3", {**_SD3, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}),
+    "sd3.5-large": ("sd3", {**_SD3, "qk_norm": "rms_norm"}),
+    "pixart-sigma": ("pixart", _PIXART),
+    "qwen-image": ("qwen_image", _QWEN),
+}
+"""Name -> family and configuration. Every model has four blocks; FLUX's go from double to single
+between the second and the third.
+"""
+SPLITS = {"whole": (0, 0), "start": (0, 2), "across": (1, 1), "end": (2, 0)}
+"""Where the trained blocks lie: (head skip, tail skip)."""
+
+
+def transformer(variant: str) -> Any:
+    """The variant's transformer; every parameter is random, none is zero or one."""
+    family, config = VARIANTS[variant]
+    torch.manual_seed(0)
+    model = getattr(diffusers, family_of(family).transformer)(**config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:  # norms start at 1, biases at 0: a swap would go unseen
+            base = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.data.normal_(base, 0.1)
+    return model
+
+
+@dataclass(frozen=True)
+class Case:
+    """A transformer, and one draw's inputs of its stock forward."""
+
+    family: Family
+    model: Any
+    inputs: dict[str, Any]
+    target: Tensor
+
+
+def case(variant: str, seed: int = 5) -> Case:
+    """A variant with random inputs."""
+    family = family_of(VARIANTS[variant][0])
+    model = transformer(variant)
+    generator = torch.Generator().manual_seed(seed)
+    latents, prompt = family.blank(model, GRID, TEXT)
+    latents = torch.randn(latents.shape, generator=generator)
+    prompt = _filled(prompt, generator)
+    inputs = family.inputs(model, latents, 321.0, prompt, GRID)
+    return Case(family, model, inputs, torch.randn(latents.shape, generator=generator))
+
+
+def _filled(prompt: Prompt, generator: torch.Generator) -> Prompt:
+    filled = {}
+    for name, value in prompt.items():
+        if name.endswith("mask"):
+            filled[name] = value.clone()
+            filled[name][:, -2:] = 0
+        else:
+            filled[name] = torch.randn(value.shape, generator=generator)
+    return filled
+
+
+def with_lora(made: Case, trained: range, everywhere: bool = False) -> None:
+    """Put LoRA with a random B on the trained blocks of the model, by the family's own targets or
+    on every module that can carry it.
+    """
+    targets = _all_targets(made) if everywhere else made.family.lora_targets
+    modules = lora_modules(made.family, made.model, trained, targets)
+    add_lora(made.model, modules, RANK, ALPHA, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in made.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+
+
+def _all_targets(made: Case) -> list[str]:
+    blocks = made.family.blocks(made.model).values()
+    inside = [entry for block in blocks for entry in block.named_modules()]
+    return list(dict.fromkeys(name for name, module in inside if can_carry_lora(module)))
+
+
+def subgraph(
+    made: Case, head_skip: int, tail_skip: int, weight: float | None = None
+) -> tuple[TrainableSubgraph, dict[str, Tensor]]:
+    """The trainable sub-graph of a case, and its draw as precompute would store it."""
+    family, model = made.family, made.model
+    blocks = list(family.blocks(model).values())
+    with torch.no_grad(), _lora_off(model):
+        entry = state = None
+        state, cond = family.begin(model, made.inputs)
+        entry, tail = state, state.image
+        for number, block in enumerate(blocks):
+            if number == head_skip:
+                entry = state
+            if number == len(blocks) - tail_skip:
+                tail = state.image
+            state = family.run_block(block, state, cond, GRID)
+        residual = state.image - tail if tail_skip else torch.zeros_like(state.image)
+    batch = as_batch(entry, residual, cond, made.target, weight)
+    return TrainableSubgraph(model, family.name, head_skip, tail_skip, GRID), batch
+
+
+@contextmanager
+def _lora_off(model: nn.Module) -> Iterator[None]:
+    """Base weights only, as when a bank is made."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    yield
+    for layer in layers:
+        layer.enable_adapters(True)
+
+
+def stock_gradients(made: Case) -> dict[str, Tensor]:
+    """LoRA gradients by diffusers name, by autograd through the stock forward."""
+    found = made.family.learned(made.model(**made.inputs, return_dict=False)[0])
+    torch.nn.functional.mse_loss(found, made.target).backward()
+    return {
+        lora_name(name): p.grad.clone()
+        for name, p in made.model.named_parameters()
+        if p.requires_grad
+    }
