@@ -27,8 +27,8 @@ from edge_dit.sampler import Crop, crop_at
 SCHEMA = 1
 SHARD = 64
 """Most draws in a shard: some megabytes, so that a stopped run loses seconds."""
-HALVED = ("entry", "entry_text", "tail_residual", "target")
-"""Tensors of a draw that grow with the patch: a bank of float16 stores these so."""
+HALVED = ("entry", "entry_text", "tail_residual", "target", "residual", "residual_text")
+"""Tensors of a draw that grow with the patch, up to a dot: a bank of float16 stores these so."""
 INDEX = "index.json"
 PROMPTS = "prompts.safetensors"
 GOLDEN = (5**0.5 - 1) / 2
@@ -171,10 +171,12 @@ def write_shard(folder: Path, shard: int, draws: Mapping[int, Mapping[str, np.nd
 def narrowed(draw: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
     """A draw as a bank of ``dtype`` stores it; what float16 cannot hold stays float32."""
     largest = np.finfo(np.float16).max
+
+    def halved(name: str, value: np.ndarray) -> bool:
+        return name.partition(".")[0] in HALVED and bool(np.abs(value).max() <= largest)
+
     return {
-        name: value.astype(np.float16)
-        if dtype == "float16" and name in HALVED and np.abs(value).max() <= largest
-        else value
+        name: value.astype(np.float16) if dtype == "float16" and halved(name, value) else value
         for name, value in draw.items()
     }
 

@@ -22,7 +22,7 @@ from edge_dit.errors import ManyFaults
 from edge_dit.families import family_of
 from edge_dit.families.family import Family, Grid
 from edge_dit.plan import Plan, choose_split, size_faults
-from edge_dit.subgraph import TrainableSubgraph, add_lora, as_batch, lora_modules
+from edge_dit.subgraph import TrainableSubgraph, add_lora, as_batch, inner_runs, lora_modules
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -68,20 +68,18 @@ def parameters(family: Family, config: dict[str, Any]) -> int:
 def cost(
     family: Family,
     config: dict[str, Any],
-    head_skip: int,
-    tail_skip: int,
+    trained: Sequence[int],
     grid: Grid,
     text: int,
     rank: int,
     targets: Sequence[str] | None = None,
 ) -> Cost:
-    """What training the blocks between ``head_skip`` and ``tail_skip`` takes.
+    """What training some blocks takes.
 
     Args:
         family: of the model.
         config: of the transformer.
-        head_skip: leading blocks left out (n).
-        tail_skip: trailing blocks left out (m).
+        trained: numbers of the trained blocks, ascending.
         grid: token rows and columns of a patch.
         text: text tokens.
         rank: of the LoRA.
@@ -89,14 +87,19 @@ def cost(
     """
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), family.traceable():
         model = meta_model(family, config)
-        trained = range(head_skip, len(family.blocks(model)) - tail_skip)
         chosen = lora_modules(family, model, trained, targets or family.lora_targets)
         latents, prompt = family.blank(model, grid, text)
         inputs = family.inputs(model, latents, 500.0, prompt, grid)
         entry, cond = family.begin(model, inputs)
         add_lora(model, chosen, rank, float(rank), seed=0)
-        subgraph = TrainableSubgraph(model, family.name, head_skip, tail_skip, grid)
-        batch = as_batch(entry, torch.zeros_like(entry.image), cond, torch.zeros_like(latents))
+        subgraph = TrainableSubgraph(model, family.name, trained, grid)
+        batch = as_batch(
+            entry,
+            torch.zeros_like(entry.image),
+            cond,
+            torch.zeros_like(latents),
+            inner=dict.fromkeys(inner_runs(trained).values(), entry),
+        )
         activations, flops = _measure(subgraph, batch)
     trainable = sum(p.numel() for p in subgraph.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in subgraph.parameters() if not p.requires_grad)
@@ -122,7 +125,8 @@ def cost_of_plan(plan: Plan) -> dict[str, Cost]:
     return _against_full_lora(
         family,
         family.config(plan.model),
-        (plan.head_skip, plan.tail_skip),
+        plan.layers,
+        plan.trained,
         ((side, side), plan.grid),
         plan.text_tokens,
         plan.rank,
@@ -163,7 +167,7 @@ def cost_of_config(
     whole, side = public.resolution // public.multiple, patch // public.multiple
     grids = ((whole, whole), (side, side))
     columns = _against_full_lora(
-        family, config, (head, tail), grids, public.text_tokens, rank, None
+        family, config, layers, range(head, layers - tail), grids, public.text_tokens, rank, None
     )
     total = parameters(family, config)
     words = (
@@ -191,7 +195,8 @@ def cost_of_config(
 def _against_full_lora(
     family: Family,
     config: dict[str, Any],
-    skips: tuple[int, int],
+    layers: int,
+    trained: Sequence[int],
     grids: tuple[Grid, Grid],
     text: int,
     rank: int,
@@ -199,8 +204,8 @@ def _against_full_lora(
 ) -> dict[str, Cost]:
     whole, patch = grids
     return {
-        "full LoRA": cost(family, config, 0, 0, whole, text, rank, targets),
-        "this plan": cost(family, config, *skips, patch, text, rank, targets),
+        "full LoRA": cost(family, config, range(layers), whole, text, rank, targets),
+        "this plan": cost(family, config, trained, patch, text, rank, targets),
     }
 
 

@@ -52,16 +52,23 @@ def look(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 def plan_in_words(plan: Plan) -> list[str]:
     """A plan for people."""
-    first, last = plan.trained.start, plan.trained.stop - 1
     rows, columns = plan.grid
     return [
         f"{plan.family}, {plan.layers} blocks ({plan.model})",
-        f"  train blocks {first}..{last}; skip {plan.head_skip} before, {plan.tail_skip} after",
+        f"  train blocks {in_runs(plan.trained)}; skip {plan.head_skip} before, "
+        f"{plan.tail_skip} after",
         f"  patches {plan.s_min} px ({rows * columns} tokens), cut {plan.s_min}..{plan.s_max} px",
         f"  text {plan.text_tokens} tokens; LoRA rank {plan.rank}, alpha {plan.alpha:g}",
         f"  {plan.steps} steps, lr {plan.optimizer.lr:g}, {plan.draws} draws, seed {plan.seed}",
         f"  targets {', '.join(plan.targets)}",
     ]
+
+
+def in_runs(numbers: list[int]) -> str:
+    """Ascending numbers as runs: "2..5, 8"."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def bank_in_words(folder: Path) -> list[str]:

@@ -35,11 +35,14 @@ class Data(_Section):
 
 
 class PlanOptions(_Section):
-    """[plan]: the share of blocks to skip, or how many at each end."""
+    """[plan]: the share of blocks to skip, or how many at each end; ``inner_skips`` are further
+    runs [first, end), between trained blocks.
+    """
 
     skip_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
     head_skip: Annotated[int, Field(ge=0)] | None = None
     tail_skip: Annotated[int, Field(ge=0)] | None = None
+    inner_skips: list[tuple[int, int]] = []
 
 
 class Train(_Section):

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Plan(BaseModel):
         layers: transformer blocks of the model.
         head_skip: leading blocks that are not trained (n).
         tail_skip: trailing blocks that are not trained (m).
+        inner_skips: runs [first, end) of blocks between trained ones that are not trained either.
         s_min: side of a patch and smallest crop side, pixels.
         s_max: largest crop side, and shorter side of every image, pixels.
         multiple: the autoencoder's downsampling factor times the transformer's patch size, pixels.
@@ -64,6 +66,7 @@ class Plan(BaseModel):
     layers: int
     head_skip: int
     tail_skip: int
+    inner_skips: list[tuple[int, int]] = []
     s_min: int
     s_max: int
     multiple: int
@@ -81,9 +84,9 @@ class Plan(BaseModel):
     bank_dtype: str = "float32"
 
     @property
-    def trained(self) -> range:
-        """Numbers of the trained blocks."""
-        return range(self.head_skip, self.layers - self.tail_skip)
+    def trained(self) -> list[int]:
+        """Numbers of the trained blocks, ascending."""
+        return trained_blocks(self.layers, self.head_skip, self.tail_skip, self.inner_skips)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -111,7 +114,24 @@ class Plan(BaseModel):
                 "bank_dtype",
             },
         )
+        if not self.inner_skips:  # so that banks of plans without are still theirs
+            del shared["inner_skips"]
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
+
+
+def trained_blocks(
+    layers: int, head_skip: int, tail_skip: int, inner_skips: Sequence[tuple[int, int]] = ()
+) -> list[int]:
+    """Numbers of the blocks that no skip covers, ascending.
+
+    Args:
+        layers: blocks of the model.
+        head_skip: leading blocks left out (n).
+        tail_skip: trailing blocks left out (m).
+        inner_skips: runs [first, end) left out between them.
+    """
+    inside = {number for first, end in inner_skips for number in range(first, end)}
+    return [n for n in range(head_skip, layers - tail_skip) if n not in inside]
 
 
 def split(layers: int, skip_ratio: float) -> tuple[int, int]:
@@ -182,7 +202,11 @@ def make_plan(
     )
     if job.train.lora_targets:
         faults += _target_faults(lora_targets, list(known))
-    trained = range(head, facts.layers - tail)
+    # A split given by hand overrides the job's, its inner runs too.
+    inner = [] if explicit else job.plan.inner_skips
+    if not faults:
+        faults += _run_faults(inner, head, facts.layers - tail)
+    trained = trained_blocks(facts.layers, head, tail, inner)
     if not faults and not lora_modules(family, model, trained, lora_targets):
         faults.append(
             BadInput(
@@ -203,6 +227,7 @@ def make_plan(
         layers=facts.layers,
         head_skip=head,
         tail_skip=tail,
+        inner_skips=inner,
         s_min=job.train.patch,
         s_max=job.train.resolution,
         multiple=facts.multiple,
@@ -233,6 +258,23 @@ def size_faults(sizes: dict[str, int], multiple: int) -> list[BadInput]:
         for where, value in sizes.items()
         if value % multiple
     ]
+
+
+def _run_faults(runs: Sequence[tuple[int, int]], first: int, end: int) -> list[BadInput]:
+    """Runs that do not lie, one behind the other, between trained blocks."""
+    faults, free = [], first + 1
+    for start, stop in runs:
+        if not free <= start < stop < end:
+            faults.append(
+                BadInput(
+                    "plan.inner_skips",
+                    found=f"[{start}, {stop}]",
+                    expected=f"ascending runs of blocks [first, end) between trained ones: {free} "
+                    f"<= first < end < {end}",
+                )
+            )
+        free = stop + 1
+    return faults
 
 
 def _target_faults(targets: list[str], known: list[str]) -> list[BadInput]:

@@ -20,7 +20,7 @@ from edge_dit.pipeline import load_pipeline
 from edge_dit.plan import Plan, check_model
 from edge_dit.progress import bar
 from edge_dit.reference import blank_batch, objective_of
-from edge_dit.subgraph import as_batch
+from edge_dit.subgraph import as_batch, difference, inner_runs
 
 SHARD_BYTES = 128 * 2**20
 """Draws of a shard go through the model together, block by block: about this many bytes of them
@@ -125,12 +125,21 @@ def _through_blocks(
     """What a bank stores of each draw, one block of the model after the other."""
     family = checkpoint.family
     states = [state for state, *_ in begun]
-    entries, tails = states, [state.image for state in states]
+    runs = inner_runs(plan.trained)
+    begins, last = set(runs.values()), plan.layers - plan.tail_skip
+    entries = tails = states
+    before: list[State] = []
+    inner: dict[int, list[State]] = {}
     for number in range(plan.layers):
+        if number in runs:
+            pairs = zip(states, before, strict=True)
+            inner[runs[number]] = [difference(after, start) for after, start in pairs]
+        if number in begins:
+            before = states
         if number == plan.head_skip:
             entries = states
-        if number == plan.layers - plan.tail_skip:
-            tails = [state.image for state in states]
+        if number == last:
+            tails = states
         with checkpoint.block(number) as block:
             states = [
                 family.run_block(block, state, cond, plan.grid)
@@ -138,11 +147,18 @@ def _through_blocks(
             ]
         advance(len(begun) / plan.layers)
     if not plan.tail_skip:
-        tails = [state.image for state in states]
+        tails = states
     batches = [
-        as_batch(entry, state.image - tail, cond, target, weight)
-        for entry, tail, state, (_, cond, target, weight) in zip(
-            entries, tails, states, begun, strict=True
+        as_batch(
+            entry,
+            state.image - tail.image,
+            cond,
+            target,
+            weight,
+            {first: residuals[number] for first, residuals in inner.items()},
+        )
+        for number, (entry, tail, state, (_, cond, target, weight)) in enumerate(
+            zip(entries, tails, states, begun, strict=True)
         )
     ]
     shared = [f"cond.{name}" for name in family.per_prompt]

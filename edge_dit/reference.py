@@ -19,7 +19,13 @@ from edge_dit.families import family_of
 from edge_dit.families.family import scheduler_config
 from edge_dit.objective import Objective
 from edge_dit.plan import Plan, check_model
-from edge_dit.subgraph import TrainableSubgraph, add_lora, as_batch, lora_modules
+from edge_dit.subgraph import (
+    TrainableSubgraph,
+    add_lora,
+    as_batch,
+    inner_runs,
+    lora_modules,
+)
 
 
 def adapted_subgraph(
@@ -42,7 +48,7 @@ def adapted_subgraph(
     model = Checkpoint(family, plan.model).model(plan.trained)
     modules = lora_modules(family, model, plan.trained, plan.lora_targets)
     add_lora(model, modules, plan.rank, plan.alpha, plan.seed)
-    subgraph = TrainableSubgraph(model, plan.family, plan.head_skip, plan.tail_skip, plan.grid)
+    subgraph = TrainableSubgraph(model, plan.family, plan.trained, plan.grid)
     return subgraph, blank_batch(plan, model)
 
 
@@ -64,7 +70,14 @@ def blank_batch(plan: Plan, model: nn.Module) -> dict[str, torch.Tensor]:
     inputs = family.inputs(model, latents, objective.timestep(0.5), prompt, plan.grid)
     entry, cond = family.begin(model, inputs)
     target = objective.target(latents, torch.ones_like(latents))
-    return as_batch(entry, torch.zeros_like(entry.image), cond, target, objective.weight(0.5))
+    return as_batch(
+        entry,
+        torch.zeros_like(entry.image),
+        cond,
+        target,
+        objective.weight(0.5),
+        dict.fromkeys(inner_runs(plan.trained).values(), entry),
+    )
 
 
 def lora_tensors(subgraph: TrainableSubgraph) -> dict[str, np.ndarray]:

@@ -3,12 +3,15 @@
     f'(last) = trained(entry) + tail residual        loss = weight * mean((head(f') - target)^2)
 
 Everything upstream of the first trained block is frozen, so the stored entry state is exact; the
-tail residual is the frozen model's, not the adapted one's (Eq. 3).
+tail residual is the frozen model's, not the adapted one's (Eq. 3). Between trained blocks further
+runs may be skipped, each with a residual of its own that is added where it was: there it holds the
+text tokens too, for the blocks behind it read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +20,28 @@ from torch import Tensor, nn
 from edge_dit.adapter import PREFIX
 from edge_dit.families import family_of
 from edge_dit.families.family import Family, Grid, State
+
+
+def inner_runs(trained: Sequence[int]) -> dict[int, int]:
+    """Runs of skipped blocks between trained ones: the trained block behind each -> its first one.
+
+    Args:
+        trained: numbers of the trained blocks, ascending.
+    """
+    pairs = pairwise(trained)
+    return {behind: before + 1 for before, behind in pairs if behind > before + 1}
+
+
+def residual_names(first: int) -> tuple[str, str]:
+    """Names of the image and text residual of the skipped run that begins with block ``first``."""
+    return f"residual.{first}", f"residual_text.{first}"
+
+
+def difference(after: State, before: State) -> State:
+    """What a run of blocks adds to the state (Eq. 3)."""
+    if after.text is None or before.text is None:
+        return State(after.image - before.image)
+    return State(after.image - before.image, after.text - before.text)
 
 
 def can_carry_lora(module: nn.Module) -> bool:
@@ -87,6 +112,7 @@ def as_batch(
     cond: Mapping[str, Tensor],
     target: Tensor,
     weight: float | None = None,
+    inner: Mapping[int, State] | None = None,
 ) -> dict[str, Tensor]:
     """A draw's tensors by the names that bank and exported graphs use.
 
@@ -97,10 +123,14 @@ def as_batch(
         cond: conditioning.
         target: what the model is to predict.
         weight: of the draw's loss, in families that weigh draws.
+        inner: residuals of the runs skipped between trained blocks, by their first block.
     """
     batch = {"entry": entry.image}
     if entry.text is not None:
         batch["entry_text"] = entry.text
+    for first, residual in (inner or {}).items():
+        named = zip(residual_names(first), residual, strict=True)
+        batch |= {name: value for name, value in named if value is not None}
     batch |= {f"cond.{name}": value for name, value in cond.items()}
     batch |= {"tail_residual": tail_residual, "target": target}
     if weight is not None:
@@ -119,19 +149,17 @@ class TrainableSubgraph(nn.Module):
         model: a diffusers transformer that already carries LoRA (`add_lora`); blocks that are not
             trained may lie on the meta device.
         family: name of the family.
-        head_skip: leading blocks left out (n).
-        tail_skip: trailing blocks left out (m).
+        trained: numbers of the trained blocks, ascending; the others are left out.
         grid: token rows and columns of a patch.
     """
 
-    def __init__(
-        self, model: nn.Module, family: str, head_skip: int, tail_skip: int, grid: Grid
-    ) -> None:
+    def __init__(self, model: nn.Module, family: str, trained: Sequence[int], grid: Grid) -> None:
         super().__init__()
         self.family = family_of(family)
         self.grid = grid
         everything = list(self.family.blocks(model).items())
-        self.order = [name for name, _ in everything[head_skip : len(everything) - tail_skip]]
+        self.order = [everything[number][0] for number in trained]
+        self.jumps = {everything[k][0]: first for k, first in inner_runs(trained).items()}
         # Keyed by the block's number in its container, so that names stay the model's.
         for name, block in everything:
             if name in self.order:
@@ -156,8 +184,17 @@ class TrainableSubgraph(nn.Module):
         cond = conditioning_of(batch)
         state = State(batch["entry"], batch.get("entry_text"))
         for name in self.order:
+            state = self.arrive(name, state, batch)
             state = self.family.run_block(self.get_submodule(name), state, cond, self.grid)
         return self.family.head(self, state.image + batch["tail_residual"], cond, self.grid)
+
+    def arrive(self, block: str, state: State, batch: Mapping[str, Tensor]) -> State:
+        """The state entering a trained block, from that after the trained block before it."""
+        if block not in self.jumps:
+            return state
+        image, text = residual_names(self.jumps[block])
+        moved = None if state.text is None else state.text + batch[text]
+        return State(state.image + batch[image], moved)
 
     def loss(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The loss of a `predict` against a draw's target, a scalar."""
@@ -169,8 +206,9 @@ class TrainableSubgraph(nn.Module):
 
         Args:
             batch: "entry" and "tail_residual" [1, N, D], "target", "entry_text" [1, L, D] in
-                joint-attention families, "weight" [1] where draws are weighed, and the family's
-                "cond.<name>" tensors; all float32.
+                joint-attention families, "weight" [1] where draws are weighed, the family's
+                "cond.<name>" tensors, and `residual_names` of every run skipped between trained
+                blocks; all float32.
         """
         return self.loss(self.predict(batch), batch)
 

@@ -49,11 +49,10 @@ def made_variant(variant: str, split: str, targets: str = "own") -> Made:
             ("all").
     """
     made = variants.case(variant)
-    head_skip, tail_skip = variants.SPLITS[split]
-    layers = len(made.family.blocks(made.model))
-    variants.with_lora(made, range(head_skip, layers - tail_skip), targets == "all")
+    trained = variants.SPLITS[split]
+    variants.with_lora(made, trained, targets == "all")
     weight = 0.3 if made.family.name == "sd3" else None
-    return variants.subgraph(made, head_skip, tail_skip, weight)
+    return variants.subgraph(made, trained, weight)
 
 
 def write(folder: Path, *targets: str, made: Made | None = None) -> tuple[*Made, Manifest]:
@@ -132,12 +131,13 @@ def run_executorch_child(folder: Path, *variant: str) -> dict[str, str | None]:
     """What executorch_child.py found: for every check null or a traceback; under "ending", how the
     process ended.
     """
+    paths = (str(EXECUTORCH_CHILD.parent), os.environ.get("PYTHONPATH"))
     done = subprocess.run(
         [sys.executable, EXECUTORCH_CHILD, folder, *variant],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(EXECUTORCH_CHILD.parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
     )
     path = folder / "results.json"
     found = json.loads(path.read_text()) if path.exists() else {}

@@ -56,7 +56,7 @@ def test_peft_copy_loads_too(road, tensors, folder):
     model = Checkpoint(FAMILY, road.plan.model).model(range(road.plan.layers))
     loaded = PeftModel.from_pretrained(model, folder / "peft").get_base_model()
     plan = road.plan
-    same = TrainableSubgraph(loaded, plan.family, plan.head_skip, plan.tail_skip, plan.grid)
+    same = TrainableSubgraph(loaded, plan.family, plan.trained, plan.grid)
     batch = {name: torch.randn(value.shape) for name, value in batch.items()}
     with torch.no_grad():
         found, expected = same.predict(batch), subgraph.predict(batch)

@@ -12,6 +12,7 @@ from conftest import JOB
 from edge_dit.bundle import read_manifest
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.families import family_of
+from edge_dit.inspect import plan_in_words
 from edge_dit.job import read_job
 from edge_dit.plan import Plan, check_model, make_plan, read_plan, split
 
@@ -46,8 +47,25 @@ def test_plan_from_a_job(workplace):
 
 def test_options_override_the_job(workplace):
     job = read_job(workplace / "job.toml")
-    assert make_plan(job, skip_ratio=0.75).trained == range(2, 3)
-    assert make_plan(job, head_skip=0, tail_skip=0).trained == range(4)
+    assert make_plan(job, skip_ratio=0.75).trained == [2]
+    assert make_plan(job, head_skip=0, tail_skip=0).trained == [0, 1, 2, 3]
+
+
+def test_runs_between_trained_blocks(workplace):
+    inner = "inner_skips = [[1, 3]]"
+    path = write_job(workplace, ("head_skip = 1", "head_skip = 0"), ("tail_skip = 1", inner))
+    plan = make_plan(read_job(path), tail_skip=None)
+    assert plan.trained == [0, 3]
+    assert plan_in_words(plan)[1].startswith("  train blocks 0, 3;")
+    assert plan.identity() != plan.model_copy(update={"inner_skips": []}).identity()
+
+
+@pytest.mark.parametrize("runs", ["[[0, 1]]", "[[2, 2]]", "[[1, 4]]", "[[1, 2], [2, 3]]"])
+def test_runs_must_lie_between_trained_blocks(workplace, runs):
+    inner = f"inner_skips = {runs}"
+    path = write_job(workplace, ("head_skip = 1", "head_skip = 0"), ("tail_skip = 1", inner))
+    with pytest.raises(BadInput, match="inner_skips"):
+        make_plan(read_job(path))
 
 
 def test_too_long_a_prompt_is_refused(workplace):

@@ -13,6 +13,7 @@ from edge_dit.images import read_folder
 from edge_dit.job import read_job
 from edge_dit.pipeline import load_pipeline
 from edge_dit.precompute import precompute
+from edge_dit.reference import adapted_subgraph
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +82,22 @@ def test_captions_reach_their_draws(road):
     by_image = {draw.image: index.prompts[draw.prompt] for draw in index.draws}
     assert by_image[1] == by_image[2] == "a sks toy"
     assert by_image[0] != "a sks toy"
+
+
+def test_a_run_between_trained_blocks_has_a_residual_of_its_own(road, images, tmp_path):
+    """Entry state, trained blocks and both residuals give the stock forward's prediction."""
+    runs = {"head_skip": 0, "tail_skip": 0, "inner_skips": [(1, 3)]}
+    plan = road.plan.model_copy(update={**runs, "draws": 2})
+    precompute(plan, images, tmp_path / "bank")
+    stored = Bank(tmp_path / "bank", plan.identity())[0]
+    whole = Bank(road.bank)[0]
+    assert stored["residual.1"].shape == stored["entry"].shape
+    subgraph, blank = adapted_subgraph(plan)
+    assert blank.keys() == stored.keys()
+    every = road.plan.model_copy(update={"head_skip": 0, "tail_skip": 0})
+    unskipped, _ = adapted_subgraph(every)
+    with torch.no_grad():
+        found = subgraph.predict({name: torch.from_numpy(v) for name, v in stored.items()})
+        expected = unskipped.predict({name: torch.from_numpy(v) for name, v in stored.items()})
+    np.testing.assert_array_equal(stored["target"], whole["target"])
+    np.testing.assert_allclose(found, expected, atol=1e-5)

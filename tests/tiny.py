@@ -65,7 +65,7 @@ def subgraph(
     residual = torch.randn(entry.image.shape, generator=generator)
     target = torch.randn(latents.shape, generator=generator)
     batch = as_batch(entry, residual, cond, target)
-    return TrainableSubgraph(model, "sana", head_skip, tail_skip, GRID), batch
+    return TrainableSubgraph(model, "sana", trained, GRID), batch
 
 
 def eager(sub: TrainableSubgraph, batch: dict[str, Tensor]) -> dict[str, Tensor]:

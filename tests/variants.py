@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,8 @@ from edge_dit.subgraph import (
     add_lora,
     as_batch,
     can_carry_lora,
+    difference,
+    inner_runs,
     lora_modules,
     lora_name,
 )
@@ -101,8 +103,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> family and configuration. Every model has four blocks; FLUX's go from double to single
 between the second and the third.
 """
-SPLITS = {"whole": (0, 0), "start": (0, 2), "across": (1, 1), "end": (2, 0)}
-"""Where the trained blocks lie: (head skip, tail skip)."""
+SPLITS = {
+    "whole": (0, 1, 2, 3),
+    "start": (0, 1),
+    "across": (1, 2),
+    "end": (2, 3),
+    "apart": (0, 3),
+}
+"""Numbers of the trained blocks."""
 
 
 def transformer(variant: str) -> Any:
@@ -150,7 +158,7 @@ def _filled(prompt: Prompt, generator: torch.Generator) -> Prompt:
     return filled
 
 
-def with_lora(made: Case, trained: range, everywhere: bool = False) -> None:
+def with_lora(made: Case, trained: Sequence[int], everywhere: bool = False) -> None:
     """Put LoRA with a random B on the trained blocks of the model, by the family's own targets or
     on every module that can carry it.
     """
@@ -170,24 +178,22 @@ def _all_targets(made: Case) -> list[str]:
 
 
 def subgraph(
-    made: Case, head_skip: int, tail_skip: int, weight: float | None = None
+    made: Case, trained: Sequence[int], weight: float | None = None
 ) -> tuple[TrainableSubgraph, dict[str, Tensor]]:
     """The trainable sub-graph of a case, and its draw as precompute would store it."""
     family, model = made.family, made.model
-    blocks = list(family.blocks(model).values())
     with torch.no_grad(), _lora_off(model):
-        entry = state = None
         state, cond = family.begin(model, made.inputs)
-        entry, tail = state, state.image
-        for number, block in enumerate(blocks):
-            if number == head_skip:
-                entry = state
-            if number == len(blocks) - tail_skip:
-                tail = state.image
-            state = family.run_block(block, state, cond, GRID)
-        residual = state.image - tail if tail_skip else torch.zeros_like(state.image)
-    batch = as_batch(entry, residual, cond, made.target, weight)
-    return TrainableSubgraph(model, family.name, head_skip, tail_skip, GRID), batch
+        states = [state]
+        for block in family.blocks(model).values():
+            states.append(family.run_block(block, states[-1], cond, GRID))
+        residual = states[-1].image - states[trained[-1] + 1].image
+        inner = {
+            first: difference(states[behind], states[first])
+            for behind, first in inner_runs(trained).items()
+        }
+    batch = as_batch(states[trained[0]], residual, cond, made.target, weight, inner)
+    return TrainableSubgraph(model, family.name, trained, GRID), batch
 
 
 @contextmanager

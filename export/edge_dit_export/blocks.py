@@ -59,6 +59,14 @@ class Block:
         # Behind the last trained block nothing reads the text.
         return State(after.image, None) if self.last else after
 
+    def arrive(
+        self, after: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The state entering the block from that after the trained block before, by `STATE`."""
+        state = State(after["entry"], after.get("entry_text"))
+        moved = _tensors(self.subgraph.arrive(self.name, state, tensors))
+        return dict(zip(STATE, moved, strict=False))
+
     def forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """See the module."""
         return _tensors(self.run(tensors))

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
-from edge_dit.subgraph import TrainableSubgraph, lora_name
+from edge_dit.subgraph import TrainableSubgraph, lora_name, residual_names
 from edge_dit_export import passes
 from edge_dit_export.blocks import STATE, Block, Head
 from edge_dit_export.frozen import FrozenStore
@@ -45,7 +45,8 @@ def export_streamed(
 
     Returns:
         "graphs": input and output names by file; "blocks": in order, name and kind of each and its
-        tensors: the graphs' names of its weights and LoRA -> keys of the store and diffusers names.
+        tensors: the graphs' names of its weights and LoRA -> keys of the store and diffusers names;
+        behind a skipped run "residual": what is added to each state before the block.
     """
     kinds: dict[tuple[Any, ...], str] = {}
     graphs: dict[str, Any] = {}
@@ -62,7 +63,11 @@ def export_streamed(
             for key in store.keys(f"{name}.{local}")
         }
         lora = {local: lora_name(f"{name}.{local}") for local in block.lora}
-        blocks.append({"name": name, "kind": kinds[key], "weights": weights, "lora": lora})
+        entry = {"name": name, "kind": kinds[key], "weights": weights, "lora": lora}
+        if name in subgraph.jumps:
+            names = zip(STATE, residual_names(subgraph.jumps[name]), strict=True)
+            entry["residual"] = {state: residual for state, residual in names if state in batch}
+        blocks.append(entry)
     graphs[HEAD] = _export_head(subgraph, batch, store, directory)
     return {"graphs": graphs, "blocks": blocks}
 

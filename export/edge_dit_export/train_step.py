@@ -89,6 +89,7 @@ def _trace_recomputing(
     def step(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         borders = [{name: tensors[name] for name in STATE if name in tensors}]
         for block in blocks:
+            borders[-1] = block.arrive(borders[-1], tensors)
             after = block.forward({**tensors, **own(block, tensors), **borders[-1]})
             borders.append(dict(zip(STATE, after, strict=False)))
         weights = {n: tensors[FROZEN + n] for n in head.weights}

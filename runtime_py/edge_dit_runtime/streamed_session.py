@@ -63,6 +63,8 @@ class StreamedStep:
         named = dict(zip([*self._batch, *self._lora], arrays, strict=True))
         borders = [{name: named[name] for name in STATE if name in named}]
         for block in self._blocks:
+            for name, residual in block.get("residual", {}).items():
+                borders[-1][name] = borders[-1][name] + named[residual]
             after = self._run(block, "forward", {**named, **borders[-1]})
             borders.append({name.removeprefix("new."): value for name, value in after.items()})
         head = self._programs["head.onnx"]
