@@ -1,13 +1,16 @@
 """What training a sub-graph takes, from shapes alone: the model lies on the meta device.
 
 Activations are what autograd keeps of one forward pass with attention in its math form, as the
-exported graphs compute it; operations are counted over forward and backward.
+exported graphs compute it; operations are counted over forward and backward. Blocks of one kind
+take the same, so each kind is measured once and a sub-graph is a sum: a planner may ask for many.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,9 +23,16 @@ from edge_dit.checkpoint import meta_model
 from edge_dit.configs import public_config
 from edge_dit.errors import ManyFaults
 from edge_dit.families import family_of
-from edge_dit.families.family import Family, Grid
+from edge_dit.families.family import Family, Grid, State
 from edge_dit.plan import Plan, choose_split, size_faults
-from edge_dit.subgraph import TrainableSubgraph, add_lora, as_batch, inner_runs, lora_modules
+from edge_dit.subgraph import (
+    TrainableSubgraph,
+    add_lora,
+    as_batch,
+    inner_runs,
+    lora_modules,
+    remove_lora,
+)
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -65,57 +75,121 @@ def parameters(family: Family, config: dict[str, Any]) -> int:
     return sum(p.numel() for p in meta_model(family, config).parameters())
 
 
-def cost(
-    family: Family,
-    config: dict[str, Any],
-    trained: Sequence[int],
-    grid: Grid,
-    text: int,
-    rank: int,
-    targets: Sequence[str] | None = None,
-) -> Cost:
-    """What training some blocks takes.
+class Shapes:
+    """A model's shapes, and what any choice of trained blocks takes.
 
     Args:
         family: of the model.
         config: of the transformer.
-        trained: numbers of the trained blocks, ascending.
         grid: token rows and columns of a patch.
         text: text tokens.
-        rank: of the LoRA.
         targets: modules within a block that carry LoRA; default the family's.
     """
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), family.traceable():
-        model = meta_model(family, config)
-        chosen = lora_modules(family, model, trained, targets or family.lora_targets)
-        latents, prompt = family.blank(model, grid, text)
-        inputs = family.inputs(model, latents, 500.0, prompt, grid)
-        entry, cond = family.begin(model, inputs)
-        add_lora(model, chosen, rank, float(rank), seed=0)
-        subgraph = TrainableSubgraph(model, family.name, trained, grid)
-        batch = as_batch(
-            entry,
-            torch.zeros_like(entry.image),
-            cond,
-            torch.zeros_like(latents),
-            inner=dict.fromkeys(inner_runs(trained).values(), entry),
+
+    def __init__(
+        self,
+        family: Family,
+        config: dict[str, Any],
+        grid: Grid,
+        text: int,
+        targets: Sequence[str] | None = None,
+    ) -> None:
+        self.family, self.grid = family, grid
+        self.targets = tuple(targets or family.lora_targets)
+        self.model: Any = meta_model(family, config)
+        self.blocks = list(family.blocks(self.model).values())
+        with torch.device("meta"):
+            self.latents, prompt = family.blank(self.model, grid, text)
+            inputs = family.inputs(self.model, self.latents, 500.0, prompt, grid)
+            self.entry, self.cond = family.begin(self.model, inputs)
+        kinds: dict[Any, int] = {}
+        self.kinds = [kinds.setdefault(_kind(block), len(kinds)) for block in self.blocks]
+        """Number of each block's kind."""
+        self._measured: dict[tuple[int, ...], tuple[int, int]] = {}
+
+    def cost(self, trained: Sequence[int], rank: int) -> Cost:
+        """What training some blocks takes.
+
+        Args:
+            trained: their numbers, ascending.
+            rank: of the LoRA.
+        """
+        lora = rank * self._lora_sides(trained)
+        frozen = self._head_parameters + sum(self._parameters[number] for number in trained)
+        activations, flops = self._step(trained, rank)
+        inner = dict.fromkeys(inner_runs(trained).values(), self.entry)
+        batch = self._batch(inner)
+        shared = {f"cond.{name}" for name in self.family.per_prompt}
+        stored = sum(value.numel() for name, value in batch.items() if name not in shared)
+        return Cost(
+            blocks=len(trained),
+            parameters=frozen,
+            lora=lora,
+            frozen_bytes=FLOAT * frozen,
+            lora_bytes=2 * FLOAT * lora,
+            optimizer_bytes=2 * FLOAT * lora,
+            activation_bytes=activations,
+            bank_bytes=FLOAT * stored,
+            flops=flops,
         )
-        activations, flops = _measure(subgraph, batch)
-    trainable = sum(p.numel() for p in subgraph.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in subgraph.parameters() if not p.requires_grad)
-    shared = {f"cond.{name}" for name in family.per_prompt}
-    stored = sum(value.numel() for name, value in batch.items() if name not in shared)
-    return Cost(
-        blocks=len(trained),
-        parameters=frozen,
-        lora=trainable,
-        frozen_bytes=FLOAT * frozen,
-        lora_bytes=2 * FLOAT * trainable,
-        optimizer_bytes=2 * FLOAT * trainable,
-        activation_bytes=activations,
-        bank_bytes=FLOAT * stored,
-        flops=flops,
-    )
+
+    def block_parameters(self, number: int) -> int:
+        """Frozen parameters of a block."""
+        return self._parameters[number]
+
+    @property
+    def border_bytes(self) -> int:
+        """Of the state between two blocks."""
+        return FLOAT * sum(value.numel() for value in self.entry if value is not None)
+
+    @cached_property
+    def _parameters(self) -> list[int]:
+        return [sum(p.numel() for p in block.parameters()) for block in self.blocks]
+
+    @cached_property
+    def _head_parameters(self) -> int:
+        found = [getattr(self.model, name) for name in self.family.head_modules]
+        tensors = [[m] if isinstance(m, Tensor) else list(m.parameters()) for m in found]
+        return sum(p.numel() for group in tensors for p in group)
+
+    def _lora_sides(self, trained: Sequence[int]) -> int:
+        """Inputs and outputs of the modules that carry LoRA: its parameters at rank 1."""
+        names = lora_modules(self.family, self.model, trained, self.targets)
+        weights: list[Any] = [self.model.get_submodule(name).weight for name in names]
+        return sum(weight.shape[0] + weight.shape[1] for weight in weights)
+
+    def _batch(self, inner: dict[int, State]) -> dict[str, Tensor]:
+        residual, target = torch.zeros_like(self.entry.image), torch.zeros_like(self.latents)
+        return as_batch(self.entry, residual, self.cond, target, inner=inner)
+
+    def _step(self, trained: Sequence[int], rank: int) -> tuple[int, int]:
+        """(kept bytes, operations) of a step.
+
+        The first trained block keeps less, for no gradient leaves it; the last comes with head and
+        loss. Both show in sub-graphs of one and of two blocks, and longer ones are chains of those:
+        their sum over neighbours, less what the blocks between were counted twice.
+        """
+        pairs = list(pairwise(trained)) or [(trained[0],)]
+        chain = [self._measure(pair, rank) for pair in pairs]
+        twice = [self._measure((number,), rank) for number in trained[1:-1]]
+        kept, flops = (sum(c[i] for c in chain) - sum(t[i] for t in twice) for i in (0, 1))
+        return kept, flops
+
+    def _measure(self, trained: tuple[int, ...], rank: int) -> tuple[int, int]:
+        key = (rank, *(self.kinds[number] for number in trained))
+        if key not in self._measured:
+            chosen = lora_modules(self.family, self.model, trained, self.targets)
+            inner = dict.fromkeys(inner_runs(trained).values(), self.entry)
+            with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), self.family.traceable():
+                add_lora(self.model, chosen, rank, float(rank), seed=0)
+                subgraph = TrainableSubgraph(self.model, self.family.name, trained, self.grid)
+                self._measured[key] = _measure(subgraph, self._batch(inner))
+            remove_lora(self.model)
+        return self._measured[key]
+
+
+def _kind(block: torch.nn.Module) -> tuple[Any, ...]:
+    return type(block), *((name, tuple(p.shape)) for name, p in block.named_parameters())
 
 
 def cost_of_plan(plan: Plan) -> dict[str, Cost]:
@@ -203,9 +277,11 @@ def _against_full_lora(
     targets: Sequence[str] | None,
 ) -> dict[str, Cost]:
     whole, patch = grids
+    full = Shapes(family, config, whole, text, targets)
+    own = full if patch == whole else Shapes(family, config, patch, text, targets)
     return {
-        "full LoRA": cost(family, config, range(layers), whole, text, rank, targets),
-        "this plan": cost(family, config, trained, patch, text, rank, targets),
+        "full LoRA": full.cost(range(layers), rank),
+        "this plan": own.cost(trained, rank),
     }
 
 

@@ -97,6 +97,8 @@ def remove_lora(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             model.set_submodule(name, module.get_base_layer())
+    if hasattr(model, "peft_config"):  # by which PEFT knows a model that has adapters
+        del model.peft_config
 
 
 def lora_name(parameter: str) -> str:

@@ -11,10 +11,10 @@ from edge_dit.bank import Bank
 from edge_dit.bundle import ADAPTER
 from edge_dit.cli import main
 from edge_dit.configs import CONFIGS
-from edge_dit.cost import cost, cost_of_plan, parameters
+from edge_dit.cost import Shapes, cost_of_plan, parameters
 from edge_dit.families import family_of
 from edge_dit.plan import read_plan
-from variants import GRID, TEXT, VARIANTS
+from variants import GRID, SPLITS, TEXT, VARIANTS
 
 PUBLIC = {
     "flux.1-dev": 11.90e9,
@@ -62,9 +62,14 @@ def test_blocks_have_the_published_parameters(name, block):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bytes_are_those_of_a_real_step(variant):
     made = variants.case(variant)
-    estimate = cost(made.family, made.model.config, range(1, 3), GRID, TEXT, variants.RANK)
-    variants.with_lora(made, range(1, 3))
-    sub, batch = variants.subgraph(made, range(1, 3))
+    shapes = Shapes(made.family, dict(made.model.config), GRID, TEXT)
+    for trained in SPLITS.values():
+        assert_bytes_are_right(variants.case(variant), trained, shapes.cost(trained, variants.RANK))
+
+
+def assert_bytes_are_right(made, trained, estimate):
+    variants.with_lora(made, trained)
+    sub, batch = variants.subgraph(made, trained)
     assert estimate.lora == sum(p.numel() for p in sub.lora_parameters().values())
     assert estimate.parameters == sum(p.numel() for p in sub.parameters() if not p.requires_grad)
     stored = sum(
@@ -98,8 +103,8 @@ def test_operations_count_two_per_multiply_and_add():
     """
     public = CONFIGS["sana-0.6b"]
     family = family_of(public.family)
-    one = cost(family, public.config, range(13, 14), (16, 16), 300, 1)
-    two = cost(family, public.config, range(13, 15), (16, 16), 300, 1)
+    shapes = Shapes(family, public.config, (16, 16), 300)
+    one, two = shapes.cost([13], 1), shapes.cost([13, 14], 1)
     per_block = two.flops - one.flops
     assert per_block == pytest.approx(2 * 2 * 20.65e6 * 256, rel=0.2)
     assert two.parameters - one.parameters == pytest.approx(20.65e6, rel=2.5e-3)

@@ -41,12 +41,9 @@ class OnnxProgram:
         path: the file.
         inputs: names of the arguments.
         outputs: names of the results.
-        frugal: one of many graphs that run in turn: share memory, keep nothing for later.
     """
 
-    def __init__(
-        self, path: Path, inputs: list[str], outputs: list[str], frugal: bool = False
-    ) -> None:
+    def __init__(self, path: Path, inputs: list[str], outputs: list[str]) -> None:
         ort = onnxruntime("the onnx target")
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -54,20 +51,18 @@ class OnnxProgram:
         # Rearranged weights would be a second copy, in memory that cannot be evicted, for 3 % less
         # time (SANA-0.6B, 14 blocks, 256 tokens: 947 against 977 ms, 1.7 against 0.7 GiB).
         options.add_session_config_entry("session.disable_prepacking", "1")
-        disabled = []
-        if frugal:
-            share_arena(ort)
-            options.add_session_config_entry("session.use_env_allocators", "1")
-            # A planned block would lie beside what the arena has already.
-            options.enable_mem_pattern = False
-            disabled = ["CommonSubexpressionElimination"]  # would keep widened weights alive
+        share_arena(ort)
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        # A planned block would lie beside what the arena took for the first step: as much again.
+        options.enable_mem_pattern = False
         self.inputs, self._outputs = inputs, outputs
         try:
             self._session = ort.InferenceSession(
                 path,
                 options,
                 providers=["CPUExecutionProvider"],
-                disabled_optimizers=disabled,
+                # Would keep what is computed twice alive between the two.
+                disabled_optimizers=["CommonSubexpressionElimination"],
             )
         except Exception as error:  # onnxruntime's errors have no common base but this
             raise BadInput(

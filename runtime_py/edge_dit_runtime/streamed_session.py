@@ -32,9 +32,8 @@ def streamed_session(bundle: Path, manifest: Manifest) -> GraphSession:
         BadInput: onnxruntime is not installed, or cannot load a graph.
     """
     names = manifest.targets[FOLDER]["graphs"]["optimizer.onnx"]
-    optimizer = OnnxProgram(
-        bundle / FOLDER / "optimizer.onnx", names["inputs"], names["outputs"], frugal=True
-    )
+    path = bundle / FOLDER / "optimizer.onnx"
+    optimizer = OnnxProgram(path, names["inputs"], names["outputs"])
     return GraphSession(bundle, manifest, StreamedStep(bundle, manifest), optimizer)
 
 
@@ -52,9 +51,7 @@ class StreamedStep:
         self._blocks: list[dict[str, Any]] = facts["streamed"]["blocks"]
         self._frozen = MappedTensors(bundle / FOLDER / facts["frozen"])
         self._programs = {
-            file: OnnxProgram(
-                bundle / FOLDER / file, names["inputs"], names["outputs"], frugal=True
-            )
+            file: OnnxProgram(bundle / FOLDER / file, names["inputs"], names["outputs"])
             for file, names in facts["streamed"]["graphs"].items()
         }
 
