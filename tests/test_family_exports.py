@@ -18,7 +18,10 @@ def params(cases, quick):
         pytest.param(
             case,
             id="-".join(case),
-            marks=() if case[1] == "across" and case[0] in quick else pytest.mark.slow,
+            marks=[
+                pytest.mark.xdist_group("-".join(case)),  # makes its bundle once
+                *(() if case[1] == "across" and case[0] in quick else (pytest.mark.slow,)),
+            ],
         )
         for case in cases
     ]
