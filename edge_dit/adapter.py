@@ -7,14 +7,17 @@ other than the rank loads with the wrong scale, silently (diffusers 0.42, loader
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from edge_dit.documents import parse_json, read_whole
 from edge_dit.errors import BadInput
-from edge_dit.files import whole_folder, write_json, write_tensors
+from edge_dit.files import whole_folder, write_json
+from edge_dit.tensors import TensorFile, write_tensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -62,14 +65,12 @@ def read_adapter(path: Path) -> tuple[dict[str, np.ndarray], int, float]:
         BadInput: missing, damaged, or without the header entry.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        config = json.loads(metadata["lora_adapter_metadata"])
-        return tensors, int(config[f"{PREFIX}r"]), float(config[f"{PREFIX}lora_alpha"])
+        file = TensorFile(path)
+        config = parse_json(file.header.metadata["lora_adapter_metadata"].encode())
+        return file.read(), *_scale(config, PREFIX)
     except FileNotFoundError:
         raise BadInput(path, found="no such file", expected="a LoRA file") from None
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise BadInput(path, found=f"not a LoRA file of ours ({error!r})") from None
 
 
@@ -80,12 +81,18 @@ def read_peft(folder: Path) -> tuple[dict[str, np.ndarray], int, float]:
         BadInput: missing, damaged, or not LoRA.
     """
     try:
-        config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
-        with safe_open(folder / PEFT_FILE, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, int(config["r"]), float(config["lora_alpha"])
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        config = parse_json(read_whole(folder / PEFT_CONFIG))
+        return TensorFile(folder / PEFT_FILE).read(), *_scale(config)
+    except (OSError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise BadInput(folder, found=f"not a PEFT LoRA folder ({error!r})") from None
+
+
+def _scale(config: Any, prefix: str = "") -> tuple[int, float]:
+    """Rank and alpha of a LoraConfig."""
+    rank, alpha = config[f"{prefix}r"], float(config[f"{prefix}lora_alpha"])
+    if type(rank) is not int or rank < 1 or not math.isfinite(alpha):
+        raise ValueError(f"rank {rank!r:.20}, alpha {alpha}")
+    return rank, alpha
 
 
 def write_adapter_folder(

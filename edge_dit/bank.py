@@ -5,24 +5,26 @@
     shard-00000.safetensors ...   "<draw>.<tensor>", as many draws each as the index says
 
 Every draw follows from the seed alone, so the index is complete before anything is computed; a
-shard that is there is whole, so a stopped run goes on with the first missing one.
+shard that is there is whole, so a stopped run goes on with the first missing one. Every file names
+the index it belongs to and carries the digests of `edge_dit.tensors`, checked as a draw is read.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, TypeAdapter
 
+from edge_dit.documents import STRICT, read_document, validated, write_document
 from edge_dit.errors import BadInput
-from edge_dit.files import write_json, write_tensors
+from edge_dit.files import sha256
 from edge_dit.sampler import Crop, crop_at
+from edge_dit.tensors import TensorFile, write_tensors
 
 SCHEMA = 1
 SHARD = 64
@@ -34,6 +36,11 @@ PROMPTS = "prompts.safetensors"
 GOLDEN = (5**0.5 - 1) / 2
 """Step of the additive recurrence that spreads the noise levels: any prefix of the draws covers
 (0, 1) evenly (H. Weyl; Roberts, "The unreasonable effectiveness of quasirandom sequences")."""
+
+
+Natural = Annotated[int, Field(ge=0)]
+Dtype = Literal["float32", "float16"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,13 @@ class Draw:
         crop: the resulting crop in pixels of the resized image.
     """
 
-    seed: int
-    image: int
-    prompt: int
-    sigma: float
-    u: float
-    v: float
+    __pydantic_config__ = STRICT
+    seed: Natural
+    image: Natural
+    prompt: Natural
+    sigma: Share
+    u: Share
+    v: Share
     crop: Crop
 
 
@@ -106,15 +114,18 @@ class Index:
         draws: all draws.
         shard: draws in a shard.
         dtype: of the tensors in `HALVED`, "float32" or "float16".
+        hashed: whether every file names this index and carries digests; banks of before do not.
     """
 
+    __pydantic_config__ = STRICT
     plan_hash: str
     images: list[dict[str, str]]
     prompts: list[str]
     draws: list[Draw]
-    shard: int = SHARD
-    dtype: str = "float32"
+    shard: Annotated[int, Field(ge=1, le=2**20)] = SHARD
+    dtype: Dtype = "float32"
     schema_version: int = SCHEMA
+    hashed: bool = True
 
     @property
     def shards(self) -> int:
@@ -139,14 +150,16 @@ def begin(folder: Path, index: Index) -> list[int]:
     """
     path = folder / INDEX
     if path.is_file():
-        if read_index(folder) != index:
+        if replace(read_index(folder), hashed=index.hashed) != index:
             raise BadInput(
                 folder,
                 found="a bank of another plan, other images or other prompts",
                 expected="the bank of this job and plan, to continue it",
                 remedy="choose another -o, or remove the folder",
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (
+        not folder.is_dir() or any(p.name[0] != "." for p in folder.iterdir())
+    ):
         raise BadInput(
             folder,
             found="not empty, and not a bank",
@@ -154,7 +167,7 @@ def begin(folder: Path, index: Index) -> list[int]:
             remedy="choose another -o",
         )
     else:
-        write_json(path, asdict(index))
+        write_document(path, asdict(index))
     return [s for s in range(index.shards) if not shard_path(folder, s).is_file()]
 
 
@@ -183,7 +196,7 @@ def narrowed(draw: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray
 
 def _write(path: Path, items: Mapping[int, Mapping[str, np.ndarray]]) -> None:
     tensors = {f"{n}.{name}": v for n, named in items.items() for name, v in named.items()}
-    write_tensors(path, tensors)
+    write_tensors(path, tensors, {"index": sha256(path.parent / INDEX)})
 
 
 def read_index(folder: Path) -> Index:
@@ -194,28 +207,11 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / INDEX
     remedy = "make it: edge-dit precompute JOB --plan plan.json -o bank/"
-    try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
-        version = raw["schema_version"]
-        if version == SCHEMA:
-            draws = [Draw(**{**d, "crop": Crop(**d["crop"])}) for d in raw["draws"]]
-            return Index(
-                raw["plan_hash"],
-                raw["images"],
-                raw["prompts"],
-                draws,
-                raw.get("shard", SHARD),
-                raw.get("dtype", "float32"),
-            )
-    except FileNotFoundError:
-        raise BadInput(
-            folder, found=f"no {INDEX} in it", expected="a bank folder", remedy=remedy
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(path, found=f"not a bank's index ({error!r})", remedy=remedy) from None
-    raise BadInput(
-        path, found=f"schema version {version}", expected=str(SCHEMA), remedy="upgrade edge-dit"
-    )
+    raw = {"hashed": False, **read_document(path, "a bank folder", remedy, SCHEMA)}
+    index = validated(path, TypeAdapter(Index), raw, remedy)
+    if any(draw.prompt >= len(index.prompts) for draw in index.draws):
+        raise BadInput(path, found="a draw of a prompt that it does not list", remedy=remedy)
+    return index
 
 
 class Bank:
@@ -225,6 +221,9 @@ class Bank:
         folder: as written by precompute.
         plan_hash: of the plan the draws must belong to, or None to accept any.
 
+    Attributes:
+        identity: SHA-256 of its index, which every file of it names.
+
     Raises:
         BadInput: not a bank, incomplete, or of another plan.
     """
@@ -232,6 +231,8 @@ class Bank:
     def __init__(self, folder: Path, plan_hash: str | None = None) -> None:
         self.folder = folder
         self.index = read_index(folder)
+        self.identity = sha256(folder / INDEX)
+        self._files: dict[Path, TensorFile] = {}
         if plan_hash is not None and self.index.plan_hash != plan_hash:
             raise BadInput(
                 folder,
@@ -257,34 +258,54 @@ class Bank:
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         """The batch tensors of a draw, float32, by the names the exported graphs use."""
         draw = self.index.draws[number]
-        shard = _read(shard_path(self.folder, number // self.index.shard), number)
+        shard = self._read(shard_path(self.folder, number // self.index.shard), number)
         return {**self._prompts[draw.prompt], **shard}
+
+    def in_words(self, number: int) -> str:
+        """Which draw that is, for a message."""
+        draw = self.index.draws[number]
+        images = self.index.images
+        name = images[draw.image]["name"] if draw.image < len(images) else draw.image
+        return f"draw {number} (image {name}, sigma {draw.sigma:.3f})"
 
     @cached_property
     def _prompts(self) -> list[dict[str, np.ndarray]]:
         path = self.folder / PROMPTS
-        return [_read(path, number, may_lack=True) for number in range(len(self.index.prompts))]
+        return [self._read(path, n, may_lack=True) for n in range(len(self.index.prompts))]
 
+    def _read(self, path: Path, number: int, may_lack: bool = False) -> dict[str, np.ndarray]:
+        """The tensors of one item; only its own bytes are read, and checked.
 
-def _read(path: Path, number: int, may_lack: bool = False) -> dict[str, np.ndarray]:
-    """The tensors of one item; only its own bytes of the memory-mapped file are read.
+        Args:
+            path: a shard, or the prompts.
+            number: of the item.
+            may_lack: an item without tensors is no fault (in some families nothing depends on the
+                prompt alone).
+        """
+        prefix = f"{number}."
+        try:
+            file = self._file(path)
+            found = file.read(name for name in file.header.tensors if name.startswith(prefix))
+            if not found and not may_lack:
+                raise ValueError(f"no item {number}")
+        except (OSError, ValueError) as error:
+            raise BadInput(
+                path,
+                found=f"damaged ({error})",
+                remedy="remove it and run the same edge-dit precompute again",
+            ) from None
+        return {
+            name.removeprefix(prefix): value.astype(np.float32, copy=False)
+            for name, value in found.items()
+        }
 
-    Args:
-        path: a shard, or the prompts.
-        number: of the item.
-        may_lack: an item without tensors is no fault (in some families nothing depends on the
-            prompt alone).
-    """
-    prefix = f"{number}."
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-            found = {name: t.astype(np.float32, copy=False) for name, t in tensors.items()}
-    except (OSError, SafetensorError) as error:
-        raise BadInput(
-            path, found=f"damaged ({error})", remedy="precompute the bank again"
-        ) from None
-    if not found and not may_lack:
-        raise BadInput(path, found=f"no item {number}", remedy="precompute the bank again")
-    return found
+    def _file(self, path: Path) -> TensorFile:
+        if path not in self._files:
+            file = TensorFile(path)
+            metadata = file.header.metadata
+            if self.index.hashed and not file.header.hashed:
+                raise ValueError("without digests")
+            if metadata.get("index", self.identity) != self.identity:
+                raise ValueError("of another bank")
+            self._files[path] = file
+        return self._files[path]

@@ -1,49 +1,103 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and files opened without trust."""
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import glob
 import hashlib
+import io
 import json
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save
-
 from edge_dit.errors import BadInput
+from edge_dit.locks import locked, try_lock
+
+REMEDIES = {
+    errno.ENOSPC: "free some space, then run the same command again",
+    errno.EDQUOT: "free some of your quota, then run the same command again",
+    errno.EFBIG: "choose an -o on a file system that takes larger files",
+    errno.EIO: "check the device, or choose an -o on another one",
+}
+"""What a user can do when a write fails; for all else, see `cannot_write`."""
+REFUSALS = {*REMEDIES, errno.EACCES, errno.EPERM, errno.EROFS}
+STALE = 60
+"""Seconds after which a temporary file may be a dead writer's."""
+
+
+def cannot_write(path: Path, error: OSError) -> BadInput:
+    """The error for a file or folder that the system does not let us write."""
+    return BadInput(
+        path,
+        found=f"cannot be written ({error.strerror or error})",
+        remedy=REMEDIES.get(error.errno or 0, "make the folder writable, or choose another -o"),
+    )
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write ``path`` so that a reader or a crash sees old content or new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write ``path`` so that a reader or a crash sees old content or new, never a part.
+
+    Raises:
+        BadInput: the system refuses (full, read-only, not permitted); what was there is still.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                try_lock(handle)  # by which `_sweep` knows that its writer lives
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(handle)
+                if os.name == "posix":
+                    os.chmod(temporary, 0o644)
+                    os.replace(temporary, path)
+            if os.name != "posix":  # where an open file cannot be renamed
+                os.replace(temporary, path)
+            sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _sweep(path: Path) -> None:
+    """Remove what writers of ``path`` left that were killed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime < STALE:
+                continue
+            descriptor = os.open(left, os.O_RDWR)
+            try:
+                dead = try_lock(descriptor)
+            finally:
+                os.close(descriptor)
+            if dead:
+                left.unlink()
 
 
 def sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` durable; folders cannot be synced on Windows."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -51,15 +105,7 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
-) -> None:
-    """`write_atomic` of a safetensors file."""
-    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    write_atomic(path, save(contiguous, dict(metadata) if metadata else None))
-
-
-@contextlib.contextmanager
+@contextmanager
 def whole_folder(target: Path, marker: str) -> Iterator[Path]:
     """Build a folder beside ``target`` and put it in place when the block ends without error.
 
@@ -69,36 +115,68 @@ def whole_folder(target: Path, marker: str) -> Iterator[Path]:
         marker: name of the file by which such a folder is known.
 
     Raises:
-        BadInput: ``target`` is something else, which we must not delete.
+        BadInput: ``target`` is something else, which we must not delete; another process is making
+            it; or the system refuses to write.
     """
-    if target.exists() and not (
-        target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))
-    ):
-        raise BadInput(
-            target,
-            found="already there, and not something this command made",
-            expected=f"a new or empty folder, or one with {marker} in it",
-            remedy="choose another -o, or remove it yourself",
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    building.chmod(0o755)
     try:
-        yield building
-        old = None
-        if target.exists():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-            os.replace(target, old)
-        os.replace(building, target)
-        sync_folder(target.parent)
-        if old is not None:
-            shutil.rmtree(old)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target.parent / f".{target.name}.lock", target):
+            _recover(target)
+            if target.exists() and not (
+                target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))
+            ):
+                raise BadInput(
+                    target,
+                    found="already there, and not something this command made",
+                    expected=f"a new or empty folder, or one with {marker} in it",
+                    remedy="choose another -o, or remove it yourself",
+                )
+            building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.new."))
+            building.chmod(0o755)
+            try:
+                yield building
+                _put_in_place(building, target)
+            except BaseException:
+                shutil.rmtree(building, ignore_errors=True)
+                raise
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        raise cannot_write(target, error) from error
+
+
+def _put_in_place(building: Path, target: Path) -> None:
+    """Rename ``building`` to ``target`` once every byte of it is durable; the old one goes last."""
+    if os.name == "posix":
+        for path in [*building.rglob("*"), building]:
+            _sync(path)
+    if target.exists():
+        os.replace(target, target.parent / f".{target.name}.old")
+    os.replace(building, target)
+    sync_folder(target.parent)
+    shutil.rmtree(target.parent / f".{target.name}.old", ignore_errors=True)
+
+
+def _recover(target: Path) -> None:
+    """Undo what a process left that was killed in `whole_folder`; the lock says that none is."""
+    old = target.parent / f".{target.name}.old"
+    if old.exists() and not target.exists():
+        os.replace(old, target)  # it died between its two renames
+    for left in [old, *target.parent.glob(f".{glob.escape(target.name)}.new.*")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a file for reading; a pipe or a device, which could wait or never end, is refused."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

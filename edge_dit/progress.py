@@ -19,6 +19,11 @@ from rich.progress import (
 console = Console(stderr=True)
 
 
+def warn(text: str) -> None:
+    """Say something on standard error that the user should know."""
+    console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 class Advance(Protocol):
     """Moves a bar on."""
 

@@ -14,33 +14,6 @@ from edge_dit.plan import Plan, make_plan
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 
-JOB = """
-[model]
-path = "model"
-
-[data]
-images = "images"
-prompt = "a sks toy"
-
-[plan]
-head_skip = 1
-tail_skip = 1
-
-[train]
-resolution = 64
-patch = 32
-rank = 4
-alpha = 8
-lora_targets = ["attn1.to_q", "attn2.to_v", "attn1.to_out.0", "ff.conv_inverted", "ff.conv_point"]
-lr = 1e-3
-steps = 12
-draws = 10
-seed = 3
-
-[export]
-targets = ["onnx", "ort-training", "executorch"]
-"""
-
 
 @dataclass(frozen=True)
 class Road:
@@ -68,7 +41,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for source in sorted((SAMPLES / "subject" / "train").glob("*.png"))[:3]:
         shutil.copy(source, folder / "images")
     shutil.copy(SAMPLES / "subject" / "train" / "toy-0.txt", folder / "images")
-    (folder / "job.toml").write_text(JOB)
+    (folder / "job.toml").write_text(tiny.JOB)
     return folder
 
 

@@ -10,21 +10,20 @@ FULLEST = ("sana-1.5", "flux-dev", "sd3.5-medium", "pixart-sigma", "qwen-image")
 """Of each family the variant whose blocks have everything that the others' have."""
 QUICK = ("flux-dev", "pixart-sigma")
 """Those of which ExecuTorch is not slow to test."""
+SLOW = [("flux-dev", "start"), ("flux-dev", "end"), ("sd3.5-medium", "across")]
 
 
 def params(cases, quick):
-    """Parameters of the cases; slow are all but the blocks across the middle of ``quick``."""
-    return [
-        pytest.param(
-            case,
-            id="-".join(case),
-            marks=[
-                pytest.mark.xdist_group("-".join(case)),  # makes its bundle once
-                *(() if case[1] == "across" and case[0] in quick else (pytest.mark.slow,)),
-            ],
-        )
-        for case in cases
-    ]
+    """Parameters of the cases. By default only the blocks across the middle of ``quick`` run; of
+    the rest `SLOW` are slow, the others of the matrix that is run before a release.
+    """
+
+    def marks(case):
+        yield pytest.mark.xdist_group("-".join(case))  # makes its bundle once
+        if case[1] != "across" or case[0] not in quick:
+            yield pytest.mark.slow if case in SLOW else pytest.mark.matrix
+
+    return [pytest.param(case, id="-".join(case), marks=[*marks(case)]) for case in cases]
 
 
 ONNX = [
@@ -55,7 +54,7 @@ def bundle(case, tmp_path_factory):
 @pytest.mark.parametrize(
     ("target", "layout"),
     [("onnx", "fused"), ("onnx", "recompute"), ("onnx", "streamed"), ("ort-training", "fused")],
-    ids="-".join,
+    ids=["onnx", "onnx-recompute", "onnx-streamed", "ort-training"],
 )
 def test_trains_like_torch(case, bundle, target, layout):
     folder, _, batch, manifest = bundle

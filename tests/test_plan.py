@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import JOB
 from edge_dit.bundle import read_manifest
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.families import family_of
 from edge_dit.inspect import plan_in_words
 from edge_dit.job import read_job
 from edge_dit.plan import Plan, check_model, make_plan, read_plan, split
+from tiny import JOB
 
 
 @given(st.integers(1, 80), st.floats(0, 1, exclude_max=True))

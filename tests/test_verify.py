@@ -9,13 +9,13 @@ import pytest
 from onnx import external_data_helper, numpy_helper
 
 from edge_dit.bundle import read_manifest
+from edge_dit.certificate import read_certificate
 from edge_dit.errors import CheckFailed
 from edge_dit_runtime.verify import (
     TOLERANCES,
     choose_draws,
     compare,
     is_well_posed,
-    read_certificate,
     verify,
 )
 

@@ -11,6 +11,34 @@ from torch import Tensor
 from edge_dit.families.sana import FAMILY
 from edge_dit.subgraph import TrainableSubgraph, add_lora, as_batch, lora_modules
 
+JOB = """
+[model]
+path = "model"
+
+[data]
+images = "images"
+prompt = "a sks toy"
+
+[plan]
+head_skip = 1
+tail_skip = 1
+
+[train]
+resolution = 64
+patch = 32
+rank = 4
+alpha = 8
+lora_targets = ["attn1.to_q", "attn2.to_v", "attn1.to_out.0", "ff.conv_inverted", "ff.conv_point"]
+lr = 1e-3
+steps = 12
+draws = 10
+seed = 3
+
+[export]
+targets = ["onnx", "ort-training", "executorch"]
+"""
+
+
 GRID = (4, 4)
 """Token grid of a test patch."""
 TEXT = 10

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import sys
 from collections.abc import Iterable
@@ -12,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from edge_dit.errors import BadInput
+from edge_dit.files import open_regular
+from edge_dit.tensors import read_header
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8}
 POPULATE_READ = 22
 """MADV_POPULATE_READ of Linux 5.14: map pages at once that would come in one fault at a time."""
 
@@ -22,41 +22,39 @@ class MappedTensors:
     """Read-only numpy views by name: pages come in when read and can be evicted again.
 
     Args:
-        path: a safetensors file of float32, float16 or int8 tensors.
+        path: a safetensors file.
 
     Raises:
         BadInput: not such a file.
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            size = int.from_bytes(self._map[:8], "little")
-            header = json.loads(self._map[8 : 8 + size])
-            header.pop("__metadata__", None)
-            data = np.frombuffer(self._map, np.uint8)[8 + size :]
-            self._places = {
-                name: [8 + size + offset for offset in entry["data_offsets"]]
-                for name, entry in header.items()
-            }
-            ends = [entry["data_offsets"][1] for entry in header.values()]
-            if max(ends, default=0) != len(data):
-                raise ValueError(f"{len(data)} bytes of tensors, its header names {max(ends)}")
+            with open_regular(path) as file:
+                places = read_header(file).tensors
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = np.frombuffer(self._map, np.uint8)
+            self._places = {name: (place.begin, place.end) for name, place in places.items()}
             self._views = {
-                name: data[slice(*entry["data_offsets"])]
-                .view(DTYPES[entry["dtype"]])
-                .reshape(entry["shape"])
-                for name, entry in header.items()
+                name: data[place.begin : place.end].view(place.dtype).reshape(place.shape)
+                for name, place in places.items()
             }
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise BadInput(
                 path,
-                found=f"not a readable file of weights ({error!r})",
+                found=f"not a readable file of weights ({error})",
                 remedy="export the bundle again",
             ) from None
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._views:
+            raise BadInput(
+                self._path,
+                found=f"no tensor {name!r:.80}",
+                expected="the weights that the manifest names",
+                remedy="export the bundle again",
+            )
         return self._views[name]
 
     def pick(self, names: Iterable[str]) -> dict[str, np.ndarray]:

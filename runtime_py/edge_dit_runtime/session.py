@@ -82,6 +82,11 @@ def layouts(manifest: Manifest, target: str) -> list[str]:
     return [layout for layout in LAYOUTS if has[layout]]
 
 
+def titled(manifest: Manifest, target: str, layout: str) -> str:
+    """A target and layout as a certificate lists them: "onnx", "onnx (streamed)"."""
+    return target if layout == layouts(manifest, target)[0] else f"{target} ({layout})"
+
+
 def open_session(
     bundle: Path, manifest: Manifest, target: str, layout: str | None = None
 ) -> Session:

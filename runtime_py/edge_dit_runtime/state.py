@@ -19,6 +19,25 @@ def lora_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tensor.shape for tensor in manifest.tensors if tensor.role == "lora"}
 
 
+def check_draw(draw: Mapping[str, np.ndarray], manifest: Manifest, which: str) -> None:
+    """Raise `BadInput` unless a draw has every batch tensor of the bundle, in its shape.
+
+    Args:
+        draw: as read from a bank.
+        manifest: of the bundle.
+        which: the draw, for the message.
+    """
+    for spec in manifest.tensors:
+        if spec.role == "batch" and (spec.name not in draw or draw[spec.name].shape != spec.shape):
+            there = f"shape {draw[spec.name].shape}" if spec.name in draw else "missing"
+            raise BadInput(
+                f"{which}, {spec.name}",
+                found=there,
+                expected=f"shape {spec.shape}, as the bundle takes it",
+                remedy="precompute the bank again with the bundle's plan",
+            )
+
+
 def take(
     tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[int]], prefix: str = ""
 ) -> dict[str, np.ndarray]:
@@ -51,6 +70,6 @@ def take(
 
 def take_step(state: Mapping[str, np.ndarray]) -> int:
     """Updates done, of a `Session.state_dict`."""
-    if "step" not in state:
-        raise BadInput("step", found="missing", expected="a session's state", remedy=REMEDY)
-    return int(state["step"][0])
+    if "step" not in state or state["step"].size != 1:
+        raise BadInput("step", found="not one number", expected="a session's state", remedy=REMEDY)
+    return int(state["step"].reshape(-1)[0])

@@ -21,13 +21,14 @@ from safetensors.numpy import load_file, save_file
 from edge_dit.adapter import read_adapter
 from edge_dit.bank import Bank
 from edge_dit.bundle import ADAPTER, MANIFEST, Manifest, read_manifest
+from edge_dit.certificate import PARITY
 from edge_dit.errors import CheckFailed, require
 from edge_dit.files import sha256, write_json
+from edge_dit.integrity import check_confined, content_faults
 from edge_dit.progress import bar
-from edge_dit_runtime.session import Trainer, layouts, open_session
+from edge_dit_runtime.session import Trainer, layouts, open_session, titled
 from edge_dit_runtime.train import draw_order
 
-PARITY = "parity.json"
 TOLERANCES = {
     "onnx": {"loss": 1e-4, "gradients": 1e-4, "trajectory": 1e-4, "adapter": 1e-3},
     "ort-training": {"loss": 1e-4, "gradients": 1e-4, "trajectory": 1e-4, "adapter": 1e-3},
@@ -175,6 +176,8 @@ def verify(
 ) -> dict[str, Any]:
     """Compare every target of a bundle with PyTorch and write the certificate.
 
+    Every file is hashed: a bundle with files that are not those of its manifest does not pass.
+
     Args:
         bundle: an exported bundle; parity.json is written into it.
         bank_folder: its bank.
@@ -198,6 +201,11 @@ def verify(
     adapter = read_adapter(bundle / ADAPTER)[0]
     # Targets with frozen weights in fewer bytes come last: PyTorch's are rounded to theirs then.
     chosen = sorted(targets or manifest.targets, key=lambda name: _weights(manifest, name) != WIDE)
+    changed = {
+        fault.where: fault.found
+        for target in chosen
+        for fault in content_faults(bundle, manifest, target, verify_hashes=True)
+    }
     rows = [(target, layout) for target in chosen for layout in layouts(manifest, target)]
     results: dict[str, Any] = {}
     references: dict[str, Any] = {}
@@ -211,7 +219,7 @@ def verify(
             if dtype not in references:
                 round_frozen(subgraph, dtype)
                 references[dtype] = measure(EagerSession(subgraph, adamw), bank, adapter, draws)
-            name = target if layout == layouts(manifest, target)[0] else f"{target} ({layout})"
+            name = titled(manifest, target, layout)
             results[name] = _verify_target(
                 bundle, bank_folder, target, layout, draws, references[dtype]
             )
@@ -220,7 +228,8 @@ def verify(
 
     certificate = {
         "schema_version": 1,
-        "passed": all(result["passed"] for result in results.values()),
+        "passed": not changed and all(result["passed"] for result in results.values()),
+        "changed_files": [f"{where} ({found})" for where, found in changed.items()],
         "manifest_sha256": sha256(bundle / MANIFEST),
         "reference": f"torch {torch.__version__} eager, float32",
         "steps": steps,
@@ -267,19 +276,10 @@ def child(
     """Measure one target and store the tensors; runs in a process of its own."""
     manifest: Manifest = read_manifest(bundle)
     bank = Bank(bank_folder, manifest.plan_hash)
+    check_confined(bundle, target)
     session = open_session(bundle, manifest, target, layout)
     found = measure(session, bank, read_adapter(bundle / ADAPTER)[0], draws)
     save_file({name: np.ascontiguousarray(value) for name, value in found.items()}, out)
-
-
-def read_certificate(bundle: Path) -> dict[str, Any] | None:
-    """The bundle's certificate, or None when there is none or it is of another manifest."""
-    try:
-        certificate = json.loads((bundle / PARITY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    fits = certificate.get("manifest_sha256") == sha256(bundle / MANIFEST)
-    return certificate if fits else None
 
 
 if __name__ == "__main__":
