@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from edge_dit.adamw import AdamW
-from edge_dit.bundle import ADAPTER, TARGETS, WEIGHTS, Optimizer, read_manifest
+from edge_dit.bundle import ADAPTER, Optimizer, read_manifest
 from edge_dit.configs import PublicConfig, public_config
 from edge_dit.errors import BadInput, CheckFailed, require
+from edge_dit.execution import EXECUTIONS, Execution
 from edge_dit.files import write_atomic, write_json
 from edge_dit.plan import SCHEMA, Plan
 from edge_dit.text import columns
@@ -58,47 +59,12 @@ class Case:
     full_lora: bool = True
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One way to train: a target, its layout, and how frozen weights are stored."""
-
-    target: str
-    layout: str = "fused"
-    dtype: str = "float32"
-
-
-CONTENDERS = (
-    Contender("onnx"),
-    Contender("onnx", "recompute"),
-    Contender("onnx", "streamed"),
-    Contender("onnx", "streamed", "int8"),
-    Contender("ort-training"),
-    Contender("executorch"),
-)
-
-
-def contender_of(name: str) -> Contender:
-    """A contender by name, "onnx:streamed:int8"; layout and dtype may be left out.
-
-    Raises:
-        BadInput: no such thing.
-    """
-    target, layout, dtype, *more = [*name.split(":"), "", ""]
-    layouts = {"onnx": ("fused", "recompute", "streamed")}.get(target, ("fused",))
-    layout, dtype = layout or "fused", dtype or "float32"
-    few = dtype == "float32" or (layout == "streamed" and dtype in WEIGHTS)
-    if target not in TARGETS or layout not in layouts or not few or any(more):
-        raise BadInput(
-            "--target",
-            found=name,
-            expected="onnx, onnx:recompute, onnx:streamed, onnx:streamed:float16, "
-            "onnx:streamed:int8, ort-training or executorch",
-        )
-    return Contender(target, layout, dtype)
+CONTENDERS = tuple(execution for execution in EXECUTIONS if execution.dtype != "float16")
+"""What is measured by default."""
 
 
 def bench(
-    case: Case, contenders: list[Contender], work: Path, say: Callable[[str], None]
+    case: Case, contenders: Sequence[Execution], work: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure; {"case": ..., "rows": [one a contender]}.
 
@@ -127,12 +93,11 @@ def bench(
         full = _run(work, "full", [json.dumps(asdict(case))])
     rows = []
     for contender in contenders:
-        name = f"{contender.target}, {contender.layout}, {contender.dtype}"
-        say(f"export {name}")
+        say(f"export {contender}")
         again = "-recompute" if contender.layout == "recompute" else ""
         bundle = work / f"bundle-{contender.target}-{contender.dtype}{again}"
         exported = _exported(work, contender, bundle)
-        say(f"train {name}")
+        say(f"train {contender}")
         found = work / f"found-{contender.target}-{contender.layout}-{contender.dtype}"
         arguments = [str(bundle), contender.target, contender.layout, str(case.steps)]
         draw = work / f"draw-{contender.dtype}.safetensors"
@@ -179,10 +144,7 @@ METRICS = {
 def in_words(found: dict[str, Any]) -> list[str]:
     """The rows as a table, one contender a column."""
     rows = found["rows"]
-    headings = [
-        ":".join(dict.fromkeys((r["target"], r["layout"], r["dtype"]))).replace(":float32", "")
-        for r in rows
-    ]
+    headings = [str(Execution(r["target"], r["layout"], r["dtype"])) for r in rows]
     return columns(headings, [(n, [_cell(k, r[k]) for r in rows]) for k, n in METRICS.items()])
 
 
@@ -335,7 +297,7 @@ def random_weights(family: Any, config: dict[str, Any], folder: Path) -> None:
 # ---------------------------------------------------------------- processes
 
 
-def _exported(work: Path, contender: Contender, bundle: Path) -> dict[str, Any]:
+def _exported(work: Path, contender: Execution, bundle: Path) -> dict[str, Any]:
     """Export once for both layouts of a target; how long it took and its peak memory."""
     record = bundle / "export.json"
     if not record.is_file():

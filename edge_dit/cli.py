@@ -114,6 +114,32 @@ def plan(
     ] = None,
     head_skip: Annotated[int | None, typer.Option(help="Leading blocks to skip (n).")] = None,
     tail_skip: Annotated[int | None, typer.Option(help="Trailing blocks to skip (m).")] = None,
+    ram: Annotated[
+        str | None, typer.Option(help="Budget of memory, e.g. 3GiB: the best plan that fits.")
+    ] = None,
+    flash: Annotated[
+        str | None, typer.Option(help="Budget of storage for bundle and bank, e.g. 2GiB.")
+    ] = None,
+    step_time: Annotated[str | None, typer.Option(help="Longest training step, e.g. 5s.")] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Target to plan for, or its layout (onnx:streamed); may be repeated."),
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Device profile (JSON); default this machine.")
+    ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(help="First measure which blocks may be skipped: generation or loss. Long."),
+    ] = None,
+    subjects: Annotated[
+        Path | None,
+        typer.Option(help="With --select: folder with a folder of images a subject."),
+    ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(help="With --select generation: DINO or CLIP, folder or hub id."),
+    ] = None,
     config: Annotated[
         str | None,
         typer.Option(help="What a public checkpoint would take (flux.1-dev, ...); no weights."),
@@ -122,14 +148,18 @@ def plan(
         int | None, typer.Option(min=1, help="With --config: side of a patch (s_min), pixels.")
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="With --config: rank of the LoRA.")] = 16,
+    page: Annotated[
+        Path | None, typer.Option("--report", help="Also write the plan as a page, plan.html.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Choose which blocks to train, at which sizes, and say what that takes."""
+    from edge_dit import planner
     from edge_dit.cost import cost_of_config, cost_of_plan, table
     from edge_dit.files import write_atomic
+    from edge_dit.footprint import calibrated, read_profile
     from edge_dit.inspect import plan_in_words
     from edge_dit.job import read_job
-    from edge_dit.plan import make_plan
 
     if skip_ratio is not None and not 0 <= skip_ratio < 1:
         raise BadInput("--skip-ratio", found=str(skip_ratio), expected="a share in [0, 1)")
@@ -143,23 +173,81 @@ def plan(
             expected="one of them",
             remedy="edge-dit plan JOB -o plan.json, or edge-dit plan --config flux.1-dev",
         )
+    if select is None and (subjects or embedding):
+        raise BadInput(
+            "--subjects" if subjects else "--embedding",
+            found="without --select",
+            remedy="say how to measure: --select generation, or --select loss",
+        )
+    if page is not None and config is not None:
+        raise BadInput("--report", found="with --config", remedy="name a job file instead")
+    limits = budget(ram, flash, step_time)
+    device = read_profile(profile) if profile else None
     if config is not None:
+        if select:
+            raise BadInput("--select", found="with --config", remedy="name a job file instead")
+        if limits:
+            facts, lines = planner.config_within(
+                config, limits, device or calibrated(), target or [], patch, rank
+            )
+            report(as_json, facts, *lines)
+            return
         facts, columns = cost_of_config(config, skip_ratio, head_skip, tail_skip, patch, rank)
         report(as_json, facts, facts["summary"], *table(columns))
         return
     assert job is not None
     if patch is not None:
         raise BadInput("--patch", found="with a job file", remedy="set [train] patch in the job")
-    made = make_plan(read_job(job), skip_ratio, head_skip, tail_skip)
+    read = read_job(job)
+    if select:
+        err.print(f"selection: {planner.select(read, select, subjects, embedding)}", markup=False)
+    planned = planner.plan_job(
+        read,
+        skip_ratio,
+        head_skip,
+        tail_skip,
+        limits=limits,
+        targets=target or [],
+        profile=device,
+    )
+    made = planned.plan
     columns = cost_of_plan(made)
+    if page is not None:
+        planner.report_on(read, planned, page)
     write_atomic(output, made.model_dump_json(indent=2) + "\n")
     report(
         as_json,
-        {**made.model_dump(mode="json"), "cost": {k: vars(v) for k, v in columns.items()}},
+        {
+            **made.model_dump(mode="json"),
+            "cost": {k: vars(v) for k, v in columns.items()},
+            "footprints": {k: vars(v) for k, v in planned.footprints.items()},
+            "reasons": planned.in_words(),
+        },
         *plan_in_words(made),
         *table(columns),
-        f"written to {output}",
+        *planned.in_words(),
+        f"written to {output}" + (f" and {page}" if page else ""),
     )
+
+
+def budget(ram: str | None, flash: str | None, step_time: str | None) -> Any:
+    """The limits that options give, or None."""
+    from edge_dit.budget import Limits
+    from edge_dit.text import bytes_of, seconds_of
+
+    asked = {
+        "ram": ("--ram", ram, bytes_of),
+        "flash": ("--flash", flash, bytes_of),
+        "seconds": ("--step-time", step_time, seconds_of),
+    }
+    found = {}
+    for name, (option, text, read) in asked.items():
+        if text is not None:
+            try:
+                found[name] = read(text)
+            except ValueError as error:
+                raise BadInput(option, found=repr(text), expected=str(error)) from None
+    return Limits(**found) if found else None
 
 
 @app.command()
@@ -257,13 +345,18 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: the plan's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
+    verify_hashes: Annotated[
+        bool, typer.Option(help="Hash every file of the bundle, also those known unchanged.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a bundle over its bank. Ctrl-C stops it with a checkpoint."""
     from edge_dit_runtime.train import train as run
 
     check_targets([target] if target else None)
-    done = run(bundle, bank, output, target, steps, resume, layout=layout)
+    done = run(
+        bundle, bank, output, target, steps, resume, layout=layout, verify_hashes=verify_hashes
+    )
     stopped = "" if done.done == done.steps else "; stopped early, --resume continues"
     words = f"{output}: {done.done} of {done.steps} steps on {done.target}{stopped}"
     report(as_json, {"done": done.done, "steps": done.steps, "target": done.target}, words)
@@ -322,13 +415,14 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure speed and memory on random weights, against torch eager in the same run."""
-    from edge_dit.bench import CONTENDERS, Case, contender_of, in_words
+    from edge_dit.bench import CONTENDERS, Case, in_words
     from edge_dit.bench import bench as run
     from edge_dit.configs import public_config
+    from edge_dit.execution import execution_of
 
     public = public_config(config)
     blocks = [int(part) for part in trained.split("+") if part.isdigit()]
-    contenders = [contender_of(name) for name in target] if target else list(CONTENDERS)
+    contenders = [execution_of(name) for name in target] if target else list(CONTENDERS)
     case = Case(config, blocks, tokens, text or public.text_tokens, rank, steps, full_lora)
     found = run(case, contenders, work, lambda line: err.print(line, markup=False))
     report(as_json, found, *in_words(found))

@@ -106,6 +106,7 @@ class Shapes:
         self.kinds = [kinds.setdefault(_kind(block), len(kinds)) for block in self.blocks]
         """Number of each block's kind."""
         self._measured: dict[tuple[int, ...], tuple[int, int]] = {}
+        self._lora: dict[tuple[int, bool], int] = {}
 
     def cost(self, trained: Sequence[int], rank: int) -> Cost:
         """What training some blocks takes.
@@ -117,10 +118,7 @@ class Shapes:
         lora = rank * self._lora_sides(trained)
         frozen = self._head_parameters + sum(self._parameters[number] for number in trained)
         activations, flops = self._step(trained, rank)
-        inner = dict.fromkeys(inner_runs(trained).values(), self.entry)
-        batch = self._batch(inner)
-        shared = {f"cond.{name}" for name in self.family.per_prompt}
-        stored = sum(value.numel() for name, value in batch.items() if name not in shared)
+        stored = self._stored + len(inner_runs(trained)) * self.border_bytes // FLOAT
         return Cost(
             blocks=len(trained),
             parameters=frozen,
@@ -133,14 +131,16 @@ class Shapes:
             flops=flops,
         )
 
-    def block_parameters(self, number: int) -> int:
-        """Frozen parameters of a block."""
-        return self._parameters[number]
-
     @property
     def border_bytes(self) -> int:
         """Of the state between two blocks."""
         return FLOAT * sum(value.numel() for value in self.entry if value is not None)
+
+    @cached_property
+    def _stored(self) -> int:
+        """Elements of a draw that has no residuals but the tail's."""
+        shared = {f"cond.{name}" for name in self.family.per_prompt}
+        return sum(v.numel() for name, v in self._batch({}).items() if name not in shared)
 
     @cached_property
     def _parameters(self) -> list[int]:
@@ -154,9 +154,18 @@ class Shapes:
 
     def _lora_sides(self, trained: Sequence[int]) -> int:
         """Inputs and outputs of the modules that carry LoRA: its parameters at rank 1."""
-        names = lora_modules(self.family, self.model, trained, self.targets)
-        weights: list[Any] = [self.model.get_submodule(name).weight for name in names]
-        return sum(weight.shape[0] + weight.shape[1] for weight in weights)
+        return self._sides(trained[-1], True) + sum(self._sides(n, False) for n in trained[:-1])
+
+    def _sides(self, number: int, last: bool) -> int:
+        key = (self.kinds[number], last)
+        if key not in self._lora:
+            # Behind any other block it is not the last.
+            blocks = [number] if last else [number, (number + 1) % len(self.blocks)]
+            inside = list(self.family.blocks(self.model))[number] + "."
+            names = lora_modules(self.family, self.model, blocks, self.targets)
+            modules = [self.model.get_submodule(n) for n in names if n.startswith(inside)]
+            self._lora[key] = sum(sum(module.weight.shape[:2]) for module in modules)
+        return self._lora[key]
 
     def _batch(self, inner: dict[int, State]) -> dict[str, Tensor]:
         residual, target = torch.zeros_like(self.entry.image), torch.zeros_like(self.latents)

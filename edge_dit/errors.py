@@ -12,6 +12,7 @@ EXTRA_OF = {
     "peft": "host",
     "transformers": "host",
     "matplotlib": "host",
+    "jinja2": "host",
     "onnx": "onnx",
     "onnxscript": "onnx",
     "executorch": "executorch",

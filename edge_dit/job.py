@@ -7,12 +7,15 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from edge_dit.bundle import TARGETS
 from edge_dit.errors import BadInput, ManyFaults
+from edge_dit.text import bytes_of, seconds_of
 
 Positive = Annotated[int, Field(ge=1)]
+Size = Annotated[int, BeforeValidator(bytes_of)]
+Seconds = Annotated[float, BeforeValidator(seconds_of)]
 
 
 class _Section(BaseModel):
@@ -36,13 +39,17 @@ class Data(_Section):
 
 class PlanOptions(_Section):
     """[plan]: the share of blocks to skip, or how many at each end; ``inner_skips`` are further
-    runs [first, end), between trained blocks.
+    runs [first, end), between trained blocks. Or a budget, see `edge_dit.budget`: ``ram`` and
+    ``flash`` as sizes ("3GiB"), ``step_time`` in seconds ("5s").
     """
 
     skip_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
     head_skip: Annotated[int, Field(ge=0)] | None = None
     tail_skip: Annotated[int, Field(ge=0)] | None = None
     inner_skips: list[tuple[int, int]] = []
+    ram: Size | None = None
+    flash: Size | None = None
+    step_time: Seconds | None = None
 
 
 class Train(_Section):
@@ -127,11 +134,9 @@ def _fault(path: Path, text: str, detail: Any) -> BadInput:
         "extra_forbidden": f"unknown key {'.'.join(keys)}",
         "missing": f"{'.'.join(keys)} is missing",
     }.get(detail["type"], f"{'.'.join(keys)} = {detail['input']!r}")
-    expected = "" if detail["type"] in REMEDIES else detail["msg"]
+    expected = "" if detail["type"] in REMEDIES else detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
         expected = f"one of {', '.join(_known_keys(keys[:-1]))}"
-        if keys == ["plan", "ram"]:
-            expected = "skip_ratio (a budget in bytes is not supported yet)"
     return BadInput(
         _place(path, text, keys),
         found=found,
@@ -181,6 +186,17 @@ def _relations(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
                 f"{resolution}",
                 expected="patch <= resolution, in pixels",
                 remedy="make patch smaller, e.g. half the resolution",
+            )
+        )
+    budget = sorted({"ram", "flash", "step_time"} & section("plan").keys())
+    fixed = sorted({"skip_ratio", "inner_skips"} & section("plan").keys())
+    if budget and fixed:
+        faults.append(
+            BadInput(
+                _place(path, text, ["plan", fixed[0]]),
+                found=f"plan.{fixed[0]} beside plan.{budget[0]}",
+                expected="either which blocks to skip, or a budget that decides it",
+                remedy=f"remove one; head_skip and tail_skip may stay beside {budget[0]}",
             )
         )
     targets = section("export").get("targets")

@@ -14,12 +14,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edge_dit.adamw import AdamW
+from edge_dit.bank import Dtype
 from edge_dit.bundle import Optimizer
 from edge_dit.errors import BadInput, ManyFaults, require
 from edge_dit.families import detect, family_of
 from edge_dit.files import sha256
 from edge_dit.images import captions, image_files
 from edge_dit.job import Job
+from edge_dit.selection import Selection, find_selection
 
 SCHEMA = 1
 HEAD_SHARE = 2 / 3
@@ -54,6 +56,7 @@ class Plan(BaseModel):
         bank_dtype: what the bank stores its large tensors as.
         seed: of everything random.
         targets: what to export.
+        layout: of the target that training uses by default; empty for the target's first.
         weights: how the onnx target stores frozen matrices, see `edge_dit.job.Export`.
         recompute: whether the onnx target gets the recomputing layout too.
     """
@@ -79,9 +82,10 @@ class Plan(BaseModel):
     draws: int
     seed: int
     targets: list[str]
+    layout: str = ""
     weights: str = "float32"
     recompute: bool = False
-    bank_dtype: str = "float32"
+    bank_dtype: Dtype = "float32"
 
     @property
     def trained(self) -> list[int]:
@@ -109,6 +113,7 @@ class Plan(BaseModel):
                 "steps",
                 "draws",
                 "targets",
+                "layout",
                 "weights",
                 "recompute",
                 "bank_dtype",
@@ -142,12 +147,28 @@ def split(layers: int, skip_ratio: float) -> tuple[int, int]:
 
 
 def choose_split(
-    layers: int, skip_ratio: float | None, head_skip: int | None, tail_skip: int | None
+    layers: int,
+    skip_ratio: float | None,
+    head_skip: int | None,
+    tail_skip: int | None,
+    selection: Selection | None = None,
 ) -> tuple[int, int, list[BadInput]]:
     """(head_skip, tail_skip, faults): the ratio's split (default one half), where the two ends are
     not given.
+
+    Args:
+        layers: blocks of the model.
+        skip_ratio: share of them to skip.
+        head_skip: overrides the split's n.
+        tail_skip: overrides the split's m.
+        selection: of the model; it decides where the ratio alone would not.
     """
-    head, tail = split(layers, 0.5 if skip_ratio is None else skip_ratio)
+    ratio = 0.5 if skip_ratio is None else skip_ratio
+    skipped = round(layers * ratio)
+    if selection is not None and skipped < layers:
+        head, tail = selection.best(skipped)
+    else:
+        head, tail = split(layers, ratio)
     head = head if head_skip is None else head_skip
     tail = tail if tail_skip is None else tail_skip
     if head + tail < layers:
@@ -167,7 +188,8 @@ def make_plan(
     head_skip: int | None = None,
     tail_skip: int | None = None,
 ) -> Plan:
-    """Plan a job.
+    """Plan a job; where it gives a ratio of skipped blocks, which ones follows from the model's
+    selection (`edge_dit.selection.find_selection`), if it has one.
 
     Args:
         job: as read from job.toml.
@@ -186,7 +208,9 @@ def make_plan(
     ratio = job.plan.skip_ratio if skip_ratio is None else skip_ratio
     if not explicit:
         head_skip, tail_skip = job.plan.head_skip, job.plan.tail_skip
-    head, tail, faults = choose_split(facts.layers, ratio, head_skip, tail_skip)
+    digest = model_hash(job.model.path)
+    selection, _ = find_selection(job.model.path, digest)
+    head, tail, faults = choose_split(facts.layers, ratio, head_skip, tail_skip, selection)
     sizes = {"train.patch": job.train.patch, "train.resolution": job.train.resolution}
     faults += size_faults(sizes, facts.multiple)
     from edge_dit.checkpoint import meta_model
@@ -223,7 +247,7 @@ def make_plan(
     return Plan(
         family=family_name,
         model=job.model.path,
-        model_hash=model_hash(job.model.path),
+        model_hash=digest,
         layers=facts.layers,
         head_skip=head,
         tail_skip=tail,

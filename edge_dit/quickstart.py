@@ -18,7 +18,8 @@ from edge_dit.images import Captioned, read_folder
 from edge_dit.inspect import plan_in_words
 from edge_dit.job import read_job
 from edge_dit.pipeline import load_pipeline
-from edge_dit.plan import Plan, make_plan
+from edge_dit.plan import Plan
+from edge_dit.planner import plan_job
 from edge_dit.precompute import precompute
 
 SEEDS = [1, 2, 3, 4]
@@ -61,7 +62,7 @@ def quickstart(job_path: Path, out: Path, target: str | None, say: Callable[[Any
     """
     started = time.monotonic()
     job = read_job(job_path)
-    plan = make_plan(job)
+    plan = plan_job(job).plan
     targets = [target] if target else plan.targets
     images = read_folder(job.data.images, job.data.prompt, plan.s_max)
     beside = job.data.images.parent / "heldout"

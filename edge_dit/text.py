@@ -1,8 +1,48 @@
-"""Plain text for a terminal or a file."""
+"""Plain text for a terminal or a file; sizes and times in words."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SECONDS = {"s": 1.0, "ms": 0.001}
+
+
+def bytes_of(text: object) -> int:
+    """Bytes of "3GiB", "200 MiB", "1.5GB".
+
+    Raises:
+        ValueError: something else, or nothing.
+    """
+    return int(_quantity(text, BINARY | DECIMAL, "a size such as 3GiB, 200MiB or 1.5GB"))
+
+
+def seconds_of(text: object) -> float:
+    """Seconds of "5s", "1.5 s", "800ms".
+
+    Raises:
+        ValueError: something else, or nothing.
+    """
+    return _quantity(text, SECONDS, "a time such as 5s or 800ms")
+
+
+def _quantity(text: object, units: dict[str, float] | dict[str, int], expected: str) -> float:
+    known = {unit.lower(): factor for unit, factor in units.items()}
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*([a-zA-Z]+)\s*", str(text))
+    if match is None or match[2].lower() not in known or float(match[1]) == 0:
+        raise ValueError(expected)
+    return float(match[1]) * known[match[2].lower()]
+
+
+def size(number: float) -> str:
+    """Bytes in words."""
+    for unit in ("MiB", "GiB", "TiB"):
+        value = number / BINARY[unit]
+        if value < 999.5:  # or it would be written as 1e+03
+            break
+    return f"{value:.3g} {unit}"
 
 
 def columns(headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:

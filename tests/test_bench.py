@@ -2,8 +2,9 @@
 
 import pytest
 
-from edge_dit.bench import MARKER, Case, contender_of, random_model
+from edge_dit.bench import MARKER, Case, random_model
 from edge_dit.errors import BadInput
+from edge_dit.execution import EXECUTIONS, execution_of
 
 SMALL = Case("sana-0.6b", [1], 4, 4, rank=2)
 
@@ -26,9 +27,13 @@ def test_another_case_replaces_the_model_and_the_same_case_keeps_it(tmp_path):
     assert (work / MARKER).is_file()
 
 
+def test_executions_by_name():
+    assert [execution_of(str(execution)) for execution in EXECUTIONS] == list(EXECUTIONS)
+
+
 @pytest.mark.parametrize(
     "name", ["", "onnx:int8", "onnx:fused:int8", "executorch:streamed", "a:b:c:d"]
 )
-def test_an_unknown_contender_is_refused(name):
+def test_an_unknown_execution_is_refused(name):
     with pytest.raises(BadInput, match="onnx:streamed:int8"):
-        contender_of(name)
+        execution_of(name)

@@ -17,7 +17,7 @@ from edge_dit.adapter import read_adapter
 from edge_dit.bundle import ADAPTER, Manifest
 from edge_dit.errors import missing_extra
 from edge_dit_runtime.mapped import MappedTensors
-from edge_dit_runtime.ort import onnxruntime
+from edge_dit_runtime.ort import onnxruntime, share_arena
 from edge_dit_runtime.ort_checkpoint import views
 from edge_dit_runtime.session import Tensors
 from edge_dit_runtime.state import MOMENTS, lora_shapes, take, take_step
@@ -62,6 +62,8 @@ class OrtTrainingSession:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.use_deterministic_compute = True
+        share_arena(self._ort)
+        options.add_session_config_entry("session.use_env_allocators", "1")
         cpu = self._c.OrtDevice(self._c.OrtDevice.cpu(), self._c.OrtDevice.default_memory(), 0)
         self._state = self._c.load_checkpoint(str(checkpoint))
         self._module = self._c.Module(

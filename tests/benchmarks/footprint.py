@@ -1,0 +1,124 @@
+"""How far `edge_dit.footprint` is from what is measured.
+
+    python tests/benchmarks/footprint.py WORK [CASE ...] [--write]
+
+Two families, two depths each, every target and layout, random weights of real configurations; each
+figure from a fresh process (`edge_dit.bench`). Results are kept in WORK and measured once. Prints
+the predictions beside them; exit code 1 when memory is off by more than 10 % or time by more than
+25 %. --write puts them into edge_dit/measured.json, which `edge-dit plan --report` shows. About an
+hour on two cores, which should have nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from edge_dit.bench import CONTENDERS, Case, bench
+from edge_dit.budget import MARGIN
+from edge_dit.configs import public_config
+from edge_dit.cost import Shapes
+from edge_dit.execution import Execution
+from edge_dit.families import family_of
+from edge_dit.files import write_json
+from edge_dit.footprint import REFERENCE, Footprint, Footprints, Profile, calibrated
+from edge_dit.text import columns
+
+CASES = {
+    f"{config}-{trained}": Case(config, [trained], 256, text, full_lora=False)
+    for config, text in (("sana-0.6b", 300), ("sd3-medium", 333))
+    for trained in ((2, 4) if config == "sana-0.6b" else (1, 2))
+}
+MEMORY, TIME = 0.10, 0.25
+
+
+def measured(case: Case, work: Path, name: str) -> dict[str, Any]:
+    """A bench of the case; what was measured before is not again."""
+    record = work / f"{name}.json"
+    if record.is_file():
+        return json.loads(record.read_text())
+    machine = calibrated(3.0)
+    found = {**bench(case, CONTENDERS, work / name, print), "gemm": machine.gemm}
+    write_json(record, found)
+    return found
+
+
+def predicted(case: Case, execution: Execution, profile: Profile) -> Footprint:
+    public = public_config(case.config)
+    family = family_of(public.family)
+    side = round(case.tokens**0.5)
+    (blocks,) = family.containers.values()
+    config = {**public.config, blocks: sum(case.trained)}
+    shapes = Shapes(family, config, (side, side), case.text)
+    return Footprints(shapes, profile).of(range(sum(case.trained)), case.rank, execution)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("work", type=Path)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--write", action="store_true")
+    asked = parser.parse_args()
+    rows = []
+    for name in asked.cases or CASES:
+        found = measured(CASES[name], asked.work, name)
+        profile = REFERENCE.at(found["gemm"])
+        for row in found["rows"]:
+            execution = Execution(row["target"], row["layout"], row["dtype"])
+            foreseen = predicted(CASES[name], execution, profile)
+            rows.append(
+                {
+                    "case": CASES[name].config,
+                    "trained": sum(CASES[name].trained),
+                    "execution": str(execution),
+                    "anonymous": 1e6 * row["rss_anon_mb"],
+                    "predicted_anonymous": foreseen.anonymous,
+                    "file": 1e6 * row["rss_file_mb"],
+                    "predicted_file": foreseen.file,
+                    "seconds": row["step_ms"] / 1000,
+                    "predicted_seconds": foreseen.seconds,
+                }
+            )
+    table = [(f"{r['case']}, {r['trained']} blocks, {r['execution']}", _cells(r)) for r in rows]
+    print(*columns(["anonymous, MB", "", "files, MB", "", "step, ms", ""], table), sep="\n")
+    worst = {kind: max(abs(_off(row, kind)) for row in rows) for kind in KINDS}
+    print(*(f"worst {kind}: {value:.1%}" for kind, value in worst.items()))
+    if asked.write:
+        import edge_dit
+
+        about = {"machine": REFERENCE.name, "rows": rows}
+        write_json(Path(edge_dit.__file__).parent / "measured.json", about)
+    above = [
+        f"{r['case']} {r['execution']}"
+        for r in rows
+        if r["anonymous"] + r["file"] > MARGIN * (r["predicted_anonymous"] + r["predicted_file"])
+    ]
+    print(f"above what `plan --ram` would have let pass: {', '.join(above) or 'none'}")
+    far = worst["seconds"] > TIME or max(worst["anonymous"], worst["file"]) > MEMORY
+    return int(far or bool(above))
+
+
+KINDS = {"anonymous": 1e6, "file": 1e6, "seconds": 0.001}
+"""What is compared, and the unit it is shown in."""
+
+
+def _off(row: dict[str, Any], kind: str) -> float:
+    return row[f"predicted_{kind}"] / row[kind] - 1
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    cells = []
+    for kind in KINDS:
+        unit = KINDS[kind]
+        cells.append(f"{row[f'predicted_{kind}'] / unit:.0f} of {row[kind] / unit:.0f}")
+        cells.append(f"{_off(row, kind):+.1%}")
+    return cells
+
+
+if __name__ == "__main__":
+    sys.exit(main())
