@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,9 @@ class Cost:
         lora_bytes: of the LoRA parameters and their gradients.
         optimizer_bytes: of AdamW's two moments.
         activation_bytes: kept for the backward pass.
+        largest_bytes: of the largest tensor among those.
+        turned_bytes: of frozen weights that gradients pass, and are multiplied with once more.
+        widest_bytes: of the largest of those.
         bank_bytes: of one stored draw; what a bank stores once per prompt is not counted.
         flops: forward and backward, a multiply-add counting as two.
     """
@@ -61,6 +64,9 @@ class Cost:
     lora_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    largest_bytes: int
+    turned_bytes: int
+    widest_bytes: int
     bank_bytes: int
     flops: int
 
@@ -68,6 +74,19 @@ class Cost:
     def total_bytes(self) -> int:
         """What a training step needs in memory at least; the bank stays on disk."""
         return self.frozen_bytes + self.lora_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+class _Step(NamedTuple):
+    """Of a step: bytes kept for the backward pass, operations of both passes, elements of frozen
+    weights that gradients pass, bytes of the largest kept tensor, elements of the largest of those
+    weights.
+    """
+
+    kept: int
+    flops: int
+    turned: int
+    largest: int
+    widest: int
 
 
 def parameters(family: Family, config: dict[str, Any]) -> int:
@@ -105,7 +124,7 @@ class Shapes:
         kinds: dict[Any, int] = {}
         self.kinds = [kinds.setdefault(_kind(block), len(kinds)) for block in self.blocks]
         """Number of each block's kind."""
-        self._measured: dict[tuple[int, ...], tuple[int, int]] = {}
+        self._measured: dict[tuple[int, ...], _Step] = {}
         self._lora: dict[tuple[int, bool], int] = {}
 
     def cost(self, trained: Sequence[int], rank: int) -> Cost:
@@ -117,7 +136,7 @@ class Shapes:
         """
         lora = rank * self._lora_sides(trained)
         frozen = self._head_parameters + sum(self._parameters[number] for number in trained)
-        activations, flops = self._step(trained, rank)
+        step = self._step(trained, rank)
         stored = self._stored + len(inner_runs(trained)) * self.border_bytes // FLOAT
         return Cost(
             blocks=len(trained),
@@ -126,9 +145,12 @@ class Shapes:
             frozen_bytes=FLOAT * frozen,
             lora_bytes=2 * FLOAT * lora,
             optimizer_bytes=2 * FLOAT * lora,
-            activation_bytes=activations,
+            activation_bytes=step.kept,
+            largest_bytes=step.largest,
+            turned_bytes=FLOAT * step.turned,
+            widest_bytes=FLOAT * step.widest,
             bank_bytes=FLOAT * stored,
-            flops=flops,
+            flops=step.flops,
         )
 
     @property
@@ -171,8 +193,8 @@ class Shapes:
         residual, target = torch.zeros_like(self.entry.image), torch.zeros_like(self.latents)
         return as_batch(self.entry, residual, self.cond, target, inner=inner)
 
-    def _step(self, trained: Sequence[int], rank: int) -> tuple[int, int]:
-        """(kept bytes, operations) of a step.
+    def _step(self, trained: Sequence[int], rank: int) -> _Step:
+        """What a step takes.
 
         The first trained block keeps less, for no gradient leaves it; the last comes with head and
         loss. Both show in sub-graphs of one and of two blocks, and longer ones are chains of those:
@@ -181,10 +203,11 @@ class Shapes:
         pairs = list(pairwise(trained)) or [(trained[0],)]
         chain = [self._measure(pair, rank) for pair in pairs]
         twice = [self._measure((number,), rank) for number in trained[1:-1]]
-        kept, flops = (sum(c[i] for c in chain) - sum(t[i] for t in twice) for i in (0, 1))
-        return kept, flops
+        sums = (sum(c[i] for c in chain) - sum(t[i] for t in twice) for i in (0, 1, 2))
+        largest, widest = (max(one[i] for one in chain) for i in (3, 4))
+        return _Step(*sums, largest, widest)
 
-    def _measure(self, trained: tuple[int, ...], rank: int) -> tuple[int, int]:
+    def _measure(self, trained: tuple[int, ...], rank: int) -> _Step:
         key = (rank, *(self.kinds[number] for number in trained))
         if key not in self._measured:
             chosen = lora_modules(self.family, self.model, trained, self.targets)
@@ -294,8 +317,8 @@ def _against_full_lora(
     }
 
 
-def _measure(subgraph: TrainableSubgraph, batch: dict[str, Tensor]) -> tuple[int, int]:
-    """(bytes kept for the backward pass, operations of both passes)."""
+def _measure(subgraph: TrainableSubgraph, batch: dict[str, Tensor]) -> _Step:
+    """A step's measures, by running it on the meta device."""
     not_activations = [*subgraph.parameters(), *subgraph.buffers(), *batch.values()]
     known = {_storage(tensor) for tensor in not_activations}
     kept: dict[int, Tensor] = {}
@@ -305,12 +328,26 @@ def _measure(subgraph: TrainableSubgraph, batch: dict[str, Tensor]) -> tuple[int
             kept[_storage(tensor)] = tensor
         return tensor
 
+    turned: dict[int, int] = {}
+
+    def passed(module: torch.nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() < 2 or weight.requires_grad:
+            return
+        if inputs[0].requires_grad:
+            turned[id(module)] = weight.numel()
+
+    hooks = [m.register_forward_hook(passed) for m in subgraph.modules() if not [*m.children()]]
     counter = FlopCounterMode(display=False)
     with counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = subgraph(batch)
         loss.backward()
-    return sum(t.untyped_storage().nbytes() for t in kept.values()), counter.get_total_flops()
+    for hook in hooks:
+        hook.remove()
+    sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+    flops, weights = counter.get_total_flops(), list(turned.values())
+    return _Step(sum(sizes), flops, sum(weights), max(sizes), max(weights, default=0))
 
 
 def _storage(tensor: Tensor) -> int:

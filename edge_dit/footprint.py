@@ -4,12 +4,17 @@ Predicted from the shapes of a plan (`edge_dit.cost`) and a device profile. Memo
 training process has at its peak, batch 1:
 
     anonymous = the runtime's own
-              + activations                     fused: kept by all trained blocks
-                                                recompute, streamed: borders, and kept by one block
-              + one block's worth of transients while a gradient is computed
-              + LoRA, moments, gradients, and the optimizer's new LoRA and moments: 7 x LoRA
+              + what is kept for the backward pass    fused: of all trained blocks
+                                                      recompute: borders, and of half the blocks,
+                                                      which onnxruntime computes ahead of their use
+                                                      streamed: borders, and of one block
+              + transients while a gradient is computed: a share of what one block keeps, and some
+                tensors as large as its largest (the scores of softmax attention, say)
+              + LoRA, gradients, moments and what the optimizer makes of them: copies x LoRA
               + one draw
-    file      = the runtime's own + frozen weights in use (streamed: one block at a time)
+              + weights that are not mapped           executorch: all; float16 and int8: some of a
+                                                      block's, widened to float32
+    file      = the runtime's own + frozen weights mapped (streamed: of one block at a time)
 
 File pages can be evicted, anonymous memory cannot; a budget in RAM counts both. How well this holds
 is measured by ``tests/benchmarks/footprint.py``.
@@ -28,13 +33,12 @@ from edge_dit.cost import FLOAT, Cost, Shapes
 from edge_dit.documents import read_document, validated, write_document
 from edge_dit.execution import Execution
 
-MIB = 2**20
-LORA_COPIES = 7
-"""Adapter, two moments and gradients; and, while it runs, what the optimizer makes of them."""
+MB = 10**6
 BYTES_OF = {"float32": 4, "float16": 2, "int8": 1}
 """Of a stored element of a frozen matrix."""
-WIDENED = 0.6
-"""Share of a block's matrices that lie widened to float32 at once, in layouts that store less."""
+WIDENED = 2
+"""Matrices as large as a block's largest that lie widened to float32 at once, where they are stored
+as less."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class Runtime:
 
     Attributes:
         anonymous, file: bytes of a process that has loaded a bundle of no size.
+        share: of what one block keeps, that is memory while a gradient is computed.
+        tensors: as large as the block's largest, that are too.
+        copies: of the LoRA.
         flops: floating-point operations per second in a training step, once
             the time for what it keeps is taken off.
         keep: seconds a byte of kept activations costs, in elementwise work.
@@ -50,6 +57,9 @@ class Runtime:
 
     anonymous: int
     file: int
+    share: float
+    tensors: float
+    copies: int
     flops: float
     keep: float
 
@@ -87,11 +97,11 @@ REFERENCE = Profile(
     "a 2-core x86 machine with AVX2",
     gemm=80e9,
     runtimes={
-        "onnx": Runtime(47 * MIB, 42 * MIB, 60e9, 1e-9),
-        "onnx:recompute": Runtime(47 * MIB, 42 * MIB, 60e9, 1e-9),
-        "onnx:streamed": Runtime(47 * MIB, 42 * MIB, 60e9, 1e-9),
-        "ort-training": Runtime(47 * MIB, 42 * MIB, 60e9, 1e-9),
-        "executorch": Runtime(280 * MIB, 128 * MIB, 60e9, 1e-9),
+        "onnx": Runtime(58 * MB, 43 * MB, 0.53, 3.4, 12, 60e9, 1e-9),
+        "onnx:recompute": Runtime(58 * MB, 43 * MB, 0.53, 3.4, 12, 60e9, 1e-9),
+        "onnx:streamed": Runtime(61 * MB, 43 * MB, 0.53, 3.4, 7, 60e9, 1e-9),
+        "ort-training": Runtime(54 * MB, 43 * MB, 0.39, 1.5, 10, 60e9, 1e-9),
+        "executorch": Runtime(290 * MB, 128 * MB, 0.25, 2.6, 8, 60e9, 1e-9),
     },
 )
 """Where the figures of README were measured; Python's own share is in it."""
@@ -160,16 +170,17 @@ class Footprints:
 
     def __init__(self, shapes: Shapes, profile: Profile, bank: str = "float32") -> None:
         self.shapes, self.profile, self.bank = shapes, profile, bank
-        self._known: dict[tuple[range | tuple[int, ...], int], tuple[Cost, int, int]] = {}
+        self._known: dict[tuple[range | tuple[int, ...], int], tuple[Cost, int, int, int]] = {}
 
-    def _parts(self, trained: range | tuple[int, ...], rank: int) -> tuple[Cost, int, int]:
-        """Cost of the blocks; kept activations, and frozen bytes, of the largest alone."""
+    def _parts(self, trained: range | tuple[int, ...], rank: int) -> tuple[Cost, int, int, int]:
+        """Cost of the blocks; kept bytes, largest tensor and frozen bytes of the largest alone."""
         if (trained, rank) not in self._known:
             kinds = {self.shapes.kinds[number]: number for number in reversed(trained)}
             alone = [self.shapes.cost((number,), rank) for number in kinds.values()]
             self._known[trained, rank] = (
                 self.shapes.cost(trained, rank),
                 max(one.activation_bytes for one in alone),
+                max(one.largest_bytes for one in alone),
                 max(one.frozen_bytes for one in alone),
             )
         return self._known[trained, rank]
@@ -183,26 +194,31 @@ class Footprints:
             execution: how.
         """
         shapes, runtime = self.shapes, self.profile.runtime(execution)
-        cost, block, weights = self._parts(trained, rank)
+        cost, block, largest, weights = self._parts(trained, rank)
         width = BYTES_OF[execution.dtype]
         stored = cost.frozen_bytes * width // FLOAT
-        activations, used, widened = cost.activation_bytes + block, stored, 0
-        if execution.layout != "fused":
-            activations = 2 * block + len(trained) * shapes.border_bytes
+        borders = len(trained) * shapes.border_bytes
+        kept = {
+            "fused": cost.activation_bytes,
+            "recompute": borders + (1 + len(trained) / 2) * block,
+            "streamed": borders + block,
+        }[execution.layout]
+        mapped, unmapped = stored, 0
         if execution.layout == "streamed":
-            used = weights * width // FLOAT
-            widened = int(WIDENED * weights) if width < FLOAT else 0
-        copies = 1
-        if execution.target == "executorch":  # packed by XNNPACK, for both directions
-            copies = 2
+            mapped = weights * width // FLOAT
+            unmapped = WIDENED * cost.widest_bytes if width < FLOAT else 0
+        elif execution.target == "executorch":
+            stored += cost.turned_bytes  # XNNPACK packs a matrix for each direction
+            mapped, unmapped = 0, stored
         lora = FLOAT * cost.lora
-        draw = cost.bank_bytes
+        activations = kept + runtime.share * block + runtime.tensors * largest
+        held = activations + unmapped + runtime.copies * lora + cost.bank_bytes
         seconds = cost.flops / runtime.flops + activations * runtime.keep
         return Footprint(
-            anonymous=runtime.anonymous + activations + widened + LORA_COPIES * lora + draw,
-            file=runtime.file + copies * used,
-            bundle=copies * stored + lora,
-            draw=draw // (2 if self.bank == "float16" else 1),
+            anonymous=int(runtime.anonymous + held),
+            file=runtime.file + mapped,
+            bundle=stored + lora,
+            draw=cost.bank_bytes // (2 if self.bank == "float16" else 1),
             flops=cost.flops,
             seconds=seconds,
         )
