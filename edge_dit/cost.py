@@ -203,9 +203,11 @@ class Shapes:
         pairs = list(pairwise(trained)) or [(trained[0],)]
         chain = [self._measure(pair, rank) for pair in pairs]
         twice = [self._measure((number,), rank) for number in trained[1:-1]]
-        sums = (sum(c[i] for c in chain) - sum(t[i] for t in twice) for i in (0, 1, 2))
+        kept, flops, turned = (
+            sum(c[i] for c in chain) - sum(t[i] for t in twice) for i in (0, 1, 2)
+        )
         largest, widest = (max(one[i] for one in chain) for i in (3, 4))
-        return _Step(*sums, largest, widest)
+        return _Step(kept, flops, turned, largest, widest)
 
     def _measure(self, trained: tuple[int, ...], rank: int) -> _Step:
         key = (rank, *(self.kinds[number] for number in trained))
