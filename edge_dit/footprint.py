@@ -8,6 +8,8 @@ training process has at its peak, batch 1:
                                                       recompute: borders, and of half the blocks,
                                                       which onnxruntime computes ahead of their use
                                                       streamed: borders, and of one block
+              + what else a graph runtime holds until then: a block's largest tensor or two,
+                transposed say, for every block whose step is in the graph
               + transients while a gradient is computed: a share of what one block keeps, and some
                 tensors as large as its largest (the scores of softmax attention, say)
               + LoRA, gradients, moments and what the optimizer makes of them: copies x LoRA
@@ -36,7 +38,7 @@ from edge_dit.execution import Execution
 MB = 10**6
 BYTES_OF = {"float32": 4, "float16": 2, "int8": 1}
 """Of a stored element of a frozen matrix."""
-WIDENED = 2
+WIDENED = 1.75
 """Matrices as large as a block's largest that lie widened to float32 at once, where they are stored
 as less."""
 
@@ -49,6 +51,7 @@ class Runtime:
         anonymous, file: bytes of a process that has loaded a bundle of no size.
         share: of what one block keeps, that is memory while a gradient is computed.
         tensors: as large as the block's largest, that are too.
+        held: such tensors for every trained block.
         copies: of the LoRA.
         flops: floating-point operations per second in a training step, once
             the time for what it keeps is taken off.
@@ -59,6 +62,7 @@ class Runtime:
     file: int
     share: float
     tensors: float
+    held: float
     copies: int
     flops: float
     keep: float
@@ -97,11 +101,11 @@ REFERENCE = Profile(
     "a 2-core x86 machine with AVX2",
     gemm=80e9,
     runtimes={
-        "onnx": Runtime(58 * MB, 43 * MB, 0.53, 3.4, 12, 60e9, 1e-9),
-        "onnx:recompute": Runtime(58 * MB, 43 * MB, 0.53, 3.4, 12, 60e9, 1e-9),
-        "onnx:streamed": Runtime(61 * MB, 43 * MB, 0.53, 3.4, 7, 60e9, 1e-9),
-        "ort-training": Runtime(54 * MB, 43 * MB, 0.39, 1.5, 10, 60e9, 1e-9),
-        "executorch": Runtime(290 * MB, 128 * MB, 0.25, 2.6, 8, 60e9, 1e-9),
+        "onnx": Runtime(58 * MB, 43 * MB, 0.6, 1.9, 1.4, 7, 75e9, 1.2e-9),
+        "onnx:recompute": Runtime(58 * MB, 43 * MB, 0.2, 2.5, 1.6, 7, 51e9, 1.1e-9),
+        "onnx:streamed": Runtime(61 * MB, 43 * MB, 0.53, 3.4, 0, 7, 37e9, 1.7e-9),
+        "ort-training": Runtime(54 * MB, 43 * MB, 0.0, 1.2, 1.6, 7, 66e9, 1.1e-9),
+        "executorch": Runtime(290 * MB, 128 * MB, 0.25, 2.6, 0, 8, 58e9, 5.8e-9),
     },
 )
 """Where the figures of README were measured; Python's own share is in it."""
@@ -211,7 +215,8 @@ class Footprints:
             stored += cost.turned_bytes  # XNNPACK packs a matrix for each direction
             mapped, unmapped = 0, stored
         lora = FLOAT * cost.lora
-        activations = kept + runtime.share * block + runtime.tensors * largest
+        tensors = runtime.tensors + runtime.held * len(trained)
+        activations = kept + runtime.share * block + tensors * largest
         held = activations + unmapped + runtime.copies * lora + cost.bank_bytes
         seconds = cost.flops / runtime.flops + activations * runtime.keep
         return Footprint(
