@@ -1,0 +1,180 @@
+"""The arms of the ablations, as data: what is cropped, which blocks are skipped, what stands in for
+them. Sections and tables are those of PAPER.md's source, arXiv 2603.20755.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edge_dit.plan import trained_blocks
+
+CROPS: dict[str, Callable[[float, float], float]] = {
+    "resize": lambda sigma, chance: 1.0,
+    "low-to-high": lambda sigma, chance: sigma,
+    "high-to-low": lambda sigma, chance: 1.0 - sigma,
+    "random": lambda sigma, chance: chance,
+}
+"""(noise level, chance), both in [0, 1] -> (crop side - s_min) / (s_max - s_min). Eq. 1 is
+"low-to-high"; every crop is resized to s_min. A crop named "whole" is the whole image at s_max."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        title: its row in the tables.
+        source: where the paper has it.
+        crop: "whole" or one of `CROPS`.
+        skipped: share of the blocks without LoRA.
+        where: which blocks those are: "selected" (n*, m*) of the model's own selection, "drawn"
+            (n*, m*) of the paper's selector, "first", "last" or "middle".
+        stand_in: what stands in for the skipped blocks: "residual"; "nothing", so that a state
+            passes them as it is; or "blocks" - the blocks themselves, frozen.
+        patch: s_min of s_max; the paper's is one half.
+    """
+
+    title: str
+    source: str
+    crop: str = "low-to-high"
+    skipped: float = 0.0
+    where: str = "selected"
+    stand_in: str = "residual"
+    patch: float = 0.5
+
+    @property
+    def banked(self) -> bool:
+        """Whether blocks are left out, so that it trains on stored draws."""
+        return self.skipped > 0 and self.stand_in != "blocks"
+
+
+LARGE = 0.875
+"""Patch of the sample jobs; at the paper's one half tiny-sana sees a toy in 8 x 8 tokens."""
+NO_LORA = "base"
+"""The arm that is not trained."""
+ARMS: dict[str, Arm] = {
+    NO_LORA: Arm("base model", "", "whole"),
+    "full": Arm("full LoRA, full resolution", "Table 2, LoRA", "whole"),
+    "low-to-high": Arm("dynamic patch, low to high", "Eq. 1, Table 11"),
+    "resize": Arm("resize only", "Table 11", "resize"),
+    **{
+        name: arm
+        for percent in (30, 40, 50)
+        for name, arm in {
+            f"skip-{percent}": Arm(f"{percent} %, selected", "Table 2", skipped=percent / 100),
+            f"bare-{percent}": Arm(
+                f"{percent} %, selected, no residuals",
+                "Table 2",
+                skipped=percent / 100,
+                stand_in="nothing",
+            ),
+        }.items()
+    },
+    "first-50": Arm("50 %, first blocks", "Sec. 3.2, Table 4", skipped=0.5, where="first"),
+    "last-50": Arm("50 %, last blocks", "Sec. 3.2, Table 4", skipped=0.5, where="last"),
+    "skip-30-large": Arm("30 %, selected, larger patch", "", skipped=0.3, patch=LARGE),
+    "high-to-low": Arm("dynamic patch, high to low", "Table 11", "high-to-low"),
+    "random": Arm("random crop size", "Table 11", "random"),
+    "middle-50": Arm("50 %, middle blocks", "Hollowed Net", skipped=0.5, where="middle"),
+    **{
+        name: arm
+        for percent in (30, 40, 50)
+        for name, arm in {
+            f"drawn-{percent}": Arm(
+                f"{percent} %, selected by pictures",
+                "Sec. 3.2, Algorithm 1",
+                skipped=percent / 100,
+                where="drawn",
+            ),
+            f"drawn-bare-{percent}": Arm(
+                f"{percent} %, selected by pictures, no residuals",
+                "Sec. 3.2, Table 2",
+                skipped=percent / 100,
+                where="drawn",
+                stand_in="nothing",
+            ),
+        }.items()
+    },
+    "partial-50": Arm(
+        "partial LoRA, full resolution",
+        "SANA, partial LoRA",
+        "whole",
+        skipped=0.5,
+        stand_in="blocks",
+    ),
+    "low-to-high-large": Arm("low to high, larger patch", "", patch=LARGE),
+}
+"""In the order they run: those that the claims are about come first."""
+
+
+def lora_blocks(arm: Arm, layers: int, select: Callable[[int, bool], tuple[int, int]]) -> list[int]:
+    """Numbers of the blocks that carry LoRA, ascending.
+
+    Args:
+        arm: which.
+        layers: blocks of the model.
+        select: number of skipped blocks, and whether the paper's selector is asked -> (n, m),
+            skipped first and last ones.
+    """
+    k = round(arm.skipped * layers)
+    if arm.where == "middle":
+        first = (layers - k) // 2
+        return trained_blocks(layers, 0, 0, [(first, first + k)])
+    ends = {"first": (k, 0), "last": (0, k)}
+    chosen = arm.where in ("selected", "drawn")
+    head, tail = select(k, arm.where == "drawn") if chosen else ends[arm.where]
+    return trained_blocks(layers, head, tail)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement about paired differences, same subject and seed: ``better`` less ``worse``.
+
+    Attributes:
+        says: in words.
+        source: where the paper has it.
+        pairs: (better, worse) arms; every pair must hold.
+        margin: standard errors the difference must exceed; 0 for "at least as good".
+    """
+
+    says: str
+    source: str
+    pairs: tuple[tuple[str, str], ...]
+    margin: float
+
+
+CLAIMS = (
+    Claim(
+        "residuals beat no residuals at every ratio",
+        "Table 2",
+        tuple((f"skip-{percent}", f"bare-{percent}") for percent in (30, 40, 50)),
+        2.0,
+    ),
+    Claim(
+        "so they do with blocks selected by pictures, as the paper selects",
+        "Table 2",
+        tuple((f"drawn-{percent}", f"drawn-bare-{percent}") for percent in (30, 40, 50)),
+        2.0,
+    ),
+    Claim(
+        "the selected blocks are at least as good as first only and last only",
+        "Table 4",
+        (("skip-50", "first-50"), ("skip-50", "last-50")),
+        0.0,
+    ),
+    Claim(
+        "so are blocks selected by pictures, as the paper selects",
+        "Table 4",
+        (("drawn-50", "first-50"), ("drawn-50", "last-50")),
+        0.0,
+    ),
+    Claim(
+        "low to high is at least as good as plain resize",
+        "Table 11",
+        (("low-to-high", "resize"),),
+        0.0,
+    ),
+)
+SHARE_CLAIM = ("skip-30", "full", 0.98)
+"""The first arm improves on the base model by at least this share of what the second does."""

@@ -1,0 +1,110 @@
+"""Re-make the paper's ablations on a tiny checkpoint: train every arm, measure, tabulate.
+
+    python samples/reproduce/run.py --work DIR [--model tiny-sana|tiny-flux] [--subjects 4]
+        [--seeds 2] [--steps 200] [--only ARM ...] [--jobs 2]
+
+Every run - an arm, a subject, a seed - leaves DIR/MODEL/runs/<name>.json and .png; one that is
+there with the same settings is not repeated, so a stopped command goes on. In the end DIR/MODEL
+holds results.json, results.md and the figures (see tables.py), from all runs with these settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from arms import ARMS
+from experiment import Run, execute, how_selected, settings
+from subjects import subjects, write_subject
+from tables import collect, write_results
+
+from edge_dit.files import write_atomic, write_json
+
+SAMPLES = Path(__file__).resolve().parents[1]
+JOBS = {"tiny-sana": "sana.toml", "tiny-flux": "flux.toml"}
+
+
+def all_runs(
+    job: Path, work: Path, toys: int, seeds: int, steps: int, arms: Iterable[str]
+) -> list[Run]:
+    """Arm by arm; subjects are written to ``work``/subjects."""
+    folders = [work / "subjects" / name for name in list(subjects())[:toys]]
+    for folder in folders:
+        write_subject(folder.name, folder)
+    return [
+        Run(job, arm, folder, seed, steps)
+        for arm in arms
+        for folder in folders
+        for seed in range(seeds)
+    ]
+
+
+def is_done(run: Run, out: Path) -> bool:
+    """Whether the run's file is there, made with the same settings."""
+    try:
+        return json.loads((out / f"{run.name}.json").read_text())["settings"] == settings(run)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def perform(runs: list[Run], out: Path) -> list[str]:
+    """Execute what is missing of one arm's runs, side by side; the names of these."""
+    missing = [run for run in runs if not is_done(run, out)]
+    for run, (measured, pictures) in zip(missing, execute(missing) if missing else [], strict=True):
+        write_atomic(out / f"{run.name}.png", pictures)
+        about = {"arm": run.arm, "subject": run.subject.name, "seed": run.seed}
+        write_json(out / f"{run.name}.json", {**about, **measured, "settings": settings(run)})
+    return [run.name for run in missing]
+
+
+def perform_all(runs: list[Run], out: Path, jobs: int) -> None:
+    """`perform` every arm, ``jobs`` at a time, in order; a line for each with the minutes to go."""
+    arms = {run.arm: [r for r in runs if r.arm == run.arm] for run in runs}
+    context = multiprocessing.get_context("spawn")
+    begun = time.monotonic()
+    # Processes of one thread each are faster than threads on models this small.
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+        waiting = {pool.submit(perform, group, out): arm for arm, group in arms.items()}
+        for number, future in enumerate(as_completed(waiting), 1):
+            made = len(future.result())
+            left = (time.monotonic() - begun) / number * (len(arms) - number) / 60
+            print(
+                f"{waiting[future]}: {made} runs made, {number}/{len(arms)} arms, "
+                f"about {left:.0f} min to go",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="where results go")
+    parser.add_argument("--model", choices=JOBS, default="tiny-sana")
+    parser.add_argument("--subjects", type=int, default=4, choices=range(1, len(subjects()) + 1))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    asked = parser.parse_args()
+    work = asked.work.resolve() / asked.model
+    job = SAMPLES / JOBS[asked.model]
+    runs = all_runs(job, work, asked.subjects, asked.seeds, asked.steps, ARMS)
+    perform_all([run for run in runs if run.arm in asked.only], work / "runs", asked.jobs)
+    done = [run.name for run in runs if is_done(run, work / "runs")]
+    write_results(collect(done, work / "runs"), work, how_selected(job))
+    print(work / "results.md")
+
+
+if __name__ == "__main__":
+    main()
