@@ -53,9 +53,7 @@ class Runtime:
         tensors: as large as the block's largest, that are too.
         held: such tensors for every trained block.
         copies: of the LoRA.
-        flops: floating-point operations per second in a training step, once
-            the time for what it keeps is taken off.
-        keep: seconds a byte of kept activations costs, in elementwise work.
+        flops: floating-point operations per second in a training step.
     """
 
     anonymous: int
@@ -65,7 +63,6 @@ class Runtime:
     held: float
     copies: int
     flops: float
-    keep: float
 
 
 @dataclass(frozen=True)
@@ -90,10 +87,7 @@ class Profile:
     def at(self, gemm: float, name: str = "this machine") -> Profile:
         """A machine of the same kind whose large matrix products run at ``gemm``."""
         faster = gemm / self.gemm
-        runtimes = {
-            kind: replace(r, flops=r.flops * faster, keep=r.keep / faster)
-            for kind, r in self.runtimes.items()
-        }
+        runtimes = {kind: replace(r, flops=r.flops * faster) for kind, r in self.runtimes.items()}
         return Profile(name, gemm, runtimes)
 
 
@@ -101,11 +95,11 @@ REFERENCE = Profile(
     "a 2-core x86 machine with AVX2",
     gemm=80e9,
     runtimes={
-        "onnx": Runtime(58 * MB, 43 * MB, 0.6, 1.9, 1.4, 7, 75e9, 1.2e-9),
-        "onnx:recompute": Runtime(58 * MB, 43 * MB, 0.2, 2.5, 1.6, 7, 51e9, 1.1e-9),
-        "onnx:streamed": Runtime(61 * MB, 43 * MB, 0.53, 3.4, 0, 7, 37e9, 1.7e-9),
-        "ort-training": Runtime(54 * MB, 43 * MB, 0.0, 1.2, 1.6, 7, 66e9, 1.1e-9),
-        "executorch": Runtime(290 * MB, 128 * MB, 0.25, 2.6, 0, 8, 58e9, 5.8e-9),
+        "onnx": Runtime(58 * MB, 43 * MB, 0.6, 1.9, 1.4, 7, 56e9),
+        "onnx:recompute": Runtime(58 * MB, 43 * MB, 0.2, 2.5, 1.6, 7, 42e9),
+        "onnx:streamed": Runtime(61 * MB, 43 * MB, 0.53, 3.4, 0, 7, 32e9),
+        "ort-training": Runtime(54 * MB, 43 * MB, 0.0, 1.2, 1.6, 7, 54e9),
+        "executorch": Runtime(290 * MB, 128 * MB, 0.25, 2.6, 0, 8, 28.5e9),
     },
 )
 """Where the figures of README were measured; Python's own share is in it."""
@@ -218,12 +212,11 @@ class Footprints:
         tensors = runtime.tensors + runtime.held * len(trained)
         activations = kept + runtime.share * block + tensors * largest
         held = activations + unmapped + runtime.copies * lora + cost.bank_bytes
-        seconds = cost.flops / runtime.flops + activations * runtime.keep
         return Footprint(
             anonymous=int(runtime.anonymous + held),
             file=runtime.file + mapped,
             bundle=stored + lora,
             draw=cost.bank_bytes // (2 if self.bank == "float16" else 1),
             flops=cost.flops,
-            seconds=seconds,
+            seconds=cost.flops / runtime.flops,
         )
