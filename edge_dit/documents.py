@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,10 +94,10 @@ def validated(path: Path, kind: TypeAdapter[T], raw: Any, remedy: str) -> T:
 def read_whole(path: Path) -> bytes:
     """A file of at most `LIMIT` bytes."""
     with open_regular(path) as file:
-        data = file.read(LIMIT + 1)
-    if len(data) > LIMIT:
-        raise ValueError(f"larger than {LIMIT} bytes")
-    return data
+        size = os.fstat(file.fileno()).st_size
+        if size > LIMIT:
+            raise ValueError(f"larger than {LIMIT} bytes")
+        return file.read(size)  # as much is reserved beforehand
 
 
 def parse_json(data: bytes) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from edge_dit.bundle import TARGETS
+from edge_dit.documents import read_whole
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.text import bytes_of, seconds_of
 
@@ -104,16 +106,18 @@ def read_job(path: Path) -> Job:
         BadInput: unreadable, not TOML, or (as `ManyFaults`) every fault with its line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_whole(path).decode("utf-8")
+    except (OSError, ValueError) as error:
         found = "no such file" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
         raise BadInput(
             path, found=found, expected="a job file (TOML)", remedy="see samples/sana.toml"
         ) from None
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # tomllib's own, or a number of thousands of digits
         raise BadInput(path, found=f"not valid TOML: {error}") from None
+    except RecursionError:
+        raise BadInput(path, found="nested too deep", expected="a job file (TOML)") from None
     faults: list[BadInput] = []
     job = None
     try:
@@ -133,7 +137,7 @@ def _fault(path: Path, text: str, detail: Any) -> BadInput:
     found = {
         "extra_forbidden": f"unknown key {'.'.join(keys)}",
         "missing": f"{'.'.join(keys)} is missing",
-    }.get(detail["type"], f"{'.'.join(keys)} = {detail['input']!r}")
+    }.get(detail["type"], f"{'.'.join(keys)} = {reprlib.repr(detail['input'])}")
     expected = "" if detail["type"] in REMEDIES else detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
         expected = f"one of {', '.join(_known_keys(keys[:-1]))}"
@@ -230,7 +234,7 @@ def _paths(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
     ):
         value = raw.get(section)
         value = value.get(key) if isinstance(value, dict) else None
-        if isinstance(value, str) and not (path.parent / value).is_dir():
+        if isinstance(value, str) and not _is_folder(path.parent / value):
             faults.append(
                 BadInput(
                     _place(path, text, [section, key]),
@@ -240,3 +244,11 @@ def _paths(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
                 )
             )
     return faults
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a folder is there; a name that no folder can have is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False

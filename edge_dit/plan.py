@@ -9,13 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_dit.adamw import AdamW
 from edge_dit.bank import Dtype
 from edge_dit.bundle import Optimizer
+from edge_dit.documents import parse_json, read_whole
 from edge_dit.errors import BadInput, ManyFaults, require
 from edge_dit.families import detect, family_of
 from edge_dit.files import sha256
@@ -24,6 +25,8 @@ from edge_dit.job import Job
 from edge_dit.selection import Selection, find_selection
 
 SCHEMA = 1
+Natural = Annotated[int, Field(ge=0, lt=2**31)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 HEAD_SHARE = 2 / 3
 """Share of the skipped blocks taken from the front when a job gives only a ratio.
 
@@ -61,26 +64,26 @@ class Plan(BaseModel):
         recompute: whether the onnx target gets the recomputing layout too.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     schema_version: int = SCHEMA
     family: str
     model: Path
     model_hash: str
-    layers: int
-    head_skip: int
-    tail_skip: int
-    inner_skips: list[tuple[int, int]] = []
-    s_min: int
-    s_max: int
-    multiple: int
-    text_tokens: int
-    rank: int
-    alpha: float
+    layers: Positive
+    head_skip: Natural
+    tail_skip: Natural
+    inner_skips: list[tuple[Natural, Natural]] = []
+    s_min: Positive
+    s_max: Positive
+    multiple: Positive
+    text_tokens: Positive
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
     lora_targets: list[str]
     optimizer: Optimizer
-    steps: int
-    draws: int
-    seed: int
+    steps: Positive
+    draws: Positive
+    seed: Natural
     targets: list[str]
     layout: str = ""
     weights: str = "float32"
@@ -334,7 +337,7 @@ def read_plan(path: Path) -> Plan:
     """
     remedy = "make it: edge-dit plan JOB -o plan.json"
     try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        raw: Any = parse_json(read_whole(path))
     except FileNotFoundError:
         raise BadInput(path, found="no such file", expected="a plan", remedy=remedy) from None
     except (OSError, ValueError) as error:

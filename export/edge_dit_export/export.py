@@ -9,9 +9,17 @@ from typing import Any
 
 from edge_dit.adamw import AdamW
 from edge_dit.adapter import write_adapter
-from edge_dit.bundle import ADAPTER, MANIFEST, SCHEMA, FileSpec, Manifest, TensorSpec
+from edge_dit.bundle import (
+    ADAPTER,
+    MANIFEST,
+    SCHEMA,
+    FileSpec,
+    Manifest,
+    TensorSpec,
+    write_manifest,
+)
 from edge_dit.errors import require
-from edge_dit.files import sha256, whole_folder, write_json
+from edge_dit.files import sha256, whole_folder
 from edge_dit.patch_sampler import PatchSampler
 from edge_dit.pipeline import quiet
 from edge_dit.plan import Plan
@@ -111,7 +119,7 @@ def export(plan: Plan, folder: Path, targets: list[str], check: bool = True) -> 
             tools={"edge-dit": importlib.metadata.version("edge-dit"), **tools},
             files=_files(building),
         )
-        write_json(building / MANIFEST, manifest.model_dump(mode="json"))
+        write_manifest(building, manifest)
     return manifest
 
 

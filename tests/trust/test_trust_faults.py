@@ -1,4 +1,4 @@
-"""Every row of docs/FAULTS.md, provoked for real: what the user is told, and what stays intact."""
+"""Every row of FAULTS.md, provoked for real: what the user is told, and what stays intact."""
 
 import contextlib
 import errno
