@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 STAGES = ("precompute", "train", "adapter", "export")
@@ -96,7 +97,12 @@ def run_precompute(world: World, out: Path) -> None:
     from edge_dit.plan import read_plan
 
     plan_index = module.plan_index
-    module.plan_index = lambda *arguments: replace(plan_index(*arguments), shard=SHARD)
+
+    def small_shards(*arguments: Any) -> Any:
+        index, objective = plan_index(*arguments)
+        return replace(index, shard=SHARD), objective
+
+    module.plan_index = small_shards
     job, plan = read_job(world.path("job.toml")), read_plan(world.path("plan.json"))
     images = read_folder(job.data.images, job.data.prompt, plan.s_max)
     module.precompute(plan, images, out)
