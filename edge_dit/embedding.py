@@ -57,8 +57,12 @@ class Embedder:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """Mean of D over pairs of unit vectors [N, D]: 0 for equal pictures, 1 for unrelated ones."""
-    return float((1 - (one * other).sum(dim=1)).mean())
+    """Mean of D over pairs of unit vectors [N, D]: 0 for equal pictures, 1 for unrelated ones.
+
+    1 - cos is half the squared difference of unit vectors; computed so, pictures that are nearly
+    equal keep their distance, where 1 - cos would round to 0.
+    """
+    return float((one - other).square().sum(dim=1).mean() / 2)
 
 
 def embedder(where: str | None, pipeline: Any) -> Embedder:

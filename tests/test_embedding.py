@@ -145,7 +145,7 @@ def test_another_kind_of_model_is_refused(tmp_path):
 
 
 def test_what_is_neither_folder_nor_on_the_hub_is_refused(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BadInput, match="cannot load"):
         embedder("nobody/nothing-of-this-name", None)
     with pytest.raises(BadInput, match="cannot load"):
