@@ -34,6 +34,7 @@ from edge_dit.execution import EXECUTIONS, Execution, execution_of
 from edge_dit.families import family_of
 from edge_dit.families.family import Family
 from edge_dit.footprint import Footprint, Footprints, Profile
+from edge_dit.limits import Limits
 from edge_dit.plan import Plan
 from edge_dit.selection import Selection
 from edge_dit.text import size
@@ -47,21 +48,6 @@ PATCHES = (1.0, 0.75, 0.5)
 """Of the patch asked for."""
 RANKS = (1.0, 0.5, 0.25)
 """Of the rank asked for."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a device has to spare.
-
-    Attributes:
-        ram: bytes of memory of a training process, anonymous and of files.
-        flash: bytes of bundle and bank.
-        seconds: of a step.
-    """
-
-    ram: float = inf
-    flash: float = inf
-    seconds: float = inf
 
 
 @dataclass(frozen=True)
@@ -194,7 +180,7 @@ class Choice:
     def in_words(self) -> list[str]:
         """What was given up for the budget, and what the next GiB would buy."""
         lines = [
-            f"best of {self.looked_at} plans within {_limits_in_words(self.limits)}: expected to "
+            f"best of {self.looked_at} plans within {self.limits.in_words()}: expected to "
             f"keep {self.best.quality:.1%} of what full LoRA learns",
             f"  {_candidate_in_words(self.best)}",
         ]
@@ -243,7 +229,7 @@ def _nothing_fits(space: Space, everything: list[Candidate], limits: Limits) -> 
             remedies.append(f"{said} ({_candidate_in_words(least)})")
     return BadInput(
         "budget",
-        found=f"no plan fits {_limits_in_words(limits)}",
+        found=f"no plan fits {limits.in_words()}",
         expected="a budget that some plan fits",
         remedy="give " + ", or ".join(remedies) if remedies else "raise several limits together",
     )
@@ -262,17 +248,6 @@ def differences(one: Option, other: Option) -> list[str]:
 
 def _skipped(option: Option) -> str:
     return f"{option.head_skip}+{option.tail_skip}"
-
-
-def _limits_in_words(limits: Limits) -> str:
-    words = []
-    if limits.ram < inf:
-        words.append(f"{size(limits.ram)} of memory")
-    if limits.flash < inf:
-        words.append(f"{size(limits.flash)} of flash")
-    if limits.seconds < inf:
-        words.append(f"{limits.seconds:g} s a step")
-    return " and ".join(words) or "no limits"
 
 
 def _candidate_in_words(candidate: Candidate) -> str:

@@ -232,7 +232,7 @@ def plan(
 
 def budget(ram: str | None, flash: str | None, step_time: str | None) -> Any:
     """The limits that options give, or None."""
-    from edge_dit.budget import Limits
+    from edge_dit.limits import Limits
     from edge_dit.text import bytes_of, seconds_of
 
     asked = {

@@ -6,7 +6,6 @@ file: not in the bundle, which could bring a forged memory along.
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from edge_dit.bundle import ADAPTER, Manifest, is_plain_name
 from edge_dit.documents import parse_json, read_whole
 from edge_dit.errors import BadInput, ManyFaults
-from edge_dit.files import sha256, write_json
+from edge_dit.files import cache_folder, sha256, write_json
 from edge_dit.onnx_external import external_locations
 
 REMEDY = "copy the bundle again, or export it again"
@@ -147,5 +146,4 @@ class _Memory:
 
 
 def _memory_file() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache"
-    return Path(home).expanduser() / "edge-dit" / "hashes.json"
+    return cache_folder() / "hashes.json"

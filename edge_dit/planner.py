@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from edge_dit.errors import BadInput
 from edge_dit.images import read_folder
 from edge_dit.job import Job
+from edge_dit.limits import NO_LIMITS, Limits
 from edge_dit.plan import Plan, choose_split, make_plan, size_faults
 from edge_dit.selection import Selection, cache_file, find_selection, write_selection
 from edge_dit.text import size
 
 if TYPE_CHECKING:
-    from edge_dit.budget import Choice, Limits
+    from edge_dit.budget import Choice
     from edge_dit.footprint import Footprint, Profile
 
 MEASURED = Path(__file__).with_name("measured.json")
@@ -87,7 +88,7 @@ def plan_job(
     Raises:
         BadInput: faults of the job; a ratio beside a budget; or nothing fits the budget.
     """
-    from edge_dit.budget import Limits, executions_of, plan_within
+    from edge_dit.budget import executions_of, plan_within
     from edge_dit.footprint import calibrated
 
     asked = job.plan
@@ -208,7 +209,7 @@ def report_on(job: Job, planned: Planned, path: Path) -> None:
         model=plan.model.name,
         plan=plan,
         expected=expected,
-        budget=report.Budget(**vars(planned.limits)) if planned.limits else report.Budget(),
+        budget=planned.limits or NO_LIMITS,
         reasons=[line.strip() for line in planned.in_words()],
         selection=planned.selection,
         memory=report.memory_by_role(plan, planned.selection),

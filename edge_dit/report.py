@@ -22,6 +22,7 @@ from edge_dit.errors import missing_extra, require
 from edge_dit.files import write_atomic
 from edge_dit.images import Captioned
 from edge_dit.inspect import in_runs
+from edge_dit.limits import NO_LIMITS, Limits
 from edge_dit.plan import Plan, choose_split
 from edge_dit.sampler import Crop
 from edge_dit.selection import Selection
@@ -69,21 +70,6 @@ class Expected:
     file: int
     flash: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the plan had to fit; infinite where nothing was asked.
-
-    Attributes:
-        ram: bytes of a training process, anonymous and of files.
-        flash: bytes of bundle and bank.
-        seconds: of a step.
-    """
-
-    ram: float = inf
-    flash: float = inf
-    seconds: float = inf
 
 
 @dataclass(frozen=True)
@@ -160,7 +146,7 @@ class Page:
     model: str
     plan: Plan
     expected: Sequence[Expected] = ()
-    budget: Budget = Budget()
+    budget: Limits = NO_LIMITS
     reasons: Sequence[str] = ()
     selection: Selection | None = None
     memory: Sequence[tuple[str, Mapping[str, int]]] = ()

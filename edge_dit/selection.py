@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal, Self
 
@@ -20,6 +19,7 @@ from pydantic import model_validator as validator
 
 from edge_dit.documents import read_document, validated, write_document
 from edge_dit.errors import BadInput
+from edge_dit.files import cache_folder
 
 SCHEMA = 1
 NAME = "selection.json"
@@ -106,8 +106,7 @@ def read_selection(path: Path) -> Selection:
 
 def cache_file(model_hash: str) -> Path:
     """Where the selection of a model is kept on this machine."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "edge-dit" / "selection" / f"{model_hash}.json"
+    return cache_folder() / "selection" / f"{model_hash}.json"
 
 
 def write_selection(selection: Selection, path: Path | None = None) -> Path:

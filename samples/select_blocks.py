@@ -2,8 +2,9 @@
 
     python samples/select_blocks.py WORK    # an hour on two cores; goes on where it stopped
 
-By generation, as the paper does, on the quickstart's toy and one of samples/reproduce; WORK also
-gets what the two selectors without generation find. Prints how far each agrees.
+By loss with the ends frozen, on the quickstart's toy and one of samples/reproduce. What the paper's
+selector and the one by loss with masked text find goes to samples/reproduce/selections, for the
+ablations. Prints how far each agrees.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ def main(work: Path) -> None:
     drawn = select_by_generation(
         plan, subjects, work, steps=STEPS, prompts=PROMPTS, seeds=list(SEEDS)
     )
-    write_selection(drawn, ROOT / "tiny-sana" / NAME)
+    write_selection(drawn, ROOT / "reproduce" / "selections" / "tiny-sana.json")
     by_loss = []
     for frozen in (False, True):
         found = select_by_loss(plan, subjects, work, frozen=frozen, steps=STEPS)
-        write_selection(found, work / f"{found.method}.json")
+        others = ROOT / "reproduce" / "selections" / f"{found.method}.json"
+        write_selection(found, ROOT / "tiny-sana" / NAME if frozen else others)
         by_loss.append(found)
     for found in (drawn, *by_loss):
         print(found.method, f"{found.seconds:.0f} s")

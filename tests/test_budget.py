@@ -14,7 +14,6 @@ from edge_dit.budget import (
     MARGIN,
     TIME_MARGIN,
     Asked,
-    Limits,
     Space,
     choose,
     executions_of,
@@ -35,6 +34,7 @@ from edge_dit.footprint import (
     write_profile,
 )
 from edge_dit.job import read_job
+from edge_dit.limits import Limits
 from edge_dit.plan import make_plan, read_plan
 from edge_dit.planner import plan_job
 from edge_dit.selection import write_selection

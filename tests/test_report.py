@@ -22,8 +22,8 @@ from edge_dit.report import (
     LETTERS,
     ROLES,
     SIGMAS,
-    Budget,
     Expected,
+    Limits,
     Measured,
     Page,
     memory_by_role,
@@ -89,7 +89,7 @@ def page() -> Page:
         model="tiny",
         plan=PLAN,
         expected=[Expected("onnx:streamed:int8", 70 * MIB, 45 * MIB, 250 * MIB, 1.5)],
-        budget=Budget(ram=200 * MIB),
+        budget=Limits(ram=200 * MIB),
         reasons=["given up for it: rank 16 -> 6", "1 GiB more would buy 97.1%"],
         selection=SELECTION,
         memory=[
@@ -262,7 +262,7 @@ def test_tells_the_plan(read):
 
 
 def test_without_a_budget_there_is_no_line_for_it(page):
-    assert not Reader(render(replace(page, budget=Budget()))).all("tfoot")
+    assert not Reader(render(replace(page, budget=Limits()))).all("tfoot")
 
 
 def test_strip_shows_every_block():
