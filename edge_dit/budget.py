@@ -7,7 +7,9 @@ more of what LoRA on all blocks at full resolution and rank would learn:
     quality = (1 - skipped) (1 - patch) (1 - rank) (1 - weights)
 
     skipped   of a measured selection: (head[n] + tail[m]) / head[L], the share of the tuning's
-              effect that lies in the skipped blocks (`edge_dit.selection`); without one:
+              effect that lies in the skipped blocks (`edge_dit.selection`); where a run between
+              trained blocks was measured to be better, that of the best head and tail of as many
+              blocks less what was gained; without a selection:
               1.47 (n / L)^4 + 5.49 (m / L)^4, which meets the paper's FLUX ablation at 50 %: first
               only 9.2 %, last only 34.4 % of DINO lost, and its selected split 2.4 % (Table 2)
     patch     0.02 (1 - s_min / s_max): 1 % at half the side (Table 2: DINO 0.7253 of 0.7324)
@@ -35,7 +37,7 @@ from edge_dit.families import family_of
 from edge_dit.families.family import Family
 from edge_dit.footprint import Footprint, Footprints, Profile
 from edge_dit.limits import Limits
-from edge_dit.plan import Plan
+from edge_dit.plan import Plan, trained_blocks
 from edge_dit.selection import Selection
 from edge_dit.text import size
 
@@ -59,6 +61,7 @@ class Option:
         s_min: pixels.
         rank: of the LoRA.
         execution: how it would train.
+        inner_skips: runs [first, end) skipped between trained blocks.
     """
 
     head_skip: int
@@ -66,6 +69,7 @@ class Option:
     s_min: int
     rank: int
     execution: Execution
+    inner_skips: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,35 +114,46 @@ class Space:
     head: int | None = None
     tail: int | None = None
 
-    def lost(self, head_skip: int, tail_skip: int) -> float:
+    def splits(self) -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
+        """Every (n, m), and those with a run between that were measured to be better."""
+        for head in range(self.layers):
+            for tail in range(self.layers - head):
+                yield head, tail, ()
+        for split in self.selection.between if self.selection else ():
+            if split.better:
+                yield split.head_skip, split.tail_skip, (split.run,)
+
+    def lost(
+        self, head_skip: int, tail_skip: int, inner_skips: Sequence[tuple[int, int]] = ()
+    ) -> float:
         """Share of full LoRA's effect lost with the skipped blocks, see the module."""
         if self.selection is None:
             head, tail = head_skip / self.layers, tail_skip / self.layers
             return 1.47 * head**4 + 5.49 * tail**4
-        whole = self.selection.head[self.layers]
-        return min(1.0, max(0.0, self.selection.score(head_skip, tail_skip) / whole))
+        score = self.selection.score(head_skip, tail_skip, inner_skips)
+        return min(1.0, max(0.0, score / self.selection.head[self.layers]))
 
     def quality(self, option: Option) -> float:
         """See the module."""
-        kept = 1 - self.lost(option.head_skip, option.tail_skip)
+        kept = 1 - self.lost(option.head_skip, option.tail_skip, option.inner_skips)
         patch = 1 - PATCH_LOSS * (1 - option.s_min / self.s_max)
         rank = 1 - RANK_LOSS * log2(self.ranks[0] / option.rank)
         return kept * patch * rank * (1 - WEIGHTS_LOSS[option.execution.dtype])
 
     def options(self) -> Iterator[Option]:
         """Every combination."""
-        for head in range(self.layers) if self.head is None else [self.head]:
-            for tail in range(self.layers - head):
-                if self.tail not in (None, tail):
-                    continue
-                for patch in self.patches:
-                    for rank in self.ranks:
-                        for execution in self.executions:
-                            yield Option(head, tail, patch, rank, execution)
+        for head, tail, inner in self.splits():
+            if self.head not in (None, head) or self.tail not in (None, tail):
+                continue
+            for patch in self.patches:
+                for rank in self.ranks:
+                    for execution in self.executions:
+                        yield Option(head, tail, patch, rank, execution, inner)
 
     def candidate(self, option: Option) -> Candidate:
         """An option with its footprint and quality."""
-        trained = range(option.head_skip, self.layers - option.tail_skip)
+        ends = self.layers, option.head_skip, option.tail_skip
+        trained = tuple(trained_blocks(*ends, option.inner_skips))
         footprints = self.patches[option.s_min]
         found = footprints.of(trained, option.rank, option.execution)
         return Candidate(option, found, self.quality(option))
@@ -247,14 +262,17 @@ def differences(one: Option, other: Option) -> list[str]:
 
 
 def _skipped(option: Option) -> str:
-    return f"{option.head_skip}+{option.tail_skip}"
+    return f"{option.head_skip}+{option.tail_skip}" + "".join(
+        f"+[{first}, {end})" for first, end in option.inner_skips
+    )
 
 
 def _candidate_in_words(candidate: Candidate) -> str:
     option, found = candidate.option, candidate.footprint
+    between = "".join(f", [{first}, {end}) between" for first, end in option.inner_skips)
     return (
-        f"{option.execution}, skip {option.head_skip} before and {option.tail_skip} after, patch "
-        f"{option.s_min} px, rank {option.rank}: {size(found.anonymous)} anonymous and "
+        f"{option.execution}, skip {option.head_skip} before and {option.tail_skip} after{between}"
+        f", patch {option.s_min} px, rank {option.rank}: {size(found.anonymous)} anonymous and "
         f"{size(found.file)} of files, {found.seconds:.2g} s a step"
     )
 
@@ -363,7 +381,7 @@ def plan_within(
     update = {
         "head_skip": option.head_skip,
         "tail_skip": option.tail_skip,
-        "inner_skips": [],
+        "inner_skips": list(option.inner_skips),
         "s_min": option.s_min,
         "rank": option.rank,
         "alpha": plan.alpha * option.rank / plan.rank,

@@ -267,7 +267,7 @@ def cost_of_config(
     public = public_config(name)
     family, config = family_of(public.family), public.config
     layers = len(family.block_names(config))
-    head, tail, faults = choose_split(layers, skip_ratio, head_skip, tail_skip)
+    head, tail, _, faults = choose_split(layers, skip_ratio, head_skip, tail_skip)
     patch = public.patch if patch is None else patch
     faults += size_faults({"--patch": patch}, public.multiple)
     if faults:

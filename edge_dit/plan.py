@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -149,40 +149,54 @@ def split(layers: int, skip_ratio: float) -> tuple[int, int]:
     return head, skipped - head
 
 
+class Split(NamedTuple):
+    """Which blocks are skipped, see `Plan`, and what is wrong with that."""
+
+    head_skip: int
+    tail_skip: int
+    inner_skips: list[tuple[int, int]]
+    faults: list[BadInput]
+
+
 def choose_split(
     layers: int,
     skip_ratio: float | None,
     head_skip: int | None,
     tail_skip: int | None,
     selection: Selection | None = None,
-) -> tuple[int, int, list[BadInput]]:
-    """(head_skip, tail_skip, faults): the ratio's split (default one half), where the two ends are
-    not given.
+    inner_skips: Sequence[tuple[int, int]] = (),
+) -> Split:
+    """The ratio's split (default one half), where the two ends are not given.
 
     Args:
         layers: blocks of the model.
         skip_ratio: share of them to skip.
         head_skip: overrides the split's n.
         tail_skip: overrides the split's m.
-        selection: of the model; it decides where the ratio alone would not.
+        selection: of the model; it decides where the ratio alone would not, and may propose a run
+            between trained blocks where nothing is given.
+        inner_skips: runs that are given.
     """
     ratio = 0.5 if skip_ratio is None else skip_ratio
-    skipped = round(layers * ratio)
+    skipped, inner = round(layers * ratio), list(inner_skips)
     if selection is not None and skipped < layers:
         head, tail = selection.best(skipped)
+        better = selection.proposed(skipped)
+        if better and head_skip is None and tail_skip is None and not inner:
+            head, tail, inner = better.head_skip, better.tail_skip, [better.run]
     else:
         head, tail = split(layers, ratio)
     head = head if head_skip is None else head_skip
     tail = tail if tail_skip is None else tail_skip
     if head + tail < layers:
-        return head, tail, []
+        return Split(head, tail, inner, [])
     fault = BadInput(
         "plan",
         found=f"head_skip {head} + tail_skip {tail} leave no block to train",
         expected=f"less than the model's {layers} blocks",
         remedy="skip fewer blocks",
     )
-    return head, tail, [fault]
+    return Split(head, tail, [], [fault])
 
 
 def make_plan(
@@ -213,7 +227,10 @@ def make_plan(
         head_skip, tail_skip = job.plan.head_skip, job.plan.tail_skip
     digest = model_hash(job.model.path)
     selection, _ = find_selection(job.model.path, digest)
-    head, tail, faults = choose_split(facts.layers, ratio, head_skip, tail_skip, selection)
+    # A split given by hand overrides the job's, its runs between trained blocks too.
+    given = [] if explicit else job.plan.inner_skips
+    chosen = choose_split(facts.layers, ratio, head_skip, tail_skip, selection, given)
+    head, tail, inner, faults = chosen
     sizes = {"train.patch": job.train.patch, "train.resolution": job.train.resolution}
     faults += size_faults(sizes, facts.multiple)
     from edge_dit.checkpoint import meta_model
@@ -229,8 +246,6 @@ def make_plan(
     )
     if job.train.lora_targets:
         faults += _target_faults(lora_targets, list(known))
-    # A split given by hand overrides the job's, its inner runs too.
-    inner = [] if explicit else job.plan.inner_skips
     if not faults:
         faults += _run_faults(inner, head, facts.layers - tail)
     trained = trained_blocks(facts.layers, head, tail, inner)

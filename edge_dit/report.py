@@ -232,7 +232,7 @@ def memory_by_role(
     every = range(plan.layers)
     bars = [(f"full LoRA, {plan.s_max} px", by_role(whole.cost(every, plan.rank)))]
     for ratio in RATIOS:
-        head, tail, _ = choose_split(plan.layers, ratio, None, None, selection)
+        head, tail, *_ = choose_split(plan.layers, ratio, None, None, selection)
         cost = patch.cost(every[head : plan.layers - tail], plan.rank)
         bars.append((f"paper: {ratio:.0%} skipped, {plan.s_min} px", by_role(cost)))
     return [*bars, ("this plan", by_role(patch.cost(plan.trained, plan.rank)))]

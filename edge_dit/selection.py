@@ -2,6 +2,7 @@
 
     (n*, m*) = argmin over n + m = k of head[n] + tail[m]
 
+and, where it was measured to be better, of splits that skip a run between trained blocks as well.
 `edge_dit.selectors` measures. A selection belongs to a model, not to a job; it is looked for
 
     MODEL/selection.json                                            a model that ships its own
@@ -10,21 +11,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, TypeAdapter
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Strict,
+    TypeAdapter,
+)
 from pydantic import model_validator as validator
 
 from edge_dit.documents import read_document, validated, write_document
 from edge_dit.errors import BadInput
 from edge_dit.files import cache_folder
 
-SCHEMA = 1
+SCHEMA = 2
+"""2 added `between`; files of 1 are read."""
 NAME = "selection.json"
 REMEDY = "select again, or remove it"
 Method = Literal["generation", "loss-masked", "loss-frozen"]
+
+
+class Between(BaseModel):
+    """A split with a run skipped between trained blocks, against the best head and tail of as many.
+
+    Attributes:
+        head_skip, tail_skip: n and m.
+        run: first block of the run, and the one behind its last.
+        gain: by how much less it loses, mean over the measured images; losses are of the split as a
+            whole, not of its parts in sum.
+        error: standard error of the gain over these images.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    head_skip: NonNegativeInt
+    tail_skip: NonNegativeInt
+    run: Annotated[tuple[PositiveInt, PositiveInt], Strict(False)]  # JSON has lists
+    gain: FiniteFloat = 0.0
+    error: FiniteFloat = 0.0
+
+    @property
+    def skipped(self) -> int:
+        """k, blocks in all."""
+        return self.head_skip + self.tail_skip + self.run[1] - self.run[0]
+
+    @property
+    def better(self) -> bool:
+        """Whether it gains more than two standard errors."""
+        return self.gain > 2 * self.error
 
 
 class Selection(BaseModel):
@@ -44,6 +84,8 @@ class Selection(BaseModel):
             or an increase of the loss; head[0] is 0.
         tail: likewise by number m of trailing blocks.
         seconds: that measuring took.
+        between: for every k the best that was measured of splits with a run between trained blocks,
+            better or not; empty where none was.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -61,6 +103,7 @@ class Selection(BaseModel):
     head: list[FiniteFloat]
     tail: list[FiniteFloat]
     seconds: FiniteFloat
+    between: list[Between] = []
 
     @validator(mode="after")
     def _is_whole(self) -> Self:
@@ -71,11 +114,28 @@ class Selection(BaseModel):
                 raise ValueError(f"{name}[0] is {values[0]}, though nothing is skipped there")
         if not self.subjects:
             raise ValueError("no subject was measured")
+        for split in self.between:
+            first, end = split.run
+            if not split.head_skip < first < end < self.layers - split.tail_skip:
+                raise ValueError(f"no trained block on a side of the run [{first}, {end}]")
+        if len({split.skipped for split in self.between}) < len(self.between):
+            raise ValueError("two splits with a run between skip as many blocks")
         return self
 
-    def score(self, head_skip: int, tail_skip: int) -> float:
-        """head[n] + tail[m] (Eq. 2)."""
-        return self.head[head_skip] + self.tail[tail_skip]
+    def score(
+        self, head_skip: int, tail_skip: int, inner_skips: Sequence[tuple[int, int]] = ()
+    ) -> float:
+        """head[n] + tail[m] (Eq. 2). With a run between trained blocks: that of the best head and
+        tail of as many blocks, less what the run was measured to gain.
+
+        Raises:
+            ValueError: the run was not measured.
+        """
+        if not inner_skips:
+            return self.head[head_skip] + self.tail[tail_skip]
+        asked = head_skip, tail_skip, *inner_skips
+        (found,) = (s for s in self.between if (s.head_skip, s.tail_skip, s.run) == asked)
+        return self.score(*self.best(found.skipped)) - found.gain
 
     def splits(self, skipped: int) -> list[tuple[int, int]]:
         """Every (n, m) with n + m = k, ascending in n.
@@ -92,6 +152,25 @@ class Selection(BaseModel):
         head is exact, a tail residual is not (PAPER sec. 2).
         """
         return min(self.splits(skipped), key=lambda split: (self.score(*split), -split[0]))
+
+    def proposed(self, skipped: int) -> Between | None:
+        """The split of k blocks to take instead of `best`, where one was measured to be better."""
+        return next((s for s in self.between if s.skipped == skipped and s.better), None)
+
+    def in_words(self) -> str:
+        """What was found of runs between trained blocks; empty where none was tried."""
+        if not self.between:
+            return ""
+        better = [split for split in self.between if split.better]
+        told = ", ".join(
+            f"k = {s.skipped}: {s.head_skip} before, [{s.run[0]}, {s.run[1]}) between, "
+            f"{s.tail_skip} after, by {s.gain:.2g} ± {s.error:.1g}"
+            for s in better
+        )
+        tried = (
+            f"a run between trained blocks was measured for {len(self.between)} numbers of blocks"
+        )
+        return f"{tried}: better than head and tail for " + (told or "none")
 
 
 def read_selection(path: Path) -> Selection:

@@ -9,7 +9,9 @@ measured by itself, so that one run serves every n + m = k:
     loss-frozen   what skipping those blocks would lose of the tuning: the loss when the first n
                   blocks go without their LoRA (their output is the stored entry state), or when the
                   last m are replaced by the base model's residual (Eq. 3), less the tuned loss. At
-                  n = L and at m = L nothing is left of the tuning.
+                  n = L and at m = L nothing is left of the tuning. Then, for every k, the likeliest
+                  splits that also skip a run between trained blocks are measured as a whole beside
+                  the best head and tail of as many blocks, see `_candidates`.
 
 Losses are those of `edge_dit.evaluate.heldout_loss`: `LEVELS` noise levels for every image,
 unweighted, of held-out images where a subject has some; else of its training images under noise
@@ -19,8 +21,9 @@ that tuning did not see.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,11 +42,11 @@ from edge_dit.families.family import State
 from edge_dit.images import Captioned
 from edge_dit.masking import text_masked
 from edge_dit.pipeline import load_pipeline
-from edge_dit.plan import Plan, check_model
+from edge_dit.plan import Plan, check_model, trained_blocks
 from edge_dit.progress import bar
 from edge_dit.reference import objective_of
-from edge_dit.selection import Selection
-from edge_dit.subgraph import add_lora, lora_modules, lora_name, remove_lora
+from edge_dit.selection import Between, Selection
+from edge_dit.subgraph import add_lora, difference, lora_modules, lora_name, remove_lora
 from edge_dit.tensors import TensorFile, write_tensors
 
 UNSEEN = 1_000_000
@@ -53,8 +56,12 @@ PROMPTS = 2
 SEEDS = (1, 2)
 """Of the pictures of a prompt, by default."""
 
-Ends = tuple[list[float], list[float]]
-"""head[0..L] and tail[0..L] of one subject."""
+SHORTLIST = 4
+"""Splits with a run between trained blocks that are measured, for every k."""
+
+Numbers = dict[str, np.ndarray]
+"""What was measured of one subject, by name."""
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -117,12 +124,12 @@ def select_by_generation(
             ]
         return embed(drawn)
 
-    def measure(subject: Subject, title: str) -> Ends:
+    def measure(subject: Subject, title: str) -> Numbers:
         whole = pictures(subject, range(0))
         return _generation_ends(plan.layers, lambda b: distance(whole, pictures(subject, b)), title)
 
     asked = {"embedding": [embed.name, embed.where], "prompts": prompts, "seeds": list(seeds)}
-    head, tail, seconds = bench.run("generation", asked, measure)
+    kept, seconds = bench.run("generation", asked, lambda _: bench.ends, measure)
     told = [prompt for subject in subjects for prompt in texts(subject)]
     return Selection(
         **bench.about,
@@ -132,8 +139,7 @@ def select_by_generation(
         seeds=list(seeds),
         draws=len(told) * len(seeds),
         over="generated pictures",
-        head=head,
-        tail=tail,
+        **_mean_ends(kept),
         seconds=seconds,
     )
 
@@ -157,15 +163,22 @@ def select_by_loss(
         BadInput: the model changed since the plan was made.
     """
     bench = _Bench(plan, subjects, work, steps or plan.steps)
+    layers = plan.layers
+    runs = _runs(layers) if frozen else []
+    splits = [trained_blocks(layers, n, 0) for n in range(layers + 1)]
+    splits += [trained_blocks(layers, 0, m) for m in range(layers + 1)]
+    splits += [trained_blocks(layers, 0, 0, [run]) for run in runs]
 
-    def measure(subject: Subject, title: str) -> Ends:
-        images = encode_whole(plan, bench.pipeline, subject.measured)
-        return _loss_ends(plan, bench.pipeline.transformer, images, frozen, title)
+    def measure(subject: Subject, title: str) -> Numbers:
+        found = bench.losses(subject, splits if frozen else None, title).mean(axis=0)
+        head, tail, alone = np.split(found, [layers + 1, 2 * (layers + 1)])
+        return {"head": head - head[0], "tail": tail - tail[0], "runs": alone - head[0]}
 
     method = "loss-frozen" if frozen else "loss-masked"
-    head, tail, seconds = bench.run(method, {"levels": LEVELS}, measure)
+    shapes = {**bench.ends, "runs": (len(runs),)}
+    kept, seconds = bench.run(method, {"levels": LEVELS}, lambda _: shapes, measure)
     kinds = {"held-out" if subject.heldout else "training" for subject in subjects}
-    return Selection(
+    selection = Selection(
         **bench.about,
         method=method,
         embedding="",
@@ -173,16 +186,99 @@ def select_by_loss(
         seeds=[],
         draws=LEVELS * sum(len(subject.measured) for subject in subjects),
         over=f"{' and '.join(sorted(kinds))} images",
-        head=head,
-        tail=tail,
+        **_mean_ends(kept),
         seconds=seconds,
     )
+    alone = np.mean([numbers["runs"] for numbers in kept], axis=0).tolist()
+    between, more = _between(bench, selection, dict(zip(runs, alone, strict=True)))
+    return selection.model_copy(update={"between": between, "seconds": seconds + more})
+
+
+def _between(
+    bench: _Bench, selection: Selection, runs: dict[tuple[int, int], float]
+) -> tuple[list[Between], float]:
+    """`Selection.between` and the seconds that it took.
+
+    Args:
+        bench: of the model and its subjects.
+        selection: heads and tails.
+        runs: what skipping each costs alone.
+    """
+    layers = selection.layers
+    model = bench.pipeline.transformer
+    blocks = family_of(bench.plan.family).blocks(model).values()
+    candidates = _candidates(selection, runs, [type(block) for block in blocks])
+    images = sum(len(subject.measured) for subject in bench.subjects)
+    if not candidates or images < 2:  # one image has no standard error
+        return [], 0.0
+    best = {k: selection.best(k) for k in dict.fromkeys(split.skipped for split in candidates)}
+    splits = [trained_blocks(layers, head, tail) for head, tail in best.values()]
+    splits += [trained_blocks(layers, s.head_skip, s.tail_skip, [s.run]) for s in candidates]
+    kept, seconds = bench.run(
+        "inner-runs",
+        {"levels": LEVELS, "splits": splits},
+        lambda subject: {"losses": (len(subject.measured), len(splits))},
+        lambda subject, title: {"losses": bench.losses(subject, splits, title)},
+    )
+    losses = np.concatenate([numbers["losses"] for numbers in kept]).T
+    of_best = dict(zip(best, losses, strict=False))
+    measured = [
+        split.model_copy(update=_gain(of_best[split.skipped] - lost))
+        for split, lost in zip(candidates, losses[len(best) :], strict=True)
+    ]
+    return [
+        max((s for s in measured if s.skipped == k), key=lambda s: s.gain) for k in best
+    ], seconds
 
 
 # ---------------------------------------------------------------- what is measured
 
 
-def _generation_ends(layers: int, measure: Callable[[range], float], title: str) -> Ends:
+def _runs(layers: int) -> list[tuple[int, int]]:
+    """Runs [first, end) between trained blocks that are measured alone: of 1, 2, 4, ... blocks,
+    half of a run from one to the next.
+    """
+    lengths = [2**power for power in range(layers.bit_length()) if 2**power <= layers - 2]
+    return [
+        (first, first + length)
+        for length in lengths
+        for first in range(1, layers - length, max(1, length // 2))
+    ]
+
+
+def _candidates(
+    selection: Selection, runs: dict[tuple[int, int], float], kinds: Sequence[type]
+) -> list[Between]:
+    """For every k the `SHORTLIST` of splits with one of ``runs`` that promise most: those whose
+    parts cost least in sum. Only such as leave the kinds of blocks to train that the best head and
+    tail of k blocks leave, so that memory is the same.
+
+    Args:
+        selection: heads and tails.
+        runs: what each costs alone.
+        kinds: of the model's blocks.
+    """
+    layers, found = selection.layers, []
+    for skipped in range(1, layers - 1):
+        left = Counter(kinds[n] for n in trained_blocks(layers, *selection.best(skipped)))
+        splits = [
+            (selection.score(head, tail) + cost, Between(head_skip=head, tail_skip=tail, run=run))
+            for run, cost in runs.items()
+            for head in range(min(run[0], skipped - (run[1] - run[0]) + 1))
+            for tail in [skipped - (run[1] - run[0]) - head]
+            if run[1] < layers - tail
+            and Counter(kinds[n] for n in trained_blocks(layers, head, tail, [run])) == left
+        ]
+        found += [split for _, split in sorted(splits, key=lambda pair: pair[0])[:SHORTLIST]]
+    return found
+
+
+def _gain(losses: np.ndarray) -> dict[str, float]:
+    """Mean and its standard error."""
+    return {"gain": float(losses.mean()), "error": float(losses.std(ddof=1) / len(losses) ** 0.5)}
+
+
+def _generation_ends(layers: int, measure: Callable[[range], float], title: str) -> Numbers:
     """``measure`` of the first n blocks and of the last m; all of them are both."""
     with bar(title, 2 * layers - 1) as advance:
 
@@ -193,70 +289,104 @@ def _generation_ends(layers: int, measure: Callable[[range], float], title: str)
 
         head = [0.0] + [measured(range(n)) for n in range(1, layers + 1)]
         tail = [measured(range(layers - m, layers)) for m in range(1, layers)]
-    return head, [0.0, *tail, head[-1]]
+    return {"head": np.array(head), "tail": np.array([0.0, *tail, head[-1]])}
 
 
-def _loss_ends(plan: Plan, model: nn.Module, images: list[Whole], frozen: bool, title: str) -> Ends:
-    draws = [
-        (image, (level + 0.5) / LEVELS, UNSEEN + LEVELS * number + level)
-        for number, image in enumerate(images)
-        for level in range(LEVELS)
-    ]
-    with bar(title, len(draws)) as advance:
-        losses = []
-        for draw in draws:
-            losses.append(_end_losses(plan, model, frozen, *draw))
-            advance()
-    head, tail = np.mean(losses, axis=0)
-    return (head - head[0]).tolist(), (tail - tail[0]).tolist()
+def _losses(
+    plan: Plan, model: nn.Module, images: list[Whole], splits: list[list[int]] | None, title: str
+) -> np.ndarray:
+    """Losses by image, mean over levels, and by split - or, without splits, with masked text by
+    head 0..L and then tail 0..L.
+    """
+    found: list[list[float]] = []
+    with bar(title, LEVELS * len(images)) as advance:
+        for number, image in enumerate(images):
+            for level in range(LEVELS):
+                draw = _Draw(plan, model, image, (level + 0.5) / LEVELS, LEVELS * number + level)
+                found.append(draw.masked() if splits is None else draw.frozen(splits))
+                advance()
+    return np.array(found).reshape(len(images), LEVELS, -1).mean(axis=1)
 
 
-def _end_losses(
-    plan: Plan, model: nn.Module, frozen: bool, whole: Whole, sigma: float, seed: int
-) -> list[list[float]]:
-    """Losses of one draw by head and by tail, [2, L + 1]; see the module.
+class _Draw:
+    """A noised image and its way through the tuned model.
 
     Args:
         plan: of the model.
         model: with a subject's LoRA.
-        frozen: blocks at an end go without LoRA and a tail becomes the base model's residual; else
-            their text is masked.
         whole: the image.
         sigma: noise level in (0, 1].
-        seed: of the noise.
+        number: of the draw; its noise follows from it.
     """
-    family, objective, last = family_of(plan.family), objective_of(plan), plan.layers
-    blocks = list(family.blocks(model).values())
-    noise = torch.randn(whole.clean.shape, generator=torch.Generator().manual_seed(seed))
-    noised = objective.noised(whole.clean, noise, sigma)
-    inputs = family.inputs(model, noised, objective.timestep(sigma), whole.prompt, whole.grid)
-    start, cond = family.begin(model, inputs)
 
-    def through(state: State, first: int) -> list[State]:
+    def __init__(
+        self, plan: Plan, model: nn.Module, whole: Whole, sigma: float, number: int
+    ) -> None:
+        self.family, self.model, self.grid = family_of(plan.family), model, whole.grid
+        self.blocks = list(self.family.blocks(model).values())
+        objective = objective_of(plan)
+        seeded = torch.Generator().manual_seed(UNSEEN + number)
+        noise = torch.randn(whole.clean.shape, generator=seeded)
+        noised = objective.noised(whole.clean, noise, sigma)
+        timestep = objective.timestep(sigma)
+        inputs = self.family.inputs(model, noised, timestep, whole.prompt, whole.grid)
+        self.start, self.cond = self.family.begin(model, inputs)
+        self.target = objective.target(whole.clean, noise)
+        self.tuned = self._through(self.start, 0)
+
+    def _through(self, state: State, first: int) -> list[State]:
         """The states from block ``first`` on."""
         states = [state]
-        for block in blocks[first:]:
-            states.append(family.run_block(block, states[-1], cond, whole.grid))
+        for block in self.blocks[first:]:
+            states.append(self.family.run_block(block, states[-1], self.cond, self.grid))
         return states
 
-    def impaired() -> AbstractContextManager[None]:
-        return _without_lora(model) if frozen else text_masked(family, model, range(last))
+    def _loss(self, image: Tensor) -> float:
+        found = self.family.learned(self.family.head(self.model, image, self.cond, self.grid))
+        return float(torch.nn.functional.mse_loss(found, self.target))
 
-    def loss(image: Tensor) -> float:
-        found = family.learned(family.head(model, image, cond, whole.grid))
-        return float(torch.nn.functional.mse_loss(found, objective.target(whole.clean, noise)))
+    def frozen(self, splits: list[list[int]]) -> list[float]:
+        """With the base model's residual in place of all blocks but those of a split."""
+        with _without_lora(self.model):
+            plain = self._through(self.start, 0)
+        return [self._loss(self._replayed(split, plain).image) for split in splits]
 
-    tuned = through(start, 0)
-    with impaired():
-        plain = through(start, 0)
-        masked = [] if frozen else [through(state, k)[-1].image for k, state in enumerate(tuned)]
-    skipped = [
-        state.image + (plain[last].image - was.image)
-        for state, was in zip(tuned, plain, strict=True)
-    ]
-    tails = skipped if frozen else masked
-    heads = [through(plain[n], n)[-1].image for n in range(last + 1)]
-    return [[loss(image) for image in images] for images in (heads, tails[::-1])]
+    def _replayed(self, trained: list[int], plain: list[State]) -> State:
+        """The state behind the last block, where only ``trained`` ones run."""
+        state, number = plain[0], 0
+        for block in trained:
+            if block > number:
+                state = _moved(state, plain[number], plain[block])
+            if state is self.tuned[block]:  # up to the first gap
+                state = self.tuned[block + 1]
+            else:
+                state = self.family.run_block(self.blocks[block], state, self.cond, self.grid)
+            number = block + 1
+        return _moved(state, plain[number], plain[-1]) if number < len(self.blocks) else state
+
+    def masked(self) -> list[float]:
+        """With the text masked from the image, by head and then by tail."""
+        layers = len(self.blocks)
+        with text_masked(self.family, self.model, range(layers)):
+            heads = self._through(self.start, 0)
+            tails = [self._through(state, k)[-1] for k, state in enumerate(self.tuned)]
+        heads = [self._through(state, n)[-1] for n, state in enumerate(heads)]
+        return [self._loss(state.image) for state in [*heads, *tails[::-1]]]
+
+
+def _moved(state: State, before: State, after: State) -> State:
+    """``state`` with what skipped blocks would add to it by the base model (Eq. 3)."""
+    if state is before:
+        return after
+    residual = difference(after, before)
+    image = state.image + residual.image
+    if state.text is None or residual.text is None:
+        return State(image)
+    return State(image, state.text + residual.text)
+
+
+def _mean_ends(kept: list[Numbers]) -> dict[str, Any]:
+    return {end: np.mean([k[end] for k in kept], axis=0).tolist() for end in ("head", "tail")}
 
 
 # ---------------------------------------------------------------- tuning, and what is kept
@@ -310,37 +440,49 @@ class _Bench:
             "subjects": [subject.name for subject in subjects],
             "steps": steps,
         }
+        self.ends: Shapes = {"head": (plan.layers + 1,), "tail": (plan.layers + 1,)}
 
     def run(
-        self, method: str, asked: dict[str, Any], measure: Callable[[Subject, str], Ends]
-    ) -> tuple[list[float], list[float], float]:
-        """Head and tail, mean over subjects, and the seconds that all of them took.
+        self,
+        method: str,
+        asked: dict[str, Any],
+        shapes: Callable[[Subject], Shapes],
+        measure: Callable[[Subject, str], Numbers],
+    ) -> tuple[list[Numbers], float]:
+        """What was measured of each subject, and the seconds that all of them took.
 
         Args:
-            method: of the selection.
+            method: name of the measurement.
             asked: what besides subject and tuning decides the numbers.
+            shapes: of a subject's numbers.
             measure: measures a subject with the tuned model in place, under a bar's title.
         """
-        kept = []
+        kept, seconds = [], 0.0
         for number, subject in enumerate(self.subjects, 1):
             seen = [(image.sha256, image.caption) for image in subject.measured]
-            name = f"{method}-{digest([self._tuning(subject), asked, seen])}.json"
+            path = self.work / f"{method}-{digest([self._tuning(subject), asked, seen])}.json"
             title = f"{subject.name} ({number} of {len(self.subjects)}), {method}"
-            kept.append(_kept(self.work / name, self.plan.layers))
-            if kept[-1] is None:
-                kept[-1] = self._measured(subject, title, measure)
-                write_document(self.work / name, kept[-1])
-        head, tail = (np.mean([k[end] for k in kept], axis=0).tolist() for end in ("head", "tail"))
-        return head, tail, float(sum(k["seconds"] for k in kept))
+            found = _kept(path, shapes(subject))
+            if found is None:
+                found = self._measured(subject, title, measure)
+                write_document(path, {name: value.tolist() for name, value in found.items()})
+            seconds += float(found.pop("seconds"))
+            kept.append(found)
+        return kept, seconds
+
+    def losses(self, subject: Subject, splits: list[list[int]] | None, title: str) -> np.ndarray:
+        """See `_losses`."""
+        images = encode_whole(self.plan, self.pipeline, subject.measured)
+        return _losses(self.plan, self.pipeline.transformer, images, splits, title)
 
     def _measured(
-        self, subject: Subject, title: str, measure: Callable[[Subject, str], Ends]
-    ) -> dict[str, Any]:
+        self, subject: Subject, title: str, measure: Callable[[Subject, str], Numbers]
+    ) -> Numbers:
         started = time.monotonic()
         adapter = self._tuned(subject)
         with _wearing(self.plan, self.pipeline.transformer, adapter), torch.no_grad():
-            head, tail = measure(subject, title)
-        return {"head": head, "tail": tail, "seconds": time.monotonic() - started}
+            found = measure(subject, title)
+        return {**found, "seconds": np.array(time.monotonic() - started)}
 
     def _tuned(self, subject: Subject) -> dict[str, np.ndarray]:
         path = self.work / f"tuned-{digest(self._tuning(subject))}.safetensors"
@@ -362,12 +504,12 @@ class _Bench:
         return {**plan, "steps": self.steps, "images": images}
 
 
-def _kept(path: Path, layers: int) -> dict[str, Any] | None:
+def _kept(path: Path, shapes: Shapes) -> Numbers | None:
     """A measurement that is there and whole."""
     try:
-        found = read_document(path, "a measurement", "")
-        values = np.array([found["head"], found["tail"]], dtype=float)
-        whole = values.shape == (2, layers + 1) and np.isfinite([*values.flat, found["seconds"]])
+        raw = read_document(path, "a measurement", "")
+        found = {name: np.array(raw[name], dtype=float) for name in [*shapes, "seconds"]}
     except (BadInput, ValueError, TypeError, KeyError):
         return None
-    return found if np.all(whole) else None
+    whole = all(found[name].shape == shape for name, shape in {**shapes, "seconds": ()}.items())
+    return found if whole and all(np.isfinite(v).all() for v in found.values()) else None

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from math import inf
 
 import numpy as np
@@ -14,6 +15,7 @@ from edge_dit.budget import (
     MARGIN,
     TIME_MARGIN,
     Asked,
+    Option,
     Space,
     choose,
     executions_of,
@@ -37,10 +39,10 @@ from edge_dit.job import read_job
 from edge_dit.limits import Limits
 from edge_dit.plan import make_plan, read_plan
 from edge_dit.planner import plan_job
-from edge_dit.selection import write_selection
+from edge_dit.selection import Between, write_selection
 from edge_dit.text import bytes_of, seconds_of, size
 from test_plan import write_job
-from test_selection import selection
+from test_selection import between, selection
 
 GIB = 2**30
 
@@ -80,7 +82,9 @@ def space() -> Space:
     config = {**public.config, "num_layers": 6}
     asked = Asked(512, 1024, public.multiple, 300, 16, 64)
     measured = selection(
-        head=(0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0), tail=(0, 0.15, 0.35, 0.6, 0.8, 0.9, 1.0)
+        head=(0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0),
+        tail=(0, 0.15, 0.35, 0.6, 0.8, 0.9, 1.0),
+        between=[between(head=1, run=(2, 4), gain=0.05, error=0.01), between(gain=0.01)],
     )
     return space_of(family_of(public.family), config, asked, REFERENCE, EXECUTIONS, measured)
 
@@ -90,18 +94,21 @@ def brute_force(space: Space, limits: Limits) -> float | None:
     None where nothing fits.
     """
     best = None
-    choices = itertools.product(
-        range(space.layers), range(space.layers), space.patches, space.ranks, space.executions
-    )
-    for head, tail, s_min, rank, execution in choices:
-        if head + tail >= space.layers:
-            continue
-        found = space.patches[s_min].of(range(head, space.layers - tail), rank, execution)
+    measured = space.selection
+    splits = [
+        (range(n, 6 - m), (measured.head[n] + measured.tail[m]) / measured.head[-1])
+        for n in range(6)
+        for m in range(6 - n)
+    ]
+    # k = 3: head 3 costs 0.4, the run gains 0.05; the other gain is within two errors
+    splits.append(((1, 4, 5), 0.35))
+    choices = itertools.product(splits, space.patches, space.ranks, space.executions)
+    for (trained, lost), s_min, rank, execution in choices:
+        found = space.patches[s_min].of(trained, rank, execution)
         if found.ram * MARGIN > limits.ram or found.seconds * TIME_MARGIN > limits.seconds:
             continue
         if (found.bundle + space.draws * found.draw) * MARGIN > limits.flash:
             continue
-        lost = (space.selection.head[head] + space.selection.tail[tail]) / space.selection.head[-1]
         kept = max(0, 1 - lost) * (1 - 0.02 * (1 - s_min / space.s_max))
         kept *= 1 - 0.005 * np.log2(space.ranks[0] / rank)
         kept *= 1 - {"float32": 0, "float16": 0.001, "int8": 0.005}[execution.dtype]
@@ -128,6 +135,19 @@ def test_on_random_budgets_nothing_better_was_missed(space):
         assert choice.best.quality == pytest.approx(best, rel=1e-9)
         assert choice.best.footprint.ram * MARGIN <= limits.ram
     assert 5 < found < 20
+
+
+def test_a_run_between_is_chosen_where_it_was_measured_to_be_better(space):
+    """Where three blocks fit in one way of training."""
+    (patch, *_), onnx = space.patches, Execution("onnx")
+    one = replace(space, executions=[onnx], ranks=[16], patches={patch: space.patches[patch]})
+    (option,) = (option for option in one.options() if option.inner_skips)
+    assert option == Option(1, 0, patch, 16, onnx, ((2, 4),))
+    choice = choose(one, Limits(ram=one.candidate(option).footprint.ram * MARGIN))
+    assert choice.best.option == option
+    words = "\n".join(choice.in_words())
+    assert "skip 1 before and 0 after, [2, 4) between" in words
+    assert "1+0+[2, 4)" in words
 
 
 def test_more_memory_never_gives_a_worse_plan(space):
@@ -157,16 +177,12 @@ def test_nothing_fits_says_what_would(space):
 
 
 def test_given_ends_are_kept_to(space):
-    from dataclasses import replace
-
     fixed = replace(space, head=2, tail=1)
     option = choose(fixed, Limits()).best.option
     assert (option.head_skip, option.tail_skip) == (2, 1)
 
 
 def test_without_a_selection_the_papers_ablation_speaks(space):
-    from dataclasses import replace
-
     unknown = replace(space, selection=None)
     assert unknown.lost(3, 0) == pytest.approx(1 - 0.6651 / 0.7324, abs=0.002)  # Table 2
     assert unknown.lost(0, 3) == pytest.approx(1 - 0.4808 / 0.7324, abs=0.002)
@@ -279,6 +295,16 @@ def test_a_selection_decides_where_only_a_ratio_is_given(workplace, monkeypatch,
     planned = plan_job(read_job(path), profile=REFERENCE)
     assert (planned.plan.head_skip, planned.plan.tail_skip) == (0, 2)
     assert planned.in_words()[0].startswith("blocks by ")
+    # A run between that was measured to be better goes before the best ends, a given one stands.
+    better = Between(**between(head=1, run=(2, 3)))
+    write_selection(found.model_copy(update={"between": [better]}))
+    assert make_plan(read_job(path)).trained == [1, 3]
+    given = write_job(
+        workplace, ("head_skip = 1\ntail_skip = 1", "skip_ratio = 0.5\ninner_skips = [[1, 2]]")
+    )
+    with pytest.raises(BadInput, match="inner_skips"):  # best of two are the last two
+        make_plan(read_job(given))
+    assert make_plan(read_job(path), head_skip=1).inner_skips == []
     # Ends given by hand stand.
     by_hand = make_plan(read_job(path), head_skip=1, tail_skip=1)
     assert (by_hand.head_skip, by_hand.tail_skip) == (1, 1)

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 import pipelines
 from edge_dit import selectors
 from edge_dit.adapter import write_adapter_folder
+from edge_dit.documents import write_document
 from edge_dit.embedding import distance, embedder
 from edge_dit.errors import BadInput
 from edge_dit.evaluate import adapted, encode_whole, train_full_lora, whole_loss
@@ -21,7 +22,7 @@ from edge_dit.images import Captioned, read_folder
 from edge_dit.job import read_job
 from edge_dit.masking import text_masked
 from edge_dit.pipeline import load_pipeline
-from edge_dit.plan import make_plan, model_hash
+from edge_dit.plan import make_plan, model_hash, trained_blocks
 from edge_dit.reference import objective_of
 from edge_dit.selection import (
     NAME,
@@ -34,7 +35,7 @@ from edge_dit.selection import (
     write_selection,
 )
 from edge_dit.selectors import Subject, select_by_generation, select_by_loss
-from edge_dit.subgraph import TrainableSubgraph, as_batch
+from edge_dit.subgraph import TrainableSubgraph, as_batch, difference, inner_runs
 
 HASH = "0123456789abcdef" * 4
 
@@ -82,6 +83,26 @@ def test_best_is_the_smallest_score_and_of_ties_the_longest_head(found, data):
         assert score > found.score(n, m) or head <= n
 
 
+def between(head=0, run=(1, 2), tail=0, gain=0.2, error=0.05):
+    return {"head_skip": head, "tail_skip": tail, "run": run, "gain": gain, "error": error}
+
+
+def test_a_run_between_is_proposed_where_it_is_better_by_two_errors():
+    splits = [between(), between(head=1, run=(2, 3), gain=0.09), between(run=(1, 4), gain=-1.0)]
+    found = selection(range(6), range(6), between=splits)
+    assert [split.skipped for split in found.between] == [1, 2, 3]
+    assert found.proposed(1) == found.between[0]
+    assert [found.proposed(k) for k in (0, 2, 3, 4)] == [None] * 4
+    assert found.score(*found.best(1)) == 1
+    assert found.score(0, 0, [(1, 2)]) == pytest.approx(0.8)
+    with pytest.raises(ValueError, match="unpack"):
+        found.score(0, 0, [(2, 3)])
+    assert found.in_words().endswith("k = 1: 0 before, [1, 2) between, 0 after, by 0.2 ± 0.05")
+    none = selection(range(6), range(6), between=splits[1:])
+    assert none.in_words().endswith("better than head and tail for none")
+    assert selection().in_words() == ""
+
+
 def test_something_must_be_left_to_train():
     for skipped in (-1, 3):
         with pytest.raises(ValueError, match=f"{skipped} of 3 blocks"):
@@ -98,6 +119,14 @@ def test_what_is_written_is_read(tmp_path_factory, found):
     assert read_selection(path) == found
 
 
+def test_runs_between_are_written_and_files_without_are_read(tmp_path):
+    found = selection(between=[between()])
+    assert read_selection(write_selection(found, tmp_path / "new.json")) == found
+    old = {k: v for k, v in selection().model_dump().items() if k != "between"}
+    write_document(tmp_path / "old.json", {**old, "schema_version": 1})
+    assert read_selection(tmp_path / "old.json").between == []
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -111,7 +140,14 @@ def test_what_is_written_is_read(tmp_path_factory, found):
         ({"subjects": []}, "no subject"),
         ({"method": "guess"}, "method"),
         ({"extra": 1}, "extra"),
-        ({"schema_version": 2}, "schema version 2"),
+        ({"between": [between(run=(0, 1))]}, "between.0.run.0"),
+        ({"between": [between(head=1)]}, r"run \[1, 2\]"),
+        ({"between": [between(run=(1, 3))]}, r"run \[1, 3\]"),
+        ({"between": [between(), between(gain=0.1)]}, "two splits"),
+        ({"between": [between(gain="0.1")]}, "between.0.gain"),
+        ({"between": [between(run="12")]}, "between.0.run"),
+        ({"between": None}, "between"),
+        ({"schema_version": 3}, "schema version 3"),
         ({"schema_version": "1"}, "schema version '1'"),
     ],
 )
@@ -326,51 +362,104 @@ def test_masked_loss_is_what_the_mask_adds(plan, toys, work, tuned):
         assert abs(value) > 1e-6
 
 
+def switch(model, plan, numbers, on):
+    blocks = list(family_of(plan.family).blocks(model).values())
+    for number in numbers:
+        for module in blocks[number].modules():
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(on)
+
+
+@torch.no_grad()
+def replayed(plan, model, seen, trained, draw):
+    """The loss of the trainable sub-graph with the base model's residuals."""
+    family, objective = family_of(plan.family), objective_of(plan)
+    blocks = list(family.blocks(model).values())
+    sigma, seed = (draw % 8 + 0.5) / 8, selectors.UNSEEN + draw
+    noise = torch.randn(seen.clean.shape, generator=torch.Generator().manual_seed(seed))
+    noised = objective.noised(seen.clean, noise, sigma)
+    inputs = family.inputs(model, noised, objective.timestep(sigma), seen.prompt, seen.grid)
+    entry, cond = family.begin(model, inputs)
+    switch(model, plan, range(4), False)
+    states = [entry]
+    for block in blocks:
+        states.append(family.run_block(block, states[-1], cond, seen.grid))
+    switch(model, plan, range(4), True)
+    residual = states[4].image - states[trained[-1] + 1].image
+    inner = {
+        first: difference(states[behind], states[first])
+        for behind, first in inner_runs(trained).items()
+    }
+    sub = TrainableSubgraph(model, plan.family, trained, seen.grid)
+    batch = as_batch(
+        states[trained[0]], residual, cond, objective.target(seen.clean, noise), inner=inner
+    )
+    return float(sub(batch))
+
+
+def test_a_run_between_is_measured_against_the_best_head_and_tail(plan, toys, work, tuned):
+    """With the trainable sub-graph, of both pictures that are measured."""
+    unseen = [toys[1].heldout[0], toys[0].images[0]]
+    toy = replace(toys[1], heldout=unseen)
+    found = select_by_loss(plan, [toy], work, steps=STEPS)
+    assert [split.skipped for split in found.between] == [1, 2]
+    pipeline, _ = tuned
+    images = encode_whole(plan, load_pipeline(plan.model), unseen)
+    for split in found.between:
+
+        def lost(head, tail, *inner):
+            trained = trained_blocks(4, head, tail, inner)
+            draws = [
+                replayed(plan, pipeline.transformer, image, trained, 8 * number + level)
+                for number, image in enumerate(images)
+                for level in range(8)
+            ]
+            return np.reshape(draws, (2, 8)).mean(axis=1)
+
+        ends = lost(*found.best(split.skipped))
+        gains = ends - lost(split.head_skip, split.tail_skip, split.run)
+        assert np.abs(gains).min() > 1e-6
+        assert split.gain == pytest.approx(gains.mean(), abs=2e-7)
+        assert split.error == pytest.approx(gains.std(ddof=1) / 2**0.5, abs=2e-7)
+
+
+def test_only_runs_that_leave_the_same_kinds_of_blocks_are_candidates():
+    found = selection((0, 1, 1, 1, 1, 1, 1), (0, 5, 5, 5, 5, 5, 5))
+    runs = {run: 0.0 for run in selectors._runs(6)}
+    mixed = selectors._candidates(found, runs, [int, int, int, str, str, str])
+    alike = selectors._candidates(found, runs, [int] * 6)
+    for split in mixed:
+        blocks = [n for n in range(6) if n not in trained_blocks(6, *found.best(split.skipped))]
+        kinds = sorted("int" if n < 3 else "str" for n in blocks)
+        own = trained_blocks(6, split.head_skip, split.tail_skip, [split.run])
+        assert sorted("int" if n < 3 else "str" for n in range(6) if n not in own) == kinds
+    assert len(mixed) < len(alike)
+    assert {split.skipped for split in alike} == {1, 2, 3, 4}
+    assert all(len([s for s in alike if s.skipped == k]) <= selectors.SHORTLIST for k in range(6))
+
+
 def test_frozen_loss_is_what_skipping_loses(plan, toys, work, tuned):
     """Against the stock forward with LoRA switched off in the head's blocks, and against the
     trainable sub-graph with the base model's tail residual.
     """
     found = select_by_loss(plan, toys[1:], work, steps=STEPS)
     pipeline, seen = tuned
-    family, model, objective = family_of(plan.family), pipeline.transformer, objective_of(plan)
-    blocks = list(family.blocks(model).values())
-
-    def switch(numbers, on):
-        for number in numbers:
-            for module in blocks[number].modules():
-                if isinstance(module, BaseTunerLayer):
-                    module.enable_adapters(on)
+    model = pipeline.transformer
 
     def headless(n):
-        switch(range(n), False)
+        switch(model, plan, range(n), False)
         found = np.mean([loss_of(plan, model, seen, 0, level) for level in range(8)])
-        switch(range(n), True)
+        switch(model, plan, range(n), True)
         return found
 
-    @torch.no_grad()
-    def tailless(m, level):
-        sigma, seed = (level + 0.5) / 8, selectors.UNSEEN + level
-        noise = torch.randn(seen.clean.shape, generator=torch.Generator().manual_seed(seed))
-        noised = objective.noised(seen.clean, noise, sigma)
-        timestep = objective.timestep(sigma)
-        inputs = family.inputs(model, noised, timestep, seen.prompt, seen.grid)
-        entry, cond = family.begin(model, inputs)
-        switch(range(4), False)
-        states = [entry]
-        for block in blocks:
-            states.append(family.run_block(block, states[-1], cond, seen.grid))
-        switch(range(4), True)
-        residual = states[4].image - states[4 - m].image
-        target = objective.target(seen.clean, noise)
-        sub = TrainableSubgraph(model, plan.family, range(4 - m), seen.grid)
-        return float(sub(as_batch(entry, residual, cond, target)))
-
     whole = headless(0)
-    for n in range(1, 5):
+    for n in range(1, 4):
         assert headless(n) - whole == pytest.approx(found.head[n], abs=1e-6)
-        tail = np.mean([tailless(n, level) for level in range(8)])
+        tail = np.mean([replayed(plan, model, seen, range(4 - n), draw) for draw in range(8)])
         assert tail - whole == pytest.approx(found.tail[n], abs=1e-6)
+    assert headless(4) - whole == pytest.approx(found.head[4], abs=1e-6)
     assert found.head[4] == pytest.approx(found.tail[4], abs=1e-6)
+    assert found.between == []  # of one picture there is no standard error
     assert abs(found.head[4]) > 1e-5  # tuning did something
 
 
