@@ -4,6 +4,9 @@ ExecuTorch's own partitioner goes over the whole graph once for every layer it t
 with the square of the depth. Here each frozen layer becomes a stand-in without weights before the
 graph is lowered, and a delegate afterwards; a delegate's program is made once per kind of layer
 and only its weights are exchanged.
+
+A frozen W serves both directions, and its bytes lie in the program once: x W^T is a linear layer,
+dy W a fully connected one with weights marked as transposed, which is what addmm becomes.
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ from torch.export import ExportedProgram
 from edge_dit_export.passes._graph import calls, frozen, insert, replace, shape, sweep, value
 
 aten: Any = torch.ops.aten
-LAYERS = (aten.linear.default, aten.convolution.default)
+PRODUCTS = (aten.linear.default, aten.mm.default)
+LAYERS = (*PRODUCTS, aten.convolution.default)
 EDGE = EdgeCompileConfig(_check_ir_validity=False, preserve_ops=[aten.linear.default])
 """linear is no core ATen operation; the delegate wants it whole."""
 LINEAR_ONLY = CompileSpec("dqlinear_partitioner", b"")
 """Tells XNNPACK's preprocess that a program is a linear layer: one pass over it, not 17."""
+BIAS = "bias"
 
 
 @torch.library.custom_op("edge_dit::frozen_layer", mutates_args=())
@@ -42,7 +47,12 @@ def _(x: Tensor, index: int, result: list[int]) -> Tensor:
 
 
 class _Layer(nn.Module):
-    """One call with its frozen tensors as buffers, and its input as the argument."""
+    """One call with its frozen tensors as buffers, and its input as the argument.
+
+    mm(x, W) is written as addmm(b, x, W), for that has a visitor. b is -0.0, with which a sum stays
+    what it was; and as no layer has such a bias, what XNNPACK packs of W for mm is not taken for
+    what it packs of the same W and a bias of zeros for linear, should it cache that by name.
+    """
 
     def __init__(self, call: fx.Node, tensors: dict[str, Tensor]) -> None:
         super().__init__()
@@ -53,10 +63,12 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """The layer on ``x``, as the tuple that a delegate returns."""
-        buffers = (
+        buffers: Any = (
             getattr(self, _buffer(i)) if isinstance(argument, fx.Node) else argument
             for i, argument in enumerate(self.arguments, start=1)
         )
+        if self.call is aten.mm.default:
+            return (torch.addmm(getattr(self, BIAS), x, *buffers),)
         return (self.call(x, *buffers),)
 
 
@@ -98,7 +110,7 @@ class FrozenLayers:
             example = torch.zeros(shape(call.args[0]))  # type: ignore[arg-type]
             program = torch.export.export(_Layer(call, tensors), (example,))
             self._templates[key] = to_edge(program, compile_config=EDGE).exported_program()
-        specs = [LINEAR_ONLY] if call.target is aten.linear.default else []
+        specs = [LINEAR_ONLY] if call.target in PRODUCTS else []
         return to_backend(
             XnnpackBackend.__name__, _with_weights(self._templates[key], tensors), specs
         )
@@ -124,7 +136,7 @@ class FrozenLayers:
 
 
 def _frozen_arguments(module: fx.GraphModule, call: fx.Node) -> dict[str, Tensor] | None:
-    """A call's tensors other than its input, by `_buffer`; None if one is not frozen."""
+    """A call's tensors other than its input, by `_buffer` and `BIAS`; None if one is not frozen."""
     tensors = {}
     for position, argument in enumerate(call.args[1:], start=1):
         if isinstance(argument, fx.Node):
@@ -132,6 +144,8 @@ def _frozen_arguments(module: fx.GraphModule, call: fx.Node) -> dict[str, Tensor
             if tensor is None:
                 return None
             tensors[_buffer(position)] = tensor
+    if call.target is aten.mm.default:
+        tensors[BIAS] = torch.full((shape(call)[1],), -0.0)
     return tensors
 
 

@@ -4,7 +4,7 @@ them. Sections and tables are those of PAPER.md's source, arXiv 2603.20755.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edge_dit.plan import trained_blocks
@@ -29,7 +29,8 @@ class Arm:
         crop: "whole" or one of `CROPS`.
         skipped: share of the blocks without LoRA.
         where: which blocks those are: "selected" (n*, m*) of the model's own selection, "drawn"
-            (n*, m*) of the paper's selector, "first", "last" or "middle".
+            (n*, m*) of the paper's selector, "proposed" with a run between trained blocks that the
+            model's selection measured to be better, "first", "last" or "middle".
         stand_in: what stands in for the skipped blocks: "residual"; "nothing", so that a state
             passes them as it is; or "blocks" - the blocks themselves, frozen.
         patch: s_min of s_max; the paper's is one half.
@@ -104,27 +105,43 @@ ARMS: dict[str, Arm] = {
         stand_in="blocks",
     ),
     "low-to-high-large": Arm("low to high, larger patch", "", patch=LARGE),
+    **{
+        name: arm
+        for blocks in (8, 9, 10)
+        for name, arm in {
+            f"ends-{blocks}": Arm(f"{blocks} of 12 blocks, selected", "", skipped=blocks / 12),
+            f"between-{blocks}": Arm(
+                f"{blocks} of 12 blocks, with a run between",
+                "Sec. 3.2",
+                skipped=blocks / 12,
+                where="proposed",
+            ),
+        }.items()
+    },
 }
 """In the order they run: those that the claims are about come first."""
 
 
-def lora_blocks(arm: Arm, layers: int, select: Callable[[int, bool], tuple[int, int]]) -> list[int]:
+Skips = tuple[int, int, Sequence[tuple[int, int]]]
+"""Skipped first blocks n, last ones m, and runs [first, end) between trained ones."""
+
+
+def lora_blocks(arm: Arm, layers: int, select: Callable[[int, str], Skips]) -> list[int]:
     """Numbers of the blocks that carry LoRA, ascending.
 
     Args:
         arm: which.
         layers: blocks of the model.
-        select: number of skipped blocks, and whether the paper's selector is asked -> (n, m),
-            skipped first and last ones.
+        select: number of skipped blocks, and "selected", "drawn" or "proposed" -> which.
     """
     k = round(arm.skipped * layers)
-    if arm.where == "middle":
-        first = (layers - k) // 2
-        return trained_blocks(layers, 0, 0, [(first, first + k)])
-    ends = {"first": (k, 0), "last": (0, k)}
-    chosen = arm.where in ("selected", "drawn")
-    head, tail = select(k, arm.where == "drawn") if chosen else ends[arm.where]
-    return trained_blocks(layers, head, tail)
+    first = (layers - k) // 2
+    fixed: dict[str, Skips] = {
+        "first": (k, 0, []),
+        "last": (0, k, []),
+        "middle": (0, 0, [(first, first + k)]),
+    }
+    return trained_blocks(layers, *(fixed.get(arm.where) or select(k, arm.where)))
 
 
 @dataclass(frozen=True)
@@ -174,6 +191,12 @@ CLAIMS = (
         "Table 11",
         (("low-to-high", "resize"),),
         0.0,
+    ),
+    Claim(
+        "a run skipped between trained blocks beats the selected ends where it is proposed",
+        "",
+        tuple((f"between-{blocks}", f"ends-{blocks}") for blocks in (8, 9, 10)),
+        2.0,
     ),
 )
 SHARE_CLAIM = ("skip-30", "full", 0.98)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import ARMS, CROPS, NO_LORA, Arm, lora_blocks
+from arms import ARMS, CROPS, NO_LORA, Arm, Skips, lora_blocks
 from measures import adherence, similarity
 from PIL import Image
 from side_by_side import ManySessions, add_many_lora, joined, remove_many_lora
@@ -220,9 +220,12 @@ def blocks_of(run: Run) -> list[int]:
     """Numbers of the blocks that carry LoRA; by the plan's split if no selection was measured."""
     plan = plan_of(run.job)
 
-    def select(k: int, drawn: bool) -> tuple[int, int]:
-        chosen = selection_of(plan, drawn)
-        return chosen.best(k) if chosen else split(plan.layers, k / plan.layers)
+    def select(k: int, where: str) -> Skips:
+        chosen = selection_of(plan, where == "drawn")
+        better = chosen.proposed(k) if chosen and where == "proposed" else None
+        if better is not None:
+            return better.head_skip, better.tail_skip, [better.run]
+        return *(chosen.best(k) if chosen else split(plan.layers, k / plan.layers)), []
 
     return lora_blocks(ARMS[run.arm], plan.layers, select)
 
