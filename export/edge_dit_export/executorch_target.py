@@ -26,7 +26,7 @@ from edge_dit.patch_sampler import PatchSampler
 from edge_dit_export import passes
 from edge_dit_export.optimizer import AdamWStep
 from edge_dit_export.train_step import TrainStepGraph
-from edge_dit_export.xnnpack import EDGE, FrozenLayers
+from edge_dit_export.xnnpack import EDGE, Delegates
 
 TRAIN = "train.pte"
 OPTIMIZER = "optimizer.pte"
@@ -51,8 +51,9 @@ def export_executorch(
             is planned for that.
 
     Returns:
-        ExecuTorch's version and, by file, the number of layers delegated to XNNPACK and the bytes
-        of memory planned for a run (weights not counted).
+        ExecuTorch's version and, by file, the number of calls delegated to XNNPACK, how many of
+        them are layers with frozen weights, and the bytes of memory planned for a run (weights not
+        counted).
     """
     sides = {
         2: torch.export.Dim("H", min=sampler.s_max, max=max_image_side),
@@ -62,27 +63,28 @@ def export_executorch(
     with _quiet():
         module = passes.copy_of(step.module)
         passes.apply(module, passes.FOR_EXECUTORCH)
-        layers = FrozenLayers(module)
+        delegates = Delegates(module)
         programs = {
-            TRAIN: _lower(module, tuple(step.inputs.values()), layers),
+            TRAIN: _lower(module, tuple(step.inputs.values()), delegates),
             OPTIMIZER: _lower(optimizer, _optimizer_inputs(optimizer)),
             SAMPLER: _lower(sampler, _sampler_inputs(sampler), dynamic_shapes=dynamic),
         }
     for file, program in programs.items():
         with (directory / file).open("wb") as stream:
             program.write_to_file(stream)
-    delegated = {TRAIN: len(layers), OPTIMIZER: 0, SAMPLER: 0}
-    facts = {
-        file: {"delegated": delegated[file], "planned_bytes": _planned_bytes(program)}
-        for file, program in programs.items()
-    }
+    delegated = {TRAIN: (delegates.calls, delegates.layers)}
+    facts = {}
+    for file, program in programs.items():
+        taken, layers = delegated.get(file, (0, 0))
+        planned = _planned_bytes(program)
+        facts[file] = {"delegated": taken, "frozen_layers": layers, "planned_bytes": planned}
     return {"executorch": version("executorch"), "programs": facts}
 
 
 def _lower(
     module: nn.Module,
     inputs: tuple[Tensor, ...],
-    layers: FrozenLayers | None = None,
+    delegates: Delegates | None = None,
     dynamic_shapes: dict[str, Any] | None = None,
 ) -> Any:
     """An ExecutorchProgramManager of ``module(*inputs)``.
@@ -90,14 +92,14 @@ def _lower(
     Args:
         module: takes tensors, returns a tensor or a flat tuple of tensors.
         inputs: an example.
-        layers: what `FrozenLayers` took out of it.
+        delegates: what was taken out of it.
         dynamic_shapes: as `torch.export.export` takes them.
     """
     examples = tuple(tensor.detach() for tensor in inputs)
     program = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes, strict=False)
     edge = to_edge(program, compile_config=EDGE)
-    if layers is not None:
-        layers.put_back(edge.exported_program())
+    if delegates is not None:
+        delegates.put_back(edge.exported_program())
         # A new manager, because it collects the delegates' weights when it is made.
         edge = EdgeProgramManager(edge.exported_program(), compile_config=EDGE)
     return edge.to_executorch()

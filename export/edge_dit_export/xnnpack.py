@@ -1,12 +1,11 @@
-"""Frozen layers of a graph as XNNPACK delegates, one by one.
+"""Calls of a graph as XNNPACK delegates, one by one.
 
 ExecuTorch's own partitioner goes over the whole graph once for every layer it takes: lowering grew
-with the square of the depth. Here each frozen layer becomes a stand-in without weights before the
-graph is lowered, and a delegate afterwards; a delegate's program is made once per kind of layer
-and only its weights are exchanged.
+with the square of the depth. Here each call becomes a stand-in before the graph is lowered, and a
+delegate afterwards, see `edge_dit_export.xnnpack_graph`.
 
 A frozen W serves both directions, and its bytes lie in the program once: x W^T is a linear layer,
-dy W a fully connected one with weights marked as transposed, which is what addmm becomes.
+dy W a fully connected one with weights marked as transposed.
 """
 
 from __future__ import annotations
@@ -16,118 +15,114 @@ from typing import Any
 
 import torch
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
-from executorch.exir import EdgeCompileConfig, to_edge
-from executorch.exir.backend.backend_api import to_backend
-from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir import EdgeCompileConfig
 from executorch.exir.delegate import executorch_call_delegate
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from edge_dit_export.passes._graph import calls, frozen, insert, replace, shape, sweep, value
+from edge_dit_export.xnnpack_graph import BINARY, LAYERS, OPERATIONS, Constants, DelegateProgram
 
 aten: Any = torch.ops.aten
-PRODUCTS = (aten.linear.default, aten.mm.default)
-LAYERS = (*PRODUCTS, aten.convolution.default)
-EDGE = EdgeCompileConfig(_check_ir_validity=False, preserve_ops=[aten.linear.default])
-"""linear is no core ATen operation; the delegate wants it whole."""
-LINEAR_ONLY = CompileSpec("dqlinear_partitioner", b"")
-"""Tells XNNPACK's preprocess that a program is a linear layer: one pass over it, not 17."""
-BIAS = "bias"
+SMALLEST = 4096
+"""Elements of a result from which on `OPERATIONS` are delegated: the portable kernels are up to
+twenty times slower, but a delegate has its own overhead."""
+EDGE = EdgeCompileConfig(_check_ir_validity=False)
 
 
-@torch.library.custom_op("edge_dit::frozen_layer", mutates_args=())
-def frozen_layer(x: Tensor, index: int, result: list[int]) -> Tensor:
-    """Keeps the place of layer ``index``, of whose result only the shape is known."""
-    raise NotImplementedError("a stand-in, replaced before anything runs")
+LIBRARY = torch.library.Library("edge_dit", "FRAGMENT")
+# Keeps the place of delegate ``index``, of whose result only the shape is known; never run. Not a
+# custom_op, whose autograd is a fifth of the time that lowering takes.
+LIBRARY.define("delegated(Tensor[] inputs, int index, int[] result) -> Tensor")
 
 
-@frozen_layer.register_fake
-def _(x: Tensor, index: int, result: list[int]) -> Tensor:
-    return x.new_empty(result)
+@torch.library.register_fake("edge_dit::delegated", lib=LIBRARY)
+def _(inputs: list[Tensor], index: int, result: list[int]) -> Tensor:
+    return inputs[0].new_empty(result)
 
 
-class _Layer(nn.Module):
-    """One call with its frozen tensors as buffers, and its input as the argument.
+class _Shape(nn.Module):
+    """All that ExecuTorch asks of a delegate's original: a tensor of the result's shape."""
 
-    mm(x, W) is written as addmm(b, x, W), for that has a visitor. b is -0.0, with which a sum stays
-    what it was; and as no layer has such a bias, what XNNPACK packs of W for mm is not taken for
-    what it packs of the same W and a bias of zeros for linear, should it cache that by name.
-    """
-
-    def __init__(self, call: fx.Node, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, result: tuple[int, ...]) -> None:
         super().__init__()
-        self.call: Any = call.target
-        self.arguments = call.args[1:]
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
+        self.result = result
 
-    def forward(self, x: Tensor) -> tuple[Tensor]:
-        """The layer on ``x``, as the tuple that a delegate returns."""
-        buffers: Any = (
-            getattr(self, _buffer(i)) if isinstance(argument, fx.Node) else argument
-            for i, argument in enumerate(self.arguments, start=1)
-        )
-        if self.call is aten.mm.default:
-            return (torch.addmm(getattr(self, BIAS), x, *buffers),)
-        return (self.call(x, *buffers),)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+        return (torch.zeros(self.result),)
 
 
-def _buffer(position: int) -> str:
-    return f"argument_{position}"
-
-
-class FrozenLayers:
-    """The frozen layers taken out of a graph module, to be put back as delegates.
+class Delegates:
+    """Calls taken out of a graph module, to be put back as delegates.
 
     Args:
-        module: linear layers and convolutions in it whose weights are frozen are replaced by
-            stand-ins, in place; their weights leave it.
+        module: `LAYERS` and `OPERATIONS` in it are replaced by stand-ins, in place; what is frozen
+            of their arguments leaves it.
+
+    Attributes:
+        calls: how many were taken.
+        layers: how many of these are products or convolutions with a frozen weight.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
-        self._templates: dict[object, ExportedProgram] = {}
-        self._delegates = []
-        for call in calls(module, *LAYERS):
-            tensors = _frozen_arguments(module, call)
-            if tensors is None:
+        self._constants = Constants()
+        self._originals: dict[object, ExportedProgram] = {}
+        self._lowered: list[LoweredBackendModule] = []
+        self._shared: dict[object, int] = {}
+        self.calls = self.layers = 0
+        for call in calls(module, *LAYERS, *OPERATIONS):
+            if not _is_taken(module, call):
                 continue
-            index = len(self._delegates)
-            self._delegates.append(self._lower(call, tensors))
-            arguments = (call.args[0], index, list(shape(call)))
-            replace(call, insert(call, torch.ops.edge_dit.frozen_layer.default, *arguments))
+            tensors = _frozen_arguments(module, call)
+            index, inputs = self._lower(call, tensors)
+            arguments = (inputs, index, list(shape(call)))
+            replace(call, insert(call, torch.ops.edge_dit.delegated.default, *arguments))
+            self.calls += 1
+            self.layers += call.target in (*LAYERS, aten.mm.default) and bool(tensors)
         sweep(module)
 
-    def __len__(self) -> int:
-        return len(self._delegates)
+    def _lower(self, call: fx.Node, tensors: dict[int, Tensor]) -> tuple[int, list[fx.Node]]:
+        """Number of the delegate, and its inputs; one without weights serves all of its kind."""
+        program = DelegateProgram(call, tensors, self._constants)
+        arguments = (shape(a) if isinstance(a, fx.Node) else str(a) for a in call.args)
+        key = (call.target, *arguments)
+        if not tensors and key in self._shared:
+            return self._shared[key], program.inputs
+        lowered = LoweredBackendModule(
+            edge_program=self._original(program.inputs, call),
+            backend_id=XnnpackBackend.__name__,
+            processed_bytes=program.serialize(),
+            compile_specs=[],
+            named_data_store_output=program.named_data(),
+        )
+        lowered.meta = {"debug_handle_map": {}}
+        self._lowered.append(lowered)
+        index = len(self._lowered) - 1
+        if not tensors:
+            self._shared[key] = index
+        return index, program.inputs
 
-    def _lower(self, call: fx.Node, tensors: dict[str, Tensor]) -> Any:
-        key = (
-            str(call.target),
-            shape(call.args[0]),  # type: ignore[arg-type]
-            *(shape(a) if isinstance(a, fx.Node) else str(a) for a in call.args[1:]),
-        )
-        if key not in self._templates:
-            example = torch.zeros(shape(call.args[0]))  # type: ignore[arg-type]
-            program = torch.export.export(_Layer(call, tensors), (example,))
-            self._templates[key] = to_edge(program, compile_config=EDGE).exported_program()
-        specs = [LINEAR_ONLY] if call.target in PRODUCTS else []
-        return to_backend(
-            XnnpackBackend.__name__, _with_weights(self._templates[key], tensors), specs
-        )
+    def _original(self, inputs: list[fx.Node], call: fx.Node) -> ExportedProgram:
+        key = (*map(shape, inputs), shape(call))
+        if key not in self._originals:
+            examples = tuple(torch.zeros(shape(node)) for node in inputs)
+            self._originals[key] = torch.export.export(_Shape(shape(call)), examples)
+        return self._originals[key]
 
     def put_back(self, program: ExportedProgram) -> None:
-        """Replace the stand-ins in a lowered graph by the layers' delegates, in place."""
+        """Replace the stand-ins in a lowered graph by the delegates, in place."""
         module = program.graph_module
+        for index, lowered in enumerate(self._lowered):
+            module.add_submodule(f"delegate_{index}", lowered)
         for node in list(module.graph.nodes):
             # Lowering wraps operations in an EdgeOpOverload, which keeps the original.
-            if getattr(node.target, "_op", None) is not torch.ops.edge_dit.frozen_layer.default:
+            if getattr(node.target, "_op", None) is not torch.ops.edge_dit.delegated.default:
                 continue
-            x, index, _ = node.args
-            name = f"frozen_layer_{index}"
-            module.add_submodule(name, self._delegates[index])
+            inputs, index, _ = node.args
             with module.graph.inserting_before(node):
-                layer = module.graph.get_attr(name)
-                call = module.graph.call_function(executorch_call_delegate, (layer, x))
+                lowered = module.graph.get_attr(f"delegate_{index}")
+                call = module.graph.call_function(executorch_call_delegate, (lowered, *inputs))
                 result = module.graph.call_function(operator.getitem, (call, 0))
             call.meta["val"] = (value(node),)
             result.meta["val"] = value(node)
@@ -135,29 +130,26 @@ class FrozenLayers:
         module.recompile()
 
 
-def _frozen_arguments(module: fx.GraphModule, call: fx.Node) -> dict[str, Tensor] | None:
-    """A call's tensors other than its input, by `_buffer` and `BIAS`; None if one is not frozen."""
-    tensors = {}
-    for position, argument in enumerate(call.args[1:], start=1):
-        if isinstance(argument, fx.Node):
-            tensor = frozen(module, argument)
-            if tensor is None:
-                return None
-            tensors[_buffer(position)] = tensor
-    if call.target is aten.mm.default:
-        tensors[BIAS] = torch.full((shape(call)[1],), -0.0)
-    return tensors
-
-
-def _with_weights(template: ExportedProgram, tensors: dict[str, Tensor]) -> ExportedProgram:
-    """The same program with other buffers."""
-    return ExportedProgram(
-        root=template.graph_module,
-        graph=template.graph,
-        graph_signature=template.graph_signature,
-        state_dict=dict(tensors),
-        range_constraints=template.range_constraints,
-        module_call_graph=template.module_call_graph,
-        constants=template.constants,
-        verifiers=[template.verifier],
+def _is_taken(module: fx.GraphModule, call: fx.Node) -> bool:
+    tensors = [argument for argument in call.args if isinstance(argument, fx.Node)]
+    if call.kwargs or any(value(tensor).dtype != torch.float32 for tensor in [call, *tensors]):
+        return False
+    constant = [frozen(module, tensor) is not None for tensor in tensors]
+    layer = call.target in LAYERS or (call.target is aten.mm.default and constant[1])
+    if layer:
+        return not constant[0] and all(constant[1:])
+    numbers = [a for a in call.args if call.target in BINARY and not isinstance(a, fx.Node)]
+    return (
+        value(call).numel() >= SMALLEST
+        and all(isinstance(number, float) for number in numbers)
+        and not (any(constant) if call.target not in BINARY else all(constant))
     )
+
+
+def _frozen_arguments(module: fx.GraphModule, call: fx.Node) -> dict[int, Tensor]:
+    """A call's frozen tensors by position."""
+    return {
+        position: tensor
+        for position, argument in enumerate(call.args)
+        if isinstance(argument, fx.Node) and (tensor := frozen(module, argument)) is not None
+    }

@@ -1,0 +1,241 @@
+"""Calls of a graph as programs of ExecuTorch's XNNPACK delegate.
+
+Written straight into the delegate's own schema (executorch 1.5.1,
+backends/xnnpack/serialization/schema.fbs): its preprocess lowers and rewrites a whole exported
+program for each, at seconds a call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
+from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import (
+    serialize_xnnpack_binary,
+)
+from executorch.backends.xnnpack.utils.xnnpack_constants import (
+    UINT64_MAX,
+    XNN_FLAG_TRANSPOSE_WEIGHTS,
+    XNN_INVALID_VALUE_ID,
+    XNN_VALUE_FLAG_EXTERNAL_INPUT,
+    XNN_VALUE_FLAG_EXTERNAL_OUTPUT,
+)
+from executorch.exir._serialize._named_data_store import NamedDataStore
+from torch import Tensor, fx
+
+from edge_dit_export.passes._graph import shape
+
+aten: Any = torch.ops.aten
+ALIGNMENT = 16
+"""Of constants, bytes; the delegate's CONSTANT_TENSOR_ALIGNMENT."""
+BINARY = {
+    aten.mul.Tensor: schema.XNNMultiply,
+    aten.mul.Scalar: schema.XNNMultiply,
+    aten.add.Tensor: schema.XNNAdd,
+    aten.add.Scalar: schema.XNNAdd,
+    aten.sub.Tensor: schema.XNNSubtract,
+}
+UNARY = {aten.sigmoid.default: schema.XNNSigmoid, aten._softmax.default: schema.XNNSoftmax}
+OPERATIONS = (*BINARY, *UNARY, aten.permute.default, aten.mm.default, aten.bmm.default)
+"""What XNNPACK computes with any arguments, of float32."""
+LAYERS = (aten.linear.default, aten.convolution.default)
+"""What it computes with constant weights."""
+
+
+class Constants:
+    """Frozen tensors by the hash of their bytes, each held once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, bytes] = {}
+
+    def key(self, tensor: Tensor) -> str:
+        """A tensor's name in a program; float32, contiguous."""
+        content = tensor.detach().contiguous().numpy().tobytes()
+        key = hashlib.sha256(content).hexdigest()
+        self._known.setdefault(key, content)
+        return key
+
+    def __getitem__(self, key: str) -> bytes:
+        return self._known[key]
+
+
+class DelegateProgram:
+    """One call as a delegate's program.
+
+    Args:
+        call: of `OPERATIONS` or `LAYERS`.
+        frozen: its frozen arguments, by position.
+        constants: where their bytes are kept.
+    """
+
+    def __init__(self, call: fx.Node, frozen: dict[int, Tensor], constants: Constants) -> None:
+        self._constants = constants
+        self._values: list[schema.XValue] = []
+        self._nodes: list[schema.XNode] = []
+        self._data = [schema.ConstantDataOffset(0, 0)]
+        self._inputs: list[int] = []
+        self.inputs = [
+            argument
+            for position, argument in enumerate(call.args)
+            if isinstance(argument, fx.Node) and position not in frozen
+        ]
+        given = iter([self._external(shape(node), len(self._inputs)) for node in self.inputs])
+        result = self._external(shape(call), len(self.inputs), output=True)
+        arguments: list[Any] = [
+            (frozen[position] if position in frozen else next(given))
+            if isinstance(argument, fx.Node)
+            else argument
+            for position, argument in enumerate(call.args)
+        ]
+        self._write(call, arguments, result)
+        self._result = result
+
+    def _write(self, call: fx.Node, arguments: list[Any], result: int) -> None:
+        kind: Any = call.target
+        if kind is aten.linear.default:
+            x, weight, *bias = arguments
+            self._fully_connected(x, weight, bias[0] if bias else None, result)
+        elif kind is aten.mm.default:
+            x, weight = arguments
+            # A bias of -0.0 leaves a sum what it was. No layer has such a one, so that what XNNPACK
+            # packs of W here is not taken for what it packs of W for the layer, by name.
+            bias = torch.full((shape(call)[1],), -0.0) if isinstance(weight, Tensor) else None
+            self._fully_connected(x, weight, bias, result, XNN_FLAG_TRANSPOSE_WEIGHTS)
+        elif kind is aten.convolution.default:
+            self._convolution(call, arguments, result)
+        elif kind is aten.permute.default:
+            self._transpose(arguments[0], list(arguments[1]), result)
+        elif kind is aten.bmm.default:
+            self._binary(schema.XNNBatchMatrixMultiply, arguments, result)
+        elif kind in BINARY:
+            self._binary(BINARY[kind], arguments, result)
+        else:
+            self._node(UNARY[kind](input_id=arguments[0], output_id=result, flags=0))
+
+    def _binary(self, kind: Any, arguments: Sequence[Any], result: int) -> None:
+        one, other = map(self._operand, arguments)
+        self._node(kind(input1_id=one, input2_id=other, output_id=result, flags=0))
+
+    def _operand(self, argument: Any) -> int:
+        """An argument as a value: it is one, or a constant or a number."""
+        if isinstance(argument, Tensor):
+            return self._constant(argument)
+        if isinstance(argument, float):
+            return self._constant(torch.tensor([argument]))
+        return argument
+
+    def _fully_connected(
+        self, x: int, weight: Any, bias: Tensor | None, result: int, flags: int = 0
+    ) -> None:
+        self._node(
+            schema.XNNFullyConnected(
+                input1_id=x,
+                filter_id=self._operand(weight),
+                bias_id=XNN_INVALID_VALUE_ID if bias is None else self._constant(bias),
+                output_id=result,
+                flags=flags,
+            )
+        )
+
+    def _transpose(self, x: int, order: list[int], result: int) -> None:
+        order = [dim % len(order) for dim in order]
+        self._node(
+            schema.XNNStaticTranspose(
+                input_id=x, num_dims=len(order), perm=order, output_id=result, flags=0
+            )
+        )
+
+    def _convolution(self, call: fx.Node, arguments: list[Any], result: int) -> None:
+        """XNNPACK's are of [N, H, W, C]."""
+        x, weight, bias, stride, padding, dilation, _, adjustment, groups = arguments
+        outputs, inputs, *kernel = weight.shape
+        depthwise = inputs == 1
+        filter_ = weight.permute(1, 2, 3, 0) if depthwise else weight.permute(0, 2, 3, 1)
+        n, c, h, w = shape(self.inputs[0])
+        rows = self._inner((n, h, w, c))
+        n, c, h, w = shape(call)
+        found = self._inner((n, h, w, c))
+        self._transpose(x, [0, 2, 3, 1], rows)
+        kind = schema.XNNDepthwiseConv2d if depthwise else schema.XNNConv2d
+        self._node(
+            kind(
+                padding_top=padding[0],
+                padding_right=padding[1],
+                padding_bottom=padding[0],
+                padding_left=padding[1],
+                kernel_height=kernel[0],
+                kernel_width=kernel[1],
+                subsampling_height=stride[0],
+                subsampling_width=stride[1],
+                dilation_height=dilation[0],
+                dilation_width=dilation[1],
+                group_input_channels=inputs,
+                group_output_channels=outputs // groups,
+                groups=groups,
+                adjustment_height=adjustment[0],
+                adjustment_width=adjustment[1],
+                input1_id=rows,
+                filter_id=self._constant(filter_),
+                bias_id=XNN_INVALID_VALUE_ID if bias is None else self._constant(bias),
+                output_id=found,
+                flags=0,
+            )
+        )
+        self._transpose(found, [0, 3, 1, 2], result)
+
+    def _node(self, node: Any) -> None:
+        self._nodes.append(schema.XNode(xnode_union=node, debug_handle=len(self._nodes)))
+
+    def _value(self, dims: Sequence[int], external: int, buffer: int, flags: int) -> int:
+        number = len(self._values)
+        value = schema.XNNTensorValue(
+            datatype=schema.XNNDatatype.xnn_datatype_fp32,
+            num_dims=len(dims),
+            dims=list(dims),
+            constant_buffer_idx=buffer,
+            external_id=external,
+            flags=flags,
+            id_out=number,
+        )
+        self._values.append(schema.XValue(xvalue_union=value))
+        return number
+
+    def _external(self, dims: Sequence[int], number: int, output: bool = False) -> int:
+        flag = XNN_VALUE_FLAG_EXTERNAL_OUTPUT if output else XNN_VALUE_FLAG_EXTERNAL_INPUT
+        value = self._value(dims, number, 0, flag)
+        if not output:
+            self._inputs.append(value)
+        return value
+
+    def _inner(self, dims: Sequence[int]) -> int:
+        return self._value(dims, XNN_INVALID_VALUE_ID, 0, 0)
+
+    def _constant(self, tensor: Tensor) -> int:
+        key = self._constants.key(tensor)
+        self._data.append(
+            schema.ConstantDataOffset(UINT64_MAX, tensor.numel() * tensor.element_size(), key)
+        )
+        return self._value(tuple(tensor.shape), XNN_INVALID_VALUE_ID, len(self._data) - 1, 0)
+
+    def serialize(self) -> bytes:
+        """What the delegate loads."""
+        graph = schema.XNNGraph(
+            version="0",
+            xnodes=self._nodes,
+            xvalues=self._values,
+            num_externs=len(self._inputs) + 1,
+            input_ids=self._inputs,
+            output_ids=[self._result],
+            constant_data=self._data,
+        )
+        return serialize_xnnpack_binary(graph, bytearray())
+
+    def named_data(self) -> Any:
+        """The constants it names."""
+        store = NamedDataStore()
+        for entry in self._data[1:]:
+            store.add_named_data(entry.named_key, self._constants[entry.named_key], ALIGNMENT)
+        return store.get_named_data_store_output()
