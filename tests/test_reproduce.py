@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "samples" / "reprod
 import experiment
 import measures
 import tables
-from arms import ARMS, CLAIMS, CROPS, NO_LORA, Claim, lora_blocks
+from arms import ARMS, CLAIMS, CROPS, NO_LORA, Claim, Skips, lora_blocks
 from experiment import Through, how_selected, settings, stored
 from run import SAMPLES, Run, all_runs, is_done, perform
 from side_by_side import ManySessions, add_many_lora, remove_many_lora
@@ -134,13 +134,19 @@ def test_every_arm_has_lora_where_it_says() -> None:
         "last-50": everything[:6],
         "middle-50": [0, 1, 2, 9, 10, 11],
         "partial-50": selected[50],
+        **{f"ends-{k}": everything[1 : 13 - k] for k in (8, 9, 10)},
+        **{f"between-{k}": [1, *everything[3 : 14 - k]] for k in (8, 9, 10)},
         "skip-30-large": selected[30],
         **{f"{kind}-{k}": blocks for kind, of in chosen.items() for k, blocks in of.items()},
     }
+
+    def select(k: int, where: str) -> Skips:
+        if where == "proposed":
+            return 1, k - 2, [(2, 3)]
+        return (0, k, []) if where == "drawn" else (min(k, 1), max(k - 1, 0), [])
+
     for name, arm in ARMS.items():
-        blocks = lora_blocks(
-            arm, 12, lambda k, drawn: (0, k) if drawn else (min(k, 1), max(k - 1, 0))
-        )
+        blocks = lora_blocks(arm, 12, select)
         assert blocks == wanted.get(name, everything), name
 
 
