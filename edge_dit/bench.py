@@ -284,8 +284,10 @@ def random_weights(family: Any, config: dict[str, Any], folder: Path) -> None:
     for number, (_, members) in enumerate(groups.items()):
         tensors = {}
         for name in members:
-            spread = 0.02 if len(shapes[name]) > 1 else 0.1
-            center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            vector = len(shapes[name]) < 2
+            spread = 0.1 if vector else 0.02
+            # A norm's weight; not the matrix "norm1.linear.weight", which makes modulations.
+            center = 1.0 if vector and "norm" in name and name.endswith("weight") else 0.0
             value = torch.randn(shapes[name], generator=generator) * spread + center
             tensors[name] = value.numpy()
         file = f"diffusion_pytorch_model-{number:05d}.safetensors"

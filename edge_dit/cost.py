@@ -53,6 +53,7 @@ class Cost:
         largest_bytes: of the largest tensor among those.
         turned_bytes: of frozen weights that gradients pass, and are multiplied with once more.
         widest_bytes: of the largest of those.
+        matrix_bytes: of the blocks' largest frozen tensor.
         bank_bytes: of one stored draw; what a bank stores once per prompt is not counted.
         flops: forward and backward, a multiply-add counting as two.
     """
@@ -67,6 +68,7 @@ class Cost:
     largest_bytes: int
     turned_bytes: int
     widest_bytes: int
+    matrix_bytes: int
     bank_bytes: int
     flops: int
 
@@ -149,6 +151,7 @@ class Shapes:
             largest_bytes=step.largest,
             turned_bytes=FLOAT * step.turned,
             widest_bytes=FLOAT * step.widest,
+            matrix_bytes=FLOAT * max(self._matrices[number] for number in trained),
             bank_bytes=FLOAT * stored,
             flops=step.flops,
         )
@@ -167,6 +170,10 @@ class Shapes:
     @cached_property
     def _parameters(self) -> list[int]:
         return [sum(p.numel() for p in block.parameters()) for block in self.blocks]
+
+    @cached_property
+    def _matrices(self) -> list[int]:
+        return [max(p.numel() for p in block.parameters()) for block in self.blocks]
 
     @cached_property
     def _head_parameters(self) -> int:
