@@ -39,6 +39,7 @@ def test_every_target_passes_and_the_certificate_says_so(road, bundle):
             "trajectory",
             *(f"gradients.{name}" for name in lora),
             *(f"adapter.{name}" for name in lora),
+            *(f"patch.{number}" for number in range(4)),
         }
         assert result["tolerances"] == TOLERANCES[target.partition(" ")[0]]
         gradients = [row for row in result["tensors"] if row["kind"] == "gradients"]

@@ -2,7 +2,8 @@
 
 Each target runs in a process of its own (a bad program may abort it) and does what the reference
 does: gradients of one draw with a LoRA B that is not zero, then a training trajectory from the
-initial adapter. The certificate, parity.json, holds the differences and the tolerances.
+initial adapter, then a few patches of a random image. The certificate, parity.json, holds the
+differences and the tolerances.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from edge_dit.progress import bar
 from edge_dit_runtime.session import Trainer, layouts, open_session, titled
 from edge_dit_runtime.train import draw_order
 
+_ONNX = {"loss": 1e-4, "gradients": 1e-4, "trajectory": 1e-4, "adapter": 1e-3, "patch": 1e-5}
 TOLERANCES = {
-    "onnx": {"loss": 1e-4, "gradients": 1e-4, "trajectory": 1e-4, "adapter": 1e-3},
-    "ort-training": {"loss": 1e-4, "gradients": 1e-4, "trajectory": 1e-4, "adapter": 1e-3},
-    "executorch": {"loss": 1e-3, "gradients": 1e-3, "trajectory": 1e-3, "adapter": 1e-3},
+    "onnx": _ONNX,
+    "ort-training": _ONNX,
+    "executorch": {**dict.fromkeys(_ONNX, 1e-3), "patch": 1e-5},
 }
 """Largest difference over the largest value of the reference tensor, float32."""
 B_STD = 0.02
@@ -40,6 +42,8 @@ B_STD = 0.02
 gradient of A is zero and would prove nothing."""
 
 
+PATCHES = ((0.0, 0.2, 0.9), (0.37, 0.6, 0.1), (0.83, 1.0, 0.0), (1.0, 0.5, 0.5))
+"""(sigma, u, v) of the patches that are compared."""
 WIDE = "float32"
 NUDGE = 2e-6
 """Relative size of the nudge of `is_well_posed`: just above what float32 rounding does."""
@@ -64,6 +68,35 @@ def measure(
     found["trajectory"] = np.array([session.step(bank[number]) for number in draws[1:]])
     found |= {f"adapter.{name}": value for name, value in session.adapter().items()}
     return {name: np.atleast_1d(value) for name, value in found.items()}
+
+
+def patches(sampler: Callable[..., Any], s_max: int) -> dict[str, np.ndarray]:
+    """Patches of a random image, by "patch.<number>".
+
+    Args:
+        sampler: image, sigma and uv -> patch, see `edge_dit.patch_sampler.PatchSampler.forward`.
+        s_max: of the plan, pixels.
+    """
+    rng = np.random.default_rng(0)
+    image = rng.uniform(-1, 1, (1, 3, s_max + 9, s_max + 5)).astype(np.float32)
+    found = {}
+    for number, (sigma, u, v) in enumerate(PATCHES):
+        arguments = (np.array([sigma], np.float32), np.array([u, v], np.float32))
+        found[f"patch.{number}"] = np.asarray(sampler(image, *arguments))
+    return found
+
+
+def _exported_sampler(bundle: Path, target: str) -> Callable[..., Any]:
+    if target == "executorch":
+        from edge_dit_runtime.executorch_session import ExecuTorchProgram
+
+        program: Any = ExecuTorchProgram(bundle / target / "patch_sampler.pte")
+    else:
+        from edge_dit_runtime.onnx_session import OnnxProgram
+
+        path = bundle / target / "patch_sampler.onnx"
+        program = OnnxProgram(path, ["image", "sigma", "uv"], ["patch"])
+    return lambda *arguments: program(*arguments)[0]
 
 
 def perturbed(adapter: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -191,7 +224,10 @@ def verify(
         BadInput: bundle and bank do not fit, the model is gone, or torch is missing.
     """
     require("torch", "the PyTorch reference of verify")
+    import torch
+
     from edge_dit.adamw import AdamW
+    from edge_dit.patch_sampler import PatchSampler
     from edge_dit.plan import Plan
     from edge_dit.quantize import round_frozen
     from edge_dit.reference import EagerSession, adapted_subgraph
@@ -210,7 +246,10 @@ def verify(
     results: dict[str, Any] = {}
     references: dict[str, Any] = {}
     with bar("verify", len(rows) + 1) as advance:
-        subgraph, _ = adapted_subgraph(Plan.model_validate(manifest.plan))
+        plan = Plan.model_validate(manifest.plan)
+        subgraph, _ = adapted_subgraph(plan)
+        host = PatchSampler(plan.s_min, plan.s_max, plan.multiple)
+        sampler = lambda *arrays: host(*map(torch.from_numpy, arrays)).numpy()  # noqa: E731
         adamw = AdamW(**manifest.optimizer.model_dump())
         draws = choose_draws(EagerSession(subgraph, adamw), bank, adapter, steps)
         advance(note="reference")
@@ -218,14 +257,13 @@ def verify(
             dtype = _weights(manifest, target)
             if dtype not in references:
                 round_frozen(subgraph, dtype)
-                references[dtype] = measure(EagerSession(subgraph, adamw), bank, adapter, draws)
+                found = measure(EagerSession(subgraph, adamw), bank, adapter, draws)
+                references[dtype] = found | patches(sampler, plan.s_max)
             name = titled(manifest, target, layout)
             results[name] = _verify_target(
                 bundle, bank_folder, target, layout, draws, references[dtype]
             )
             advance(note=name)
-    import torch
-
     certificate = {
         "schema_version": 1,
         "passed": not changed and all(result["passed"] for result in results.values()),
@@ -279,6 +317,8 @@ def child(
     check_confined(bundle, target)
     session = open_session(bundle, manifest, target, layout)
     found = measure(session, bank, read_adapter(bundle / ADAPTER)[0], draws)
+    del session
+    found |= patches(_exported_sampler(bundle, target), manifest.plan["s_max"])
     save_file({name: np.ascontiguousarray(value) for name, value in found.items()}, out)
 
 
