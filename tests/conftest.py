@@ -45,8 +45,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--target", help="the only target of `road`, where others are not installed")
+
+
 @pytest.fixture(scope="session")
-def road(workplace: Path) -> Road:
+def road(workplace: Path, request: pytest.FixtureRequest) -> Road:
     """The workplace with plan, bank and a bundle of all targets."""
     from edge_dit.images import read_folder
     from edge_dit.precompute import precompute
@@ -57,5 +61,6 @@ def road(workplace: Path) -> Road:
     (workplace / "plan.json").write_text(plan.model_dump_json())
     images = read_folder(job.data.images, job.data.prompt, plan.s_max)
     precompute(plan, images, workplace / "bank")
-    export(plan, workplace / "bundle", plan.targets)
+    only = request.config.getoption("--target")
+    export(plan, workplace / "bundle", [only] if only else plan.targets)
     return Road(workplace, workplace / "job.toml", plan, workplace / "bank", workplace / "bundle")
