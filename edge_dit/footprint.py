@@ -15,8 +15,8 @@ training process has at its peak, batch 1:
               + LoRA, gradients, moments and what the optimizer makes of them: copies x LoRA
               + one draw
               + weights that are not mapped           executorch: all, packed for each direction;
-                                                      float16 and int8: some of a
-                                                      block's, widened to float32
+                                                      float16 and int8: some of a block's,
+                                                      widened to float32
     file      = the runtime's own + frozen weights mapped (streamed: of one block at a time;
                 executorch: the largest matrix, while it is packed)
 

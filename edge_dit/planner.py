@@ -55,8 +55,10 @@ class Planned:
     def in_words(self) -> list[str]:
         """Selection, choice and footprints for people."""
         lines = [f"blocks by {self.source}" if self.selection else f"split: {self.source}"]
-        if self.selection and (words := self.selection.in_words()):
-            lines.append(words)
+        skipped = self.plan.layers - len(self.plan.trained)
+        better = self.selection.proposed(skipped) if self.selection else None
+        if better and self.plan.inner_skips == [better.run]:
+            lines.append(better.in_words())
         if self.choice is not None:
             return lines + self.choice.in_words()
         for name, found in self.footprints.items():

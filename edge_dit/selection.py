@@ -66,6 +66,13 @@ class Between(BaseModel):
         """Whether it gains more than two standard errors."""
         return self.gain > 2 * self.error
 
+    def in_words(self) -> str:
+        """What was measured."""
+        return (
+            f"skipping blocks {self.run[0]} to {self.run[1] - 1} too loses {self.gain:.2g} ± "
+            f"{self.error:.1g} less than the best head and tail of {self.skipped} blocks"
+        )
+
 
 class Selection(BaseModel):
     """What skipping each head and each tail costs, mean over subjects.
@@ -156,21 +163,6 @@ class Selection(BaseModel):
     def proposed(self, skipped: int) -> Between | None:
         """The split of k blocks to take instead of `best`, where one was measured to be better."""
         return next((s for s in self.between if s.skipped == skipped and s.better), None)
-
-    def in_words(self) -> str:
-        """What was found of runs between trained blocks; empty where none was tried."""
-        if not self.between:
-            return ""
-        better = [split for split in self.between if split.better]
-        told = ", ".join(
-            f"k = {s.skipped}: {s.head_skip} before, [{s.run[0]}, {s.run[1]}) between, "
-            f"{s.tail_skip} after, by {s.gain:.2g} ± {s.error:.1g}"
-            for s in better
-        )
-        tried = (
-            f"a run between trained blocks was measured for {len(self.between)} numbers of blocks"
-        )
-        return f"{tried}: better than head and tail for " + (told or "none")
 
 
 def read_selection(path: Path) -> Selection:

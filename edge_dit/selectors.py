@@ -61,7 +61,8 @@ SHORTLIST = 4
 
 Numbers = dict[str, np.ndarray]
 """What was measured of one subject, by name."""
-Shapes = dict[str, tuple[int, ...]]
+Expected = dict[str, tuple[int, ...]]
+"""Their shapes, by which what is kept is known to be whole."""
 
 
 @dataclass(frozen=True)
@@ -440,13 +441,13 @@ class _Bench:
             "subjects": [subject.name for subject in subjects],
             "steps": steps,
         }
-        self.ends: Shapes = {"head": (plan.layers + 1,), "tail": (plan.layers + 1,)}
+        self.ends: Expected = {"head": (plan.layers + 1,), "tail": (plan.layers + 1,)}
 
     def run(
         self,
         method: str,
         asked: dict[str, Any],
-        shapes: Callable[[Subject], Shapes],
+        shapes: Callable[[Subject], Expected],
         measure: Callable[[Subject, str], Numbers],
     ) -> tuple[list[Numbers], float]:
         """What was measured of each subject, and the seconds that all of them took.
@@ -504,7 +505,7 @@ class _Bench:
         return {**plan, "steps": self.steps, "images": images}
 
 
-def _kept(path: Path, shapes: Shapes) -> Numbers | None:
+def _kept(path: Path, shapes: Expected) -> Numbers | None:
     """A measurement that is there and whole."""
     try:
         raw = read_document(path, "a measurement", "")

@@ -298,7 +298,9 @@ def test_a_selection_decides_where_only_a_ratio_is_given(workplace, monkeypatch,
     # A run between that was measured to be better goes before the best ends, a given one stands.
     better = Between(**between(head=1, run=(2, 3)))
     write_selection(found.model_copy(update={"between": [better]}))
-    assert make_plan(read_job(path)).trained == [1, 3]
+    planned = plan_job(read_job(path), profile=REFERENCE)
+    assert planned.plan.trained == [1, 3]
+    assert planned.in_words()[1] == better.in_words()
     given = write_job(
         workplace, ("head_skip = 1\ntail_skip = 1", "skip_ratio = 0.5\ninner_skips = [[1, 2]]")
     )

@@ -14,6 +14,7 @@ import operator
 from typing import Any
 
 import torch
+from executorch.backends.xnnpack.utils.xnnpack_constants import XNN_MAX_TENSOR_DIMS
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import EdgeCompileConfig
 from executorch.exir.delegate import executorch_call_delegate
@@ -134,9 +135,14 @@ def _is_taken(module: fx.GraphModule, call: fx.Node) -> bool:
     tensors = [argument for argument in call.args if isinstance(argument, fx.Node)]
     if call.kwargs or any(value(tensor).dtype != torch.float32 for tensor in [call, *tensors]):
         return False
+    if any(len(shape(tensor)) > XNN_MAX_TENSOR_DIMS for tensor in [call, *tensors]):
+        return False
+    if call.target is aten._softmax.default and call.args[1] not in (-1, len(shape(call)) - 1):
+        return False  # XNNPACK's is over the last dimension
+    if call.target is aten.convolution.default and (call.args[6] or len(shape(call)) != 4):
+        return False  # transposed, or not of images
     constant = [frozen(module, tensor) is not None for tensor in tensors]
-    layer = call.target in LAYERS or (call.target is aten.mm.default and constant[1])
-    if layer:
+    if call.target in LAYERS or (call.target is aten.mm.default and constant[1]):
         return not constant[0] and all(constant[1:])
     numbers = [a for a in call.args if call.target in BINARY and not isinstance(a, fx.Node)]
     return (

@@ -233,6 +233,8 @@ def verify(
     from edge_dit.reference import EagerSession, adapted_subgraph
 
     manifest = read_manifest(bundle)
+    plan = Plan.model_validate(manifest.plan)
+    host = PatchSampler(plan.s_min, plan.s_max, plan.multiple)
     bank = Bank(bank_folder, manifest.plan_hash)
     adapter = read_adapter(bundle / ADAPTER)[0]
     # Targets with frozen weights in fewer bytes come last: PyTorch's are rounded to theirs then.
@@ -242,14 +244,15 @@ def verify(
         for target in chosen
         for fault in content_faults(bundle, manifest, target, verify_hashes=True)
     }
+
+    def sampler(*arrays: np.ndarray) -> np.ndarray:
+        return host(*map(torch.from_numpy, arrays)).numpy()
+
     rows = [(target, layout) for target in chosen for layout in layouts(manifest, target)]
     results: dict[str, Any] = {}
     references: dict[str, Any] = {}
     with bar("verify", len(rows) + 1) as advance:
-        plan = Plan.model_validate(manifest.plan)
         subgraph, _ = adapted_subgraph(plan)
-        host = PatchSampler(plan.s_min, plan.s_max, plan.multiple)
-        sampler = lambda *arrays: host(*map(torch.from_numpy, arrays)).numpy()  # noqa: E731
         adamw = AdamW(**manifest.optimizer.model_dump())
         draws = choose_draws(EagerSession(subgraph, adamw), bank, adapter, steps)
         advance(note="reference")
