@@ -33,6 +33,8 @@ from edge_dit_export.frozen import FROZEN, FrozenStore
 from edge_dit_export.onnx_model import IR, OPSET, onnx_model, patch_sampler_model
 from edge_dit_export.passes_onnx.cast_like_to_cast import cast_like_to_cast
 from edge_dit_export.passes_onnx.complete_layer_norm import complete_layer_norm
+from edge_dit_export.passes_onnx.conv1x1_to_matmul import conv1x1_to_matmul
+from edge_dit_export.passes_onnx.depthwise_grad_to_conv import depthwise_grad_to_conv
 from edge_dit_export.passes_onnx.expand_clip_grad_norm import expand_clip_grad_norm
 from edge_dit_export.passes_onnx.partial_split_to_slice import partial_split_to_slice
 
@@ -78,7 +80,8 @@ def export_ort_training(
     """
     lora = {name: p.detach() for name, p in subgraph.lora_parameters().items()}
     frozen = _frozen(subgraph)
-    _make_artifacts(_forward_model(subgraph, batch, lora, frozen), list(lora), adamw, directory)
+    model = _forward_model(subgraph, batch, lora, frozen)
+    _make_artifacts(model, list(lora), adamw, directory)
     FrozenStore(frozen, set(), "float32").write(directory / FROZEN)
     ir.save(patch_sampler_model(sampler), directory / SAMPLER)
     return {"opset": OPSET, "ir": IR, "frozen": list(frozen)}
@@ -108,6 +111,7 @@ def _forward_model(
         numpy_helper.from_array(tensor.numpy(), name) for name, tensor in lora.items()
     )
     cast_like_to_cast(model)
+    conv1x1_to_matmul(model)
     partial_split_to_slice(model)
     complete_layer_norm(model)
     return model
@@ -126,6 +130,10 @@ def _make_artifacts(model: onnx.ModelProto, lora: list[str], adamw: AdamW, direc
         artifacts.generate_artifacts(
             model, requires_grad=lora, optimizer=optimizer, artifact_directory=directory
         )
+    path = directory / "training_model.onnx"
+    written = onnx.load(path)
+    if depthwise_grad_to_conv(written):
+        onnx.save(written, path)
     path = directory / "optimizer_model.onnx"
     written = onnx.load(path)
     # generate_artifacts stamps the installed onnx's IR version, which its own runtime refuses.

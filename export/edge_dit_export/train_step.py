@@ -11,7 +11,7 @@ Frozen weights are buffers of the graph module, LoRA tensors are inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -88,26 +88,38 @@ def _trace_recomputing(
 
     def step(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         borders = [{name: tensors[name] for name in STATE if name in tensors}]
+        conditioning = {n: tensor for n, tensor in tensors.items() if n.startswith("cond.")}
         for block in blocks:
             borders[-1] = block.arrive(borders[-1], tensors)
-            after = block.forward({**tensors, **own(block, tensors), **borders[-1]})
+            cond = _behind(borders[-1].values(), conditioning)
+            after = block.forward({**tensors, **own(block, tensors), **cond, **borders[-1]})
             borders.append(dict(zip(STATE, after, strict=False)))
         weights = {n: tensors[FROZEN + n] for n in head.weights}
         loss, given = head.backward({**tensors, **weights, **borders.pop()})
         gradients = {"grad.entry": given}
+        done = [given]
         found: dict[str, Tensor] = {}
         for block in reversed(blocks):
-            # Not to be merged with the first computation, nor run before the gradient is there.
-            late = 0.0 * gradients["grad.entry"]
-            state = {**borders.pop()}
-            state["entry"] = state["entry"] + late
-            back = block.backward({**tensors, **own(block, tensors), **state, **gradients})
-            gradients = {f"grad.{n}": g for n, g in zip(state, back, strict=False)}
+            border = borders.pop()
+            again = _behind(done, {**conditioning, **border})
+            done = list(block.backward({**tensors, **own(block, tensors), **again, **gradients}))
+            gradients = {f"grad.{n}": g for n, g in zip(border, done, strict=False)}
             names = [lora_name(f"{block.name}.{n}") for n in block.lora]
-            found |= dict(zip(names, back[len(state) :], strict=True))
+            found |= dict(zip(names, done[len(border) :], strict=True))
         return loss, *(found[name] for name in lora)
 
     return _traced(step, subgraph, batch, lora, frozen)
+
+
+def _behind(done: Iterable[Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors``, each plus zero times an element of every tensor that has to be known before.
+
+    A runtime runs nodes in whatever order their inputs allow: it would project the text for all
+    blocks at once, merge what is computed again with the first time, or leave the gradients of LoRA
+    to the end, and keep all that takes.
+    """
+    zero = 0.0 * torch.cat([tensor.reshape(-1)[:1] for tensor in done]).sum()
+    return {name: tensor + zero for name, tensor in tensors.items()}
 
 
 def _traced(

@@ -40,6 +40,12 @@ def _without(name: str) -> Iterator[None]:
         del sys.modules[name]
 
 
+SPARE = 2**20
+"""Bytes that a piece of memory may be larger than what lies in it; onnxruntime's own 128 MiB left
+FLUX.1-dev's wide weights in pieces of twice their size.
+"""
+
+
 @cache
 def share_arena(module: Any) -> None:
     """Let sessions that ask for it (``session.use_env_allocators``) share one arena of memory that
@@ -50,7 +56,7 @@ def share_arena(module: Any) -> None:
             "max_mem": 0,
             "arena_extend_strategy": 1,
             "initial_chunk_size_bytes": -1,
-            "max_dead_bytes_per_chunk": -1,
+            "max_dead_bytes_per_chunk": SPARE,
         }
     )
     kind = module.OrtMemoryInfo(

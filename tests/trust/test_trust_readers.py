@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import tracemalloc
 
 import numpy as np
 import onnxruntime
@@ -19,6 +20,7 @@ from edge_dit.bundle import FileSpec, is_plain_name, read_manifest
 from edge_dit.documents import parse_json
 from edge_dit.errors import BadInput
 from edge_dit.integrity import check_bundle, check_confined
+from edge_dit.job import read_job
 from edge_dit.onnx_external import external_locations
 from edge_dit.tensors import TensorFile, write_tensors
 
@@ -136,6 +138,18 @@ def test_a_file_that_shrinks_while_it_is_open(tmp_path):
 def test_json_that_is_refused(data, why):
     with pytest.raises(ValueError, match=why):
         parse_json(data)
+
+
+def test_a_job_whose_key_has_20000_parts(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_text(".".join("a" * 20_000) + " = 1")
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadInput, match="dots"):
+            read_job(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_documents_know_their_own_content(tmp_path):

@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from edge_dit_export.passes_onnx._graph import shapes_of
+
 
 def partial_split_to_slice(model: onnx.ModelProto) -> int:
     """Rewrite every Split of which not all parts are used, in place.
@@ -30,7 +32,7 @@ def partial_split_to_slice(model: onnx.ModelProto) -> int:
     """
     graph = model.graph
     used = {name for node in graph.node for name in node.input} | {v.name for v in graph.output}
-    sides = _sides(model)
+    sides = shapes_of(model)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     nodes, count = [], 0
     for node in graph.node:
@@ -69,15 +71,3 @@ def _sizes(
         size = -(-side // count)  # the last part is smaller if need be
         return [*[size] * (count - 1), side - size * (count - 1)]
     raise ValueError(f"{node.name}: a Split whose sizes are not known")
-
-
-def _sides(model: onnx.ModelProto) -> dict[str, list[int]]:
-    """Shape of every value that has one, by name; an unknown side is 0."""
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    constants = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-    values = {
-        value.name: [side.dim_value for side in value.type.tensor_type.shape.dim]
-        for value in [*graph.input, *graph.value_info, *graph.output]
-        if value.type.tensor_type.HasField("shape")
-    }
-    return constants | values
