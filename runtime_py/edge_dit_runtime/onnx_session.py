@@ -77,6 +77,9 @@ class OnnxProgram:
         return self._session.run(self._outputs, dict(zip(self.inputs, arrays, strict=True)))
 
     def named(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the graph on what it reads of ``arrays``; results by name."""
+        """Run the graph on what it reads of ``arrays``; results by name.
+
+        They are copies: results in onnxruntime's arena would lie between what the next graph needs.
+        """
         found = self._session.run(self._outputs, {name: arrays[name] for name in self.inputs})
-        return dict(zip(self._outputs, found, strict=True))
+        return {name: value.copy() for name, value in zip(self._outputs, found, strict=True)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 from edge_dit.errors import require
@@ -44,18 +43,30 @@ SPARE = 2**20
 """Bytes that a piece of memory may be larger than what lies in it; onnxruntime's own 128 MiB left
 FLUX.1-dev's wide weights in pieces of twice their size.
 """
+FIRST = 2**26
+"""Bytes of the first piece where pieces double."""
+_shared: list[Any] = []
 
 
-@cache
-def share_arena(module: Any) -> None:
-    """Let sessions that ask for it (``session.use_env_allocators``) share one arena of memory that
-    grows by what is needed, where onnxruntime's own doubles.
+def share_arena(module: Any, doubling: bool = False) -> None:
+    """Let sessions that ask for it (``session.use_env_allocators``) share one arena of memory. The
+    first call in a process decides how it grows.
+
+    Args:
+        module: onnxruntime.
+        doubling: in pieces of twice the size each time, in which sessions that take turns find room
+            wherever the one before was; what is not touched takes no memory. Else by what is
+            needed, which is less for one large session (SANA-0.6B, 14 blocks: 807 against 842 MB
+            fused, but 242 against 236 MB streamed; FLUX.1-dev streamed 1143 against 1076).
     """
+    if module in _shared:
+        return
+    _shared.append(module)
     arena = module.OrtArenaCfg(
         {
             "max_mem": 0,
-            "arena_extend_strategy": 1,
-            "initial_chunk_size_bytes": -1,
+            "arena_extend_strategy": int(not doubling),
+            "initial_chunk_size_bytes": FIRST if doubling else -1,
             "max_dead_bytes_per_chunk": SPARE,
         }
     )

@@ -16,6 +16,7 @@ from edge_dit.bundle import Manifest
 from edge_dit_runtime.graph_session import GraphSession
 from edge_dit_runtime.mapped import MappedTensors
 from edge_dit_runtime.onnx_session import FOLDER, OnnxProgram
+from edge_dit_runtime.ort import onnxruntime, share_arena
 from edge_dit_runtime.session import Tensors
 
 STATE = ("entry", "entry_text")
@@ -31,6 +32,7 @@ def streamed_session(bundle: Path, manifest: Manifest) -> GraphSession:
     Raises:
         BadInput: onnxruntime is not installed, or cannot load a graph.
     """
+    share_arena(onnxruntime("the onnx target"), doubling=True)
     names = manifest.targets[FOLDER]["graphs"]["optimizer.onnx"]
     path = bundle / FOLDER / "optimizer.onnx"
     optimizer = OnnxProgram(path, names["inputs"], names["outputs"])

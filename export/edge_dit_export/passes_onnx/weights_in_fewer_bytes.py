@@ -99,10 +99,10 @@ class _Weight:
 
 def _is_product(reader: ir.Node) -> bool:
     """Whether a node is a plain product of two matrices, and perhaps an addend."""
-    factors = [value.shape for value in reader.inputs[:2] if value is not None]
-    flat = all(shape is not None and len(shape) == 2 for shape in factors)
-    plain = all(name in ("transA", "transB") for name in reader.attributes)
-    return reader.op_type in ("MatMul", "Gemm") and flat and plain
+    shapes = [value.shape for value in reader.inputs[:2] if value is not None]
+    flat = all(shape is not None and len(shape) == 2 for shape in shapes)
+    factors = [a.as_float() for n, a in reader.attributes.items() if n in ("alpha", "beta")]
+    return reader.op_type in ("MatMul", "Gemm") and flat and set(factors) <= {1.0}
 
 
 def _product_in_pieces(
