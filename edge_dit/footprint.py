@@ -5,9 +5,7 @@ training process has at its peak, batch 1:
 
     anonymous = the runtime's own
               + what is kept for the backward pass    fused: of all trained blocks
-                                                      recompute: borders, and of half the blocks,
-                                                      which onnxruntime computes ahead of their use
-                                                      streamed: borders, and of one block
+                                                      recompute, streamed: borders, and of one block
               + what else a graph runtime holds until then: a block's largest tensor or two,
                 transposed say, for every block whose step is in the graph
               + transients while a gradient is computed: a share of what one block keeps, and some
@@ -40,9 +38,13 @@ from edge_dit.execution import Execution
 MB = 10**6
 BYTES_OF = {"float32": 4, "float16": 2, "int8": 1}
 """Of a stored element of a frozen matrix."""
-WIDENED = 1.75
+WIDENED = 1.06
 """Matrices as large as a block's largest that lie widened to float32 at once, where they are stored
-as less."""
+as less; of larger ones only `PIECE` bytes are."""
+PIECE = 32 * 2**20
+"""Bytes of float32 at most that a weight is widened to at once, see
+`edge_dit_export.passes_onnx.weights_in_fewer_bytes`.
+"""
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,10 @@ REFERENCE = Profile(
     "a 2-core x86 machine with AVX2",
     gemm=80e9,
     runtimes={
-        "onnx": Runtime(58 * MB, 43 * MB, 0.6, 1.9, 1.4, 7, 56e9),
-        "onnx:recompute": Runtime(58 * MB, 43 * MB, 0.2, 2.5, 1.6, 7, 42e9),
+        "onnx": Runtime(58 * MB, 43 * MB, 0.33, 4.1, 0.76, 7, 56e9),
+        "onnx:recompute": Runtime(58 * MB, 43 * MB, 0.6, 3.0, 1.5, 7, 42e9),
         "onnx:streamed": Runtime(61 * MB, 43 * MB, 0.53, 3.4, 0, 7, 32e9),
-        "ort-training": Runtime(54 * MB, 43 * MB, 0.0, 1.2, 1.6, 7, 54e9),
+        "ort-training": Runtime(54 * MB, 43 * MB, 0.0, 2.35, 0.79, 7, 54e9),
         "executorch": Runtime(290 * MB, 93 * MB, 0.25, 2.6, 0, 8, 54e9),
     },
 )
@@ -200,13 +202,13 @@ class Footprints:
         borders = len(trained) * shapes.border_bytes
         kept = {
             "fused": cost.activation_bytes,
-            "recompute": borders + (1 + len(trained) / 2) * block,
+            "recompute": borders + block,
             "streamed": borders + block,
         }[execution.layout]
         mapped, unmapped = stored, 0
         if execution.layout == "streamed":
             mapped = weights * width // FLOAT
-            unmapped = WIDENED * cost.widest_bytes if width < FLOAT else 0
+            unmapped = WIDENED * min(cost.widest_bytes, PIECE) if width < FLOAT else 0
         elif execution.target == "executorch":
             mapped, unmapped = cost.matrix_bytes, stored + cost.turned_bytes
         lora = FLOAT * cost.lora

@@ -64,7 +64,7 @@ def quantised(weight):
 def test_a_product_in_pieces_is_the_product(
     monkeypatch, dtype, place, turned, other_turned, addend
 ):
-    monkeypatch.setattr(module, "WIDE", 4 * N * K // 3)  # three pieces
+    monkeypatch.setattr(module, "PIECE", 4 * N * K // 3)  # three pieces
     model, feeds = made(place, turned, other_turned, addend)
     small = {**feeds}
     if dtype == "int8":

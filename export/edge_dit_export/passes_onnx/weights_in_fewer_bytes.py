@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
+from edge_dit.footprint import PIECE
+
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
-WIDE = 32 * 2**20
-"""Bytes of float32 at most that a weight is widened to at once, where it can be taken in pieces."""
 
 
 def weights_in_fewer_bytes(model: ir.Model, names: Iterable[str], dtype: str) -> int:
@@ -39,7 +39,7 @@ def weights_in_fewer_bytes(model: ir.Model, names: Iterable[str], dtype: str) ->
         count += 1
         weight = _Weight(graph, value, dtype)
         for number, (reader, place) in enumerate(list(value.uses())):
-            pieces = -(-4 * int(np.prod(value.shape.numpy())) // WIDE)  # type: ignore[union-attr]
+            pieces = -(-4 * int(np.prod(value.shape.numpy())) // PIECE)  # type: ignore[union-attr]
             if pieces > 1 and _is_product(reader):
                 _product_in_pieces(weight, reader, place, min(pieces, weight.outputs), number)
             else:
