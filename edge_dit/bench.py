@@ -449,8 +449,7 @@ def _child_session(
     arrays = load_file(draw)
     session.load_adapter(_nonzero(read_adapter(folder / ADAPTER)[0]))
     session.backward(arrays)
-    gradients = session.gradients()
-    save_file(gradients, out)
+    save_file(session.gradients(), out)
     return {"step_ms": _timed(lambda: session.step(arrays), int(steps))}
 
 

@@ -65,6 +65,7 @@ class GraphSession:
             for moment, start in zip(MOMENTS, (count, 2 * count), strict=True)
         }
         self._step += 1
+        self._gradients = {}  # as large as the adapter
 
     def _named(self, arrays: list[np.ndarray]) -> Tensors:
         return dict(zip(self._shapes, arrays, strict=True))
