@@ -117,7 +117,12 @@ def read_job(path: Path) -> Job:
             path, found=found, expected="a job file (TOML)", remedy="see samples/sana.toml"
         ) from None
     if (dots := text.count(".")) > DOTS:
-        raise BadInput(path, found=f"{dots} dots", expected=f"a job file, with at most {DOTS}")
+        raise BadInput(
+            path,
+            found=f"{dots} dots",
+            expected=f"a job file (TOML), with at most {DOTS}",
+            remedy="see samples/sana.toml; captions go into .txt files beside the images",
+        )
     try:
         raw = tomllib.loads(text)
     except ValueError as error:  # tomllib's own, or a number of thousands of digits

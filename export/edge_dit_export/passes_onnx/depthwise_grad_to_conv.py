@@ -9,14 +9,15 @@ onnxruntime's ConvGrad writes every patch out.
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from edge_dit_export.passes_onnx._graph import shapes_of
+from edge_dit_export.passes_onnx._graph import add_int64, replace_nodes, shapes_of
 
-TURN = {"starts": [-1, -1], "ends": [-(2**31), -(2**31)], "axes": [2, 3], "steps": [-1, -1]}
-"""The Slice that turns a kernel: backwards from the last row and column to the first."""
+FIRST = -(2**31)
+"""A Slice's end that takes it backwards to the first element and includes it."""
 
 
 def depthwise_grad_to_conv(model: onnx.ModelProto) -> int:
@@ -25,39 +26,35 @@ def depthwise_grad_to_conv(model: onnx.ModelProto) -> int:
     Returns:
         Number of nodes rewritten.
     """
-    graph = model.graph
     shapes = shapes_of(model)
-    nodes, count = [], 0
-    for node in graph.node:
+
+    def convolution(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         if not _is_depthwise(node, attributes, shapes):
-            nodes.append(node)
-            continue
+            return None
         dy, _, weight = node.input
-        turned = f"{weight}.turned"
         kernel = shapes[weight][2:]
         padding = attributes.get("pads", [0, 0, 0, 0])
         sides = [k - 1 - p for k, p in zip([*kernel, *kernel], padding, strict=True)]
+        if min(sides) < 0:
+            return None
         settings = {"group": attributes["group"], "kernel_shape": kernel, "pads": sides}
-        nodes += [
-            helper.make_node("Slice", [weight, *(f"turn.{n}" for n in TURN)], [turned], turned),
+        turned = f"{node.output[0]}.turned"
+        bounds = {"starts": [-1, -1], "ends": [FIRST, FIRST], "axes": [2, 3], "steps": [-1, -1]}
+        names = [add_int64(model, f"{turned}.{n}", values) for n, values in bounds.items()]
+        return [
+            helper.make_node("Slice", [weight, *names], [turned], turned),
             helper.make_node("Conv", [dy, turned], node.output[:1], node.name, **settings),
         ]
-        count += 1
-    if count:
-        graph.initializer.extend(
-            numpy_helper.from_array(np.array(v, np.int64), f"turn.{n}") for n, v in TURN.items()
-        )
-    del graph.node[:]
-    graph.node.extend(nodes)
-    return count
+
+    return replace_nodes(model, convolution)
 
 
 def _is_depthwise(
-    node: onnx.NodeProto, attributes: dict[str, object], shapes: dict[str, list[int]]
+    node: onnx.NodeProto, attributes: dict[str, Any], shapes: dict[str, list[int]]
 ) -> bool:
     if node.op_type != "ConvGrad" or any(node.output[1:]):
         return False
     shape = shapes.get(node.input[2], [])
-    plain = all(set(attributes.get(n, [1])) == {1} for n in ("strides", "dilations"))  # type: ignore[call-overload]
+    plain = all(set(attributes.get(n, [1])) == {1} for n in ("strides", "dilations"))
     return plain and len(shape) == 4 and shape[:2] == [attributes.get("group"), 1]

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from edge_dit_export.passes_onnx._graph import shapes_of
+from edge_dit_export.passes_onnx._graph import add_int64, replace_nodes, shapes_of
 
 
 def partial_split_to_slice(model: onnx.ModelProto) -> int:
@@ -34,27 +34,22 @@ def partial_split_to_slice(model: onnx.ModelProto) -> int:
     used = {name for node in graph.node for name in node.input} | {v.name for v in graph.output}
     sides = shapes_of(model)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    nodes, count = [], 0
-    for node in graph.node:
+
+    def slices(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         if node.op_type != "Split" or all(name in used for name in node.output):
-            nodes.append(node)
-            continue
+            return None
         axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
         ends = np.cumsum(_sizes(node, axis, sides, constants))
+        nodes = []
         for name, start, end in zip(node.output, [0, *ends[:-1]], ends, strict=True):
             if name and name in used:
-                bounds = {f"{name}.start": start, f"{name}.end": end, f"{name}.axis": axis}
-                graph.initializer.extend(
-                    numpy_helper.from_array(np.array([value], np.int64), bound)
-                    for bound, value in bounds.items()
-                )
-                nodes.append(
-                    helper.make_node("Slice", [node.input[0], *bounds], [name], f"{name}.slice")
-                )
-        count += 1
-    del graph.node[:]
-    graph.node.extend(nodes)
-    return count
+                bounds = {"start": start, "end": end, "axis": axis}
+                names = [add_int64(model, f"{name}.{n}", [value]) for n, value in bounds.items()]
+                inputs = [node.input[0], *names]
+                nodes.append(helper.make_node("Slice", inputs, [name], f"{name}.slice"))
+        return nodes
+
+    return replace_nodes(model, slices)
 
 
 def _sizes(
