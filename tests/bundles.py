@@ -88,12 +88,13 @@ def _export(
     folder: Path, targets: tuple[str, ...], sub: TrainableSubgraph, batch: dict[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
     """Write each target into its folder; facts of each."""
-    from edge_dit_export.optimizer import AdamWStep
+    from edge_dit_export.optimizer import AdamWStep, trace_optimizer
     from edge_dit_export.train_step import trace_train_step
 
     facts = {}
     step = trace_train_step(sub, batch) if set(targets) - {"ort-training"} else None
-    optimizer = AdamWStep(ADAMW, {name: p.shape for name, p in sub.lora_parameters().items()})
+    shapes = {name: p.shape for name, p in sub.lora_parameters().items()}
+    optimizer = trace_optimizer(AdamWStep(ADAMW, shapes))
     for target in targets:
         directory = folder / target
         directory.mkdir(parents=True)

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from executorch.exir import EdgeProgramManager, to_edge
-from torch import Tensor, nn
+from torch import Tensor
+from torch.export import ExportedProgram
 
 from edge_dit.patch_sampler import PatchSampler
 from edge_dit_export import passes
-from edge_dit_export.optimizer import AdamWStep
-from edge_dit_export.train_step import TrainStepGraph
+from edge_dit_export.flat_program import flat_program
+from edge_dit_export.trace import TracedStep
 from edge_dit_export.xnnpack import EDGE, Delegates
 
 TRAIN = "train.pte"
@@ -34,8 +35,8 @@ SAMPLER = "patch_sampler.pte"
 
 
 def export_executorch(
-    step: TrainStepGraph,
-    optimizer: AdamWStep,
+    step: TracedStep,
+    optimizer: TracedStep,
     sampler: PatchSampler,
     directory: Path,
     max_image_side: int,
@@ -65,9 +66,13 @@ def export_executorch(
         passes.apply(module, passes.FOR_EXECUTORCH)
         delegates = Delegates(module)
         programs = {
-            TRAIN: _lower(module, tuple(step.inputs.values()), delegates),
-            OPTIMIZER: _lower(optimizer, _optimizer_inputs(optimizer)),
-            SAMPLER: _lower(sampler, _sampler_inputs(sampler), dynamic_shapes=dynamic),
+            TRAIN: _lower(flat_program(module, step.inputs.values()), delegates),
+            OPTIMIZER: _lower(flat_program(optimizer.module, optimizer.inputs.values())),
+            SAMPLER: _lower(
+                torch.export.export(
+                    sampler, _sampler_inputs(sampler), dynamic_shapes=dynamic, strict=False
+                )
+            ),
         }
     for file, program in programs.items():
         with (directory / file).open("wb") as stream:
@@ -81,22 +86,8 @@ def export_executorch(
     return {"executorch": version("executorch"), "programs": facts}
 
 
-def _lower(
-    module: nn.Module,
-    inputs: tuple[Tensor, ...],
-    delegates: Delegates | None = None,
-    dynamic_shapes: dict[str, Any] | None = None,
-) -> Any:
-    """An ExecutorchProgramManager of ``module(*inputs)``.
-
-    Args:
-        module: takes tensors, returns a tensor or a flat tuple of tensors.
-        inputs: an example.
-        delegates: what was taken out of it.
-        dynamic_shapes: as `torch.export.export` takes them.
-    """
-    examples = tuple(tensor.detach() for tensor in inputs)
-    program = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes, strict=False)
+def _lower(program: ExportedProgram, delegates: Delegates | None = None) -> Any:
+    """An ExecutorchProgramManager of ``program``; ``delegates`` are what was taken out of it."""
     edge = to_edge(program, compile_config=EDGE)
     if delegates is not None:
         delegates.put_back(edge.exported_program())
@@ -107,11 +98,6 @@ def _lower(
 
 def _planned_bytes(program: Any) -> int:
     return sum(program.executorch_program.execution_plan[0].non_const_buffer_sizes)
-
-
-def _optimizer_inputs(optimizer: AdamWStep) -> tuple[Tensor, ...]:
-    state = [torch.zeros(shape) for _ in range(4) for shape in optimizer.shapes]
-    return torch.ones(1), torch.ones(1), *state
 
 
 def _sampler_inputs(sampler: PatchSampler) -> tuple[Tensor, ...]:

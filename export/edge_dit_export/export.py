@@ -25,8 +25,9 @@ from edge_dit.pipeline import quiet
 from edge_dit.plan import Plan
 from edge_dit.progress import bar
 from edge_dit.reference import adapted_subgraph, lora_tensors
-from edge_dit_export.optimizer import AdamWStep
-from edge_dit_export.train_step import TrainStepGraph, trace_train_step
+from edge_dit_export.optimizer import AdamWStep, trace_optimizer
+from edge_dit_export.trace import TracedStep
+from edge_dit_export.train_step import trace_train_step
 
 MAX_IMAGE_SIDES = 4
 """The patch sampler takes images with sides up to this many times s_max."""
@@ -64,7 +65,8 @@ def export(plan: Plan, folder: Path, targets: list[str], check: bool = True) -> 
     adamw = AdamW(**plan.optimizer.model_dump())
     sampler = PatchSampler(plan.s_min, plan.s_max, plan.multiple)
     parameters = subgraph.lora_parameters()
-    step: TrainStepGraph | None = None
+    step: TracedStep | None = None
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
     facts: dict[str, dict[str, Any]] = {}
     with (
         whole_folder(folder, MANIFEST) as building,
@@ -83,7 +85,7 @@ def export(plan: Plan, folder: Path, targets: list[str], check: bool = True) -> 
             else:
                 if target == "executorch" or plan.weights == "float32":
                     step = step or trace_train_step(subgraph, batch)
-                optimizer = AdamWStep(adamw, {k: p.shape for k, p in parameters.items()})
+                optimizer = trace_optimizer(AdamWStep(adamw, shapes))
                 if target == "onnx":
                     from edge_dit_export.onnx_target import RECOMPUTE, TRAIN_STEP, export_onnx
 

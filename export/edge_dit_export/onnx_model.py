@@ -19,9 +19,10 @@ from onnx_ir.passes.common import (
     RemoveUnusedNodesPass,
 )
 from onnxscript.optimizer import fold_constants
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from edge_dit.patch_sampler import PatchSampler
+from edge_dit_export.flat_program import flat_program
 
 OPSET = 18
 """The opset the dynamo exporter writes without converting; every runtime since 2023 has it."""
@@ -40,7 +41,8 @@ def onnx_model(
     """Export ``module(*inputs.values())``; its buffers and parameters become initialisers.
 
     Args:
-        module: takes tensors only, returns a tensor or a flat tuple of tensors.
+        module: takes tensors only, returns a tensor or a flat tuple of tensors; a graph module is
+            one that `edge_dit_export.trace` made, and is not traced again.
         inputs: an example of every input by its name in the graph; unused ones stay inputs.
         outputs: names of the outputs.
         dynamic_shapes: as `torch.export.export` takes them, by argument of ``forward``.
@@ -48,7 +50,7 @@ def onnx_model(
     examples = tuple(tensor.detach() for tensor in inputs.values())
     with _quiet():
         program = torch.onnx.export(
-            module,
+            flat_program(module, examples) if isinstance(module, fx.GraphModule) else module,
             examples,
             dynamo=True,
             opset_version=OPSET,

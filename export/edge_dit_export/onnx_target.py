@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
 from onnx_ir.external_data import convert_tensors_to_external
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
@@ -27,10 +26,9 @@ from edge_dit_export import passes
 from edge_dit_export.blocks import frozen_tensors, plain_name
 from edge_dit_export.frozen import FROZEN, FrozenStore
 from edge_dit_export.onnx_model import INLINE_BYTES, IR, OPSET, onnx_model, patch_sampler_model
-from edge_dit_export.optimizer import AdamWStep
 from edge_dit_export.passes_onnx.transposes_to_gemm import transposes_to_gemm
 from edge_dit_export.streamed_target import export_streamed
-from edge_dit_export.train_step import TrainStepGraph
+from edge_dit_export.trace import TracedStep
 
 TRAIN_STEP = "train_step.onnx"
 OPTIMIZER = "optimizer.onnx"
@@ -41,8 +39,8 @@ RECOMPUTE = "train_step.recompute.onnx"
 def export_onnx(
     subgraph: TrainableSubgraph,
     batch: dict[str, Tensor],
-    steps: dict[str, TrainStepGraph],
-    optimizer: AdamWStep,
+    steps: dict[str, TracedStep],
+    optimizer: TracedStep,
     sampler: PatchSampler,
     directory: Path,
     weights: str = "float32",
@@ -64,7 +62,8 @@ def export_onnx(
     small = {plain_name(name) for name in matrices(subgraph)}
     store = FrozenStore(frozen_tensors(subgraph), small, weights)
     store.write(directory / FROZEN)
-    models = {OPTIMIZER: optimizer_model(optimizer), SAMPLER: patch_sampler_model(sampler)}
+    update = onnx_model(optimizer.module, optimizer.inputs, optimizer.outputs)
+    models = {OPTIMIZER: update, SAMPLER: patch_sampler_model(sampler)}
     for file, step in steps.items():
         models[file] = train_step_model(step)
         _refer_to(store, models[file], directory / f"{file}.data")
@@ -80,7 +79,7 @@ def export_onnx(
     }
 
 
-def train_step_model(step: TrainStepGraph) -> ir.Model:
+def train_step_model(step: TracedStep) -> ir.Model:
     """The fused step; its frozen weights are still in memory."""
     module = passes.copy_of(step.module)
     passes.apply(module, passes.FOR_STORED_WEIGHTS)
@@ -124,19 +123,6 @@ def _refer_to(store: FrozenStore, model: ir.Model, data: Path) -> None:
         others, convert_tensors_to_external(tensors, data.parent, data.name), strict=True
     ):
         value.const_value = tensor
-
-
-def optimizer_model(optimizer: AdamWStep) -> ir.Model:
-    """Inputs "lr", "step", "<lora>", "grad.<lora>", "exp_avg.<lora>", "exp_avg_sq.<lora>"; outputs
-    "new.<lora>", "new.exp_avg.<lora>", "new.exp_avg_sq.<lora>".
-    """
-    kinds = ("", "grad.", "exp_avg.", "exp_avg_sq.")
-    shapes = dict(zip(optimizer.names, optimizer.shapes, strict=True))
-    inputs = {"lr": torch.ones(1), "step": torch.ones(1)} | {
-        kind + name: torch.zeros(shape) for kind in kinds for name, shape in shapes.items()
-    }
-    outputs = [f"new.{kind}{name}" for kind in kinds if kind != "grad." for name in shapes]
-    return onnx_model(optimizer, inputs, outputs)
 
 
 def _names(model: ir.Model) -> dict[str, list[str | None]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from edge_dit.adamw import CLIP_EPS, AdamW
+from edge_dit_export.trace import TracedStep, trace
 
 ROW = 1024
 """Squares are summed in rows of this many, then over rows: runtimes that add one by one in float32
@@ -31,7 +32,6 @@ class AdamWStep(nn.Module):
         self.names = list(shapes)
         self.shapes = [Size(shape) for shape in shapes.values()]
         self.sizes = [shape.numel() for shape in self.shapes]
-        self.register_buffer("padding", torch.zeros(-sum(self.sizes) % ROW), persistent=False)
 
     def forward(self, lr: Tensor, step: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The state after one more update.
@@ -62,7 +62,7 @@ class AdamWStep(nn.Module):
 
     def _clip(self, gradient: Tensor) -> Tensor:
         """Factor in (0, 1] that brings the norm down to max_grad_norm, [1]."""
-        padded = torch.cat([gradient, self.padding])  # type: ignore[list-item]
+        padded = torch.cat([gradient, gradient.new_zeros(-gradient.numel() % ROW)])
         rows = (padded * padded).reshape(-1, ROW).sum(dim=1)
         norm = torch.sqrt(rows.sum(dim=0, keepdim=True))
         return torch.clamp(self.adamw.max_grad_norm / (norm + CLIP_EPS), max=1.0)
@@ -70,6 +70,24 @@ class AdamWStep(nn.Module):
     def _cut(self, flat: Tensor) -> list[Tensor]:
         parts = torch.split(flat, self.sizes)
         return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+def trace_optimizer(step: AdamWStep) -> TracedStep:
+    """Trace an update.
+
+    Returns:
+        inputs: "lr", "step", then "<lora>", "grad.<lora>", "exp_avg.<lora>", "exp_avg_sq.<lora>",
+        each of all LoRA tensors; outputs: "new.<lora>", "new.exp_avg.<lora>",
+        "new.exp_avg_sq.<lora>".
+    """
+    kinds = ("", "grad.", "exp_avg.", "exp_avg_sq.")
+    shapes = dict(zip(step.names, step.shapes, strict=True))
+    inputs = {"lr": torch.ones(1), "step": torch.ones(1)} | {
+        kind + name: torch.zeros(shape) for kind in kinds for name, shape in shapes.items()
+    }
+    outputs = [f"new.{kind}{name}" for kind in kinds if kind != "grad." for name in shapes]
+    module = trace(lambda tensors: step(*tensors.values()), inputs)
+    return TracedStep(module, inputs, outputs)
 
 
 def _bias_correction(beta: float, step: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +17,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from edge_dit.families.family import Family
 
 
+@dataclass(frozen=True)
+class TracedStep:
+    """A traced computation with names.
+
+    Attributes:
+        module: flat positional inputs, flat tuple of outputs; what is constant is a buffer.
+        inputs: example value of every input by name, in the order of the placeholders.
+        outputs: names in order.
+    """
+
+    module: fx.GraphModule
+    inputs: dict[str, Tensor]
+    outputs: list[str]
+
+
 def trace(
-    function: Callable[[dict[str, Tensor]], Any], inputs: Mapping[str, Tensor], family: Family
+    function: Callable[[dict[str, Tensor]], Any],
+    inputs: Mapping[str, Tensor],
+    family: Family | None = None,
 ) -> fx.GraphModule:
     """Trace ``function(inputs)``, autograd calls in it included; every input is a placeholder, in
     order, and outputs are a flat tuple.
@@ -28,7 +47,7 @@ def trace(
     Args:
         function: takes the tensors by name, returns a tensor or a tuple of tensors.
         inputs: examples; only shapes and dtypes matter.
-        family: keeps to operations that every target has.
+        family: of the model in ``function``; keeps to operations that every target has.
     """
     table: Any = core_aten_decompositions()
 
@@ -41,7 +60,7 @@ def trace(
         # The tracer takes one tensor under two names for one input.
         examples[name] = torch.empty_like(tensor) if id(tensor) in seen else tensor
         seen.add(id(tensor))
-    with sdpa_kernel(SDPBackend.MATH), family.traceable():
+    with sdpa_kernel(SDPBackend.MATH), family.traceable() if family else nullcontext():
         module = make_fx(plain, decomposition_table=table, tracing_mode="fake")(examples)
     module.graph.set_codegen(CodeGen())
     module.recompile()

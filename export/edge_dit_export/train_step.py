@@ -12,7 +12,6 @@ Frozen weights are buffers of the graph module, LoRA tensors are inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -20,31 +19,15 @@ from torch.func import functional_call
 
 from edge_dit.subgraph import TrainableSubgraph, lora_name
 from edge_dit_export.blocks import STATE, Block, Head, frozen_tensors
-from edge_dit_export.trace import trace
+from edge_dit_export.trace import TracedStep, trace
 
 FROZEN = "frozen."
 """Prefix of the frozen weights' names among the traced inputs."""
 
 
-@dataclass(frozen=True)
-class TrainStepGraph:
-    """A traced training step.
-
-    Attributes:
-        module: flat positional inputs, flat tuple of outputs; frozen weights are buffers.
-        inputs: example value of every input by name, in the order of the placeholders: the batch
-            (see `TrainableSubgraph.forward`), then the LoRA tensors by diffusers name.
-        outputs: names in order: "loss", then "grad.<lora name>" in the order of the LoRA inputs.
-    """
-
-    module: fx.GraphModule
-    inputs: dict[str, Tensor]
-    outputs: list[str]
-
-
 def trace_train_step(
     subgraph: TrainableSubgraph, batch: dict[str, Tensor], recompute: bool = False
-) -> TrainStepGraph:
+) -> TracedStep:
     """Trace ``subgraph``'s loss and gradients for tensors shaped like ``batch``.
 
     Args:
@@ -52,6 +35,10 @@ def trace_train_step(
         batch: one draw, as `TrainableSubgraph.forward` takes it; only the shapes matter.
         recompute: keep only the states at the blocks' borders between the passes and compute each
             block again on the way back.
+
+    Returns:
+        inputs: the batch (see `TrainableSubgraph.forward`), then the LoRA tensors by diffusers
+        name; outputs: "loss", then "grad.<lora name>" in the order of the LoRA inputs.
     """
     lora = {name: p.detach().clone() for name, p in subgraph.lora_parameters().items()}
     if recompute:
@@ -77,7 +64,7 @@ def trace_train_step(
 
 def _trace_recomputing(
     subgraph: TrainableSubgraph, batch: dict[str, Tensor], lora: dict[str, Tensor]
-) -> TrainStepGraph:
+) -> TracedStep:
     blocks = [Block(subgraph, name) for name in subgraph.order]
     head = Head(subgraph)
     frozen = frozen_tensors(subgraph)
@@ -128,12 +115,12 @@ def _traced(
     batch: dict[str, Tensor],
     lora: dict[str, Tensor],
     frozen: dict[str, Tensor],
-) -> TrainStepGraph:
+) -> TracedStep:
     inputs = {**batch, **lora}
     everything = {**inputs, **{FROZEN + name: tensor for name, tensor in frozen.items()}}
     module = trace(step, everything, subgraph.family)
     _to_buffers(module, frozen)
-    return TrainStepGraph(module, inputs, ["loss", *(f"grad.{name}" for name in lora)])
+    return TracedStep(module, inputs, ["loss", *(f"grad.{name}" for name in lora)])
 
 
 def _parameter_names(subgraph: TrainableSubgraph) -> dict[str, str]:
@@ -159,7 +146,7 @@ def _to_buffers(module: fx.GraphModule, frozen: dict[str, Tensor]) -> None:
     module.recompile()
 
 
-def run(step: TrainStepGraph, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def run(step: TracedStep, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Run the traced step eagerly; outputs by name."""
     with torch.no_grad():
         values = step.module(*(inputs[name] for name in step.inputs))
