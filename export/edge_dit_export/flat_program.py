@@ -22,12 +22,20 @@ from torch.utils._pytree import tree_structure
 
 
 class _Flat(ExportedProgram):
-    """A program of core ATen calls, which has nothing to decompose."""
+    """A program of core ATen calls, which has nothing to decompose; it is not changed either."""
+
+    _module: fx.GraphModule | None = None
 
     def run_decompositions(
         self, decomp_table: Mapping[Any, Any] | None = None, **_: Any
     ) -> ExportedProgram:
         return self
+
+    def module(self, check_guards: bool = True) -> fx.GraphModule:
+        # ExecuTorch asks for a delegate's at each of its calls, in every pass.
+        if self._module is None:
+            self._module = super().module(check_guards)
+        return self._module
 
 
 def flat_program(module: fx.GraphModule, inputs: Iterable[Tensor]) -> ExportedProgram:

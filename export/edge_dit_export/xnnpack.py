@@ -19,9 +19,10 @@ from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import EdgeCompileConfig
 from executorch.exir.delegate import executorch_call_delegate
 from executorch.exir.lowered_backend_module import LoweredBackendModule
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from edge_dit_export.flat_program import flat_program
 from edge_dit_export.passes._graph import calls, frozen, insert, replace, shape, sweep, value
 from edge_dit_export.xnnpack_graph import BINARY, LAYERS, OPERATIONS, Constants, DelegateProgram
 
@@ -41,17 +42,6 @@ LIBRARY.define("delegated(Tensor[] inputs, int index, int[] result) -> Tensor")
 @torch.library.register_fake("edge_dit::delegated", lib=LIBRARY)
 def _(inputs: list[Tensor], index: int, result: list[int]) -> Tensor:
     return inputs[0].new_empty(result)
-
-
-class _Shape(nn.Module):
-    """All that ExecuTorch asks of a delegate's original: a tensor of the result's shape."""
-
-    def __init__(self, result: tuple[int, ...]) -> None:
-        super().__init__()
-        self.result = result
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
-        return (torch.zeros(self.result),)
 
 
 class Delegates:
@@ -107,8 +97,7 @@ class Delegates:
     def _original(self, inputs: list[fx.Node], call: fx.Node) -> ExportedProgram:
         key = (*map(shape, inputs), shape(call))
         if key not in self._originals:
-            examples = tuple(torch.zeros(shape(node)) for node in inputs)
-            self._originals[key] = torch.export.export(_Shape(shape(call)), examples)
+            self._originals[key] = _original(inputs, call)
         return self._originals[key]
 
     def put_back(self, program: ExportedProgram) -> None:
@@ -129,6 +118,18 @@ class Delegates:
             result.meta["val"] = value(node)
             replace(node, result)
         module.recompile()
+
+
+def _original(inputs: list[fx.Node], call: fx.Node) -> ExportedProgram:
+    """All that ExecuTorch asks of a delegate's original: a tensor of the result's shape."""
+    graph = fx.Graph()
+    for number, node in enumerate(inputs):
+        graph.placeholder(f"input_{number}").meta["val"] = value(node)
+    result = graph.call_function(aten.full.default, (shape(call), 0.0))
+    result.meta["val"] = value(call)
+    graph.output((result,))
+    examples = (torch.zeros(shape(node)) for node in inputs)
+    return flat_program(fx.GraphModule({}, graph), examples)
 
 
 def _is_taken(module: fx.GraphModule, call: fx.Node) -> bool:
