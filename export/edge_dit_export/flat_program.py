@@ -6,7 +6,7 @@ two thirds of an export's time, and nothing of what `edge_dit_export.trace` yiel
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, fx
@@ -27,7 +27,7 @@ class _Flat(ExportedProgram):
     _module: fx.GraphModule | None = None
 
     def run_decompositions(
-        self, decomp_table: Mapping[Any, Any] | None = None, **_: Any
+        self, decomp_table: Any = None, decompose_custom_triton_ops: bool = False
     ) -> ExportedProgram:
         return self
 
@@ -47,8 +47,7 @@ def flat_program(module: fx.GraphModule, inputs: Iterable[Tensor]) -> ExportedPr
         inputs: an example of each input.
     """
     graph = fx.Graph()
-    results = graph.graph_copy(module.graph, {})
-    assert isinstance(results, (tuple, list))
+    results: Any = graph.graph_copy(module.graph, {})
     buffers = _lift_buffers(graph)
     given = [node for node in graph.nodes if node.op == "placeholder"][len(buffers) :]
     graph.output(tuple(results))
