@@ -2,7 +2,7 @@
 
 import pytest
 
-from edge_dit.bench import MARKER, Case, random_model
+from edge_dit.bench import MARKER, Case, bench, in_words, random_model
 from edge_dit.errors import BadInput
 from edge_dit.execution import EXECUTIONS, execution_of
 
@@ -37,3 +37,17 @@ def test_executions_by_name():
 def test_an_unknown_execution_is_refused(name):
     with pytest.raises(BadInput, match="onnx:streamed:int8"):
         execution_of(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "trained"), [("sana-0.6b", [2]), ("pixart-sigma-xl", [1]), ("sd3.5-medium", [1])]
+)
+def test_a_target_is_compared_with_exact_gradients(tmp_path, config, trained):
+    case = Case(config, trained, 16, 8, rank=2, steps=1, full_lora=False)
+    (row,) = bench(case, [execution_of("onnx:streamed")], tmp_path / "bench", print)["rows"]
+    assert 0 < row["max_grad_rel_error"] < 1e-4
+    assert 0 < row["eager_grad_rel_error"] < 1e-4
+    assert row["ratio_to_eager"] == row["step_ms"] / row["eager_ms"] > 0
+    assert min(row["rss_anon_mb"], row["rss_file_mb"], row["export_s"]) > 0
+    assert in_words({"rows": [row]})

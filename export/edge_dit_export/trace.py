@@ -48,6 +48,9 @@ def trace(
         function: takes the tensors by name, returns a tensor or a tuple of tensors.
         inputs: examples; only shapes and dtypes matter.
         family: of the model in ``function``; keeps to operations that every target has.
+
+    Raises:
+        NotImplementedError: the function changes a tensor in place that something else reads.
     """
     table: Any = core_aten_decompositions()
 
@@ -63,5 +66,19 @@ def trace(
     with sdpa_kernel(SDPBackend.MATH), family.traceable() if family else nullcontext():
         module = make_fx(plain, decomposition_table=table, tracing_mode="fake")(examples)
     module.graph.set_codegen(CodeGen())
+    _make_functional(module.graph)
     module.recompile()
     return module
+
+
+def _make_functional(graph: fx.Graph) -> None:
+    """Let calls that change a tensor in place (torch's own RMSNorm has one) make a new one."""
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        name, overload = schema.name.removesuffix("_"), schema.overload_name or "default"
+        operator = getattr(torch.ops.aten, name.removeprefix("aten::"), None)
+        if operator is None or list(node.args[0].users) != [node]:
+            raise NotImplementedError(f"{node.target} of a tensor with other users")
+        node.target = getattr(operator, overload)
