@@ -24,6 +24,8 @@ PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 PREFIX = "transformer."
 """diffusers' prefix of the transformer's LoRA; without it nothing loads, with a mere warning."""
+Rows = dict[str, tuple[np.ndarray, np.ndarray]]
+"""LoRA name -> numbers of some of its rows (int64), and what they are to hold (float32)."""
 
 
 def lora_config(names: list[str], rank: int, alpha: float) -> dict[str, object]:

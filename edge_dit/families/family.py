@@ -93,6 +93,10 @@ class Family:
     """Modules that only feed a block's text output: behind the last trained block nothing that is
     trained reads it, so they carry no LoRA there.
     """
+    before_relu: ClassVar[tuple[str, ...]] = ()
+    """Modules within a block whose output meets a ReLU, or a norm and then a ReLU: where it is zero
+    the gradient jumps.
+    """
     per_prompt: ClassVar[tuple[str, ...]]
     """Conditioning that the prompt alone decides: a bank stores it once per prompt."""
     sample_options: ClassVar[dict[str, Any]] = {}

@@ -59,6 +59,7 @@ class Sana(Family):
     lora_targets = tuple(
         f"{attn}.{proj}" for attn in ("attn1", "attn2") for proj in ("to_q", "to_k", "to_v")
     )
+    before_relu = ("attn1.to_q", "attn1.to_k")
     per_prompt = ("encoder_hidden_states", "encoder_attention_mask")
 
     def multiple(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:

@@ -2,24 +2,25 @@
 
 Each target runs in a process of its own (a bad program may abort it) and does what the reference
 does: gradients of one draw with a LoRA B that is not zero, then a training trajectory from the
-initial adapter, then a few patches of a random image. The certificate, parity.json, holds the
-differences and the tolerances.
+initial adapter, then a few patches of a random image. Where PyTorch's own gradient jumps, both
+first put the same few rows of LoRA B aside (`edge_dit.kinks`). The certificate, parity.json, holds
+the differences and the tolerances.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from edge_dit.adapter import read_adapter
+from edge_dit.adapter import Rows, read_adapter
 from edge_dit.bank import Bank
 from edge_dit.bundle import ADAPTER, MANIFEST, Manifest, read_manifest
 from edge_dit.certificate import PARITY
@@ -29,6 +30,9 @@ from edge_dit.integrity import check_confined, content_faults
 from edge_dit.progress import bar
 from edge_dit_runtime.session import Trainer, layouts, open_session, titled
 from edge_dit_runtime.train import draw_order
+
+if TYPE_CHECKING:
+    from edge_dit.reference import EagerSession
 
 _ONNX = {"loss": 1e-4, "gradients": 1e-4, "trajectory": 1e-4, "adapter": 1e-3, "patch": 1e-5}
 TOLERANCES = {
@@ -45,12 +49,23 @@ gradient of A is zero and would prove nothing."""
 PATCHES = ((0.0, 0.2, 0.9), (0.37, 0.6, 0.1), (0.83, 1.0, 0.0), (1.0, 0.5, 0.5))
 """(sigma, u, v) of the patches that are compared."""
 WIDE = "float32"
-NUDGE = 2e-6
-"""Relative size of the nudge of `is_well_posed`: just above what float32 rounding does."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One step of what parity compares.
+
+    Attributes:
+        draw: its number in the bank.
+        rows: of the adapter, set before the step.
+    """
+
+    draw: int
+    rows: Rows
 
 
 def measure(
-    session: Trainer, bank: Bank, adapter: Mapping[str, Any], draws: list[int]
+    session: Trainer, bank: Bank, adapter: Mapping[str, Any], points: list[Point]
 ) -> dict[str, Any]:
     """What parity compares, as flat tensors: "loss", "gradients.<name>", "trajectory",
     "adapter.<name>". The session's adapter and optimiser state are used up.
@@ -59,15 +74,30 @@ def measure(
         session: freshly opened.
         bank: of the bundle.
         adapter: the initial adapter.
-        draws: the draw whose gradients are compared, then those of the trajectory.
+        points: that whose gradients are compared, then those of the trajectory.
     """
+    first, *trajectory = points
     session.load_adapter(perturbed(adapter))
-    found: dict[str, Any] = {"loss": np.float64(session.backward(bank[draws[0]]))}
+    _set_rows(session, first.rows)
+    found: dict[str, Any] = {"loss": np.float64(session.backward(bank[first.draw]))}
     found |= {f"gradients.{name}": value for name, value in session.gradients().items()}
     session.load_adapter(adapter)
-    found["trajectory"] = np.array([session.step(bank[number]) for number in draws[1:]])
+    losses = []
+    for point in trajectory:
+        _set_rows(session, point.rows)
+        losses.append(session.step(bank[point.draw]))
+    found["trajectory"] = np.array(losses)
     found |= {f"adapter.{name}": value for name, value in session.adapter().items()}
     return {name: np.atleast_1d(value) for name, value in found.items()}
+
+
+def _set_rows(session: Trainer, rows: Rows) -> None:
+    if not rows:
+        return
+    adapter = session.adapter()
+    for name, (numbers, values) in rows.items():
+        adapter[name][numbers] = values
+    session.load_adapter(adapter)
 
 
 def patches(sampler: Callable[..., Any], s_max: int) -> dict[str, np.ndarray]:
@@ -108,48 +138,57 @@ def perturbed(adapter: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def choose_draws(
-    session: Trainer, bank: Bank, adapter: Mapping[str, np.ndarray], steps: int
-) -> list[int]:
-    """1 + ``steps`` draws that can decide parity, found along PyTorch's own trajectory.
+def choose_points(
+    session: EagerSession, bank: Bank, adapter: Mapping[str, np.ndarray], steps: int
+) -> list[Point]:
+    """1 + ``steps`` points along PyTorch's own trajectory at which gradients do not jump.
+
+    Args:
+        session: PyTorch's; its adapter and optimiser state are used up.
+        bank: of the bundle.
+        adapter: the initial adapter.
+        steps: length of the trajectory.
 
     Raises:
-        CheckFailed: hardly any draw can.
+        CheckFailed: hardly any draw has one.
     """
-    candidates = iter([draw_order(i, len(bank), 0) for i in range(10 * (steps + 1))])
-    chosen: list[int] = []
+    from edge_dit.kinks import step_aside
+
+    points: list[Point] = []
     session.load_adapter(perturbed(adapter))
-    for number in candidates:
-        if not is_well_posed(session, bank[number]):
+    for number in (draw_order(i, len(bank), 0) for i in range(10 * (steps + 1))):
+        rows = step_aside(session.subgraph, bank[number])
+        if rows is None:
             continue
-        chosen.append(number)
-        if len(chosen) == 1:
+        points.append(Point(number, rows))
+        if len(points) == 1:
             session.load_adapter(adapter)
         else:
             session.step(bank[number])
-        if len(chosen) == steps + 1:
-            return chosen
-    raise CheckFailed("PyTorch's own gradients are too sensitive to rounding to compare anything")
+        if len(points) == steps + 1:
+            return points
+    raise CheckFailed(
+        "PyTorch's own gradients are too sensitive to rounding to compare anything; LoRA on "
+        f"{' and '.join(session.subgraph.family.before_relu)} would let verify avoid that"
+    )
 
 
-def is_well_posed(session: Trainer, draw: Mapping[str, np.ndarray]) -> bool:
-    """Whether a nudge of the entry state by `NUDGE` leaves the gradients within tolerance.
+def _write_points(path: Path, points: list[Point]) -> None:
+    tensors = {"draws": np.array([point.draw for point in points], np.int64)}
+    for step, point in enumerate(points):
+        for name, (numbers, values) in point.rows.items():
+            tensors |= {f"{step}.numbers.{name}": numbers, f"{step}.values.{name}": values}
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
 
-    SANA's linear attention has a ReLU, whose gradient jumps at 0. Where a value lies that close to
-    it, rounding alone decides the gradient, and AdamW turns the difference into whole steps: such a
-    draw says nothing of an export.
-    """
-    session.backward(draw)
-    reference = session.gradients()
-    nudge = NUDGE * np.random.default_rng(0).choice([-1.0, 1.0], draw["entry"].shape)
-    for sign in (1, -1):
-        entry = (draw["entry"] * (1 + sign * nudge)).astype(np.float32)
-        session.backward({**draw, "entry": entry})
-        for name, value in session.gradients().items():
-            limit = TOLERANCES["onnx"]["gradients"] * np.abs(reference[name]).max()
-            if np.abs(value - reference[name]).max() > limit:
-                return False
-    return True
+
+def _read_points(path: Path) -> list[Point]:
+    tensors = load_file(path)
+    points = [Point(int(draw), {}) for draw in tensors.pop("draws")]
+    for key, numbers in tensors.items():
+        step, kind, name = key.split(".", 2)
+        if kind == "numbers":
+            points[int(step)].rows[name] = (numbers, tensors[f"{step}.values.{name}"])
+    return points
 
 
 def compare(
@@ -250,22 +289,20 @@ def verify(
 
     rows = [(target, layout) for target in chosen for layout in layouts(manifest, target)]
     results: dict[str, Any] = {}
-    references: dict[str, Any] = {}
+    references: dict[str, tuple[list[Point], dict[str, Any]]] = {}
     with bar("verify", len(rows) + 1) as advance:
         subgraph, _ = adapted_subgraph(plan)
         adamw = AdamW(**manifest.optimizer.model_dump())
-        draws = choose_draws(EagerSession(subgraph, adamw), bank, adapter, steps)
-        advance(note="reference")
+        advance(note="model")
         for target, layout in rows:
             dtype = _weights(manifest, target)
             if dtype not in references:
                 round_frozen(subgraph, dtype)
-                found = measure(EagerSession(subgraph, adamw), bank, adapter, draws)
-                references[dtype] = found | patches(sampler, plan.s_max)
+                points = choose_points(EagerSession(subgraph, adamw), bank, adapter, steps)
+                found = measure(EagerSession(subgraph, adamw), bank, adapter, points)
+                references[dtype] = points, found | patches(sampler, plan.s_max)
             name = titled(manifest, target, layout)
-            results[name] = _verify_target(
-                bundle, bank_folder, target, layout, draws, references[dtype]
-            )
+            results[name] = _verify_target(bundle, bank_folder, target, layout, *references[dtype])
             advance(note=name)
     certificate = {
         "schema_version": 1,
@@ -274,7 +311,6 @@ def verify(
         "manifest_sha256": sha256(bundle / MANIFEST),
         "reference": f"torch {torch.__version__} eager, float32",
         "steps": steps,
-        "draws": draws,
         "targets": results,
     }
     write_json(bundle / PARITY, certificate)
@@ -291,40 +327,45 @@ def _verify_target(
     bank: Path,
     target: str,
     layout: str,
-    draws: list[int],
+    points: list[Point],
     reference: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
+    facts = {
+        "tolerances": TOLERANCES[target],
+        "draws": [point.draw for point in points],
+        "rows_set": [sum(len(numbers) for numbers, _ in p.rows.values()) for p in points],
+    }
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.safetensors"
+        out, way = Path(folder) / "found.safetensors", Path(folder) / "points.safetensors"
+        _write_points(way, points)
         command = [sys.executable, "-m", "edge_dit_runtime.verify"]
-        command += [str(bundle), str(bank), target, layout, json.dumps(draws), str(out)]
+        command += [str(bundle), str(bank), target, layout, str(way), str(out)]
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         if child.returncode != 0 or not out.is_file():
             why = child.stderr.strip().splitlines()[-1:] or ["no message"]
             return {
                 "passed": False,
                 "error": f"the process ended with code {child.returncode}: {why[0]}",
-                "tolerances": TOLERANCES[target],
+                **facts,
             }
         found = load_file(out)
-    result = compare(reference, found, TOLERANCES[target])
-    return {**result, "tolerances": TOLERANCES[target]}
+    return {**compare(reference, found, TOLERANCES[target]), **facts}
 
 
 def child(
-    bundle: Path, bank_folder: Path, target: str, layout: str, draws: list[int], out: Path
+    bundle: Path, bank_folder: Path, target: str, layout: str, points: Path, out: Path
 ) -> None:
     """Measure one target and store the tensors; runs in a process of its own."""
     manifest: Manifest = read_manifest(bundle)
     bank = Bank(bank_folder, manifest.plan_hash)
     check_confined(bundle, target)
     session = open_session(bundle, manifest, target, layout)
-    found = measure(session, bank, read_adapter(bundle / ADAPTER)[0], draws)
+    found = measure(session, bank, read_adapter(bundle / ADAPTER)[0], _read_points(points))
     del session
     found |= patches(_exported_sampler(bundle, target), manifest.plan["s_max"])
     save_file({name: np.ascontiguousarray(value) for name, value in found.items()}, out)
 
 
 if __name__ == "__main__":
-    _bundle, _bank, _target, _layout, _draws, _out = sys.argv[1:]
-    child(Path(_bundle), Path(_bank), _target, _layout, json.loads(_draws), Path(_out))
+    _bundle, _bank, _target, _layout, _points, _out = sys.argv[1:]
+    child(Path(_bundle), Path(_bank), _target, _layout, Path(_points), Path(_out))

@@ -28,7 +28,7 @@ from edge_dit.integrity import content_faults
 from edge_dit.plan import Plan
 from edge_dit.tensors import TensorFile, write_tensors
 from edge_dit_runtime.session import open_session
-from edge_dit_runtime.verify import TOLERANCES, choose_draws, compare, measure, verify
+from edge_dit_runtime.verify import TOLERANCES, Point, choose_points, compare, measure, verify
 
 STEPS = 20
 """As `edge-dit verify`: in fewer a weight decay ten times too large stays within tolerance."""
@@ -387,7 +387,7 @@ CORRUPTIONS = [
     Corruption("LoRA left out", no_lora),
     Corruption("no tail residual", no_tail),
     Corruption("target of the wrong sign", target_sign),
-    Corruption("sum for mean in the loss", summed_loss, ("loss",), ("gradients.*",)),
+    Corruption("sum for mean in the loss", summed_loss, ("loss", "trajectory"), ("gradients.*",)),
     Corruption(
         "two gradients swapped",
         gradients_swapped,
@@ -432,7 +432,7 @@ class Truth:
     bundle: Path
     bank: Any
     adapter: dict[str, np.ndarray]
-    draws: list[int]
+    points: list[Point]
     found: dict[str, np.ndarray]
 
 
@@ -448,9 +448,9 @@ def truth(road) -> Truth:
     manifest = read_manifest(road.bundle)
     bank = Bank(road.bank, manifest.plan_hash)
     adapter = read_adapter(road.bundle / ADAPTER)[0]
-    draws = choose_draws(eager_session(manifest), bank, adapter, STEPS)
-    found = measure(eager_session(manifest), bank, adapter, draws)
-    return Truth(road.bundle, bank, adapter, draws, found)
+    points = choose_points(eager_session(manifest), bank, adapter, STEPS)
+    found = measure(eager_session(manifest), bank, adapter, points)
+    return Truth(road.bundle, bank, adapter, points, found)
 
 
 @pytest.fixture(scope="module")
@@ -492,7 +492,7 @@ def relist(bundle: Path, target: str) -> None:
 def compared(truth: Truth, bundle: Path, target: str, layout: str | None = None) -> dict[str, Any]:
     """As `edge_dit_runtime.verify.verify` compares, but in this process."""
     session = open_session(bundle, read_manifest(bundle), target, layout)
-    found = measure(session, truth.bank, truth.adapter, truth.draws)
+    found = measure(session, truth.bank, truth.adapter, truth.points)
     return compare(truth.found, found, TOLERANCES[target])
 
 
@@ -597,11 +597,11 @@ def check_no_alarm(truth: Truth, seed: int, sessions: list[tuple[str, str | None
     manifest = read_manifest(truth.bundle)
     bank, adapter = seeded(truth.bank, truth.adapter, seed)
     eager: Any = eager_session(manifest)
-    draws = choose_draws(eager, bank, adapter, STEPS)  # type: ignore[arg-type]
-    want = measure(eager_session(manifest), bank, adapter, draws)  # type: ignore[arg-type]
+    points = choose_points(eager, bank, adapter, STEPS)  # type: ignore[arg-type]
+    want = measure(eager_session(manifest), bank, adapter, points)  # type: ignore[arg-type]
     for target, layout in sessions:
         session = open_session(truth.bundle, manifest, target, layout)
-        found = measure(session, bank, adapter, draws)  # type: ignore[arg-type]
+        found = measure(session, bank, adapter, points)  # type: ignore[arg-type]
         result = compare(want, found, TOLERANCES[target])
         assert result["passed"], (seed, target, layout, result["failed"][:1])
 
