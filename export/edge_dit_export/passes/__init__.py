@@ -14,6 +14,7 @@ from edge_dit_export.passes.float_scalars import float_scalars
 from edge_dit_export.passes.merge_shape_ops import merge_shape_ops
 from edge_dit_export.passes.negative_pad_to_slice import negative_pad_to_slice
 from edge_dit_export.passes.raise_frozen_gemm import raise_frozen_gemm
+from edge_dit_export.passes.relu_gradient_to_product import relu_gradient_to_product
 from edge_dit_export.passes.remove_units import remove_units
 from edge_dit_export.passes.safe_softmax_to_softmax import safe_softmax_to_softmax
 from edge_dit_export.passes.share_shape_ops import share_shape_ops
@@ -30,6 +31,7 @@ FOR_ONNX: tuple[Pass, ...] = (
     slice_scatter_to_pad,
     safe_softmax_to_softmax,
     remove_units,
+    relu_gradient_to_product,
     merge_shape_ops,
     share_shape_ops,
 )
