@@ -2,6 +2,7 @@ import sys
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -9,8 +10,10 @@ import torch
 import bundles
 import tiny
 from edge_dit.errors import BadInput
+from edge_dit_export import optimizer
+from edge_dit_export.onnx_model import onnx_model
 from edge_dit_export.optimizer import AdamWStep
-from edge_dit_runtime.onnx_session import onnx_session
+from edge_dit_runtime.onnx_session import OnnxProgram, OnnxUpdate, onnx_session
 
 FILES = ("train_step", "optimizer", "patch_sampler")
 
@@ -105,6 +108,32 @@ def test_optimizer_equals_its_module(bundle):
     found = session.run(None, dict(zip(names, (a.numpy() for a in arguments), strict=True)))
     for want, have in zip(AdamWStep(bundles.ADAMW, shapes)(*arguments), found, strict=True):
         torch.testing.assert_close(torch.from_numpy(have), want, rtol=1e-6, atol=1e-7)
+
+
+def test_an_update_takes_the_place_of_the_old_state(bundle, monkeypatch):
+    folder, _, _, manifest = bundle
+    monkeypatch.setattr(optimizer, "TOGETHER", 300)  # several groups, one after the other
+    sub, _ = tiny.subgraph()
+    traced = optimizer.trace_optimizer(
+        AdamWStep(bundles.ADAMW, {name: p.shape for name, p in sub.lora_parameters().items()})
+    )
+    path = folder / "grouped.onnx"
+    ir.save(onnx_model(traced.module, traced.inputs, traced.outputs), path)
+    rng = np.random.default_rng(0)
+    arrays = [np.abs(rng.normal(size=t.shape)).astype(np.float32) for t in traced.inputs.values()]
+    names = list(traced.inputs), traced.outputs
+    want = OnnxProgram(path, *names)(*(array.copy() for array in arrays))
+    kept = [array.copy() for array in arrays]
+    found = OnnxUpdate(path, *names)(*arrays)
+    count = len(manifest.names("lora"))
+    new = [*arrays[2 : 2 + count], *arrays[2 + 2 * count :]]
+    for have, place, value in zip(found, new, want, strict=True):
+        assert have is place
+        assert np.array_equal(have, value)
+    others = [*range(2), *range(2 + count, 2 + 2 * count)]
+    assert all(np.array_equal(arrays[i], kept[i]) for i in others)
+    pairs = list(zip(arrays, kept, strict=True))[2 + 2 * count :]
+    assert not any(np.array_equal(now, before) for now, before in pairs)
 
 
 def test_sampler_equals_interpolate(bundle):

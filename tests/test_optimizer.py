@@ -1,11 +1,14 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tiny
 from edge_dit.adamw import AdamW
+from edge_dit_export import optimizer
 from edge_dit_export.optimizer import AdamWStep, _bias_correction
 
-SHAPES = {"a": (4, 32), "b": (32, 4), "c": (7, 3), "d": (5,)}
+SHAPES = {"a": (4, 32), "b": (32, 4), "c": (7, 3), "d": (5,), "e": (1, 32), "f": (4, 3, 1, 1)}
 
 
 def gradients(generator: torch.Generator, update: int) -> list[torch.Tensor]:
@@ -14,8 +17,10 @@ def gradients(generator: torch.Generator, update: int) -> list[torch.Tensor]:
     return [scale * torch.randn(shape, generator=generator) for shape in SHAPES.values()]
 
 
+@pytest.mark.parametrize("together", [1, 150, optimizer.TOGETHER])
 @pytest.mark.parametrize("lr", [1e-4, 1e-2])
-def test_equals_torch_adamw(lr):
+def test_equals_torch_adamw(lr, together, monkeypatch):
+    monkeypatch.setattr(optimizer, "TOGETHER", together)
     generator = torch.Generator().manual_seed(0)
     hyper = AdamW(lr=lr, weight_decay=0.1)
     start = [torch.randn(shape, generator=generator) for shape in SHAPES.values()]
@@ -56,3 +61,20 @@ def test_bias_correction_keeps_its_digits(beta):
     torch.testing.assert_close(
         _bias_correction(beta, steps).to(torch.float64), exact, rtol=3e-7, atol=0
     )
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), max_size=12),
+    st.integers(1, 200),
+)
+def test_groups_hold_every_tensor_once(shapes, together):
+    sizes = [torch.Size(shape) for shape in shapes]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "TOGETHER", together)
+        groups = optimizer._groups(sizes)
+    assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
+    for group in groups:
+        assert group == sorted(group)
+        assert len({sizes[index][1:] for index in group}) == 1
+        assert len(group) == 1 or sum(sizes[index].numel() for index in group) <= together

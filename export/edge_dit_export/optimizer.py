@@ -14,12 +14,16 @@ from edge_dit_export.trace import TracedStep, trace
 ROW = 1024
 """Squares are summed in rows of this many, then over rows: runtimes that add one by one in float32
 would lose digits over millions of values."""
+TOGETHER = 2**18
+"""Elements that are updated at once: what a runtime needs for that does not grow with the LoRA."""
 
 
 class AdamWStep(nn.Module):
     """One update of all LoRA tensors, `edge_dit.adamw` to the letter.
 
-    The tensors are laid end to end, so the graph's arithmetic does not grow with their number.
+    Tensors of one row length are joined and updated together, up to `TOGETHER` elements. All of
+    them are read before any of their new values is worked out, so that a runtime may write those
+    where the old ones were.
 
     Args:
         adamw: hyper-parameters; ``lr`` is an input of the graph instead.
@@ -31,7 +35,7 @@ class AdamWStep(nn.Module):
         self.adamw = adamw
         self.names = list(shapes)
         self.shapes = [Size(shape) for shape in shapes.values()]
-        self.sizes = [shape.numel() for shape in self.shapes]
+        self.groups = _groups(self.shapes)
 
     def forward(self, lr: Tensor, step: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The state after one more update.
@@ -45,31 +49,58 @@ class AdamWStep(nn.Module):
             New parameters, new first moments, new second moments; each list in LoRA order.
         """
         count = len(self.shapes)
-        parameter, gradient, mean, square = (
-            torch.cat([tensor.reshape(-1) for tensor in tensors[start : start + count]])
-            for start in range(0, 4 * count, count)
-        )
+        kinds = [tensors[start : start + count] for start in range(0, 4 * count, count)]
         hyper = self.adamw
-        gradient = gradient * self._clip(gradient)
-        mean = mean * hyper.beta1 + gradient * (1 - hyper.beta1)
-        square = square * hyper.beta2 + gradient * gradient * (1 - hyper.beta2)
         now = step + 1
-        unbiased = torch.sqrt(square / _bias_correction(hyper.beta2, now))
-        parameter = parameter * (1 - lr * hyper.weight_decay)
+        clip = self._clip(kinds[1])
         step_size = lr / _bias_correction(hyper.beta1, now)
-        parameter = parameter - step_size * mean / (unbiased + hyper.eps)
-        return (*self._cut(parameter), *self._cut(mean), *self._cut(square))
+        correction = _bias_correction(hyper.beta2, now)
+        keep = 1 - lr * hyper.weight_decay
+        new: dict[tuple[int, int], Tensor] = {}
+        for group in self.groups:
+            parameter, gradient, mean, square = (_joined(kind, group) for kind in kinds)
+            gradient = gradient * clip
+            mean = mean * hyper.beta1 + gradient * (1 - hyper.beta1)
+            square = square * hyper.beta2 + gradient * gradient * (1 - hyper.beta2)
+            unbiased = torch.sqrt(square / correction)
+            parameter = parameter * keep - step_size * mean / (unbiased + hyper.eps)
+            rows = [self.shapes[index][0] for index in group]
+            for kind, joined in enumerate((parameter, mean, square)):
+                for index, part in zip(group, torch.split(joined, rows), strict=True):
+                    new[kind, index] = part
+        return tuple(new[key] for key in sorted(new))
 
-    def _clip(self, gradient: Tensor) -> Tensor:
+    def _clip(self, gradients: Sequence[Tensor]) -> Tensor:
         """Factor in (0, 1] that brings the norm down to max_grad_norm, [1]."""
-        padded = torch.cat([gradient, gradient.new_zeros(-gradient.numel() % ROW)])
-        rows = (padded * padded).reshape(-1, ROW).sum(dim=1)
-        norm = torch.sqrt(rows.sum(dim=0, keepdim=True))
+        rows = [_squares(_joined(gradients, group)) for group in self.groups]
+        norm = torch.sqrt(torch.cat(rows).sum(dim=0, keepdim=True))
         return torch.clamp(self.adamw.max_grad_norm / (norm + CLIP_EPS), max=1.0)
 
-    def _cut(self, flat: Tensor) -> list[Tensor]:
-        parts = torch.split(flat, self.sizes)
-        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+def _groups(shapes: Sequence[Size]) -> list[list[int]]:
+    """Numbers of tensors that differ in their first dimension only; together of `TOGETHER` elements
+    at most, or one tensor.
+    """
+    alike: dict[Size, list[list[int]]] = {}
+    for index, shape in enumerate(shapes):
+        groups = alike.setdefault(shape[1:], [])
+        filled = sum(shapes[i].numel() for i in groups[-1]) if groups else TOGETHER
+        if filled + shape.numel() > TOGETHER:
+            groups.append([])
+        groups[-1].append(index)
+    return [group for groups in alike.values() for group in groups]
+
+
+def _joined(tensors: Sequence[Tensor], group: Sequence[int]) -> Tensor:
+    """Along the first dimension."""
+    return torch.cat([tensors[index] for index in group])
+
+
+def _squares(joined: Tensor) -> Tensor:
+    """Sums of squares of each `ROW` elements."""
+    flat = joined.reshape(-1)
+    padded = torch.cat([flat, flat.new_zeros(-flat.numel() % ROW)])
+    return (padded * padded).reshape(-1, ROW).sum(dim=1)
 
 
 def trace_optimizer(step: AdamWStep) -> TracedStep:

@@ -13,6 +13,7 @@ from edge_dit_runtime.graph_session import GraphSession
 from edge_dit_runtime.ort import onnxruntime, share_arena
 
 FOLDER = "onnx"
+OPTIMIZER = "optimizer.onnx"
 
 
 def onnx_session(bundle: Path, manifest: Manifest, step: str = "train_step.onnx") -> GraphSession:
@@ -27,11 +28,18 @@ def onnx_session(bundle: Path, manifest: Manifest, step: str = "train_step.onnx"
         BadInput: onnxruntime is not installed, or cannot load a graph.
     """
     graphs = manifest.targets[FOLDER]["graphs"]
-    programs = [
-        OnnxProgram(bundle / FOLDER / name, graphs[name]["inputs"], graphs[name]["outputs"])
-        for name in (step, "optimizer.onnx")
-    ]
-    return GraphSession(bundle, manifest, *programs)
+    train = OnnxProgram(bundle / FOLDER / step, graphs[step]["inputs"], graphs[step]["outputs"])
+    return GraphSession(bundle, manifest, train, onnx_optimizer(bundle, manifest))
+
+
+def onnx_optimizer(bundle: Path, manifest: Manifest) -> OnnxUpdate:
+    """onnx/optimizer.onnx of a bundle.
+
+    Raises:
+        BadInput: onnxruntime is not installed, or cannot load it.
+    """
+    names = manifest.targets[FOLDER]["graphs"][OPTIMIZER]
+    return OnnxUpdate(bundle / FOLDER / OPTIMIZER, names["inputs"], names["outputs"])
 
 
 class OnnxProgram:
@@ -83,3 +91,24 @@ class OnnxProgram:
         """
         found = self._session.run(self._outputs, {name: arrays[name] for name in self.inputs})
         return {name: value.copy() for name, value in zip(self._outputs, found, strict=True)}
+
+
+class OnnxUpdate(OnnxProgram):
+    """An ONNX graph of a new state from an old one, which it takes the place of in memory.
+
+    A result "new.x" is written to the array given for "x". The graph reads all of an array before
+    it writes the new one (`edge_dit_export.optimizer.AdamWStep`).
+    """
+
+    def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """Run the graph; outputs are those of ``arrays`` that were written to."""
+        given = dict(zip(self.inputs, arrays, strict=True))
+        written = {name: given[name.removeprefix("new.")] for name in self._outputs}
+        binding = self._session.io_binding()
+        for name, array in given.items():
+            binding.bind_cpu_input(name, array)
+        for name, array in written.items():
+            place = array.ctypes.data
+            binding.bind_output(name, "cpu", 0, np.float32, array.shape, place)
+        self._session.run_with_iobinding(binding)
+        return list(written.values())

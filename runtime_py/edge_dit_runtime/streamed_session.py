@@ -15,7 +15,7 @@ import numpy as np
 from edge_dit.bundle import Manifest
 from edge_dit_runtime.graph_session import GraphSession
 from edge_dit_runtime.mapped import MappedTensors
-from edge_dit_runtime.onnx_session import FOLDER, OnnxProgram
+from edge_dit_runtime.onnx_session import FOLDER, OnnxProgram, onnx_optimizer
 from edge_dit_runtime.ort import onnxruntime, share_arena
 from edge_dit_runtime.session import Tensors
 
@@ -33,10 +33,8 @@ def streamed_session(bundle: Path, manifest: Manifest) -> GraphSession:
         BadInput: onnxruntime is not installed, or cannot load a graph.
     """
     share_arena(onnxruntime("the onnx target"), doubling=True)
-    names = manifest.targets[FOLDER]["graphs"]["optimizer.onnx"]
-    path = bundle / FOLDER / "optimizer.onnx"
-    optimizer = OnnxProgram(path, names["inputs"], names["outputs"])
-    return GraphSession(bundle, manifest, StreamedStep(bundle, manifest), optimizer)
+    step = StreamedStep(bundle, manifest)
+    return GraphSession(bundle, manifest, step, onnx_optimizer(bundle, manifest))
 
 
 class StreamedStep:
