@@ -41,8 +41,12 @@ def cannot_write(path: Path, error: OSError) -> BadInput:
     )
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def write_atomic(path: Path, *parts: bytes | memoryview | str) -> None:
     """Write ``path`` so that a reader or a crash sees old content or new, never a part.
+
+    Args:
+        path: its folder is made.
+        parts: what it is to hold, one behind the other.
 
     Raises:
         BadInput: the system refuses (full, read-only, not permitted); what was there is still.
@@ -54,7 +58,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 try_lock(handle)  # by which `_sweep` knows that its writer lives
-                file.write(data.encode() if isinstance(data, str) else data)
+                for part in parts:
+                    file.write(part.encode() if isinstance(part, str) else part)
                 file.flush()
                 os.fsync(handle)
                 if os.name == "posix":

@@ -84,8 +84,8 @@ def write_tensors(
     sealed[DIGEST] = _seal(sealed, kinds)
     header = json.dumps({"__metadata__": sealed, **entries}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % ALIGNMENT)
-    parts = [len(header).to_bytes(8, "little"), header, *(plain[name].tobytes() for name in order)]
-    write_atomic(path, b"".join(parts))
+    length = len(header).to_bytes(8, "little")
+    write_atomic(path, length, header, *(plain[name].data for name in order))
 
 
 def _seal(metadata: Mapping[str, str], kinds: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
