@@ -10,7 +10,8 @@ training process has at its peak, batch 1:
                 transposed say, for every block whose step is in the graph
               + transients while a gradient is computed: a share of what one block keeps, and some
                 tensors as large as its largest (the scores of softmax attention, say)
-              + LoRA, gradients, moments and what the optimizer makes of them: copies x LoRA
+              + LoRA, gradients, two moments, and where the optimizer does not work in place what
+                it makes of them: copies x LoRA
               + one draw
               + weights that are not mapped           executorch: all, packed for each direction;
                                                       float16 and int8: some of a block's,
@@ -99,9 +100,9 @@ REFERENCE = Profile(
     "a 2-core x86 machine with AVX2",
     gemm=80e9,
     runtimes={
-        "onnx": Runtime(58 * MB, 43 * MB, 0.33, 4.1, 0.76, 7, 56e9),
-        "onnx:recompute": Runtime(58 * MB, 43 * MB, 0.6, 3.0, 1.5, 7, 42e9),
-        "onnx:streamed": Runtime(61 * MB, 43 * MB, 0.53, 3.4, 0, 7, 32e9),
+        "onnx": Runtime(58 * MB, 43 * MB, 0.33, 4.1, 0.76, 4, 56e9),
+        "onnx:recompute": Runtime(58 * MB, 43 * MB, 0.6, 3.0, 1.5, 4, 42e9),
+        "onnx:streamed": Runtime(61 * MB, 43 * MB, 0.53, 3.4, 0, 4, 32e9),
         "ort-training": Runtime(54 * MB, 43 * MB, 0.0, 2.35, 0.79, 7, 54e9),
         "executorch": Runtime(290 * MB, 93 * MB, 0.25, 2.6, 0, 8, 54e9),
     },
