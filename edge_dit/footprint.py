@@ -39,7 +39,7 @@ from edge_dit.execution import Execution
 MB = 10**6
 BYTES_OF = {"float32": 4, "float16": 2, "int8": 1}
 """Of a stored element of a frozen matrix."""
-WIDENED = 1.06
+WIDENED = 1.2
 """Matrices as large as a block's largest that lie widened to float32 at once, where they are stored
 as less; of larger ones only `PIECE` bytes are."""
 PIECE = 32 * 2**20
@@ -100,9 +100,9 @@ REFERENCE = Profile(
     "a 2-core x86 machine with AVX2",
     gemm=80e9,
     runtimes={
-        "onnx": Runtime(58 * MB, 43 * MB, 0.33, 4.1, 0.76, 4, 56e9),
-        "onnx:recompute": Runtime(58 * MB, 43 * MB, 0.6, 3.0, 1.5, 4, 42e9),
-        "onnx:streamed": Runtime(61 * MB, 43 * MB, 0.53, 3.4, 0, 4, 32e9),
+        "onnx": Runtime(58 * MB, 43 * MB, 0.3, 3.9, 0.96, 4, 56e9),
+        "onnx:recompute": Runtime(58 * MB, 43 * MB, 0.8, 2.6, 1.15, 4, 42e9),
+        "onnx:streamed": Runtime(61 * MB, 43 * MB, 0.5, 3.0, 0, 4, 32e9),
         "ort-training": Runtime(54 * MB, 43 * MB, 0.0, 2.35, 0.79, 7, 54e9),
         "executorch": Runtime(290 * MB, 93 * MB, 0.25, 2.6, 0, 8, 54e9),
     },
