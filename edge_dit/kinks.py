@@ -35,8 +35,8 @@ def step_aside(subgraph: TrainableSubgraph, draw: Mapping[str, np.ndarray]) -> R
         draw: batch tensors by name.
 
     Returns:
-        The rows of LoRA B that were moved, with their new values; most often none. None, and the
-        adapter as it was, where values lie too close to zero in modules without LoRA.
+        The rows of LoRA B that were moved, with their new values: empty in families without a ReLU.
+        None, and the adapter as it was, where values lie too close to zero in modules without LoRA.
     """
     parameters = subgraph.lora_parameters()
     names = {id(parameter): name for name, parameter in parameters.items()}
