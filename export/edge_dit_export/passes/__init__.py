@@ -23,7 +23,7 @@ from edge_dit_export.passes.view_frozen import view_frozen
 
 Pass = Callable[[fx.GraphModule], int]
 
-FOR_ONNX: tuple[Pass, ...] = (
+_FOR_BOTH: tuple[Pass, ...] = (
     conv1x1_to_mm,
     depthwise_backward_to_conv,
     bmm_of_one_to_mm,
@@ -31,17 +31,18 @@ FOR_ONNX: tuple[Pass, ...] = (
     slice_scatter_to_pad,
     safe_softmax_to_softmax,
     remove_units,
-    relu_gradient_to_product,
     merge_shape_ops,
     share_shape_ops,
 )
+
+FOR_ONNX: tuple[Pass, ...] = (relu_gradient_to_product, *_FOR_BOTH)
 """Rewrites for the plain ONNX step; shapes come last, over what the others brought together."""
 
 FOR_STORED_WEIGHTS: tuple[Pass, ...] = (*FOR_ONNX, view_frozen)
 """Rewrites for an ONNX graph whose frozen weights lie in a file beside it."""
 
 FOR_EXECUTORCH: tuple[Pass, ...] = (
-    *FOR_ONNX,
+    *_FOR_BOTH,
     raise_frozen_gemm,
     float_scalars,
     merge_shape_ops,

@@ -16,7 +16,8 @@ def relu_gradient_to_product(module: fx.GraphModule) -> int:
     """where(y <= 0, 0, dy) -> dy * (y > 0), the same for every finite dy.
 
     onnxruntime's Where takes 1.9 ms for SANA-0.6B's 295,000 queries of a block, the comparison,
-    its cast and the product together 0.3 ms (1.19.2, two cores).
+    its cast and the product together 0.3 ms (1.19.2, two cores). ExecuTorch's portable kernels take
+    6.3 ms for where, and as long for the comparison and the cast (1.5.1).
 
     Returns:
         Number of gradients rewritten.
