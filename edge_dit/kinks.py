@@ -24,6 +24,7 @@ MARGIN = 2e-5
 MOVE = 1e-3
 """Spread of what is added to a row of B."""
 TRIES = 30
+"""Moves of a module's rows after which it is given up."""
 
 
 @torch.no_grad()
