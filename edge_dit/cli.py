@@ -69,7 +69,7 @@ def version(as_json: Json = False) -> None:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what is installed, and what each target still needs."""
-    from edge_dit.doctor import examine, in_words
+    from edge_dit.app.doctor import examine, in_words
 
     facts = examine()
     report(as_json, facts, *in_words(facts))
@@ -85,8 +85,8 @@ def quickstart(
     as_json: Json = False,
 ) -> None:
     """The whole road on the shipped sample, with pictures before and after."""
-    from edge_dit.quickstart import quickstart as run
-    from edge_dit.quickstart import samples_folder
+    from edge_dit.app.quickstart import quickstart as run
+    from edge_dit.app.quickstart import samples_folder
 
     def say(what: Any) -> None:
         (err if as_json else out).print(what, markup=False)
@@ -154,12 +154,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Choose which blocks to train, at which sizes, and say what that takes."""
-    from edge_dit import planner
-    from edge_dit.cost import cost_of_config, cost_of_plan, table
-    from edge_dit.files import write_atomic
-    from edge_dit.footprint import calibrated, read_profile
-    from edge_dit.inspect import plan_in_words
-    from edge_dit.job import read_job
+    from edge_dit.app import planner
+    from edge_dit.app.describe import plan_in_words
+    from edge_dit.budget.cost import cost_of_config, cost_of_plan, table
+    from edge_dit.budget.footprint import calibrated, read_profile
+    from edge_dit.planning.job import read_job
+    from edge_dit.store.files import write_atomic
 
     if skip_ratio is not None and not 0 <= skip_ratio < 1:
         raise BadInput("--skip-ratio", found=str(skip_ratio), expected="a share in [0, 1)")
@@ -232,7 +232,7 @@ def plan(
 
 def budget(ram: str | None, flash: str | None, step_time: str | None) -> Any:
     """The limits that options give, or None."""
-    from edge_dit.limits import Limits
+    from edge_dit.budget.limits import Limits
     from edge_dit.text import bytes_of, seconds_of
 
     asked = {
@@ -258,15 +258,15 @@ def precompute(
     as_json: Json = False,
 ) -> None:
     """Store the entry state and tail residual of every draw. Goes on where it stopped."""
+    from edge_dit.app.describe import bank_in_words
     from edge_dit.errors import require
-    from edge_dit.images import read_folder
-    from edge_dit.inspect import bank_in_words
-    from edge_dit.job import read_job
-    from edge_dit.plan import read_plan
+    from edge_dit.pictures.images import read_folder
+    from edge_dit.planning.job import read_job
+    from edge_dit.planning.plan import read_plan
 
     read, made = read_job(job), read_plan(plan_file)
     require("torch", "precompute")
-    from edge_dit.precompute import precompute as run
+    from edge_dit.reference.precompute import precompute as run
 
     images = read_folder(read.data.images, read.data.prompt, made.s_max)
     for image in images:
@@ -289,10 +289,10 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the trainable sub-graph and the patch sampler for every target."""
+    from edge_dit.app.describe import bundle_in_words
     from edge_dit.errors import require
-    from edge_dit.inspect import bundle_in_words
-    from edge_dit.job import read_job
-    from edge_dit.plan import read_plan
+    from edge_dit.planning.job import read_job
+    from edge_dit.planning.plan import read_plan
 
     check_targets(target)
     read_job(job)
@@ -314,8 +314,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare every target with PyTorch; exit code 1 when one fails."""
-    from edge_dit.bundle import check_has_target, read_manifest
-    from edge_dit.certificate import parity_table, why_failed
+    from edge_dit.contract.bundle import check_has_target, read_manifest
+    from edge_dit.contract.certificate import parity_table, why_failed
     from edge_dit_runtime.verify import verify as run
 
     check_targets(target)
@@ -373,8 +373,13 @@ def adapter(
     """Write the trained LoRA as a folder for pipe.load_lora_weights, with a PEFT copy in peft/; for
     a pipeline that has no load_lora_weights as a PEFT folder.
     """
-    from edge_dit.adapter import DIFFUSERS_FILE, PEFT_FILE, loading_hint, write_adapter_folder
-    from edge_dit.families import PEFT_ONLY
+    from edge_dit.contract.adapter import (
+        DIFFUSERS_FILE,
+        PEFT_FILE,
+        loading_hint,
+        write_adapter_folder,
+    )
+    from edge_dit.models.families import PEFT_ONLY
     from edge_dit_runtime.train import trained_adapter
 
     tensors, read = trained_adapter(run)
@@ -415,10 +420,10 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure speed and memory on random weights, against torch eager in the same run."""
-    from edge_dit.bench import CONTENDERS, Case, in_words
-    from edge_dit.bench import bench as run
-    from edge_dit.configs import public_config
-    from edge_dit.execution import execution_of
+    from edge_dit.app.bench import CONTENDERS, Case, in_words
+    from edge_dit.app.bench import bench as run
+    from edge_dit.contract.targets import execution_of
+    from edge_dit.models.public_configs import public_config
 
     public = public_config(config)
     blocks = [int(part) for part in trained.split("+") if part.isdigit()]
@@ -434,7 +439,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say in words what a plan, bank, bundle or run is."""
-    from edge_dit.inspect import look
+    from edge_dit.app.describe import look
 
     facts, lines = look(path)
     report(as_json, facts, *lines)
@@ -442,7 +447,7 @@ def inspect(
 
 def check_targets(targets: list[str] | None) -> None:
     """Raise `BadInput` for a target that does not exist."""
-    from edge_dit.bundle import TARGETS
+    from edge_dit.contract.bundle import TARGETS
 
     for target in targets or []:
         if target not in TARGETS:

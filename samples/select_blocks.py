@@ -12,11 +12,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from edge_dit.images import read_folder
-from edge_dit.job import read_job
-from edge_dit.plan import Plan, make_plan
-from edge_dit.selection import NAME, compare, write_selection
-from edge_dit.selectors import Subject, select_by_generation, select_by_loss
+from edge_dit.pictures.images import read_folder
+from edge_dit.planning.job import read_job
+from edge_dit.planning.plan import Plan, make_plan
+from edge_dit.planning.selection import NAME, compare, write_selection
+from edge_dit.select.selectors import Subject, select_by_generation, select_by_loss
 
 ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT / "reproduce"))

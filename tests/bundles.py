@@ -20,12 +20,12 @@ from torch import Tensor
 
 import tiny
 import variants
-from edge_dit.adamw import AdamW
-from edge_dit.adapter import write_adapter
-from edge_dit.bundle import ADAPTER, MANIFEST, Manifest, Optimizer, TensorSpec
-from edge_dit.patch_sampler import PatchSampler
-from edge_dit.sampler import crop_at
-from edge_dit.subgraph import TrainableSubgraph
+from edge_dit.contract.adamw import AdamW
+from edge_dit.contract.adapter import write_adapter
+from edge_dit.contract.bundle import ADAPTER, MANIFEST, Manifest, Optimizer, TensorSpec
+from edge_dit.models.subgraph import TrainableSubgraph
+from edge_dit.pictures.crop import crop_at
+from edge_dit.pictures.patch_sampler import PatchSampler
 
 ADAMW = AdamW(lr=1e-3, weight_decay=0.1, max_grad_norm=0.2)
 """Clips: the tiny sub-graph's gradient norms are above 0.2."""
@@ -88,8 +88,8 @@ def _export(
     folder: Path, targets: tuple[str, ...], sub: TrainableSubgraph, batch: dict[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
     """Write each target into its folder; facts of each."""
-    from edge_dit_export.optimizer import AdamWStep, trace_optimizer
-    from edge_dit_export.train_step import trace_train_step
+    from edge_dit_export.graph.optimizer import AdamWStep, trace_optimizer
+    from edge_dit_export.graph.train_step import trace_train_step
 
     facts = {}
     step = trace_train_step(sub, batch) if set(targets) - {"ort-training"} else None
@@ -99,17 +99,17 @@ def _export(
         directory = folder / target
         directory.mkdir(parents=True)
         if step is None or target == "ort-training":
-            from edge_dit_export.ort_training_target import export_ort_training
+            from edge_dit_export.targets.ort_training import export_ort_training
 
             facts[target] = export_ort_training(sub, batch, ADAMW, SAMPLER, directory)
         elif target == "onnx":
-            from edge_dit_export.onnx_target import RECOMPUTE, TRAIN_STEP, export_onnx
+            from edge_dit_export.targets.onnx import RECOMPUTE, TRAIN_STEP, export_onnx
 
             again = trace_train_step(sub, batch, recompute=True)
             steps = {TRAIN_STEP: step, RECOMPUTE: again}
             facts[target] = export_onnx(sub, batch, steps, optimizer, SAMPLER, directory)
         else:
-            from edge_dit_export.executorch_target import export_executorch
+            from edge_dit_export.targets.executorch import export_executorch
 
             facts[target] = export_executorch(step, optimizer, SAMPLER, directory, MAX_IMAGE_SIDE)
     return facts
@@ -203,7 +203,7 @@ _TRAIN_WITHOUT_TORCH = """
 
     sys.meta_path.insert(0, NoTorch())
     from safetensors.numpy import load_file
-    from edge_dit.bundle import read_manifest
+    from edge_dit.contract.bundle import read_manifest
     from edge_dit_runtime.session import open_session
 
     bundle, target = Path(sys.argv[1]), sys.argv[2]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import tiny
-from edge_dit.job import read_job
-from edge_dit.plan import Plan, make_plan
+from edge_dit.planning.job import read_job
+from edge_dit.planning.plan import Plan, make_plan
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 
@@ -52,8 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def road(workplace: Path, request: pytest.FixtureRequest) -> Road:
     """The workplace with plan, bank and a bundle of all targets."""
-    from edge_dit.images import read_folder
-    from edge_dit.precompute import precompute
+    from edge_dit.pictures.images import read_folder
+    from edge_dit.reference.precompute import precompute
     from edge_dit_export.export import export
 
     job = read_job(workplace / "job.toml")

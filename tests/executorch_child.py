@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 import bundles
 import tiny
-from edge_dit.bundle import Manifest
-from edge_dit.pipeline import quiet
-from edge_dit.sampler import crop_at
-from edge_dit.subgraph import TrainableSubgraph
+from edge_dit.contract.bundle import Manifest
+from edge_dit.models.pipeline import quiet
+from edge_dit.models.subgraph import TrainableSubgraph
+from edge_dit.pictures.crop import crop_at
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Exported:
 
     def session(self):
         """A session over the bundle."""
-        from edge_dit_runtime.executorch_session import executorch_session
+        from edge_dit_runtime.sessions.executorch import executorch_session
 
         return executorch_session(self.folder, self.manifest)
 
@@ -95,8 +95,8 @@ def adapter(bundle: Exported) -> None:
 
 def optimizer(bundle: Exported) -> None:
     """optimizer.pte against its module, late in a run, where the moments' bias hardly counts."""
-    from edge_dit_export.optimizer import AdamWStep
-    from edge_dit_runtime.executorch_session import ExecuTorchProgram
+    from edge_dit_export.graph.optimizer import AdamWStep
+    from edge_dit_runtime.sessions.executorch import ExecuTorchProgram
 
     shapes = {t.name: t.shape for t in bundle.manifest.tensors if t.role == "lora"}
     generator = torch.Generator().manual_seed(0)
@@ -112,7 +112,7 @@ def optimizer(bundle: Exported) -> None:
 
 def sampler(bundle: Exported) -> None:
     """patch_sampler.pte against torch's antialiased resize, images of many sizes."""
-    from edge_dit_runtime.executorch_session import ExecuTorchProgram
+    from edge_dit_runtime.sessions.executorch import ExecuTorchProgram
 
     program = ExecuTorchProgram(bundle.folder / "executorch" / "patch_sampler.pte")
     rng = np.random.default_rng(0)
@@ -136,7 +136,7 @@ def sampler(bundle: Exported) -> None:
 def bad_file(bundle: Exported) -> None:
     """What is no program is refused with the file's name."""
     from edge_dit.errors import BadInput
-    from edge_dit_runtime.executorch_session import ExecuTorchProgram
+    from edge_dit_runtime.sessions.executorch import ExecuTorchProgram
 
     path = bundle.folder / "broken.pte"
     path.write_bytes(bytes(2048))
@@ -209,9 +209,9 @@ def every_delegated_operation_is_torchs(bundle: Exported) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     from edge_dit_export import passes
-    from edge_dit_export.executorch_target import _lower
-    from edge_dit_export.xnnpack import Delegates
-    from edge_dit_runtime.executorch_session import ExecuTorchProgram
+    from edge_dit_export.targets.executorch import _lower
+    from edge_dit_export.targets.xnnpack import Delegates
+    from edge_dit_runtime.sessions.executorch import ExecuTorchProgram
 
     seeded = torch.Generator().manual_seed(1)
     shapes = ((64, 80), (64, 96), (80, 64), (4, 40, 32), (1, 6, 32, 40))

@@ -8,8 +8,8 @@ import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor
 
-from edge_dit.families.sana import FAMILY
-from edge_dit.subgraph import TrainableSubgraph, add_lora, as_batch, lora_modules
+from edge_dit.models.families.sana import FAMILY
+from edge_dit.models.subgraph import TrainableSubgraph, add_lora, as_batch, lora_modules
 
 JOB = """
 [model]
@@ -108,7 +108,7 @@ def eager(sub: TrainableSubgraph, batch: dict[str, Tensor]) -> dict[str, Tensor]
 @cache
 def traced():
     """The default sub-graph, its draw and its traced step. Passes edit a deep copy of it."""
-    from edge_dit_export.train_step import trace_train_step
+    from edge_dit_export.graph.train_step import trace_train_step
 
     sub, batch = subgraph()
     return sub, batch, trace_train_step(sub, batch)

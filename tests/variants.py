@@ -12,9 +12,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from edge_dit.families import family_of
-from edge_dit.families.family import Family, Prompt
-from edge_dit.subgraph import (
+from edge_dit.models.families import family_of
+from edge_dit.models.families.family import Family, Prompt
+from edge_dit.models.subgraph import (
     TrainableSubgraph,
     add_lora,
     as_batch,

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edge_dit.adamw import AdamW
-from edge_dit.adapter import write_adapter
-from edge_dit.bundle import (
+from edge_dit.contract.adamw import AdamW
+from edge_dit.contract.adapter import write_adapter
+from edge_dit.contract.bundle import (
     ADAPTER,
     MANIFEST,
     SCHEMA,
@@ -19,15 +19,15 @@ from edge_dit.bundle import (
     write_manifest,
 )
 from edge_dit.errors import require
-from edge_dit.files import sha256, whole_folder
-from edge_dit.patch_sampler import PatchSampler
-from edge_dit.pipeline import quiet
-from edge_dit.plan import Plan
+from edge_dit.models.pipeline import quiet
+from edge_dit.pictures.patch_sampler import PatchSampler
+from edge_dit.planning.plan import Plan
 from edge_dit.progress import bar
-from edge_dit.reference import adapted_subgraph, lora_tensors
-from edge_dit_export.optimizer import AdamWStep, trace_optimizer
-from edge_dit_export.trace import TracedStep
-from edge_dit_export.train_step import trace_train_step
+from edge_dit.reference.eager import adapted_subgraph, lora_tensors
+from edge_dit.store.files import sha256, whole_folder
+from edge_dit_export.graph.optimizer import AdamWStep, trace_optimizer
+from edge_dit_export.graph.trace import TracedStep
+from edge_dit_export.graph.train_step import trace_train_step
 
 MAX_IMAGE_SIDES = 4
 """The patch sampler takes images with sides up to this many times s_max."""
@@ -50,7 +50,7 @@ def export(plan: Plan, folder: Path, targets: list[str], check: bool = True) -> 
     Args:
         plan: what to train; its model folder must be the one it was made for.
         folder: where the bundle goes; put in place whole, or not at all.
-        targets: some of `edge_dit.bundle.TARGETS`.
+        targets: some of `edge_dit.contract.bundle.TARGETS`.
         check: compare the model's weights with those the plan was made for.
 
     Raises:
@@ -79,7 +79,7 @@ def export(plan: Plan, folder: Path, targets: list[str], check: bool = True) -> 
             directory = building / target
             directory.mkdir()
             if target == "ort-training":
-                from edge_dit_export.ort_training_target import export_ort_training
+                from edge_dit_export.targets.ort_training import export_ort_training
 
                 facts[target] = export_ort_training(subgraph, batch, adamw, sampler, directory)
             else:
@@ -87,7 +87,7 @@ def export(plan: Plan, folder: Path, targets: list[str], check: bool = True) -> 
                     step = step or trace_train_step(subgraph, batch)
                 optimizer = trace_optimizer(AdamWStep(adamw, shapes))
                 if target == "onnx":
-                    from edge_dit_export.onnx_target import RECOMPUTE, TRAIN_STEP, export_onnx
+                    from edge_dit_export.targets.onnx import RECOMPUTE, TRAIN_STEP, export_onnx
 
                     steps = {}
                     if plan.weights == "float32" and step is not None:
@@ -98,7 +98,7 @@ def export(plan: Plan, folder: Path, targets: list[str], check: bool = True) -> 
                         subgraph, batch, steps, optimizer, sampler, directory, plan.weights
                     )
                 else:
-                    from edge_dit_export.executorch_target import export_executorch
+                    from edge_dit_export.targets.executorch import export_executorch
 
                     assert step is not None
                     side = MAX_IMAGE_SIDES * plan.s_max

@@ -24,20 +24,21 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter
 
-from edge_dit.adamw import learning_rate
-from edge_dit.adapter import read_adapter, write_adapter
-from edge_dit.bank import Bank
-from edge_dit.bundle import ADAPTER, MANIFEST, Manifest, check_has_target, read_manifest
-from edge_dit.certificate import why_uncertified
-from edge_dit.documents import STRICT, parse_json, read_document, validated, write_document
+from edge_dit.contract.adamw import learning_rate
+from edge_dit.contract.adapter import read_adapter, write_adapter
+from edge_dit.contract.bank import Bank
+from edge_dit.contract.bundle import ADAPTER, MANIFEST, Manifest, check_has_target, read_manifest
+from edge_dit.contract.certificate import why_uncertified
+from edge_dit.contract.integrity import check_bundle
 from edge_dit.errors import BadInput, is_installed
-from edge_dit.files import cannot_write, sha256, write_atomic
-from edge_dit.integrity import check_bundle
-from edge_dit.locks import locked
 from edge_dit.progress import bar, warn
-from edge_dit.tensors import TensorFile, write_tensors
-from edge_dit_runtime.session import Session, layouts, open_session, titled
-from edge_dit_runtime.state import check_draw
+from edge_dit.store.documents import STRICT, parse_json, read_document, validated, write_document
+from edge_dit.store.files import cannot_write, sha256, write_atomic
+from edge_dit.store.locks import locked
+from edge_dit.store.tensors import TensorFile, write_tensors
+from edge_dit_runtime.session import layouts, open_session, titled
+from edge_dit_runtime.sessions.state import check_draw
+from edge_dit_runtime.sessions.trainer import Session
 
 RUN = "run.json"
 STATE = "state.safetensors"
@@ -67,7 +68,8 @@ class Run:
         done: steps done when last saved.
         family: of the base model; runs written before it was kept are of SANA.
         layout: of the target, "fused" or "streamed".
-        bank_sha256: `edge_dit.bank.Bank.identity`; runs written before it was kept have none.
+        bank_sha256: `edge_dit.contract.bank.Bank.identity`; runs written before it was kept have
+            none.
     """
 
     __pydantic_config__ = STRICT
@@ -158,7 +160,8 @@ def train(
         on_step: called with (steps done, loss) after every step.
         layout: of the target; default the run's that is resumed, else the plan's, else the target's
             first.
-        verify_hashes: hash every file of the bundle, see `edge_dit.integrity.check_bundle`.
+        verify_hashes: hash every file of the bundle, see
+            `edge_dit.contract.integrity.check_bundle`.
 
     Raises:
         BadInput: bundle, bank or run do not fit together or are damaged; the run exists and

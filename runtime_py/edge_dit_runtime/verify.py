@@ -3,8 +3,8 @@
 Each target runs in a process of its own (a bad program may abort it) and does what the reference
 does: gradients of one draw with a LoRA B that is not zero, then a training trajectory from the
 initial adapter, then a few patches of a random image. Where PyTorch's own gradient jumps, both
-first put the same few rows of LoRA B aside (`edge_dit.kinks`). The certificate, parity.json, holds
-the differences and the tolerances.
+first put the same few rows of LoRA B aside (`edge_dit.reference.kinks`). The certificate,
+parity.json, holds the differences and the tolerances.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from edge_dit.adapter import Rows, read_adapter
-from edge_dit.bank import Bank
-from edge_dit.bundle import ADAPTER, MANIFEST, Manifest, read_manifest
-from edge_dit.certificate import PARITY
+from edge_dit.contract.adapter import Rows, read_adapter
+from edge_dit.contract.bank import Bank
+from edge_dit.contract.bundle import ADAPTER, MANIFEST, Manifest, read_manifest
+from edge_dit.contract.certificate import PARITY
+from edge_dit.contract.integrity import check_confined, content_faults
 from edge_dit.errors import CheckFailed, require
-from edge_dit.files import sha256, write_json
-from edge_dit.integrity import check_confined, content_faults
 from edge_dit.progress import bar
-from edge_dit_runtime.session import Trainer, layouts, open_session, titled
+from edge_dit.store.files import sha256, write_json
+from edge_dit_runtime.session import layouts, open_session, titled
+from edge_dit_runtime.sessions.trainer import Trainer
 from edge_dit_runtime.train import draw_order
 
 if TYPE_CHECKING:
-    from edge_dit.reference import EagerSession
+    from edge_dit.reference.eager import EagerSession
 
 _ONNX = {"loss": 1e-4, "gradients": 1e-4, "trajectory": 1e-4, "adapter": 1e-3, "patch": 1e-5}
 TOLERANCES = {
@@ -106,7 +107,8 @@ def patches(sampler: Callable[..., Any], s_max: int) -> dict[str, np.ndarray]:
     """Patches of a random image, by "patch.<number>".
 
     Args:
-        sampler: image, sigma and uv -> patch, see `edge_dit.patch_sampler.PatchSampler.forward`.
+        sampler: image, sigma and uv -> patch, see
+            `edge_dit.pictures.patch_sampler.PatchSampler.forward`.
         s_max: of the plan, pixels.
     """
     rng = np.random.default_rng(0)
@@ -120,11 +122,11 @@ def patches(sampler: Callable[..., Any], s_max: int) -> dict[str, np.ndarray]:
 
 def _exported_sampler(bundle: Path, target: str) -> Callable[..., Any]:
     if target == "executorch":
-        from edge_dit_runtime.executorch_session import ExecuTorchProgram
+        from edge_dit_runtime.sessions.executorch import ExecuTorchProgram
 
         program: Any = ExecuTorchProgram(bundle / target / "patch_sampler.pte")
     else:
-        from edge_dit_runtime.onnx_session import OnnxProgram
+        from edge_dit_runtime.sessions.onnx import OnnxProgram
 
         path = bundle / target / "patch_sampler.onnx"
         program = OnnxProgram(path, ["image", "sigma", "uv"], ["patch"])
@@ -154,7 +156,7 @@ def choose_points(
     Raises:
         CheckFailed: hardly any draw has one.
     """
-    from edge_dit.kinks import step_aside
+    from edge_dit.reference.kinks import step_aside
 
     points: list[Point] = []
     session.load_adapter(perturbed(adapter))
@@ -286,11 +288,11 @@ def verify(
     require("torch", "the PyTorch reference of verify")
     import torch
 
-    from edge_dit.adamw import AdamW
-    from edge_dit.patch_sampler import PatchSampler
-    from edge_dit.plan import Plan
-    from edge_dit.quantize import round_frozen
-    from edge_dit.reference import EagerSession, adapted_subgraph
+    from edge_dit.contract.adamw import AdamW
+    from edge_dit.models.quantize import round_frozen
+    from edge_dit.pictures.patch_sampler import PatchSampler
+    from edge_dit.planning.plan import Plan
+    from edge_dit.reference.eager import EagerSession, adapted_subgraph
 
     manifest = read_manifest(bundle)
     plan = Plan.model_validate(manifest.plan)

@@ -23,19 +23,26 @@ from side_by_side import ManySessions, add_many_lora, joined, remove_many_lora
 from subjects import HELD_OUT, VIEWS, caption
 from torch import Tensor
 
-from edge_dit.adamw import AdamW, learning_rate
-from edge_dit.bank import Draw, plan_draws
-from edge_dit.evaluate import LEVELS, Whole, encode_whole
-from edge_dit.families import family_of
-from edge_dit.families.family import State
-from edge_dit.images import Captioned, read_folder
-from edge_dit.job import read_job
-from edge_dit.patch_sampler import PatchSampler
-from edge_dit.pipeline import load_pipeline
-from edge_dit.plan import Plan, make_plan, split
-from edge_dit.reference import objective_of
-from edge_dit.selection import NAME, Selection, read_selection
-from edge_dit.subgraph import TrainableSubgraph, as_batch, difference, inner_runs, lora_modules
+from edge_dit.contract.adamw import AdamW, learning_rate
+from edge_dit.contract.bank import Draw
+from edge_dit.models.families import family_of
+from edge_dit.models.families.family import State
+from edge_dit.models.pipeline import load_pipeline
+from edge_dit.models.subgraph import (
+    TrainableSubgraph,
+    as_batch,
+    difference,
+    inner_runs,
+    lora_modules,
+)
+from edge_dit.pictures.draws import plan_draws
+from edge_dit.pictures.images import Captioned, read_folder
+from edge_dit.pictures.patch_sampler import PatchSampler
+from edge_dit.planning.job import read_job
+from edge_dit.planning.plan import Plan, make_plan, split
+from edge_dit.planning.selection import NAME, Selection, read_selection
+from edge_dit.reference.eager import objective_of
+from edge_dit.reference.evaluate import LEVELS, Whole, encode_whole
 from edge_dit_runtime.train import draw_order
 from training import Progress
 
@@ -298,7 +305,7 @@ def train(runs: list[Run]) -> list[list[float]]:
 
 @torch.no_grad()
 def heldout_losses(runs: list[Run]) -> list[float]:
-    """`edge_dit.evaluate.heldout_loss` of every run: the whole model, no block skipped."""
+    """`evaluate.heldout_loss` of every run: the whole model, no block skipped."""
     plan, model = plan_for(runs[0]), pipeline_of(runs[0].job).transformer
     family, objective = family_of(plan.family), objective_of(plan)
     unseen = [subject_of(run.job, run.subject).heldout for run in runs]

@@ -34,8 +34,8 @@ from run import JOBS, SAMPLES, all_runs
 from side_by_side import ManyLora, ManySessions, remove_many_lora
 from tables import mean_of, table
 
-from edge_dit.adamw import AdamW
-from edge_dit.subgraph import TrainableSubgraph
+from edge_dit.contract.adamw import AdamW
+from edge_dit.models.subgraph import TrainableSubgraph
 
 NAMES = ("skip-50", "bare-50", "drawn-50", "drawn-bare-50")
 DRAWS = 32

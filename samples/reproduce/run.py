@@ -28,7 +28,7 @@ from experiment import Run, execute, how_selected, settings
 from subjects import subjects, write_subject
 from tables import collect, write_results
 
-from edge_dit.files import write_atomic, write_json
+from edge_dit.store.files import write_atomic, write_json
 
 SAMPLES = Path(__file__).resolve().parents[1]
 JOBS = {"tiny-sana": "sana.toml", "tiny-flux": "flux.toml"}

@@ -3,7 +3,7 @@
 Small models spend more time on starting operations than on arithmetic, so that eight runs together
 take about half the time of eight alone. Runs do not mix: frozen weights act on rows, the loss is
 the sum of the runs' losses, gradients are clipped run by run, and AdamW is elementwise. Every run
-is that of `edge_dit.reference.EagerSession`, to rounding (tests/test_reproduce.py).
+is that of `edge_dit.reference.eager.EagerSession`, to rounding (tests/samples/test_reproduce.py).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edge_dit.adamw import CLIP_EPS, AdamW
-from edge_dit.families.family import State
-from edge_dit.subgraph import TrainableSubgraph, add_lora, conditioning_of, remove_lora
+from edge_dit.contract.adamw import CLIP_EPS, AdamW
+from edge_dit.models.families.family import State
+from edge_dit.models.subgraph import TrainableSubgraph, add_lora, conditioning_of, remove_lora
 
 
 class ManyLora(nn.Module):

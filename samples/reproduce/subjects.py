@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from edge_dit.files import write_atomic
+from edge_dit.store.files import write_atomic
 from make_subject import HELD_OUT, OVERSAMPLE, RADIUS, SIDE, TRAIN
 from scenes import BACKGROUNDS, POSITIONS
 

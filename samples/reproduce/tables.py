@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from edge_dit.files import write_atomic, write_json
+from edge_dit.store.files import write_atomic, write_json
 
 LOSS = "heldout_loss"
 MEASURES = {LOSS: 1, "similarity": -1, "adherence": -1}

@@ -1,12 +1,12 @@
-"""How far `edge_dit.footprint` is from what is measured.
+"""How far `edge_dit.budget.footprint` is from what is measured.
 
     python tests/benchmarks/footprint.py WORK [CASE ...] [--again TARGET] [--write]
 
 Two families, two depths each, every target and layout, random weights of real configurations; each
-figure from a fresh process (`edge_dit.bench`). Results are kept in WORK and measured once; --again
-measures one target anew. Prints the predictions beside them; exit code 1 when memory is off by more
-than 10 % or time by more than 25 %. --write puts them into edge_dit/measured.json, which `edge-dit
-plan --report` shows. About an hour on two cores, which should have nothing else to do.
+figure from a fresh process (`edge_dit.app.bench`). Results are kept in WORK and measured once;
+--again measures one target anew. Prints the predictions beside them; exit code 1 when memory is off
+by more than 10 % or time by more than 25 %. --write puts them into edge_dit/app/measured.json, which
+`edge-dit plan --report` shows. About an hour on two cores, which should have nothing else to do.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edge_dit.bench import CONTENDERS, Case, bench
-from edge_dit.budget import MARGIN
-from edge_dit.bundle import TARGETS
-from edge_dit.configs import public_config
-from edge_dit.cost import Shapes
-from edge_dit.execution import Execution
-from edge_dit.families import family_of
-from edge_dit.files import write_json
-from edge_dit.footprint import REFERENCE, Footprint, Footprints, Profile, calibrated
+from edge_dit.app.bench import CONTENDERS, Case, bench
+from edge_dit.budget.cost import Shapes
+from edge_dit.budget.footprint import REFERENCE, Footprint, Footprints, Profile, calibrated
+from edge_dit.budget.search import MARGIN
+from edge_dit.contract.bundle import TARGETS
+from edge_dit.contract.targets import Execution
+from edge_dit.models.families import family_of
+from edge_dit.models.public_configs import public_config
+from edge_dit.store.files import write_json
 from edge_dit.text import columns
 
 CASES = {
@@ -102,7 +102,7 @@ def main() -> int:
         import edge_dit
 
         about = {"machine": REFERENCE.name, "rows": rows}
-        write_json(Path(edge_dit.__file__).parent / "measured.json", about)
+        write_json(Path(edge_dit.__file__).parent / "app" / "measured.json", about)
     above = [
         f"{r['case']} {r['execution']}"
         for r in rows

@@ -22,11 +22,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pipelines
-from edge_dit.bench import random_weights
-from edge_dit.configs import CONFIGS
-from edge_dit.families import family_of
-from edge_dit.files import write_json
-from edge_dit.plan import read_plan
+from edge_dit.app.bench import random_weights
+from edge_dit.models.families import family_of
+from edge_dit.models.public_configs import CONFIGS
+from edge_dit.planning.plan import read_plan
+from edge_dit.store.files import write_json
 
 SMALL = {"caption_channels": 24, "joint_attention_dim": 24, "pooled_projection_dim": 12}
 """Widths of the small text encoders of `pipelines`."""

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_dit.images import read_folder
-from edge_dit.job import read_job
-from edge_dit.plan import Plan, make_plan
+from edge_dit.pictures.images import read_folder
+from edge_dit.planning.job import read_job
+from edge_dit.planning.plan import Plan, make_plan
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def plan(workplace: Path) -> Plan:
 @pytest.fixture(scope="session")
 def made(workplace: Path, plan: Plan, tmp_path_factory) -> Path:
     """A folder with bank/ and bundle/, not to be changed."""
-    from edge_dit.precompute import precompute
+    from edge_dit.reference.precompute import precompute
     from edge_dit_export.export import export
 
     folder = tmp_path_factory.mktemp("made")

@@ -1,4 +1,4 @@
-"""A disk that fails: stands in for the ``os`` module that `edge_dit.files` writes through."""
+"""A disk that fails: stands in for the ``os`` module that `edge_dit.store.files` writes through."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ class _FaultyFile:
 
 
 def install(monkeypatch: Any, at: int | None, error: int | None = None) -> FaultyDisk:
-    """Let `edge_dit.files` write through a faulty disk."""
+    """Let `edge_dit.store.files` write through a faulty disk."""
     disk = FaultyDisk(at, error)
-    monkeypatch.setattr("edge_dit.files.os", disk)
+    monkeypatch.setattr("edge_dit.store.files.os", disk)
     return disk
 
 

@@ -129,25 +129,25 @@ def readers(folder: Path) -> list[Reader]:
     import numpy as np
     import small
 
-    from edge_dit.adapter import (
+    from edge_dit.budget.footprint import REFERENCE, read_profile, write_profile
+    from edge_dit.contract.adapter import (
         PEFT_CONFIG,
         PEFT_FILE,
         read_adapter,
         read_peft,
         write_adapter_folder,
     )
-    from edge_dit.bank import read_index, shard_path
-    from edge_dit.bundle import read_manifest
-    from edge_dit.certificate import PARITY, read_certificate
+    from edge_dit.contract.bank import read_index, shard_path
+    from edge_dit.contract.bundle import read_manifest
+    from edge_dit.contract.certificate import PARITY, read_certificate
     from edge_dit.errors import BadInput
-    from edge_dit.files import sha256, write_json
-    from edge_dit.footprint import REFERENCE, read_profile, write_profile
-    from edge_dit.job import read_job
-    from edge_dit.onnx_external import external_locations
-    from edge_dit.plan import Plan, read_plan
-    from edge_dit.selection import Selection, read_selection, write_selection
-    from edge_dit.tensors import TensorFile, write_tensors
-    from edge_dit_runtime.mapped import MappedTensors
+    from edge_dit.planning.job import read_job
+    from edge_dit.planning.plan import Plan, read_plan
+    from edge_dit.planning.selection import Selection, read_selection, write_selection
+    from edge_dit.store.files import sha256, write_json
+    from edge_dit.store.onnx_external import external_locations
+    from edge_dit.store.tensors import TensorFile, write_tensors
+    from edge_dit_runtime.sessions.mapped import MappedTensors
     from edge_dit_runtime.train import Run, read_run, trained_adapter, write_document
 
     bundle, bank = small.write_bundle(folder / "bundle", "w.bin"), small.write_bank(folder / "bank")
@@ -525,8 +525,8 @@ def guided(seconds: int, corpus: Path, without: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["edge_dit", "json", "tomllib"]):
-        from edge_dit import documents, onnx_external
-        from edge_dit.tensors import read_header
+        from edge_dit.store import documents, onnx_external
+        from edge_dit.store.tensors import read_header
 
         folder = Path(tempfile.mkdtemp())
         every = [reader for reader in readers(folder) if reader.name not in without]

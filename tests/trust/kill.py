@@ -38,10 +38,10 @@ EXPORT_KILLS = 5
 """Of one export, before it may end."""
 
 IMPORTED = (
-    "edge_dit.precompute",
+    "edge_dit.reference.precompute",
     "edge_dit_export.export",
-    "edge_dit_export.onnx_target",
-    "edge_dit_runtime.onnx_session",
+    "edge_dit_export.targets.onnx",
+    "edge_dit_runtime.sessions.onnx",
     "edge_dit_runtime.train",
 )
 """What the stages take seconds to import."""
@@ -69,10 +69,10 @@ class Tally:
 def make_world(folder: Path) -> None:
     """The small pipeline of the tests, with plan, bank and bundle."""
     import tiny
-    from edge_dit.images import read_folder
-    from edge_dit.job import read_job
-    from edge_dit.plan import make_plan
-    from edge_dit.precompute import precompute
+    from edge_dit.pictures.images import read_folder
+    from edge_dit.planning.job import read_job
+    from edge_dit.planning.plan import make_plan
+    from edge_dit.reference.precompute import precompute
     from edge_dit_export.export import export
 
     parts = shutil.ignore_patterns("transformer")
@@ -91,10 +91,10 @@ def make_world(folder: Path) -> None:
 
 
 def run_precompute(world: World, out: Path) -> None:
-    import edge_dit.precompute as module
-    from edge_dit.images import read_folder
-    from edge_dit.job import read_job
-    from edge_dit.plan import read_plan
+    import edge_dit.reference.precompute as module
+    from edge_dit.pictures.images import read_folder
+    from edge_dit.planning.job import read_job
+    from edge_dit.planning.plan import read_plan
 
     plan_index = module.plan_index
 
@@ -124,7 +124,7 @@ def run_train(world: World, out: Path) -> None:
 
 
 def run_adapter(world: World, out: Path) -> None:
-    from edge_dit.adapter import write_adapter_folder
+    from edge_dit.contract.adapter import write_adapter_folder
     from edge_dit_runtime.train import trained_adapter
 
     tensors, run = trained_adapter(world.path("run"))
@@ -132,7 +132,7 @@ def run_adapter(world: World, out: Path) -> None:
 
 
 def run_export(world: World, out: Path) -> None:
-    from edge_dit.plan import read_plan
+    from edge_dit.planning.plan import read_plan
     from edge_dit_export.export import export
 
     export(read_plan(world.path("plan.json")), out, ["onnx"])

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto, helper
 
-from edge_dit import bank
-from edge_dit.adamw import AdamW
-from edge_dit.adapter import write_adapter
-from edge_dit.bundle import (
+from edge_dit.contract import bank
+from edge_dit.contract.adamw import AdamW
+from edge_dit.contract.adapter import write_adapter
+from edge_dit.contract.bank import Crop
+from edge_dit.contract.bundle import (
     ADAPTER,
     FileSpec,
     Manifest,
@@ -21,9 +22,8 @@ from edge_dit.bundle import (
     read_manifest,
     write_manifest,
 )
-from edge_dit.files import sha256
-from edge_dit.sampler import Crop
-from edge_dit_runtime.state import lora_shapes, take, take_step
+from edge_dit.store.files import sha256
+from edge_dit_runtime.sessions.state import lora_shapes, take, take_step
 
 LORA = {"transformer.b.lora_A.weight": (2, 3), "transformer.b.lora_B.weight": (3, 2)}
 BATCH = {"cond.x": (1, 2), "entry": (1, 4), "target": (1, 2)}

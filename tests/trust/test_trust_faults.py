@@ -17,15 +17,15 @@ import pytest
 import small
 from faulty import Crash, listing
 
-from edge_dit import bank as banks
-from edge_dit import documents
-from edge_dit.adapter import read_adapter, write_adapter_folder
-from edge_dit.bank import Bank
-from edge_dit.bundle import read_manifest
+from edge_dit.contract import bank as banks
+from edge_dit.contract.adapter import read_adapter, write_adapter_folder
+from edge_dit.contract.bank import Bank
+from edge_dit.contract.bundle import read_manifest
 from edge_dit.errors import BadInput
-from edge_dit.files import write_atomic, write_json
-from edge_dit.locks import locked
-from edge_dit.tensors import TensorFile
+from edge_dit.store import documents
+from edge_dit.store.files import write_atomic, write_json
+from edge_dit.store.locks import locked
+from edge_dit.store.tensors import TensorFile
 from edge_dit_runtime.train import MOST_SKIPPED, read_run, train, trained_adapter
 
 STEPS = 12
@@ -126,7 +126,7 @@ if os.getuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
 from pathlib import Path
-from edge_dit.files import write_atomic
+from edge_dit.store.files import write_atomic
 try:
     write_atomic(Path({path!r}), "new")
 except Exception as error:
@@ -143,7 +143,7 @@ def test_permission_denied():
         Path(name).chmod(0o755)
         folder.chmod(0o555)
         code = AS_NOBODY.format(tests=str(Path(__file__).parent), path=str(folder / "a"))
-        code = "import edge_dit.files\n" + code  # before its folder is closed to us too
+        code = "import edge_dit.store.files\n" + code  # before its folder is closed to us too
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "Permission denied" in done.stdout, done.stderr
         assert "remedy: make the folder writable" in done.stdout
@@ -238,7 +238,7 @@ def test_what_a_killed_writer_left_is_swept(tmp_path):
 
 
 def small_lock(file):
-    from edge_dit.locks import try_lock
+    from edge_dit.store.locks import try_lock
 
     return try_lock(file.fileno())
 
@@ -273,8 +273,8 @@ def test_a_folder_whose_making_crashes_is_old_or_new(tmp_path):
 
 
 def _whole(target):
-    from edge_dit.adapter import DIFFUSERS_FILE
-    from edge_dit.files import whole_folder
+    from edge_dit.contract.adapter import DIFFUSERS_FILE
+    from edge_dit.store.files import whole_folder
 
     return whole_folder(target, DIFFUSERS_FILE)
 
@@ -401,7 +401,7 @@ def test_a_bundle_without_a_certificate_of_its_own_is_warned_of(world, capsys, c
 HOLD = """
 import sys, time
 from pathlib import Path
-from edge_dit.locks import locked
+from edge_dit.store.locks import locked
 folder = Path(sys.argv[1])
 with locked(folder / ".lock", folder):
     print("held", flush=True)
@@ -436,7 +436,7 @@ def test_a_lock_that_was_removed_by_its_holder_is_taken_anew(tmp_path, monkeypat
             calls.append(path.unlink())  # the holder lets go between our open and our lock
         return descriptor
 
-    monkeypatch.setattr("edge_dit.locks.os.open", slow)
+    monkeypatch.setattr("edge_dit.store.locks.os.open", slow)
     with locked(path, "x"):
         assert path.exists()
 
@@ -603,7 +603,7 @@ def test_an_adapter_that_overflowed_does_not_replace_the_checkpoint(world, monke
 
 
 def images_of(workplace, folder):
-    from edge_dit.images import read_folder
+    from edge_dit.pictures.images import read_folder
 
     shutil.copytree(workplace / "images", folder)
     return lambda: read_folder(folder, "a sks toy", 64)
@@ -611,7 +611,7 @@ def images_of(workplace, folder):
 
 def test_a_vanished_image(workplace, plan, tmp_path, monkeypatch):
     """Between listing and reading; and between a bank's first half and its second."""
-    from edge_dit.precompute import precompute
+    from edge_dit.reference.precompute import precompute
 
     read = images_of(workplace, tmp_path / "images")
     precompute(plan, read(), tmp_path / "bank")
@@ -622,7 +622,7 @@ def test_a_vanished_image(workplace, plan, tmp_path, monkeypatch):
     listed = sorted((tmp_path / "images").glob("*.png"))
     gone.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("edge_dit.images.image_files", lambda folder: listed)
+        patch.setattr("edge_dit.pictures.images.image_files", lambda folder: listed)
         with pytest.raises(BadInput, match=f"{gone.name}: not a readable image"):
             read()
     with pytest.raises(BadInput, match="a bank of another plan, other images"):
@@ -634,7 +634,7 @@ def test_a_vanished_image(workplace, plan, tmp_path, monkeypatch):
 
 
 def test_a_model_that_changed_since_the_plan(workplace, plan, tmp_path):
-    from edge_dit.precompute import precompute
+    from edge_dit.reference.precompute import precompute
 
     shutil.copytree(workplace / "model", tmp_path / "model")
     path = next((tmp_path / "model" / "transformer").glob("*.safetensors"))
@@ -647,7 +647,7 @@ def test_a_model_that_changed_since_the_plan(workplace, plan, tmp_path):
 
 def test_a_slow_disk_is_only_slow(world, monkeypatch):
     real = os.fsync
-    monkeypatch.setattr("edge_dit.files.os.fsync", lambda f: time.sleep(0.05) or real(f))
+    monkeypatch.setattr("edge_dit.store.files.os.fsync", lambda f: time.sleep(0.05) or real(f))
     run(world)
     assert read_run(world / "run").done == STEPS
     assert json.loads((world / "run" / "run.json").read_text())["done"] == STEPS

@@ -19,14 +19,14 @@ import onnx
 import pytest
 from onnx import GraphProto, NodeProto, external_data_helper, helper, numpy_helper
 
-from edge_dit.adamw import AdamW
-from edge_dit.adapter import read_adapter
-from edge_dit.bank import Bank
-from edge_dit.bundle import ADAPTER, FileSpec, read_manifest, write_manifest
-from edge_dit.files import sha256
-from edge_dit.integrity import content_faults
-from edge_dit.plan import Plan
-from edge_dit.tensors import TensorFile, write_tensors
+from edge_dit.contract.adamw import AdamW
+from edge_dit.contract.adapter import read_adapter
+from edge_dit.contract.bank import Bank
+from edge_dit.contract.bundle import ADAPTER, FileSpec, read_manifest, write_manifest
+from edge_dit.contract.integrity import content_faults
+from edge_dit.planning.plan import Plan
+from edge_dit.store.files import sha256
+from edge_dit.store.tensors import TensorFile, write_tensors
 from edge_dit_runtime.session import open_session
 from edge_dit_runtime.verify import TOLERANCES, Point, choose_points, compare, measure, verify
 
@@ -437,7 +437,7 @@ class Truth:
 
 
 def eager_session(manifest: Any) -> Any:
-    from edge_dit.reference import EagerSession, adapted_subgraph
+    from edge_dit.reference.eager import EagerSession, adapted_subgraph
 
     subgraph, _ = adapted_subgraph(Plan.model_validate(manifest.plan))
     return EagerSession(subgraph, AdamW(**manifest.optimizer.model_dump()))

@@ -12,17 +12,17 @@ import small
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file, save, save_file
 
-from edge_dit import bank as banks
-from edge_dit import documents
-from edge_dit.adapter import read_adapter, write_adapter
-from edge_dit.bank import Bank
-from edge_dit.bundle import FileSpec, is_plain_name, read_manifest
-from edge_dit.documents import parse_json
+from edge_dit.contract import bank as banks
+from edge_dit.contract.adapter import read_adapter, write_adapter
+from edge_dit.contract.bank import Bank
+from edge_dit.contract.bundle import FileSpec, is_plain_name, read_manifest
+from edge_dit.contract.integrity import check_bundle, check_confined
 from edge_dit.errors import BadInput
-from edge_dit.integrity import check_bundle, check_confined
-from edge_dit.job import read_job
-from edge_dit.onnx_external import external_locations
-from edge_dit.tensors import TensorFile, write_tensors
+from edge_dit.planning.job import read_job
+from edge_dit.store import documents
+from edge_dit.store.documents import parse_json
+from edge_dit.store.onnx_external import external_locations
+from edge_dit.store.tensors import TensorFile, write_tensors
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -346,11 +346,13 @@ def test_external_data_is_found_wherever_a_tensor_can_be():
 
 
 def test_hashes_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr("edge_dit.integrity.SETTLED", -1)
+    monkeypatch.setattr("edge_dit.contract.integrity.SETTLED", -1)
     folder = small.write_bundle(tmp_path / "bundle")
     hashed = []
     real = small.sha256
-    monkeypatch.setattr("edge_dit.integrity.sha256", lambda p: hashed.append(p.name) or real(p))
+    monkeypatch.setattr(
+        "edge_dit.contract.integrity.sha256", lambda p: hashed.append(p.name) or real(p)
+    )
     check(folder)
     assert len(hashed) == 3
     check(folder)
@@ -367,7 +369,7 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
 
 
 def test_a_cache_that_cannot_be_used_costs_time_only(tmp_path, monkeypatch):
-    monkeypatch.setattr("edge_dit.integrity.SETTLED", -1)
+    monkeypatch.setattr("edge_dit.contract.integrity.SETTLED", -1)
     folder = small.write_bundle(tmp_path / "bundle")
     (tmp_path / "cache").write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

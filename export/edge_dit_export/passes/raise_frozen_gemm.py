@@ -21,9 +21,9 @@ def raise_frozen_gemm(module: fx.GraphModule) -> int:
         mm(W, x)             -> linear(x^T, W)^T
         mm(W^T, dy)          -> mm(dy^T, W)^T
 
-    What becomes of both is `edge_dit_export.xnnpack`'s. Behind a permute or a view a weight is no
-    constant to it, and ExecuTorch 1.5.1's portable kernels are many times slower; its addmm is ~45
-    times slower than torch's.
+    What becomes of both is `edge_dit_export.targets.xnnpack`'s. Behind a permute or a view a weight
+    is no constant to it, and ExecuTorch 1.5.1's portable kernels are many times slower; its addmm
+    is ~45 times slower than torch's.
 
     Returns:
         Number of products written anew or found to be as they should.

@@ -17,7 +17,7 @@ def safe_softmax_to_softmax(module: fx.GraphModule) -> int:
     """where(all of a row is -inf, 0, softmax(row)) -> softmax(row), where no row can be.
 
     torch 2.13 decomposes attention's _safe_softmax so. Inputs of a train step are finite - masks
-    are 0 or -10000, never -inf (`edge_dit.families`) - so a score is -inf only if a constant
+    are 0 or -10000, never -inf (`edge_dit.models.families`) - so a score is -inf only if a constant
     brought an infinity in: with one upstream, the guard stays.
 
     Returns:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from edge_dit.adamw import CLIP_EPS
+from edge_dit.contract.adamw import CLIP_EPS
 
 
 def expand_clip_grad_norm(model: onnx.ModelProto, count: int) -> None:

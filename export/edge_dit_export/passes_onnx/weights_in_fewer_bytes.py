@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from edge_dit.footprint import PIECE
+from edge_dit.contract.targets import PIECE
 
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 

@@ -1,0 +1,121 @@
+"""Any plan, bank, bundle, run or LoRA, in words."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edge_dit.contract import bank as banks
+from edge_dit.contract.adapter import (
+    DIFFUSERS_FILE,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    read_adapter,
+    read_peft,
+)
+from edge_dit.contract.bundle import ADAPTER, MANIFEST, read_manifest
+from edge_dit.errors import BadInput
+from edge_dit.planning.plan import Plan, read_plan
+
+
+def look(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Facts for machines and lines for people.
+
+    Raises:
+        BadInput: nothing there, or nothing edge-dit made.
+    """
+    if path.suffix == ".json" and path.is_file():
+        plan = read_plan(path)
+        return plan.model_dump(mode="json"), plan_in_words(plan)
+    if path.suffix == ".safetensors" and path.is_file():
+        return _adapter(path)
+    if (path / MANIFEST).is_file():
+        return read_manifest(path).model_dump(mode="json"), bundle_in_words(path)
+    if (path / banks.INDEX).is_file():
+        index = banks.read_index(path)
+        return asdict(index), bank_in_words(path)
+    if (path / "run.json").is_file():
+        from edge_dit_runtime.train import read_run
+
+        run = read_run(path)
+        return asdict(run), [
+            f"run of target {run.target}: {run.done} of {run.steps} steps",
+            f"  bundle {run.bundle}",
+            f"  bank   {run.bank}",
+            f"  LoRA rank {run.rank}, alpha {run.alpha:g}, for {run.base_model}",
+        ]
+    if (path / DIFFUSERS_FILE).is_file():
+        return _adapter(path / DIFFUSERS_FILE)
+    if (path / PEFT_CONFIG).is_file() and (path / PEFT_FILE).is_file():
+        return _adapter_in_words(*read_peft(path))
+    raise BadInput(
+        path,
+        found="nothing edge-dit knows" if path.exists() else "no such file or folder",
+        expected="a plan.json, bank, bundle, run or LoRA",
+    )
+
+
+def plan_in_words(plan: Plan) -> list[str]:
+    """A plan for people."""
+    rows, columns = plan.grid
+    return [
+        f"{plan.family}, {plan.layers} blocks ({plan.model})",
+        f"  train blocks {in_runs(plan.trained)}; skip {plan.head_skip} before, "
+        f"{plan.tail_skip} after",
+        f"  patches {plan.s_min} px ({rows * columns} tokens), cut {plan.s_min}..{plan.s_max} px",
+        f"  text {plan.text_tokens} tokens; LoRA rank {plan.rank}, alpha {plan.alpha:g}",
+        f"  {plan.steps} steps, lr {plan.optimizer.lr:g}, {plan.draws} draws, seed {plan.seed}",
+        f"  targets {', '.join(plan.targets)}",
+    ]
+
+
+def in_runs(numbers: list[int]) -> str:
+    """Ascending numbers as runs: "2..5, 8"."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def bank_in_words(folder: Path) -> list[str]:
+    """A bank for people."""
+    index = banks.read_index(folder)
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    present = sum(banks.shard_path(folder, s).is_file() for s in range(index.shards))
+    state = "complete" if present == index.shards else f"{present} of {index.shards} shards"
+    return [
+        f"bank of {len(index.draws)} draws, {state}, {size / 2**20:.1f} MiB",
+        f"  {len(index.images)} images, {len(index.prompts)} prompts",
+        f"  plan {index.plan_hash[:12]}",
+    ]
+
+
+def bundle_in_words(folder: Path) -> list[str]:
+    """A bundle for people."""
+    manifest = read_manifest(folder)
+    plan = Plan.model_validate(manifest.plan)
+    lines = [f"bundle of {manifest.family}, plan {manifest.plan_hash[:12]}"]
+    lines += [f"  {line.strip()}" for line in plan_in_words(plan)[1:-1]]
+    for target in manifest.targets:
+        size = sum(f.bytes for f in manifest.files if f.path.startswith(f"{target}/"))
+        lines.append(f"  {target}: {size / 2**20:.1f} MiB")
+    lora = [t for t in manifest.tensors if t.role == "lora"]
+    lines.append(f"  {len(lora)} LoRA tensors in {ADAPTER}")
+    return lines
+
+
+def _adapter(path: Path) -> tuple[dict[str, Any], list[str]]:
+    return _adapter_in_words(*read_adapter(path))
+
+
+def _adapter_in_words(
+    tensors: dict[str, Any], rank: int, alpha: float
+) -> tuple[dict[str, Any], list[str]]:
+    facts = {
+        "rank": rank,
+        "alpha": alpha,
+        "tensors": {name: list(value.shape) for name, value in tensors.items()},
+    }
+    count = sum(value.size for value in tensors.values())
+    words = f"LoRA of rank {rank}, alpha {alpha:g}: {len(tensors)} tensors, {count:,} values"
+    return facts, [words]

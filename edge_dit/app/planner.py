@@ -1,0 +1,281 @@
+"""From a job to its plan: as the job says, or the best within a budget.
+
+The road's first stage, above `edge_dit.planning.plan` (what a plan is),
+`edge_dit.planning.selection` (which blocks matter), `edge_dit.budget.footprint` (what training
+takes) and `edge_dit.budget.search` (what fits).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_dit.budget.limits import NO_LIMITS, Limits
+from edge_dit.errors import BadInput
+from edge_dit.pictures.images import read_folder
+from edge_dit.planning.job import Job
+from edge_dit.planning.plan import Plan, choose_split, make_plan, size_faults
+from edge_dit.planning.selection import Selection, cache_file, find_selection, write_selection
+from edge_dit.text import size
+
+if TYPE_CHECKING:
+    from edge_dit.budget.footprint import Footprint, Profile
+    from edge_dit.budget.search import Choice
+
+MEASURED = Path(__file__).with_name("measured.json")
+"""Predictions beside measurements, written by tests/benchmarks/footprint.py."""
+HELD_OUT = "heldout"
+"""Folder beside a subject's training images with those that measure; as quickstart has it."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and why it is this one.
+
+    Attributes:
+        plan: of the job.
+        selection: of the model, if it was measured.
+        source: where that lies, or why there is none.
+        choice: of the budget, if there was one.
+        limits: that budget.
+        footprints: what the plan is expected to take, by `edge_dit.contract.targets.Execution` in
+            words; with a budget only the way chosen.
+    """
+
+    plan: Plan
+    selection: Selection | None
+    source: str
+    choice: Choice | None
+    limits: Limits | None
+    footprints: dict[str, Footprint]
+
+    def in_words(self) -> list[str]:
+        """Selection, choice and footprints for people."""
+        lines = [f"blocks by {self.source}" if self.selection else f"split: {self.source}"]
+        skipped = self.plan.layers - len(self.plan.trained)
+        better = self.selection.proposed(skipped) if self.selection else None
+        if better and self.plan.inner_skips == [better.run]:
+            lines.append(better.in_words())
+        if self.choice is not None:
+            return lines + self.choice.in_words()
+        for name, found in self.footprints.items():
+            lines.append(
+                f"{name}: about {size(found.anonymous)} anonymous and {size(found.file)} of files, "
+                f"{found.seconds:.2g} s a step, bundle {size(found.bundle)}"
+            )
+        return lines
+
+
+def plan_job(
+    job: Job,
+    skip_ratio: float | None = None,
+    head_skip: int | None = None,
+    tail_skip: int | None = None,
+    *,
+    limits: Limits | None = None,
+    targets: Sequence[str] = (),
+    profile: Profile | None = None,
+) -> Planned:
+    """Plan a job.
+
+    Args:
+        job: as read from job.toml.
+        skip_ratio: overrides the job's.
+        head_skip, tail_skip: override the job's; with a budget they are kept to.
+        limits: a budget; default the job's, if it has one.
+        targets: to choose from, or their layouts ("onnx:streamed"); default the job's.
+        profile: of the device; default this machine.
+
+    Raises:
+        BadInput: faults of the job; a ratio beside a budget; or nothing fits the budget.
+    """
+    from edge_dit.budget.footprint import calibrated
+    from edge_dit.budget.search import executions_of, plan_within
+
+    asked = job.plan
+    if limits is None and (asked.ram or asked.flash or asked.step_time) and skip_ratio is None:
+        limits = Limits(asked.ram or inf, asked.flash or inf, asked.step_time or inf)
+    if limits is not None and skip_ratio is not None:
+        raise BadInput(
+            "--skip-ratio",
+            found="beside a budget",
+            expected="either how many blocks to skip, or a budget that decides it",
+            remedy="leave one out; --head-skip and --tail-skip may stay beside a budget",
+        )
+    profile = profile or calibrated()
+    if limits is None:
+        plan = make_plan(job, skip_ratio, head_skip, tail_skip)
+        selection, source = find_selection(plan.model, plan.model_hash)
+        ways = executions_of(targets or plan.targets)
+        return Planned(plan, selection, source, None, None, _footprints(plan, profile, ways))
+    whole = make_plan(job, skip_ratio=0.0)
+    selection, source = find_selection(whole.model, whole.model_hash)
+    head = asked.head_skip if head_skip is None else head_skip
+    tail = asked.tail_skip if tail_skip is None else tail_skip
+    *_, faults = choose_split(whole.layers, None, head or 0, tail or 0)
+    if faults:
+        raise faults[0]
+    ways = executions_of(targets or whole.targets)
+    plan, choice = plan_within(whole, limits, profile, ways, selection, head, tail)
+    footprints = {str(choice.best.option.execution): choice.best.footprint}
+    return Planned(plan, selection, source, choice, limits, footprints)
+
+
+def _footprints(plan: Plan, profile: Profile, ways: Sequence[Any]) -> dict[str, Footprint]:
+    """Of every layout that an export of the plan has."""
+    from edge_dit.budget.cost import Shapes
+    from edge_dit.budget.footprint import Footprints
+    from edge_dit.models.families import family_of
+
+    family = family_of(plan.family)
+    config = family.config(plan.model)
+    shapes = Shapes(family, config, plan.grid, plan.text_tokens, plan.lora_targets)
+    found = Footprints(shapes, profile, plan.bank_dtype)
+    return {
+        str(way): found.of(tuple(plan.trained), plan.rank, way)
+        for way in ways
+        if way.dtype == (plan.weights if way.target == "onnx" else "float32")
+        and (way.layout != "recompute" or plan.recompute)
+    }
+
+
+def config_within(
+    name: str,
+    limits: Limits,
+    profile: Profile,
+    targets: Sequence[str] = (),
+    patch: int | None = None,
+    rank: int = 16,
+    draws: int = 256,
+) -> tuple[dict[str, Any], list[str]]:
+    """What would fit a budget of a public checkpoint: facts, and lines for people.
+
+    Args:
+        name: key of `edge_dit.models.public_configs.CONFIGS`.
+        limits: the budget.
+        profile: of the device.
+        targets: to choose from; default all.
+        patch: largest s_min in pixels; default the paper's, else half the resolution.
+        rank: largest of the LoRA.
+        draws: in the bank.
+
+    Raises:
+        BadInput: an unknown name, a patch that does not divide, or nothing fits.
+    """
+    from edge_dit.budget.search import Asked, choose, executions_of, space_of
+    from edge_dit.contract.bundle import TARGETS
+    from edge_dit.models.families import family_of
+    from edge_dit.models.public_configs import public_config
+
+    public = public_config(name)
+    side = public.patch if patch is None else patch
+    if faults := size_faults({"--patch": side}, public.multiple):
+        raise faults[0]
+    asked = Asked(side, public.resolution, public.multiple, public.text_tokens, rank, draws)
+    ways = executions_of(targets or TARGETS)
+    space = space_of(family_of(public.family), public.config, asked, profile, ways)
+    choice = choose(space, limits)
+    option = choice.best.option
+    facts = {
+        "config": name,
+        "layers": space.layers,
+        **{key: value for key, value in vars(option).items() if key != "execution"},
+        **vars(option.execution),
+        "footprint": vars(choice.best.footprint),
+        "quality": choice.best.quality,
+    }
+    return facts, [f"{name}, {space.layers} blocks", *choice.in_words()]
+
+
+def report_on(job: Job, planned: Planned, path: Path) -> None:
+    """Write the page of a plan, see `edge_dit.app.report`.
+
+    Args:
+        job: planned.
+        planned: by `plan_job`.
+        path: of the page.
+    """
+    from edge_dit.app import report
+
+    plan = planned.plan
+    images = read_folder(job.data.images, job.data.prompt, plan.s_max)
+    expected = [
+        report.Expected(name, f.anonymous, f.file, f.bundle + plan.draws * f.draw, f.seconds)
+        for name, f in planned.footprints.items()
+    ]
+    measured: dict[str, Any] = {"machine": "", "rows": []}
+    if MEASURED.is_file():
+        measured = json.loads(MEASURED.read_text())
+    page = report.Page(
+        model=plan.model.name,
+        plan=plan,
+        expected=expected,
+        budget=planned.limits or NO_LIMITS,
+        reasons=[line.strip() for line in planned.in_words()],
+        selection=planned.selection,
+        memory=report.memory_by_role(plan, planned.selection),
+        measured=[report.Measured(**row) for row in measured["rows"]],
+        machine=measured["machine"],
+        samples=report.sample_patches(plan, images),
+    )
+    report.write_report(path, page)
+
+
+def select(
+    job: Job,
+    method: str,
+    subjects: Path | None = None,
+    embedding: str | None = None,
+) -> Path:
+    """Measure which blocks of a job's model may be skipped; where the selection was written.
+
+    A stopped measurement goes on where it was.
+
+    Args:
+        job: its model, LoRA and optimizer are used; its images are the subject unless ``subjects``
+            is given.
+        method: "generation", the paper's; or "loss", which draws no pictures.
+        subjects: a folder with a folder of images for each subject - or with its ``train`` and
+            ``heldout`` in it.
+        embedding: see `edge_dit.select.embedding.embedder`.
+
+    Raises:
+        BadInput: no images, an unknown method, or an embedding that cannot be loaded.
+    """
+    from edge_dit.select.selectors import Subject, select_by_generation, select_by_loss
+
+    if method not in ("generation", "loss"):
+        raise BadInput("--select", found=method, expected="generation or loss")
+    if embedding is not None and method != "generation":
+        raise BadInput("--embedding", found=f"with --select {method}", expected="generation")
+    plan = make_plan(job, skip_ratio=0.0)
+    folders = {job.data.images.parent.name: job.data.images}
+    if subjects is not None:
+        if not subjects.is_dir():
+            raise BadInput(subjects, found="no such folder", expected="a folder of subjects")
+        folders = {
+            folder.name: folder / "train" if (folder / "train").is_dir() else folder
+            for folder in sorted(subjects.iterdir())
+            if folder.is_dir()
+        }
+    measured = []
+    for name, folder in folders.items():
+        unseen = folder.parent / HELD_OUT
+        measured.append(
+            Subject(
+                name,
+                read_folder(folder, job.data.prompt, plan.s_max),
+                read_folder(unseen, job.data.prompt, plan.s_max) if unseen.is_dir() else [],
+            )
+        )
+    path = cache_file(plan.model_hash)
+    work = path.with_suffix("")
+    if method == "generation":
+        found = select_by_generation(plan, measured, work, embedding=embedding)
+    else:
+        found = select_by_loss(plan, measured, work)
+    return write_selection(found, path)

@@ -1,0 +1,454 @@
+"""A plan on one page: HTML that needs nothing but itself, to read, print or pass on.
+
+The page (report.html.j2) has no scripts and loads nothing: pictures are data: URIs, charts inline
+SVG, coloured by CSS variables so that they follow the reader's light or dark setting.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import floor, inf, isfinite, log10
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from edge_dit.app.describe import in_runs
+from edge_dit.budget.limits import NO_LIMITS, Limits
+from edge_dit.contract.bank import Crop
+from edge_dit.errors import missing_extra, require
+from edge_dit.pictures.draws import plan_draws
+from edge_dit.pictures.images import Captioned
+from edge_dit.planning.plan import Plan, choose_split
+from edge_dit.planning.selection import Selection
+from edge_dit.store.files import write_atomic
+from edge_dit.text import size
+
+TEMPLATE = "report.html.j2"
+ROLES = ("frozen weights", "LoRA", "optimizer", "activations", "other")
+"""What memory is taken for, in the order of the bars."""
+LETTERS = "FLOA+"
+"""That stand for the roles in the bars, beside their colours."""
+SIGMAS = (0.05, 0.275, 0.5, 0.725, 0.95)
+"""Noise levels of the sample patches."""
+RATIOS = (0.3, 0.4, 0.5)
+"""Shares of skipped blocks that the paper reports (PAPER sec. 4)."""
+PICTURES = 2
+"""Images that sample patches are drawn from: enough to see what a patch shows."""
+WHOLE, THUMBNAIL = 768, 256
+"""Longest sides of pictures on the page, pixels."""
+NUMBERED = 16
+"""Most blocks with which a cell of the heat map has room for a number."""
+METHODS = {
+    "generation": "pictures were drawn with the text masked from the image in the first n, or the "
+    "last m, blocks; the score is their distance, 1 - cos, from pictures drawn without a mask",
+    "loss-masked": "the text was masked from the image in the first n, or the last m, blocks; the "
+    "score is what that adds to the training loss",
+    "loss-frozen": "the first n blocks went without their LoRA, or the last m were replaced by the "
+    "base model's residual; the score is what that adds to the training loss",
+}
+"""How a selection was measured, by `edge_dit.planning.selection.Selection.method`."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one way to train the plan is predicted to take.
+
+    Attributes:
+        execution: the way, as `edge_dit.contract.targets.Execution` in words.
+        anonymous, file: peak bytes of a training process.
+        flash: bytes of bundle and bank.
+        seconds: of a step.
+    """
+
+    execution: str
+    anonymous: int
+    file: int
+    flash: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A prediction and what was measured.
+
+    Attributes:
+        case: name of the configuration.
+        trained: blocks.
+        execution: as `edge_dit.contract.targets.Execution` in words.
+        anonymous, file, seconds: measured peak bytes of a training process, and time of a step.
+        predicted_anonymous, predicted_file, predicted_seconds: the same, predicted.
+    """
+
+    case: str
+    trained: int
+    execution: str
+    anonymous: float
+    predicted_anonymous: float
+    file: float
+    predicted_file: float
+    seconds: float
+    predicted_seconds: float
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What a training step sees of an image.
+
+    Attributes:
+        sigma: noise level in [0, 1].
+        crop: pixels of the image that it is made of.
+        pixels: [s_min, s_min, 3] uint8, RGB.
+    """
+
+    sigma: float
+    crop: Crop
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """An image and patches of it.
+
+    Attributes:
+        name: of its file.
+        whole: [H, W, 3] uint8, RGB; the shorter side is s_max.
+        patches: by noise level, ascending.
+    """
+
+    name: str
+    whole: np.ndarray
+    patches: Sequence[Patch]
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the page says.
+
+    Attributes:
+        model: name of the model, for people.
+        plan: of the job.
+        expected: of every way to train that the plan leaves open.
+        budget: what the plan had to fit.
+        reasons: sentences: why this plan, what was given up, what more memory would buy.
+        selection: that decided the split, or None.
+        memory: title and bytes by role (`ROLES`) of each bar, see `memory_by_role`.
+        memory_note: a sentence on what the bars count.
+        measured: predictions that were checked; may be empty.
+        machine: what they were measured on.
+        samples: see `sample_patches`; may be empty.
+    """
+
+    model: str
+    plan: Plan
+    expected: Sequence[Expected] = ()
+    budget: Limits = NO_LIMITS
+    reasons: Sequence[str] = ()
+    selection: Selection | None = None
+    memory: Sequence[tuple[str, Mapping[str, int]]] = ()
+    memory_note: str = (
+        "What a step needs at least, in float32 with the activations of all trained blocks kept. "
+        "The runtime's own memory comes on top; streamed and recomputing layouts need less."
+    )
+    measured: Sequence[Measured] = ()
+    machine: str = ""
+    samples: Sequence[Sampled] = ()
+
+
+def sample_patches(
+    plan: Plan, images: Sequence[Captioned], sigmas: Sequence[float] = SIGMAS
+) -> list[Sampled]:
+    """Patches of the first `PICTURES` images, cut and resized as precompute does.
+
+    Args:
+        plan: its sizes and seed decide the crops.
+        images: as read by `edge_dit.pictures.images.read_folder`, shorter side ``plan.s_max``.
+        sigmas: noise levels in [0, 1].
+
+    Raises:
+        BadInput: torch is not installed.
+    """
+    require("torch", "the patch sampler")
+    import torch
+
+    from edge_dit.pictures.patch_sampler import PatchSampler
+
+    sampler = PatchSampler(plan.s_min, plan.s_max, plan.multiple)
+    found = []
+    for image in images[:PICTURES]:
+        levels = iter(sigmas)
+        draws = plan_draws(
+            count=len(sigmas),
+            seed=plan.seed,
+            level=lambda _, levels=levels: next(levels),
+            prompt_of_image=[0],
+            sizes=[(image.pixels.shape[1], image.pixels.shape[2])],
+            s_min=plan.s_min,
+            s_max=plan.s_max,
+            multiple=plan.multiple,
+        )
+        pixels = torch.from_numpy(image.pixels).unsqueeze(0)
+        patches = []
+        for draw in draws:
+            patch = sampler(pixels, torch.tensor([draw.sigma]), torch.tensor([draw.u, draw.v]))
+            patches.append(Patch(draw.sigma, draw.crop, _rgb(patch[0].numpy())))
+        found.append(Sampled(image.name, _rgb(image.pixels), patches))
+    return found
+
+
+def memory_by_role(
+    plan: Plan, selection: Selection | None = None
+) -> list[tuple[str, dict[str, int]]]:
+    """Bars for `Page.memory`: full LoRA at full resolution, the paper's `RATIOS` with the plan's
+    patches, and the plan.
+
+    Args:
+        plan: of the job; its model's configuration is read.
+        selection: of the model; it decides which blocks the ratios skip.
+
+    Raises:
+        BadInput: the model folder is gone, or torch is not installed.
+    """
+    require("torch", "counting memory")
+    from edge_dit.budget.cost import Cost, Shapes
+    from edge_dit.models.families import family_of
+
+    family = family_of(plan.family)
+    config = family.config(plan.model)
+
+    def shapes(side: int) -> Shapes:
+        tokens = side // plan.multiple
+        return Shapes(family, config, (tokens, tokens), plan.text_tokens, plan.lora_targets)
+
+    def by_role(cost: Cost) -> dict[str, int]:
+        parts = (cost.frozen_bytes, cost.lora_bytes, cost.optimizer_bytes, cost.activation_bytes)
+        return dict(zip(ROLES, (*parts, cost.bank_bytes), strict=True))
+
+    whole, patch = shapes(plan.s_max), shapes(plan.s_min)
+    every = range(plan.layers)
+    bars = [(f"full LoRA, {plan.s_max} px", by_role(whole.cost(every, plan.rank)))]
+    for ratio in RATIOS:
+        head, tail, *_ = choose_split(plan.layers, ratio, None, None, selection)
+        cost = patch.cost(every[head : plan.layers - tail], plan.rank)
+        bars.append((f"paper: {ratio:.0%} skipped, {plan.s_min} px", by_role(cost)))
+    return [*bars, ("this plan", by_role(patch.cost(plan.trained, plan.rank)))]
+
+
+def write_report(path: Path, page: Page) -> None:
+    """Write a page to ``path``, whole or not at all.
+
+    Args:
+        path: of the .html file.
+        page: what it says.
+
+    Raises:
+        BadInput: Jinja2 is not installed, or the system does not let us write.
+        ValueError: a bar of memory has a role that is none of `ROLES`.
+    """
+    write_atomic(path, render(page))
+
+
+def render(page: Page) -> str:
+    """The page as HTML; raises as `write_report`, which writes it."""
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError as error:  # it comes with torch
+        raise missing_extra("torch", "a report") from error
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(size=size, runs=in_runs, count=_count, off=_off, ms=_milliseconds)
+    selection = page.selection
+    return environment.get_template(TEMPLATE).render(
+        page=page,
+        plan=page.plan,
+        blocks=_blocks(page.plan),
+        names=NAMES,
+        infinite=inf,
+        limited=any(map(isfinite, (page.budget.ram, page.budget.flash, page.budget.seconds))),
+        heat=None if selection is None else _heat(selection, page.plan),
+        methods=METHODS,
+        roles=ROLES,
+        letters=LETTERS,
+        bars=_bars(page.memory),
+        samples=[_sample(sample) for sample in page.samples],
+    )
+
+
+# ---------------------------------------------------------------- what the template is given
+
+
+NAMES = {
+    "trained": "trained",
+    "head": "skipped, head",
+    "tail": "skipped, tail",
+    "inner": "skipped, between",
+}
+"""Of the fields of `Blocks`, for people."""
+
+
+class Blocks(NamedTuple):
+    """Numbers of a model's blocks, ascending, by what becomes of them."""
+
+    trained: list[int]
+    head: list[int]
+    tail: list[int]
+    inner: list[int]
+
+    def kinds(self) -> list[str]:
+        """What becomes of each block, by number."""
+        kind_of = {n: kind for kind in self._fields for n in getattr(self, kind)}
+        return [kind_of[number] for number in sorted(kind_of)]
+
+
+def _blocks(plan: Plan) -> Blocks:
+    trained, end = plan.trained, plan.layers - plan.tail_skip
+    inner = [number for number in range(plan.head_skip, end) if number not in trained]
+    return Blocks(trained, list(range(plan.head_skip)), list(range(end, plan.layers)), inner)
+
+
+class Cell(NamedTuple):
+    """Of the heat map.
+
+    Attributes:
+        head, tail: n and m.
+        score: see `edge_dit.planning.selection.Selection.score`.
+        shade: in [0, 1], from the lowest score to the highest.
+        number: the score in the map's unit, or "" without room.
+        best: whether no other split of as many blocks scores less.
+        own: whether it is the plan's.
+    """
+
+    head: int
+    tail: int
+    score: float
+    shade: float
+    number: str
+    best: bool
+    own: bool
+
+
+class Heat(NamedTuple):
+    """The heat map.
+
+    Attributes:
+        cells: every (n, m) with n + m < L.
+        side: of a cell, in units of the drawing, which is 360 wide.
+        ticks: numbers of blocks that the axes name.
+        low, high: smallest and largest score.
+        unit: of the numbers in the cells.
+        best: (n*, m*) by k - 1, k = 1..L - 1.
+    """
+
+    cells: list[Cell]
+    side: float
+    ticks: range
+    low: float
+    high: float
+    unit: float
+    best: list[tuple[int, int]]
+
+
+def _heat(selection: Selection, plan: Plan) -> Heat:
+    layers = selection.layers
+    splits = [split for skipped in range(layers) for split in selection.splits(skipped)]
+    best = [selection.best(skipped) for skipped in range(1, layers)]
+    scores = [selection.score(*split) for split in splits]
+    low, high = min(scores), max(scores)
+    largest = max(abs(low), abs(high))
+    unit = 10.0 ** (floor(log10(largest)) - 1) if largest else 1.0
+    cells = [
+        Cell(
+            *split,
+            score=score,
+            shade=(score - low) / (high - low) if high > low else 0.0,
+            number=f"{score / unit:.0f}" if layers <= NUMBERED else "",
+            best=split in best,
+            own=split == (plan.head_skip, plan.tail_skip),
+        )
+        for split, score in zip(splits, scores, strict=True)
+    ]
+    step = next(step for step in (1, 2, 5, 10, 20, 50, layers) if layers <= 15 * step)
+    return Heat(cells, 320 / layers, range(0, layers, step), low, high, unit, best)
+
+
+class Segment(NamedTuple):
+    """Of a bar: where it begins and how long it is, percent of the longest bar."""
+
+    role: str
+    number: int
+    start: float
+    length: float
+
+
+class Bar(NamedTuple):
+    """Memory of one way, bytes, and how it is drawn."""
+
+    title: str
+    by_role: Mapping[str, int]
+    total: int
+    segments: list[Segment]
+
+
+def _bars(memory: Sequence[tuple[str, Mapping[str, int]]]) -> list[Bar]:
+    for title, by_role in memory:
+        if unknown := sorted(set(by_role) - set(ROLES)):
+            raise ValueError(f"{title}: roles {unknown}, expected some of {ROLES}")
+    longest = max((sum(by_role.values()) for _, by_role in memory), default=0) or 1
+    bars = []
+    for title, by_role in memory:
+        segments, start = [], 0.0
+        for number, role in enumerate(ROLES):
+            length = 100 * by_role.get(role, 0) / longest
+            segments.append(Segment(role, number, start, length))
+            start += length
+        bars.append(Bar(title, by_role, sum(by_role.values()), segments))
+    return bars
+
+
+def _sample(sample: Sampled) -> dict[str, Any]:
+    height, width, _ = sample.whole.shape
+    return {
+        "name": sample.name,
+        "height": height,
+        "width": width,
+        "whole": _data_uri(sample.whole, WHOLE),
+        "patches": [(patch, _data_uri(patch.pixels, THUMBNAIL)) for patch in sample.patches],
+    }
+
+
+def _rgb(pixels: np.ndarray) -> np.ndarray:
+    """[H, W, 3] uint8 of [3, H, W] in [-1, 1]."""
+    levels = np.round((pixels.transpose(1, 2, 0) + 1) * 127.5)
+    return np.clip(levels, 0, 255).astype(np.uint8)
+
+
+def _data_uri(pixels: np.ndarray, longest: int) -> str:
+    """A JPEG of [H, W, 3] uint8, its sides at most ``longest`` pixels."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((longest, longest))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _off(predicted: float, measured: float) -> str:
+    """How far a prediction is from what was measured."""
+    return f"{predicted / measured - 1:+.1%}" if measured else "–"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

@@ -1,0 +1,1 @@
+"""What training takes - memory, storage, time - and the best plan that fits a budget."""

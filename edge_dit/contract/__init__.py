@@ -1,0 +1,1 @@
+"""What host and device agree on: bundle, bank, adapter, AdamW, certificate, and the targets."""

@@ -1,0 +1,280 @@
+"""The bank: stored draws, readable one at a time by memory map.
+
+    index.json             which plan, which images and prompts, every draw; written first
+    prompts.safetensors    "<prompt>.<tensor>": what depends on the prompt alone, once per prompt
+    shard-00000.safetensors ...   "<draw>.<tensor>", as many draws each as the index says
+
+Every draw follows from the seed alone, so the index is complete before anything is computed; a
+shard that is there is whole, so a stopped run goes on with the first missing one. Every file names
+the index it belongs to and carries the digests of `edge_dit.store.tensors`, checked as a draw is
+read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field, TypeAdapter
+
+from edge_dit.errors import BadInput
+from edge_dit.store.documents import STRICT, read_document, validated, write_document
+from edge_dit.store.files import sha256
+from edge_dit.store.tensors import TensorFile, write_tensors
+
+SCHEMA = 1
+SHARD = 64
+"""Most draws in a shard: some megabytes, so that a stopped run loses seconds."""
+HALVED = ("entry", "entry_text", "tail_residual", "target", "residual", "residual_text")
+"""Tensors of a draw that grow with the patch, up to a dot: a bank of float16 stores these so."""
+INDEX = "index.json"
+PROMPTS = "prompts.safetensors"
+
+
+Natural = Annotated[int, Field(ge=0)]
+Dtype = Literal["float32", "float16"]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square crop in pixels: top-left corner and side."""
+
+    top: int
+    left: int
+    side: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One (image, t, crop, noise, prompt).
+
+    Attributes:
+        seed: of this draw's noise and crop position.
+        image: number of the image in the index.
+        prompt: number of the prompt in the index.
+        sigma: noise level in (0, 1].
+        u, v: crop position, see `edge_dit.pictures.crop.crop_at`.
+        crop: the resulting crop in pixels of the resized image.
+    """
+
+    __pydantic_config__ = STRICT
+    seed: Natural
+    image: Natural
+    prompt: Natural
+    sigma: Share
+    u: Share
+    v: Share
+    crop: Crop
+
+
+@dataclass(frozen=True)
+class Index:
+    """index.json.
+
+    Attributes:
+        plan_hash: `edge_dit.planning.plan.Plan.identity` of the plan.
+        images: name and SHA-256 of each image.
+        prompts: distinct prompts.
+        draws: all draws.
+        shard: draws in a shard.
+        dtype: of the tensors in `HALVED`, "float32" or "float16".
+        hashed: whether every file names this index and carries digests; banks of before do not.
+    """
+
+    __pydantic_config__ = STRICT
+    plan_hash: str
+    images: list[dict[str, str]]
+    prompts: list[str]
+    draws: list[Draw]
+    shard: Annotated[int, Field(ge=1, le=2**20)] = SHARD
+    dtype: Dtype = "float32"
+    schema_version: int = SCHEMA
+    hashed: bool = True
+
+    @property
+    def shards(self) -> int:
+        """Number of shards of the complete bank."""
+        return -(-len(self.draws) // self.shard)
+
+    def members(self, shard: int) -> range:
+        """Numbers of the draws in a shard."""
+        return range(shard * self.shard, min((shard + 1) * self.shard, len(self.draws)))
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """File of a shard."""
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def begin(folder: Path, index: Index) -> list[int]:
+    """Start a bank, or go on with one; the numbers of the shards still to write.
+
+    Raises:
+        BadInput: the folder holds another bank, or something else.
+    """
+    path = folder / INDEX
+    if path.is_file():
+        if replace(read_index(folder), hashed=index.hashed) != index:
+            raise BadInput(
+                folder,
+                found="a bank of another plan, other images or other prompts",
+                expected="the bank of this job and plan, to continue it",
+                remedy="choose another -o, or remove the folder",
+            )
+    elif folder.exists() and (
+        not folder.is_dir() or any(p.name[0] != "." for p in folder.iterdir())
+    ):
+        raise BadInput(
+            folder,
+            found="not empty, and not a bank",
+            expected="a new or empty folder",
+            remedy="choose another -o",
+        )
+    else:
+        write_document(path, asdict(index))
+    return [s for s in range(index.shards) if not shard_path(folder, s).is_file()]
+
+
+def write_prompts(folder: Path, prompts: list[Mapping[str, np.ndarray]]) -> None:
+    """Store what depends on the prompt alone, by prompt number."""
+    _write(folder / PROMPTS, dict(enumerate(prompts)))
+
+
+def write_shard(folder: Path, shard: int, draws: Mapping[int, Mapping[str, np.ndarray]]) -> None:
+    """Store the tensors of a shard's draws, by draw number."""
+    _write(shard_path(folder, shard), draws)
+
+
+def narrowed(draw: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """A draw as a bank of ``dtype`` stores it; what float16 cannot hold stays float32."""
+    largest = np.finfo(np.float16).max
+
+    def halved(name: str, value: np.ndarray) -> bool:
+        return name.partition(".")[0] in HALVED and bool(np.abs(value).max() <= largest)
+
+    return {
+        name: value.astype(np.float16) if dtype == "float16" and halved(name, value) else value
+        for name, value in draw.items()
+    }
+
+
+def _write(path: Path, items: Mapping[int, Mapping[str, np.ndarray]]) -> None:
+    tensors = {f"{n}.{name}": v for n, named in items.items() for name, v in named.items()}
+    write_tensors(path, tensors, {"index": sha256(path.parent / INDEX)})
+
+
+def read_index(folder: Path) -> Index:
+    """A bank's index; the bank may be incomplete.
+
+    Raises:
+        BadInput: missing, damaged, or of another schema.
+    """
+    path = folder / INDEX
+    remedy = "make it: edge-dit precompute JOB --plan plan.json -o bank/"
+    raw = {"hashed": False, **read_document(path, "a bank folder", remedy, SCHEMA)}
+    index = validated(path, TypeAdapter(Index), raw, remedy)
+    if any(draw.prompt >= len(index.prompts) for draw in index.draws):
+        raise BadInput(path, found="a draw of a prompt that it does not list", remedy=remedy)
+    return index
+
+
+class Bank:
+    """A complete bank, opened for reading.
+
+    Args:
+        folder: as written by precompute.
+        plan_hash: of the plan the draws must belong to, or None to accept any.
+
+    Attributes:
+        identity: SHA-256 of its index, which every file of it names.
+
+    Raises:
+        BadInput: not a bank, incomplete, or of another plan.
+    """
+
+    def __init__(self, folder: Path, plan_hash: str | None = None) -> None:
+        self.folder = folder
+        self.index = read_index(folder)
+        self.identity = sha256(folder / INDEX)
+        self._files: dict[Path, TensorFile] = {}
+        if plan_hash is not None and self.index.plan_hash != plan_hash:
+            raise BadInput(
+                folder,
+                found="a bank that belongs to another plan",
+                expected=f"plan {plan_hash[:12]}, found {self.index.plan_hash[:12]}",
+                remedy="precompute again with the plan the bundle was exported for",
+            )
+        wanted = [folder / PROMPTS, *(shard_path(folder, s) for s in range(self.index.shards))]
+        missing = [path.name for path in wanted if not path.is_file()]
+        if missing:
+            raise BadInput(
+                folder,
+                found=f"incomplete: {len(missing)} of {len(wanted)} files missing ({missing[0]})",
+                remedy="run the same edge-dit precompute again; it goes on where it stopped",
+            )
+
+    def __len__(self) -> int:
+        return len(self.index.draws)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        """The batch tensors of a draw, float32, by the names the exported graphs use."""
+        draw = self.index.draws[number]
+        shard = self._read(shard_path(self.folder, number // self.index.shard), number)
+        return {**self._prompts[draw.prompt], **shard}
+
+    def in_words(self, number: int) -> str:
+        """Which draw that is, for a message."""
+        draw = self.index.draws[number]
+        images = self.index.images
+        name = images[draw.image]["name"] if draw.image < len(images) else draw.image
+        return f"draw {number} (image {name}, sigma {draw.sigma:.3f})"
+
+    @cached_property
+    def _prompts(self) -> list[dict[str, np.ndarray]]:
+        path = self.folder / PROMPTS
+        return [self._read(path, n, may_lack=True) for n in range(len(self.index.prompts))]
+
+    def _read(self, path: Path, number: int, may_lack: bool = False) -> dict[str, np.ndarray]:
+        """The tensors of one item; only its own bytes are read, and checked.
+
+        Args:
+            path: a shard, or the prompts.
+            number: of the item.
+            may_lack: an item without tensors is no fault (in some families nothing depends on the
+                prompt alone).
+        """
+        prefix = f"{number}."
+        try:
+            file = self._file(path)
+            found = file.read(name for name in file.header.tensors if name.startswith(prefix))
+            if not found and not may_lack:
+                raise ValueError(f"no item {number}")
+        except (OSError, ValueError) as error:
+            raise BadInput(
+                path,
+                found=f"damaged ({error})",
+                remedy="remove it and run the same edge-dit precompute again",
+            ) from None
+        return {
+            name.removeprefix(prefix): value.astype(np.float32, copy=False)
+            for name, value in found.items()
+        }
+
+    def _file(self, path: Path) -> TensorFile:
+        if path not in self._files:
+            file = TensorFile(path)
+            metadata = file.header.metadata
+            if self.index.hashed and not file.header.hashed:
+                raise ValueError("without digests")
+            if metadata.get("index", self.identity) != self.identity:
+                raise ValueError("of another bank")
+            self._files[path] = file
+        return self._files[path]

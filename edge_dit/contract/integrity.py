@@ -1,0 +1,149 @@
+"""Is a bundle what its manifest says, and does nothing in it lead out?
+
+Hashes that were checked are remembered in the user's cache folder, by size, times and inode of the
+file: not in the bundle, which could bring a forged memory along.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from edge_dit.contract.bundle import ADAPTER, Manifest, is_plain_name
+from edge_dit.errors import BadInput, ManyFaults
+from edge_dit.store.documents import parse_json, read_whole
+from edge_dit.store.files import cache_folder, sha256, write_json
+from edge_dit.store.onnx_external import external_locations
+
+REMEDY = "copy the bundle again, or export it again"
+REMEMBERED = 1000
+"""Most files in the cache; those checked first go first."""
+SETTLED = 2
+"""Seconds a file must lie unchanged before its hash is remembered: clocks of files are coarse."""
+
+
+def check_bundle(
+    bundle: Path, manifest: Manifest, target: str, verify_hashes: bool = False
+) -> None:
+    """Raise `BadInput` unless what ``target`` loads lies in the bundle and is what was exported.
+
+    Args:
+        bundle: its folder.
+        manifest: its manifest.
+        target: one of its targets.
+        verify_hashes: hash every file, also one that was hashed and has not changed since.
+    """
+    check_confined(bundle, target)
+    faults = content_faults(bundle, manifest, target, verify_hashes)
+    if faults:
+        raise faults[0] if len(faults) == 1 else ManyFaults(bundle, faults)
+
+
+def check_confined(bundle: Path, target: str) -> None:
+    """Raise `BadInput` when a file that ``target`` loads, or one that a graph refers to, is not a
+    plain file of the bundle.
+    """
+    for path in _files(bundle, target):
+        inside = path.resolve().is_relative_to(bundle.resolve())
+        if not inside or not path.is_file():
+            raise BadInput(
+                path,
+                found="not a file" if inside else "leads out of the bundle",
+                expected="files within the bundle",
+                remedy="copy the files themselves into the bundle (cp -RL)",
+            )
+        if path.suffix == ".onnx":
+            _check_external(path)
+
+
+def _check_external(path: Path) -> None:
+    try:
+        wrong = [name for name in external_locations(path.read_bytes()) if not is_plain_name(name)]
+    except (OSError, ValueError) as error:
+        raise BadInput(path, found=f"not an ONNX file ({error})", remedy=REMEDY) from None
+    if wrong:
+        raise BadInput(
+            path,
+            found=f"its weights lie in {sorted(wrong)[0]!r:.80}",
+            expected="names of files beside it",
+            remedy="do not use this bundle; export one from the model",
+        )
+
+
+def content_faults(
+    bundle: Path, manifest: Manifest, target: str, verify_hashes: bool = False
+) -> list[BadInput]:
+    """What of ``target`` is missing, changed or not in the manifest; see `check_bundle`."""
+    there = {path.relative_to(bundle).as_posix(): path for path in _files(bundle, target)}
+    listed = {file.path: file for file in manifest.files if _belongs(file.path, target)}
+    memory = _Memory(use=not verify_hashes)
+    faults = []
+    for name in sorted(there.keys() | listed.keys()):
+        if name not in listed:
+            fault = BadInput(there[name], found="not in the manifest", remedy=REMEDY)
+        elif name not in there:
+            fault = BadInput(bundle / name, found="missing", expected="a file", remedy=REMEDY)
+        elif (size := there[name].stat().st_size) != listed[name].bytes:
+            expected = f"{listed[name].bytes} bytes"
+            fault = BadInput(there[name], found=f"{size} bytes", expected=expected, remedy=REMEDY)
+        elif memory.sha256(there[name]) != listed[name].sha256:
+            expected = f"SHA-256 {listed[name].sha256[:16]}..., as the manifest says"
+            found = "damaged or replaced"
+            fault = BadInput(there[name], found=found, expected=expected, remedy=REMEDY)
+        else:
+            continue
+        faults.append(fault)
+    memory.keep()
+    return faults
+
+
+def _files(bundle: Path, target: str) -> list[Path]:
+    """What a session of ``target`` may read; a dot file is not for it."""
+    folder = bundle / target
+    inner = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [bundle / ADAPTER, *sorted(path for path in inner if path.name[0] != ".")]
+
+
+def _belongs(name: str, target: str) -> bool:
+    return name == ADAPTER or name.startswith(f"{target}/")
+
+
+class _Memory:
+    """Hashes of files as they were when last hashed.
+
+    Args:
+        use: whether to believe it; it is filled in any case.
+    """
+
+    def __init__(self, use: bool) -> None:
+        self._known: dict[str, Any] = {}
+        self._new: dict[str, list[Any]] = {}
+        with suppress(OSError, ValueError, TypeError):
+            self._known = dict(parse_json(read_whole(_memory_file()))) if use else {}
+
+    def sha256(self, path: Path) -> str:
+        """Of a file's bytes."""
+        status = path.stat()
+        times = [status.st_mtime_ns, status.st_ctime_ns]
+        mark = [status.st_size, *times, status.st_ino, status.st_dev]
+        known = self._known.get(str(path.resolve()))
+        if isinstance(known, list) and known[:-1] == mark:
+            return str(known[-1])
+        found = sha256(path)
+        if time.time() - max(times) / 1e9 > SETTLED:
+            self._new[str(path.resolve())] = [*mark, found]
+        return found
+
+    def keep(self) -> None:
+        """Store what was hashed; where that cannot be written, it is hashed again next time."""
+        if self._new:
+            kept = {name: mark for name, mark in self._known.items() if name not in self._new}
+            every = [*kept.items(), *self._new.items()]
+            with suppress(BadInput):
+                write_json(_memory_file(), dict(every[-REMEMBERED:]))
+
+
+def _memory_file() -> Path:
+    return cache_folder() / "hashes.json"

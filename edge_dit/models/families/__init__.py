@@ -1,0 +1,72 @@
+"""What edge-dit knows of each Diffusion Transformer: one small module a family.
+
+`family.Family` is the interface; this package finds the one that fits a folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_dit.errors import BadInput
+
+if TYPE_CHECKING:
+    from edge_dit.models.families.family import Family
+
+FAMILIES = {
+    "sana": ("SanaPipeline", "SanaSprintPipeline"),
+    "flux": ("FluxPipeline",),
+    "sd3": ("StableDiffusion3Pipeline",),
+    "pixart": ("PixArtSigmaPipeline",),
+    "qwen_image": ("QwenImagePipeline",),
+}
+"""Family module -> pipeline classes in model_index.json."""
+PIPELINE_FAMILY = {pipeline: name for name, pipelines in FAMILIES.items() for pipeline in pipelines}
+PEFT_ONLY = ("pixart",)
+"""Families whose pipeline has no ``load_lora_weights``: their adapters are PEFT folders."""
+UNSUPPORTED = {
+    "HunyuanDiTPipeline": "its blocks have long skips, so a run of blocks is no residual",
+    "HiDreamImagePipeline": "every block takes another text layer",
+    "FluxKontextPipeline": "its training pairs an image with another one",
+    "PixArtAlphaPipeline": "only PixArt-Sigma is supported",
+}
+"""Why some well-known pipelines are left out."""
+
+
+@cache
+def family_of(name: str) -> Family:
+    """The family called ``name`` (imports torch)."""
+    return importlib.import_module(f"edge_dit.models.families.{name}").FAMILY
+
+
+def detect(model: Path) -> str:
+    """The family name of a diffusers pipeline folder, read from model_index.json.
+
+    Raises:
+        BadInput: not a folder, no readable model_index.json, or a class no family supports.
+    """
+    index = model / "model_index.json"
+    supported = ", ".join(sorted(PIPELINE_FAMILY))
+    remedy = f"point [model] path at a diffusers pipeline folder of one of: {supported}"
+    if not model.is_dir():
+        raise BadInput(model, found="no such folder", expected="a diffusers folder", remedy=remedy)
+    try:
+        name = json.loads(index.read_text())["_class_name"]
+    except FileNotFoundError:
+        raise BadInput(
+            model, found="no model_index.json in it", expected="a diffusers folder", remedy=remedy
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(index, found=f"unreadable ({error})", remedy=remedy) from None
+    if name not in PIPELINE_FAMILY:
+        why = f" ({UNSUPPORTED[name]})" if name in UNSUPPORTED else ""
+        raise BadInput(
+            index,
+            found=f"pipeline class {name}{why}",
+            expected=f"one of {supported}",
+            remedy=remedy,
+        )
+    return PIPELINE_FAMILY[name]

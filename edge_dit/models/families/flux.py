@@ -1,0 +1,154 @@
+"""FLUX.1 dev and schnell: FluxTransformer2DModel.
+
+Double-stream blocks, then single-stream blocks; text and image tokens attend jointly in both, and
+both kinds take and return the pair (text, image). FLUX masks no text: padding takes part, so text
+always has the pipeline's full length.
+
+Conditioning (D = width, S = text and image tokens together, d = head width):
+
+    temb                 [1, D]   of timestep, pooled text and, in dev, guidance
+    rope_cos, rope_sin   [S, d]   positions, the same for every draw
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from edge_dit.models.families.family import (
+    Conditioning,
+    Family,
+    Grid,
+    Prompt,
+    longest,
+    pack,
+    tokenizer_of,
+)
+from edge_dit.models.objective import FlowMatching, flow_sigmas
+
+MAX_TEXT_TOKENS = 512
+"""FluxPipeline's max_sequence_length."""
+GUIDANCE = 3.5
+"""Guidance that dev is trained with by diffusers' train_dreambooth_lora_flux.py."""
+
+
+class Flux(Family):
+    """See the module."""
+
+    name = "flux"
+    transformer = "FluxTransformer2DModel"
+    autoencoder = "AutoencoderKL"
+    containers: ClassVar[dict[str, str]] = {
+        "transformer_blocks": "num_layers",
+        "single_transformer_blocks": "num_single_layers",
+    }
+    joint = True
+    # diffusers' train_dreambooth_lora_flux.py; single blocks have the first three only
+    lora_targets = (
+        *(f"attn.{proj}" for proj in ("to_q", "to_k", "to_v", "to_out.0")),
+        *(f"attn.{proj}" for proj in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+        *(f"{ff}.net.{layer}" for ff in ("ff", "ff_context") for layer in ("0.proj", "2")),
+    )
+    text_output = (
+        "attn.add_q_proj",
+        "attn.to_add_out",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    )
+    per_prompt = ("rope_cos", "rope_sin")
+    sample_options: ClassVar[dict[str, Any]] = {
+        "num_inference_steps": 20,
+        "guidance_scale": GUIDANCE,
+    }
+
+    def multiple(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+        """See `Family.multiple`: the pipeline packs 2 x 2 latents into a token."""
+        return 2 ** (len(vae["block_out_channels"]) - 1) * 2
+
+    def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
+        """See `Family.objective`."""
+        return FlowMatching(flow_sigmas(scheduler))
+
+    def text_tokens(self, folder: Path, prompts: list[str]) -> int:
+        """The full text length, whatever the prompts: padding takes part in attention."""
+        tokenizer = tokenizer_of(folder, "tokenizer_2")
+        limit = min(MAX_TEXT_TOKENS, tokenizer.model_max_length)
+        longest({prompt: len(tokenizer.encode(prompt)) for prompt in prompts}, limit)
+        return limit
+
+    def inputs(
+        self, model: Any, latents: Tensor, timestep: float, prompt: Prompt, grid: Grid
+    ) -> dict[str, Any]:
+        """See `Family.inputs`; latents [1, N, C], packed."""
+        rows, columns = grid
+        places = torch.zeros(rows, columns, 3)
+        places[..., 1] = torch.arange(rows)[:, None]
+        places[..., 2] = torch.arange(columns)[None, :]
+        text = prompt["encoder_hidden_states"].shape[1]
+        return {
+            "hidden_states": latents,
+            **prompt,
+            "timestep": torch.tensor([timestep / 1000]),
+            "guidance": torch.tensor([GUIDANCE]) if model.config.guidance_embeds else None,
+            "img_ids": places.reshape(rows * columns, 3),
+            "txt_ids": torch.zeros(text, 3),
+        }
+
+    def conditioning(self, call: Mapping[str, Any]) -> Conditioning:
+        """See `Family.conditioning`."""
+        cos, sin = call["image_rotary_emb"]
+        return {"temb": call["temb"], "rope_cos": cos, "rope_sin": sin}
+
+    def arguments(self, cond: Mapping[str, Tensor], grid: Grid) -> dict[str, Any]:
+        """See `Family.arguments`."""
+        return {"temb": cond["temb"], "image_rotary_emb": (cond["rope_cos"], cond["rope_sin"])}
+
+    def head(self, model: Any, image: Tensor, cond: Mapping[str, Tensor], grid: Grid) -> Tensor:
+        """See `Family.head`; the velocity [1, N, C], packed."""
+        return model.proj_out(model.norm_out(image, cond["temb"]))
+
+    def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
+        """See `Family.blank`."""
+        config = model.config
+        prompt = {
+            "encoder_hidden_states": torch.zeros(1, text, config.joint_attention_dim),
+            "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
+        }
+        return torch.zeros(1, grid[0] * grid[1], config.in_channels), prompt
+
+    @torch.no_grad()
+    def encode_image(self, vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """See `Family.encode_image`."""
+        latents = vae.encode(pixels).latent_dist.sample(generator)
+        return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
+
+    @torch.no_grad()
+    def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
+        """See `Family.encode_prompts`."""
+        encoded = []
+        for prompt in prompts:
+            embeds, pooled, _ = pipeline.encode_prompt(
+                prompt, None, device=torch.device("cpu"), max_sequence_length=tokens
+            )
+            named = {"encoder_hidden_states": embeds.float(), "pooled_projections": pooled.float()}
+            encoded.append(named)
+        return encoded
+
+    def sample(self, pipeline: Any, prompt: str, side: int, seeds: list[int]) -> list[Any]:
+        """See `Family.sample`."""
+        limit = min(MAX_TEXT_TOKENS, pipeline.tokenizer_2.model_max_length)
+        return pipeline(
+            [prompt] * len(seeds),
+            height=side,
+            width=side,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            max_sequence_length=limit,
+            **self.sample_options,
+        ).images
+
+
+FAMILY = Flux()

@@ -1,0 +1,195 @@
+"""Qwen-Image (arXiv 2508.02324): QwenImageTransformer2DModel.
+
+Double-stream blocks; text and image tokens attend jointly, padding is masked. Positions turn query
+and key as complex numbers.
+
+Conditioning (D = width, N = image tokens, L = text tokens, d = head width):
+
+    temb                        [1, D]          of the timestep
+    encoder_hidden_states_mask  [1, L]          1 for a token, 0 for padding
+    rope_image                  [N, d / 2, 2]   real and imaginary parts, the same for every draw
+    rope_text                   [L, d / 2, 2]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from edge_dit.models.families.family import (
+    Conditioning,
+    Family,
+    Grid,
+    Prompt,
+    cut,
+    longest,
+    pack,
+    tokenizer_of,
+)
+from edge_dit.models.objective import FlowMatching, flow_sigmas
+from edge_dit.models.pipeline import quiet
+
+MAX_TEXT_TOKENS = 512
+"""max_sequence_length of QwenImagePipeline and of diffusers' training script."""
+
+
+class QwenImage(Family):
+    """See the module."""
+
+    name = "qwen_image"
+    transformer = "QwenImageTransformer2DModel"
+    autoencoder = "AutoencoderKLQwenImage"
+    joint = True
+    # diffusers' train_dreambooth_lora_qwen_image.py
+    lora_targets = tuple(f"attn.{proj}" for proj in ("to_q", "to_k", "to_v", "to_out.0"))
+    text_output = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+    per_prompt = ("encoder_hidden_states_mask", "rope_image", "rope_text")
+    sample_options: ClassVar[dict[str, Any]] = {
+        "num_inference_steps": 20,
+        "true_cfg_scale": 4.0,
+        "max_sequence_length": MAX_TEXT_TOKENS,
+    }
+
+    def __init__(self) -> None:
+        self._real_rope = False
+
+    def multiple(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+        """See `Family.multiple`."""
+        return 2 ** len(vae["temperal_downsample"]) * config["patch_size"]
+
+    def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
+        """See `Family.objective`."""
+        return FlowMatching(flow_sigmas(scheduler))
+
+    def text_tokens(self, folder: Path, prompts: list[str]) -> int:
+        """Length of the longest prompt within the pipeline's template, whose head it drops."""
+        with quiet():
+            from diffusers import QwenImagePipeline
+        bare: Any = QwenImagePipeline(None, None, None, None, None)  # type: ignore[arg-type]
+        template, dropped = bare.prompt_template_encode, bare.prompt_template_encode_start_idx
+        tokenizer = tokenizer_of(folder)
+        lengths = {
+            prompt: len(tokenizer.encode(template.format(prompt))) - dropped for prompt in prompts
+        }
+        return longest(lengths, MAX_TEXT_TOKENS)
+
+    def inputs(
+        self, model: Any, latents: Tensor, timestep: float, prompt: Prompt, grid: Grid
+    ) -> dict[str, Any]:
+        """See `Family.inputs`; latents [1, N, C], packed."""
+        return {
+            "hidden_states": latents,
+            **prompt,
+            "timestep": torch.tensor([timestep / 1000]),
+            "img_shapes": [[(1, *grid)]],
+        }
+
+    def conditioning(self, call: Mapping[str, Any]) -> Conditioning:
+        """See `Family.conditioning`."""
+        image, text = call["image_rotary_emb"]
+        return {
+            "temb": call["temb"],
+            "encoder_hidden_states_mask": call["encoder_hidden_states_mask"].float(),
+            "rope_image": torch.view_as_real(image),
+            "rope_text": torch.view_as_real(text),
+        }
+
+    def arguments(self, cond: Mapping[str, Tensor], grid: Grid) -> dict[str, Any]:
+        """See `Family.arguments`."""
+        rope = cond["rope_image"], cond["rope_text"]
+        if not self._real_rope:
+            rope = torch.view_as_complex(rope[0]), torch.view_as_complex(rope[1])
+        return {
+            "temb": cond["temb"],
+            "encoder_hidden_states_mask": cond["encoder_hidden_states_mask"] > 0.5,
+            "image_rotary_emb": rope,
+        }
+
+    @contextmanager
+    def traceable(self) -> Iterator[None]:
+        """See `Family.traceable`: no target has complex numbers, so the rotation is written out in
+        real ones.
+        """
+        from diffusers.models.transformers import transformer_qwenimage as stock
+
+        kept = stock.apply_rotary_emb_qwen
+        stock.apply_rotary_emb_qwen = _rotate
+        self._real_rope = True
+        try:
+            yield
+        finally:
+            stock.apply_rotary_emb_qwen = kept
+            self._real_rope = False
+
+    def head(self, model: Any, image: Tensor, cond: Mapping[str, Tensor], grid: Grid) -> Tensor:
+        """See `Family.head`; the velocity [1, N, C], packed."""
+        return model.proj_out(model.norm_out(image, cond["temb"]))
+
+    def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
+        """See `Family.blank`."""
+        config = model.config
+        prompt = {
+            "encoder_hidden_states": torch.zeros(1, text, config.joint_attention_dim),
+            "encoder_hidden_states_mask": torch.ones(1, text),
+        }
+        return torch.zeros(1, grid[0] * grid[1], config.in_channels), prompt
+
+    @torch.no_grad()
+    def encode_image(self, vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """See `Family.encode_image`; to the autoencoder an image is a film of one frame."""
+        latents = vae.encode(pixels.unsqueeze(2)).latent_dist.sample(generator)
+        mean, std = (
+            torch.tensor(values).reshape(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return pack(((latents - mean) / std).squeeze(2))
+
+    @torch.no_grad()
+    def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
+        """See `Family.encode_prompts`; shorter prompts are padded with zeros, as the pipeline pads
+        the shorter ones of a batch.
+        """
+        encoded = []
+        for prompt in prompts:
+            # The mask it returns is None: one prompt has no padding.
+            embeds, _ = pipeline.encode_prompt(
+                prompt, device=torch.device("cpu"), max_sequence_length=MAX_TEXT_TOKENS
+            )
+            missing = max(0, tokens - embeds.shape[1])
+            mask = torch.ones(1, embeds.shape[1])
+            named = {
+                "encoder_hidden_states": pad(embeds.float(), (0, 0, 0, missing)),
+                "encoder_hidden_states_mask": pad(mask, (0, missing)),
+            }
+            encoded.append(
+                cut(named, "encoder_hidden_states", "encoder_hidden_states_mask", tokens)
+            )
+        return encoded
+
+    def sample(self, pipeline: Any, prompt: str, side: int, seeds: list[int]) -> list[Any]:
+        """See `Family.sample`; the pipeline takes as many negative prompts as prompts."""
+        return pipeline(
+            [prompt] * len(seeds),
+            negative_prompt=[" "] * len(seeds),
+            height=side,
+            width=side,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **self.sample_options,
+        ).images
+
+
+def _rotate(x: Tensor, freqs: Tensor, use_real: bool = True) -> Tensor:
+    """Turn query or key [B, S, H, d] by freqs [S, d / 2, 2]: (a + b i)(c + d i) in real numbers."""
+    real, imaginary = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    cos, sin = freqs.unsqueeze(1).unbind(-1)
+    turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    return turned.flatten(3).type_as(x)
+
+
+FAMILY = QwenImage()

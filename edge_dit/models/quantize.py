@@ -1,0 +1,51 @@
+"""Frozen weights in fewer bytes: float16, or int8 with one scale per output channel.
+
+Only matrices (linear layers and 1x1 convolutions) are stored so; everything else stays float32. A
+model is rounded first and stored afterwards: what PyTorch computes with and what a bundle holds are
+then the same numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from edge_dit.models.subgraph import can_carry_lora
+
+
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values and float32 scales [out] of a weight [out, ...]: w = value * scale of its row.
+
+    Symmetric, in -127 .. 127; rounding an already rounded weight again gives the same values.
+    """
+    rows = weight.reshape(weight.shape[0], -1)
+    scale = rows.abs().amax(dim=1) / 127
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    values = torch.round(rows / scale[:, None]).to(torch.int8)
+    return values.reshape(weight.shape), scale
+
+
+def rounded(weight: Tensor, dtype: str) -> Tensor:
+    """A float32 weight as it comes back from being stored as ``dtype``."""
+    if dtype == "float16":
+        return weight.half().float()
+    if dtype == "int8":
+        values, scale = to_int8(weight)
+        return values.float() * scale.reshape(-1, *[1] * (weight.ndim - 1))
+    return weight
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The frozen weights of ``model`` that are stored in fewer bytes, by parameter name."""
+    return {
+        f"{name}.weight": module.weight  # type: ignore[dict-item]
+        for name, module in model.named_modules()
+        if can_carry_lora(module) and not module.weight.requires_grad  # type: ignore[union-attr]
+    }
+
+
+def round_frozen(model: nn.Module, dtype: str) -> None:
+    """Round the matrices of ``model`` to ``dtype``, in place."""
+    if dtype != "float32":
+        for parameter in matrices(model).values():
+            parameter.data = rounded(parameter.data, dtype)

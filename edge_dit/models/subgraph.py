@@ -1,0 +1,220 @@
+"""The part of a model that trains on the device: trained blocks, head and loss (PAPER sec. 3.2).
+
+    f'(last) = trained(entry) + tail residual        loss = weight * mean((head(f') - target)^2)
+
+Everything upstream of the first trained block is frozen, so the stored entry state is exact; the
+tail residual is the frozen model's, not the adapted one's (Eq. 3). Between trained blocks further
+runs may be skipped, each with a residual of its own that is added where it was: there it holds the
+text tokens too, for the blocks behind it read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edge_dit.contract.adapter import PREFIX
+from edge_dit.models.families import family_of
+from edge_dit.models.families.family import Family, Grid, State
+
+
+def inner_runs(trained: Sequence[int]) -> dict[int, int]:
+    """Runs of skipped blocks between trained ones: the trained block behind each -> its first one.
+
+    Args:
+        trained: numbers of the trained blocks, ascending.
+    """
+    pairs = pairwise(trained)
+    return {behind: before + 1 for before, behind in pairs if behind > before + 1}
+
+
+def residual_names(first: int) -> tuple[str, str]:
+    """Names of the image and text residual of the skipped run that begins with block ``first``."""
+    return f"residual.{first}", f"residual_text.{first}"
+
+
+def difference(after: State, before: State) -> State:
+    """What a run of blocks adds to the state (Eq. 3)."""
+    if after.text is None or before.text is None:
+        return State(after.image - before.image)
+    return State(after.image - before.image, after.text - before.text)
+
+
+def can_carry_lora(module: nn.Module) -> bool:
+    """Whether LoRA may sit on a module: linear layers and 1x1 convolutions."""
+    one = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    return isinstance(module, nn.Linear) or one
+
+
+def lora_modules(
+    family: Family, model: nn.Module, blocks: Iterable[int], targets: Iterable[str]
+) -> list[str]:
+    """Full names, within the model, of the modules in ``blocks`` that carry LoRA.
+
+    Args:
+        family: of the model.
+        model: its blocks may lie on the meta device.
+        blocks: numbers of the trained blocks, in order.
+        targets: modules within a block; a block without one of them goes without. So does the last
+            trained block where the module only feeds its text output, which nothing trained reads.
+    """
+    everything = list(family.blocks(model).items())
+    chosen, wanted = list(blocks), list(targets)
+    modules = []
+    for number in chosen:
+        name, block = everything[number]
+        inside = dict(block.named_modules())
+        idle = family.text_output if number == chosen[-1] else ()
+        modules += [f"{name}.{t}" for t in wanted if t in inside and t not in idle]
+    return modules
+
+
+def add_lora(model: nn.Module, modules: list[str], rank: int, alpha: float, seed: int) -> None:
+    """Put a PEFT LoRA on ``modules`` of a diffusers model, in place.
+
+    A is drawn from N(0, 1 / rank) (PEFT's "gaussian"), B is zero; W' = W + alpha / rank * B A
+    (arXiv 2106.09685). All other parameters are frozen.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": modules}
+        config = LoraConfig(**options, init_lora_weights="gaussian")
+        # Not model.add_adapter: PixArt's transformer has none.
+        inject_adapter_in_model(config, model)
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Take away what `add_lora` put there, trained or not."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(name, module.get_base_layer())
+    if hasattr(model, "peft_config"):  # by which PEFT knows a model that has adapters
+        del model.peft_config
+
+
+def lora_name(parameter: str) -> str:
+    """Diffusers' name of a PEFT parameter: "...to_q.lora_A.default.weight" ->
+    "transformer....to_q.lora_A.weight".
+    """
+    return PREFIX + parameter.replace(".default.weight", ".weight")
+
+
+def as_batch(
+    entry: State,
+    tail_residual: Tensor,
+    cond: Mapping[str, Tensor],
+    target: Tensor,
+    weight: float | None = None,
+    inner: Mapping[int, State] | None = None,
+) -> dict[str, Tensor]:
+    """A draw's tensors by the names that bank and exported graphs use.
+
+    Args:
+        entry: state entering the first trained block.
+        tail_residual: image tokens after the last block less those after the last trained one,
+            [1, N, D].
+        cond: conditioning.
+        target: what the model is to predict.
+        weight: of the draw's loss, in families that weigh draws.
+        inner: residuals of the runs skipped between trained blocks, by their first block.
+    """
+    batch = {"entry": entry.image}
+    if entry.text is not None:
+        batch["entry_text"] = entry.text
+    for first, residual in (inner or {}).items():
+        named = zip(residual_names(first), residual, strict=True)
+        batch |= {name: value for name, value in named if value is not None}
+    batch |= {f"cond.{name}": value for name, value in cond.items()}
+    batch |= {"tail_residual": tail_residual, "target": target}
+    if weight is not None:
+        batch["weight"] = torch.tensor([weight])
+    # A bank stores rows; graphs traced with other strides would take no such tensor (ExecuTorch).
+    return {name: value.contiguous() for name, value in batch.items()}
+
+
+class TrainableSubgraph(nn.Module):
+    """Trained blocks with LoRA, head and loss.
+
+    The blocks and the head are the model's own submodules, not copies. Parameters keep the model's
+    names, so `lora_parameters` gives diffusers' LoRA names.
+
+    Args:
+        model: a diffusers transformer that already carries LoRA (`add_lora`); blocks that are not
+            trained may lie on the meta device.
+        family: name of the family.
+        trained: numbers of the trained blocks, ascending; the others are left out.
+        grid: token rows and columns of a patch.
+    """
+
+    def __init__(self, model: nn.Module, family: str, trained: Sequence[int], grid: Grid) -> None:
+        super().__init__()
+        self.family = family_of(family)
+        self.grid = grid
+        everything = list(self.family.blocks(model).items())
+        self.order = [everything[number][0] for number in trained]
+        self.jumps = {everything[k][0]: first for k, first in inner_runs(trained).items()}
+        # Keyed by the block's number in its container, so that names stay the model's.
+        for name, block in everything:
+            if name in self.order:
+                container, number = name.split(".")
+                if not hasattr(self, container):
+                    self.add_module(container, nn.ModuleDict())
+                getattr(self, container)[number] = block
+        for name in self.family.head_modules:
+            setattr(self, name, getattr(model, name))
+        self.config = model.config
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by diffusers LoRA name, in a stable order."""
+        return {
+            lora_name(name): parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def predict(self, batch: dict[str, Tensor]) -> Tensor:
+        """What the adapted middle makes of one draw, shaped like the stock forward's output."""
+        cond = conditioning_of(batch)
+        state = State(batch["entry"], batch.get("entry_text"))
+        for name in self.order:
+            state = self.arrive(name, state, batch)
+            state = self.family.run_block(self.get_submodule(name), state, cond, self.grid)
+        return self.family.head(self, state.image + batch["tail_residual"], cond, self.grid)
+
+    def arrive(self, block: str, state: State, batch: Mapping[str, Tensor]) -> State:
+        """The state entering a trained block, from that after the trained block before it."""
+        if block not in self.jumps:
+            return state
+        image, text = residual_names(self.jumps[block])
+        moved = None if state.text is None else state.text + batch[text]
+        return State(state.image + batch[image], moved)
+
+    def loss(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of a `predict` against a draw's target, a scalar."""
+        loss = torch.nn.functional.mse_loss(self.family.learned(prediction), batch["target"])
+        return loss * batch["weight"].squeeze() if "weight" in batch else loss
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of one draw, a scalar.
+
+        Args:
+            batch: "entry" and "tail_residual" [1, N, D], "target", "entry_text" [1, L, D] in
+                joint-attention families, "weight" [1] where draws are weighed, the family's
+                "cond.<name>" tensors, and `residual_names` of every run skipped between trained
+                blocks; all float32.
+        """
+        return self.loss(self.predict(batch), batch)
+
+
+def conditioning_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The conditioning tensors of a draw, by the family's names."""
+    return {k.removeprefix("cond."): v for k, v in batch.items() if k.startswith("cond.")}

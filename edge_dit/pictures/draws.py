@@ -1,0 +1,51 @@
+"""Which draws a bank holds: everything about them follows from one seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from edge_dit.contract.bank import Draw
+from edge_dit.pictures.crop import crop_at
+
+GOLDEN = (5**0.5 - 1) / 2
+"""Step of the additive recurrence that spreads the noise levels: any prefix of the draws covers
+(0, 1) evenly (H. Weyl; Roberts, "The unreasonable effectiveness of quasirandom sequences")."""
+
+
+def plan_draws(
+    count: int,
+    seed: int,
+    level: Callable[[float], float],
+    prompt_of_image: list[int],
+    sizes: list[tuple[int, int]],
+    s_min: int,
+    s_max: int,
+    multiple: int,
+) -> list[Draw]:
+    """All draws of a bank, from the seed alone.
+
+    Images take turns; noise levels are spread evenly over the training density by the golden-ratio
+    sequence; crop position and noise are pseudo-random.
+
+    Args:
+        count: number of draws.
+        seed: of the whole bank.
+        level: noise level at a share in [0, 1) of the training density
+            (`edge_dit.models.objective.FlowMatching.level`).
+        prompt_of_image: prompt number of each image.
+        sizes: height and width of each image in pixels.
+        s_min, s_max, multiple: see `edge_dit.pictures.crop.crop_at`.
+    """
+    offset = np.random.default_rng(seed).random()
+    draws = []
+    for number in range(count):
+        draw_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
+        u, v = map(float, np.random.default_rng(draw_seed).random(2, dtype=np.float32))
+        # One image's draws, not only all draws together, must cover the noise levels.
+        turn, image = divmod(number, len(sizes))
+        sigma = level((offset + turn * GOLDEN + image / len(sizes)) % 1.0)
+        crop = crop_at(sigma, u, v, *sizes[image], s_min, s_max, multiple)
+        draws.append(Draw(draw_seed, image, prompt_of_image[image], sigma, u, v, crop))
+    return draws

@@ -1,0 +1,58 @@
+"""The dynamic patch sampler as a torch module, shared by host and exported bundles.
+
+Crop and antialiased bilinear resize are two small interpolation matrices times the image, so the
+graph has no data-dependent shape and no Resize. Equals
+``interpolate(crop, size=s_min, mode="bilinear", antialias=True)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PatchSampler(nn.Module):
+    """Cut the crop of `edge_dit.pictures.crop.crop_at` out of an image and resize it to s_min.
+
+    Args:
+        s_min: side of the patch and smallest crop side, in pixels.
+        s_max: largest crop side, in pixels.
+        multiple: crop sides are multiples of this many pixels (the VAE's downsampling factor).
+    """
+
+    def __init__(self, s_min: int, s_max: int, multiple: int) -> None:
+        super().__init__()
+        self.s_min, self.s_max, self.multiple = s_min, s_max, multiple
+
+    def forward(self, image: Tensor, sigma: Tensor, uv: Tensor) -> Tensor:
+        """One patch.
+
+        Args:
+            image: [1, 3, H, W] float32, both sides at least s_max.
+            sigma: noise level in [0, 1], [1] float32.
+            uv: horizontal and vertical position in [0, 1], [2] float32.
+
+        Returns:
+            [1, 3, s_min, s_min] float32.
+        """
+        side = self.s_min + sigma * (self.s_max - self.s_min)
+        side = torch.round(side / self.multiple) * self.multiple
+        rows = self._matrix(image.shape[2], side, uv[1:2])
+        columns = self._matrix(image.shape[3], side, uv[0:1])
+        return rows @ image @ columns.transpose(0, 1)
+
+    def _matrix(self, size: int, side: Tensor, position: Tensor) -> Tensor:
+        """Interpolation weights [s_min, size] of one axis: triangles of half-width
+        max(1, side / s_min) around each output pixel's centre, zero outside the crop, each row
+        summing to 1.
+        """
+        free = size - side
+        start = torch.minimum(torch.floor(position * (free + 1)), free)
+        pixel = torch.arange(size, dtype=torch.float32).unsqueeze(0)
+        output = torch.arange(self.s_min, dtype=torch.float32).unsqueeze(1)
+        scale = side / self.s_min
+        centre = start + (output + 0.5) * scale
+        distance = (pixel + 0.5 - centre).abs() / scale.clamp(min=1.0)
+        inside = ((pixel >= start) & (pixel < start + side)).to(torch.float32)
+        weights = (1.0 - distance).clamp(min=0.0) * inside
+        return weights / weights.sum(dim=1, keepdim=True)

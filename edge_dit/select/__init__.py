@@ -1,0 +1,1 @@
+"""Which blocks may be skipped: measured on tuned models (docs/method.md)."""

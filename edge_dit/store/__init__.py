@@ -1,0 +1,1 @@
+"""Files: read without trust, written whole. Documents (JSON), tensors (safetensors), locks."""

@@ -1,0 +1,136 @@
+"""A sub-graph in pieces: its blocks, and the head behind them, as functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from edge_dit.models.families.family import State
+from edge_dit.models.subgraph import TrainableSubgraph, conditioning_of
+
+STATE = ("entry", "entry_text")
+"""Names of the state's tensors."""
+
+
+def plain_name(parameter: str) -> str:
+    """The model's own name of a parameter below PEFT's wrapping."""
+    return parameter.replace(".base_layer.", ".")
+
+
+def frozen_tensors(subgraph: TrainableSubgraph) -> dict[str, Tensor]:
+    """Frozen parameters and buffers of a sub-graph, by their names in the model."""
+    state = [*subgraph.named_parameters(), *subgraph.named_buffers()]
+    return {plain_name(n): t.detach() for n, t in state if not t.requires_grad}
+
+
+class Block:
+    """One trained block as functions of tensors.
+
+    Args:
+        subgraph: of the block.
+        name: of the block in the model.
+    """
+
+    def __init__(self, subgraph: TrainableSubgraph, name: str) -> None:
+        self.subgraph, self.name = subgraph, name
+        self.module = subgraph.get_submodule(name)
+        self.last = subgraph.family.joint and name == subgraph.order[-1]
+        state = [*self.module.named_parameters(), *self.module.named_buffers()]
+        self.own = {_local(n): n for n, _ in state}
+        self.lora = {_local(n): t.detach() for n, t in state if t.requires_grad}
+        self.weights = {_local(n): t.detach() for n, t in state if not t.requires_grad}
+
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for blocks that can share graphs."""
+        shapes = [(n, tuple(t.shape)) for n, t in {**self.weights, **self.lora}.items()]
+        return type(self.module), self.last, *shapes
+
+    def run(self, tensors: Mapping[str, Tensor]) -> State:
+        """The state after the block."""
+        subgraph = self.subgraph
+        cond = conditioning_of(tensors)
+        state = State(tensors["entry"], tensors.get("entry_text"))
+        own = {self.own[name]: tensors[name] for name in self.own}
+        after = subgraph.family.run_block(_Functional(self.module, own), state, cond, subgraph.grid)
+        # Behind the last trained block nothing reads the text.
+        return State(after.image, None) if self.last else after
+
+    def arrive(
+        self, after: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The state entering the block from that after the trained block before, by `STATE`."""
+        state = State(after["entry"], after.get("entry_text"))
+        moved = _tensors(self.subgraph.arrive(self.name, state, tensors))
+        return dict(zip(STATE, moved, strict=False))
+
+    def forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """See the module."""
+        return _tensors(self.run(tensors))
+
+    def backward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """See the module."""
+        asked = [name for name in (*STATE, *self.lora) if name in tensors]
+        leaves = {name: tensors[name].detach().requires_grad_() for name in asked}
+        with torch.enable_grad():
+            after = _tensors(self.run({**tensors, **leaves}))
+            given = [tensors[f"grad.{name}"] for name, _ in zip(STATE, after, strict=False)]
+            return torch.autograd.grad(after, list(leaves.values()), given)
+
+
+class _Functional(nn.Module):
+    """A module called with other tensors than its own."""
+
+    def __init__(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.inner = [module]  # in a list, so that it is no sub-module
+        self.tensors = tensors
+
+    def forward(self, **arguments: Any) -> Any:
+        return functional_call(self.inner[0], self.tensors, (), arguments)
+
+
+def _local(parameter: str) -> str:
+    return plain_name(parameter).replace(".default.weight", ".weight")
+
+
+def _tensors(state: State) -> tuple[Tensor, ...]:
+    return (state.image,) if state.text is None else (state.image, state.text)
+
+
+class Head:
+    """What follows the last block: head and loss.
+
+    Args:
+        subgraph: of the head.
+    """
+
+    def __init__(self, subgraph: TrainableSubgraph) -> None:
+        self.subgraph = subgraph
+        blocks = tuple(f"{name}." for name in subgraph.order)
+        frozen = frozen_tensors(subgraph)
+        self.weights = {n: t for n, t in frozen.items() if not n.startswith(blocks)}
+
+    def backward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The loss, and its gradient with respect to the last block's image tokens "entry"."""
+        image = tensors["entry"].detach().requires_grad_()
+        with torch.enable_grad():
+            own = {f"subgraph.{name}": tensors[name] for name in self.weights}
+            loss = functional_call(_Head(self.subgraph), own, (tensors, image))
+            return loss.detach(), *torch.autograd.grad(loss, [image])
+
+
+class _Head(nn.Module):
+    """A sub-graph behind its last block."""
+
+    def __init__(self, subgraph: TrainableSubgraph) -> None:
+        super().__init__()
+        self.subgraph = subgraph
+
+    def forward(self, batch: dict[str, Tensor], image: Tensor) -> Tensor:
+        sub = self.subgraph
+        last = image + batch["tail_residual"]
+        return sub.loss(sub.family.head(sub, last, conditioning_of(batch), sub.grid), batch)

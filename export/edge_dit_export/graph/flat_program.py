@@ -1,0 +1,96 @@
+"""A traced graph -> an exported program, as it stands.
+
+``torch.export`` and the decomposition that every exporter asks for trace a module several times:
+two thirds of an export's time, and nothing of what `edge_dit_export.graph.trace` yields would
+change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, fx
+from torch.export import ExportedProgram, ExportGraphSignature, ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.utils._pytree import tree_structure
+
+
+class _Flat(ExportedProgram):
+    """A program of core ATen calls, which has nothing to decompose; it is not changed either."""
+
+    _module: fx.GraphModule | None = None
+
+    def run_decompositions(
+        self, decomp_table: Any = None, decompose_custom_triton_ops: bool = False
+    ) -> ExportedProgram:
+        return self
+
+    def module(self, check_guards: bool = True) -> fx.GraphModule:
+        # ExecuTorch asks for a delegate's at each of its calls, in every pass.
+        if self._module is None:
+            self._module = super().module(check_guards)
+        return self._module
+
+
+def flat_program(module: fx.GraphModule, inputs: Iterable[Tensor]) -> ExportedProgram:
+    """The exported program of a graph traced by `edge_dit_export.graph.trace`.
+
+    Args:
+        module: core ATen calls, one placeholder an input, a flat tuple of outputs; meta["val"] is
+            known of every node. Not changed; its buffers are shared.
+        inputs: an example of each input.
+    """
+    graph = fx.Graph()
+    results: Any = graph.graph_copy(module.graph, {})
+    buffers = _lift_buffers(graph)
+    given = [node for node in graph.nodes if node.op == "placeholder"][len(buffers) :]
+    graph.output(tuple(results))
+    signature = ExportGraphSignature(
+        [
+            *(_input(node, name) for name, node in buffers.items()),
+            *(_input(node) for node in given),
+        ],
+        [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results],
+    )
+    arguments = (tuple(inputs), {})
+    call = ModuleCallSignature([], [], tree_structure(arguments), tree_structure(tuple(results)))
+    return _Flat(
+        root={},
+        graph=graph,
+        graph_signature=signature,
+        state_dict={name: getattr(module, name) for name in buffers},
+        range_constraints={},
+        module_call_graph=[ModuleCallEntry("", call)],
+        example_inputs=arguments,
+    )
+
+
+def _lift_buffers(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Make every buffer that is read an input in front of the others; those inputs by name."""
+    first = next(iter(graph.nodes))
+    lifted: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        name = str(node.target)
+        if name not in lifted:
+            with graph.inserting_before(first):
+                lifted[name] = graph.placeholder(f"b_{name}")
+            lifted[name].meta = dict(node.meta)
+        node.replace_all_uses_with(lifted[name])
+        graph.erase_node(node)
+    return lifted
+
+
+def _input(node: fx.Node, buffer: str | None = None) -> InputSpec:
+    argument = TensorArgument(node.name)
+    if buffer is None:
+        return InputSpec(InputKind.USER_INPUT, argument, None)
+    return InputSpec(InputKind.BUFFER, argument, buffer, persistent=True)

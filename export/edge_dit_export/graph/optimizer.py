@@ -1,0 +1,131 @@
+"""AdamW as a graph: plain float32 arithmetic that ONNX and ExecuTorch both have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Size, Tensor, nn
+
+from edge_dit.contract.adamw import CLIP_EPS, AdamW
+from edge_dit_export.graph.trace import TracedStep, trace
+
+ROW = 1024
+"""Squares are summed in rows of this many, then over rows: runtimes that add one by one in float32
+would lose digits over millions of values."""
+TOGETHER = 2**18
+"""Elements that are updated at once: what a runtime needs for that does not grow with the LoRA."""
+
+
+class AdamWStep(nn.Module):
+    """One update of all LoRA tensors, `edge_dit.contract.adamw` to the letter.
+
+    Tensors of one row length are joined and updated together, up to `TOGETHER` elements. All of
+    them are read before any of their new values is worked out, so that a runtime may write those
+    where the old ones were.
+
+    Args:
+        adamw: hyper-parameters; ``lr`` is an input of the graph instead.
+        shapes: shape of every LoRA tensor by diffusers name, in the order of the arguments.
+    """
+
+    def __init__(self, adamw: AdamW, shapes: Mapping[str, Sequence[int]]) -> None:
+        super().__init__()
+        self.adamw = adamw
+        self.names = list(shapes)
+        self.shapes = [Size(shape) for shape in shapes.values()]
+        self.groups = _groups(self.shapes)
+
+    def forward(self, lr: Tensor, step: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The state after one more update.
+
+        Args:
+            lr: learning rate, [1] float32.
+            step: updates done so far (0 at first), [1] float32.
+            tensors: parameters, gradients, first moments, second moments; each list in LoRA order.
+
+        Returns:
+            New parameters, new first moments, new second moments; each list in LoRA order.
+        """
+        count = len(self.shapes)
+        kinds = [tensors[start : start + count] for start in range(0, 4 * count, count)]
+        hyper = self.adamw
+        now = step + 1
+        clip = self._clip(kinds[1])
+        step_size = lr / _bias_correction(hyper.beta1, now)
+        correction = _bias_correction(hyper.beta2, now)
+        keep = 1 - lr * hyper.weight_decay
+        new: dict[tuple[int, int], Tensor] = {}
+        for group in self.groups:
+            parameter, gradient, mean, square = (_joined(kind, group) for kind in kinds)
+            gradient = gradient * clip
+            mean = mean * hyper.beta1 + gradient * (1 - hyper.beta1)
+            square = square * hyper.beta2 + gradient * gradient * (1 - hyper.beta2)
+            unbiased = torch.sqrt(square / correction)
+            parameter = parameter * keep - step_size * mean / (unbiased + hyper.eps)
+            rows = [self.shapes[index][0] for index in group]
+            for kind, joined in enumerate((parameter, mean, square)):
+                for index, part in zip(group, torch.split(joined, rows), strict=True):
+                    new[kind, index] = part
+        return tuple(new[key] for key in sorted(new))
+
+    def _clip(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Factor in (0, 1] that brings the norm down to max_grad_norm, [1]."""
+        rows = [_squares(_joined(gradients, group)) for group in self.groups]
+        norm = torch.sqrt(torch.cat(rows).sum(dim=0, keepdim=True))
+        return torch.clamp(self.adamw.max_grad_norm / (norm + CLIP_EPS), max=1.0)
+
+
+def _groups(shapes: Sequence[Size]) -> list[list[int]]:
+    """Numbers of tensors that differ in their first dimension only; together of `TOGETHER` elements
+    at most, or one tensor.
+    """
+    alike: dict[Size, list[list[int]]] = {}
+    for index, shape in enumerate(shapes):
+        groups = alike.setdefault(shape[1:], [])
+        filled = sum(shapes[i].numel() for i in groups[-1]) if groups else TOGETHER
+        if filled + shape.numel() > TOGETHER:
+            groups.append([])
+        groups[-1].append(index)
+    return [group for groups in alike.values() for group in groups]
+
+
+def _joined(tensors: Sequence[Tensor], group: Sequence[int]) -> Tensor:
+    """Along the first dimension."""
+    return torch.cat([tensors[index] for index in group])
+
+
+def _squares(joined: Tensor) -> Tensor:
+    """Sums of squares of each `ROW` elements."""
+    flat = joined.reshape(-1)
+    padded = torch.cat([flat, flat.new_zeros(-flat.numel() % ROW)])
+    return (padded * padded).reshape(-1, ROW).sum(dim=1)
+
+
+def trace_optimizer(step: AdamWStep) -> TracedStep:
+    """Trace an update.
+
+    Returns:
+        inputs: "lr", "step", then "<lora>", "grad.<lora>", "exp_avg.<lora>", "exp_avg_sq.<lora>",
+        each of all LoRA tensors; outputs: "new.<lora>", "new.exp_avg.<lora>",
+        "new.exp_avg_sq.<lora>".
+    """
+    kinds = ("", "grad.", "exp_avg.", "exp_avg_sq.")
+    shapes = dict(zip(step.names, step.shapes, strict=True))
+    inputs = {"lr": torch.ones(1), "step": torch.ones(1)} | {
+        kind + name: torch.zeros(shape) for kind in kinds for name, shape in shapes.items()
+    }
+    outputs = [f"new.{kind}{name}" for kind in kinds if kind != "grad." for name in shapes]
+    module = trace(lambda tensors: step(*tensors.values()), inputs)
+    return TracedStep(module, inputs, outputs)
+
+
+def _bias_correction(beta: float, step: Tensor) -> Tensor:
+    """1 - beta^t of step t, [1].
+
+    With y = -t ln(beta) it is 1 - e^-y = 2 tanh(y/2) / (1 + tanh(y/2)), which keeps all digits of
+    float32; 1 - pow(beta, t) keeps four of them at t = 1 and beta = 0.999, and ONNX has no expm1.
+    """
+    half = torch.tanh(step * (-math.log(beta) / 2))
+    return 2 * half / (1 + half)

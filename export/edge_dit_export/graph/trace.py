@@ -1,0 +1,84 @@
+"""A function of tensors -> one flat core ATen graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import CodeGen
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from edge_dit.models.families.family import Family
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """A traced computation with names.
+
+    Attributes:
+        module: flat positional inputs, flat tuple of outputs; what is constant is a buffer.
+        inputs: example value of every input by name, in the order of the placeholders.
+        outputs: names in order.
+    """
+
+    module: fx.GraphModule
+    inputs: dict[str, Tensor]
+    outputs: list[str]
+
+
+def trace(
+    function: Callable[[dict[str, Tensor]], Any],
+    inputs: Mapping[str, Tensor],
+    family: Family | None = None,
+) -> fx.GraphModule:
+    """Trace ``function(inputs)``, autograd calls in it included; every input is a placeholder, in
+    order, and outputs are a flat tuple.
+
+    Nothing is computed, so inputs may be views of files larger than memory. Attention is traced in
+    its math form: the fused kernels' backward exists in no runtime we export to (pytorch/executorch
+    issue 12804).
+
+    Args:
+        function: takes the tensors by name, returns a tensor or a tuple of tensors.
+        inputs: examples; only shapes and dtypes matter.
+        family: of the model in ``function``; keeps to operations that every target has.
+
+    Raises:
+        NotImplementedError: the function changes a tensor in place that something else reads.
+    """
+    table: Any = core_aten_decompositions()
+
+    def plain(tensors: dict[str, Tensor]) -> Any:  # make_fx would count a method's self
+        return function(tensors)
+
+    seen: set[int] = set()
+    examples = {}
+    for name, tensor in inputs.items():
+        # The tracer takes one tensor under two names for one input.
+        examples[name] = torch.empty_like(tensor) if id(tensor) in seen else tensor
+        seen.add(id(tensor))
+    with sdpa_kernel(SDPBackend.MATH), family.traceable() if family else nullcontext():
+        module = make_fx(plain, decomposition_table=table, tracing_mode="fake")(examples)
+    module.graph.set_codegen(CodeGen())
+    _make_functional(module.graph)
+    module.recompile()
+    return module
+
+
+def _make_functional(graph: fx.Graph) -> None:
+    """Let calls that change a tensor in place (torch's own RMSNorm has one) make a new one."""
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        name, overload = schema.name.removesuffix("_"), schema.overload_name or "default"
+        operator = getattr(torch.ops.aten, name.removeprefix("aten::"), None)
+        if operator is None or list(node.args[0].users) != [node]:
+            raise NotImplementedError(f"{node.target} of a tensor with other users")
+        node.target = getattr(operator, overload)

@@ -1,0 +1,1 @@
+"""One module a target that writes it, and what each needs to do so."""

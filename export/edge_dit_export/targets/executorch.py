@@ -1,0 +1,121 @@
+"""Traced train step -> ExecuTorch programs.
+
+train.pte          batch and LoRA tensors -> loss and one gradient per LoRA tensor
+optimizer.pte      `edge_dit.contract.adamw`; arguments as `AdamWStep.forward` takes them
+patch_sampler.pte  image, sigma, uv -> patch; any image with sides from s_max to the largest
+
+All three are plain inference programs: no autograd, no training module, so any ExecuTorch runtime
+with the portable kernels and XNNPACK runs them.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.exir import EdgeProgramManager, to_edge
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from edge_dit.pictures.patch_sampler import PatchSampler
+from edge_dit_export import passes
+from edge_dit_export.graph.flat_program import flat_program
+from edge_dit_export.graph.trace import TracedStep
+from edge_dit_export.targets.xnnpack import EDGE, Delegates
+
+TRAIN = "train.pte"
+OPTIMIZER = "optimizer.pte"
+SAMPLER = "patch_sampler.pte"
+
+
+def export_executorch(
+    step: TracedStep,
+    optimizer: TracedStep,
+    sampler: PatchSampler,
+    directory: Path,
+    max_image_side: int,
+) -> dict[str, Any]:
+    """Write the ExecuTorch target into ``directory``, an existing folder.
+
+    Args:
+        step: the traced train step; not changed.
+        optimizer: AdamW over its LoRA tensors.
+        sampler: the patch sampler.
+        directory: where the programs go.
+        max_image_side: largest image side, in pixels, that patch_sampler.pte must take; its memory
+            is planned for that.
+
+    Returns:
+        ExecuTorch's version and, by file, the number of calls delegated to XNNPACK, how many of
+        them are layers with frozen weights, and the bytes of memory planned for a run (weights not
+        counted).
+    """
+    sides = {
+        2: torch.export.Dim("H", min=sampler.s_max, max=max_image_side),
+        3: torch.export.Dim("W", min=sampler.s_max, max=max_image_side),
+    }
+    dynamic = {"image": sides, "sigma": None, "uv": None}
+    with _quiet():
+        module = passes.copy_of(step.module)
+        passes.apply(module, passes.FOR_EXECUTORCH)
+        delegates = Delegates(module)
+        programs = {
+            TRAIN: _lower(flat_program(module, step.inputs.values()), delegates),
+            OPTIMIZER: _lower(flat_program(optimizer.module, optimizer.inputs.values())),
+            SAMPLER: _lower(
+                torch.export.export(
+                    sampler, _sampler_inputs(sampler), dynamic_shapes=dynamic, strict=False
+                )
+            ),
+        }
+    for file, program in programs.items():
+        with (directory / file).open("wb") as stream:
+            program.write_to_file(stream)
+    delegated = {TRAIN: (delegates.calls, delegates.layers)}
+    facts = {}
+    for file, program in programs.items():
+        taken, layers = delegated.get(file, (0, 0))
+        planned = _planned_bytes(program)
+        facts[file] = {"delegated": taken, "frozen_layers": layers, "planned_bytes": planned}
+    return {"executorch": version("executorch"), "programs": facts}
+
+
+def _lower(program: ExportedProgram, delegates: Delegates | None = None) -> Any:
+    """An ExecutorchProgramManager of ``program``; ``delegates`` are what was taken out of it."""
+    edge = to_edge(program, compile_config=EDGE)
+    if delegates is not None:
+        delegates.put_back(edge.exported_program())
+        # A new manager, because it collects the delegates' weights when it is made.
+        edge = EdgeProgramManager(edge.exported_program(), compile_config=EDGE)
+    return edge.to_executorch()
+
+
+def _planned_bytes(program: Any) -> int:
+    return sum(program.executorch_program.execution_plan[0].non_const_buffer_sizes)
+
+
+def _sampler_inputs(sampler: PatchSampler) -> tuple[Tensor, ...]:
+    # Unequal example sides, or torch.export takes them for one and the same.
+    image = torch.zeros(1, 3, sampler.s_max + 3, sampler.s_max + 5)
+    return image, torch.full((1,), 0.5), torch.full((2,), 0.5)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the deprecations that torch and ExecuTorch themselves run into."""
+    logger = logging.getLogger("torch.utils._pytree")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
+            warnings.filterwarnings("ignore", "read_binary is deprecated", DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,136 @@
+"""Traced train step -> plain ONNX: standard operators only, for any onnxruntime.
+
+train_step.onnx       *fused*: batch and LoRA tensors -> loss and one gradient per LoRA tensor
+block.*.onnx head.onnx  *streamed*: see `edge_dit_export.targets.streamed`
+frozen.safetensors    the frozen weights, each once, for both; memory-mapped when loaded
+train_step.recompute.onnx  the same step, every block computed again on the way back
+*.data                what those need besides, such as turned kernels
+optimizer.onnx        `edge_dit.contract.adamw`
+patch_sampler.onnx
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.external_data import convert_tensors_to_external
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import Tensor
+
+from edge_dit.models.quantize import matrices
+from edge_dit.models.subgraph import TrainableSubgraph
+from edge_dit.pictures.patch_sampler import PatchSampler
+from edge_dit_export import passes
+from edge_dit_export.graph.blocks import frozen_tensors, plain_name
+from edge_dit_export.graph.trace import TracedStep
+from edge_dit_export.passes_onnx.transposes_to_gemm import transposes_to_gemm
+from edge_dit_export.targets.frozen import FROZEN, FrozenStore
+from edge_dit_export.targets.onnx_model import (
+    INLINE_BYTES,
+    IR,
+    OPSET,
+    onnx_model,
+    patch_sampler_model,
+)
+from edge_dit_export.targets.streamed import export_streamed
+
+TRAIN_STEP = "train_step.onnx"
+OPTIMIZER = "optimizer.onnx"
+SAMPLER = "patch_sampler.onnx"
+RECOMPUTE = "train_step.recompute.onnx"
+
+
+def export_onnx(
+    subgraph: TrainableSubgraph,
+    batch: dict[str, Tensor],
+    steps: dict[str, TracedStep],
+    optimizer: TracedStep,
+    sampler: PatchSampler,
+    directory: Path,
+    weights: str = "float32",
+) -> dict[str, Any]:
+    """Write the plain ONNX target into ``directory``, an existing folder.
+
+    Args:
+        subgraph: float32, LoRA in place.
+        batch: one draw, as `TrainableSubgraph.forward` takes it; only the shapes matter.
+        steps: its traced train steps by file, `TRAIN_STEP` and `RECOMPUTE`; each may be left out.
+        optimizer: AdamW over its LoRA tensors.
+        sampler: the patch sampler.
+        directory: where the graphs go.
+        weights: how frozen matrices are stored; anything but float32 excludes ``steps``.
+
+    Returns:
+        opset, IR, file names, input and output names of each graph.
+    """
+    small = {plain_name(name) for name in matrices(subgraph)}
+    store = FrozenStore(frozen_tensors(subgraph), small, weights)
+    store.write(directory / FROZEN)
+    update = onnx_model(optimizer.module, optimizer.inputs, optimizer.outputs)
+    models = {OPTIMIZER: update, SAMPLER: patch_sampler_model(sampler)}
+    for file, step in steps.items():
+        models[file] = train_step_model(step)
+        _refer_to(store, models[file], directory / f"{file}.data")
+    for file, model in models.items():
+        ir.save(model, directory / file)
+    return {
+        "opset": OPSET,
+        "ir": IR,
+        "frozen": FROZEN,
+        "weights": weights,
+        "graphs": {file: _names(model) for file, model in models.items()},
+        "streamed": export_streamed(subgraph, batch, store, directory),
+    }
+
+
+def train_step_model(step: TracedStep) -> ir.Model:
+    """The fused step; its frozen weights are still in memory."""
+    module = passes.copy_of(step.module)
+    passes.apply(module, passes.FOR_STORED_WEIGHTS)
+    model = onnx_model(module, step.inputs, step.outputs)
+    transposes_to_gemm(model)
+    RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _refer_to(store: FrozenStore, model: ir.Model, data: Path) -> None:
+    """Let initialisers that are frozen weights refer to the stored bytes, in place; other large
+    ones (kernels turned for the backward pass) go to ``data``.
+    """
+    stored = {
+        (tensor.data_ptr(), tensor.numel()): name
+        for name, tensor in store.tensors.items()
+        if tensor.is_contiguous() and store.stored_as(name) == "float32"
+    }
+    others = []
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= INLINE_BYTES:
+            continue
+        raw = getattr(tensor, "raw", None)
+        if not isinstance(raw, Tensor) or (raw.data_ptr(), raw.numel()) not in stored:
+            others.append(value)
+            continue
+        key = (raw.data_ptr(), raw.numel())
+        place = store.place(stored[key])
+        value.const_value = ir.ExternalTensor(
+            FROZEN,
+            place.offset,
+            place.length,
+            tensor.dtype,
+            shape=ir.Shape(raw.shape),
+            name=str(value.name),
+            base_dir=data.parent,
+        )
+    tensors = [value.const_value for value in others if value.const_value is not None]
+    for value, tensor in zip(
+        others, convert_tensors_to_external(tensors, data.parent, data.name), strict=True
+    ):
+        value.const_value = tensor
+
+
+def _names(model: ir.Model) -> dict[str, list[str | None]]:
+    graph = model.graph
+    return {"inputs": [v.name for v in graph.inputs], "outputs": [v.name for v in graph.outputs]}

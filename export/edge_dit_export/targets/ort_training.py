@@ -1,0 +1,162 @@
+"""Sub-graph -> onnxruntime-training artifacts (onnxruntime-training-cpu 1.19.2).
+
+    training_model.onnx   loss and gradients: batch and frozen weights are inputs, LoRA parameters
+    eval_model.onnx       the loss alone
+    optimizer_model.onnx  clipping and AdamW, `edge_dit.contract.adamw`
+    checkpoint            the LoRA tensors by diffusers name
+    frozen.safetensors    the frozen inputs, memory-mappable
+    patch_sampler.onnx
+
+Frozen weights are inputs rather than parameters: making artifacts then needs no multiple of the
+model's memory and the checkpoint holds the adapter only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx import numpy_helper
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from edge_dit.contract.adamw import AdamW
+from edge_dit.models.subgraph import TrainableSubgraph
+from edge_dit.pictures.patch_sampler import PatchSampler
+from edge_dit_export.passes_onnx.cast_like_to_cast import cast_like_to_cast
+from edge_dit_export.passes_onnx.complete_layer_norm import complete_layer_norm
+from edge_dit_export.passes_onnx.conv1x1_to_matmul import conv1x1_to_matmul
+from edge_dit_export.passes_onnx.depthwise_grad_to_conv import depthwise_grad_to_conv
+from edge_dit_export.passes_onnx.expand_clip_grad_norm import expand_clip_grad_norm
+from edge_dit_export.passes_onnx.partial_split_to_slice import partial_split_to_slice
+from edge_dit_export.targets.frozen import FROZEN, FrozenStore
+from edge_dit_export.targets.onnx_model import IR, OPSET, onnx_model, patch_sampler_model
+
+SAMPLER = "patch_sampler.onnx"
+
+
+class _Forward(nn.Module):
+    """The sub-graph with every tensor an argument: batch, LoRA, frozen weights.
+
+    LoRA tensors enter as inputs so that the exporter cannot fold their transposes into new
+    constants, which would lose their names.
+    """
+
+    def __init__(self, subgraph: TrainableSubgraph, batch: list[str], state: list[str]) -> None:
+        super().__init__()
+        # In a list: a submodule's parameters would be exported as constants too.
+        self.subgraph, self.batch, self.state = [subgraph], batch, state
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        batch = dict(zip(self.batch, tensors, strict=False))
+        state = dict(zip(self.state, tensors[len(batch) :], strict=True))
+        return functional_call(self.subgraph[0], state, (batch,))
+
+
+def export_ort_training(
+    subgraph: TrainableSubgraph,
+    batch: dict[str, Tensor],
+    adamw: AdamW,
+    sampler: PatchSampler,
+    directory: Path,
+) -> dict[str, Any]:
+    """Write the artifacts into ``directory``.
+
+    Args:
+        subgraph: float32, LoRA in place.
+        batch: one draw, as `TrainableSubgraph.forward` takes it; only the shapes matter.
+        adamw: hyper-parameters; ``lr`` is set by the session.
+        sampler: for patch_sampler.onnx.
+        directory: an existing folder.
+
+    Returns:
+        opset, IR, and "frozen": the inputs after the batch, in order, keys of frozen.safetensors.
+    """
+    lora = {name: p.detach() for name, p in subgraph.lora_parameters().items()}
+    frozen = _frozen(subgraph)
+    model = _forward_model(subgraph, batch, lora, frozen)
+    _make_artifacts(model, list(lora), adamw, directory)
+    FrozenStore(frozen, set(), "float32").write(directory / FROZEN)
+    ir.save(patch_sampler_model(sampler), directory / SAMPLER)
+    return {"opset": OPSET, "ir": IR, "frozen": list(frozen)}
+
+
+def _frozen(subgraph: TrainableSubgraph) -> dict[str, Tensor]:
+    state = [*subgraph.named_parameters(), *subgraph.named_buffers()]
+    return {name: tensor.detach() for name, tensor in state if not tensor.requires_grad}
+
+
+def _forward_model(
+    subgraph: TrainableSubgraph,
+    batch: dict[str, Tensor],
+    lora: dict[str, Tensor],
+    frozen: dict[str, Tensor],
+) -> onnx.ModelProto:
+    """The loss, with LoRA tensors as initialisers and all others as inputs."""
+    own = {id(parameter): name for name, parameter in subgraph.named_parameters()}
+    parameters = [own[id(parameter)] for parameter in subgraph.lora_parameters().values()]
+    forward = _Forward(subgraph, list(batch), [*parameters, *frozen])
+    with subgraph.family.traceable():
+        model = ir.to_proto(onnx_model(forward, {**batch, **lora, **frozen}, ["loss"]))
+    inputs = [value for value in model.graph.input if value.name not in lora]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    model.graph.initializer.extend(
+        numpy_helper.from_array(tensor.numpy(), name) for name, tensor in lora.items()
+    )
+    cast_like_to_cast(model)
+    conv1x1_to_matmul(model)
+    partial_split_to_slice(model)
+    complete_layer_norm(model)
+    return model
+
+
+def _make_artifacts(model: onnx.ModelProto, lora: list[str], adamw: AdamW, directory: Path) -> None:
+    from onnxruntime.training import artifacts, onnxblock
+
+    optimizer = onnxblock.optim.AdamW(
+        betas=(adamw.beta1, adamw.beta2),
+        eps=adamw.eps,
+        weight_decay=adamw.weight_decay,
+        clip_grad=onnxblock.optim.ClipGradNorm(adamw.max_grad_norm),
+    )
+    with _quiet():
+        artifacts.generate_artifacts(
+            model, requires_grad=lora, optimizer=optimizer, artifact_directory=directory
+        )
+    path = directory / "training_model.onnx"
+    written = onnx.load(path)
+    if depthwise_grad_to_conv(written):
+        onnx.save(written, path)
+    path = directory / "optimizer_model.onnx"
+    written = onnx.load(path)
+    # generate_artifacts stamps the installed onnx's IR version, which its own runtime refuses.
+    written.ir_version = min(written.ir_version, IR)
+    expand_clip_grad_norm(written, len(lora))
+    for node in written.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "adam_mode":
+                attribute.i = 0  # decay before the step, as torch.optim.AdamW; 1 is after it
+    onnx.save(written, path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what onnxruntime's C++ writes to stderr: one line per graph transformer, whatever its
+    logger's severity is set to. Its errors are exceptions.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

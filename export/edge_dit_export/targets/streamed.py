@@ -1,0 +1,145 @@
+"""The plain ONNX step block by block: memory that hardly depends on depth.
+
+    block.<kind>.forward.onnx    state, conditioning, weights, LoRA -> state after the block
+    block.<kind>.backward.onnx   the same and the gradient of that state
+                                 -> gradient of the state before, one gradient per LoRA tensor
+    head.onnx                    last state, tail residual, target, weights -> loss, its gradient
+
+Blocks of one kind share their graphs; weights are inputs, so the runtime can hand in views of the
+memory-mapped file that holds all of them once. Between the passes only the states at the blocks'
+borders are kept; the backward graph computes its block again.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import Tensor
+
+from edge_dit.models.subgraph import TrainableSubgraph, lora_name, residual_names
+from edge_dit_export import passes
+from edge_dit_export.graph.blocks import STATE, Block, Head
+from edge_dit_export.graph.trace import trace
+from edge_dit_export.passes_onnx.transposes_to_gemm import transposes_to_gemm
+from edge_dit_export.passes_onnx.weights_in_fewer_bytes import weights_in_fewer_bytes
+from edge_dit_export.targets.frozen import FrozenStore
+from edge_dit_export.targets.onnx_model import INLINE_BYTES, onnx_model
+
+HEAD = "head.onnx"
+
+
+def export_streamed(
+    subgraph: TrainableSubgraph, batch: dict[str, Tensor], store: FrozenStore, directory: Path
+) -> dict[str, Any]:
+    """Write the graphs into ``directory``, an existing folder.
+
+    Args:
+        subgraph: float32, LoRA in place.
+        batch: one draw, as `TrainableSubgraph.forward` takes it; only the shapes matter.
+        store: the frozen weights of the bundle; holds `frozen_tensors` of the sub-graph.
+        directory: of the onnx target.
+
+    Returns:
+        "graphs": input and output names by file; "blocks": in order, name and kind of each and its
+        tensors: the graphs' names of its weights and LoRA -> keys of the store and diffusers names;
+        behind a skipped run "residual": what is added to each state before the block.
+    """
+    kinds: dict[tuple[Any, ...], str] = {}
+    graphs: dict[str, Any] = {}
+    blocks = []
+    for name in subgraph.order:
+        block = Block(subgraph, name)
+        key = block.kind()
+        if key not in kinds:
+            kinds[key] = _new_kind(name, list(kinds.values()))
+            graphs |= _export_block(block, batch, store, directory, kinds[key])
+        weights = {
+            local + key.removeprefix(f"{name}.{local}"): key
+            for local in block.weights
+            for key in store.keys(f"{name}.{local}")
+        }
+        lora = {local: lora_name(f"{name}.{local}") for local in block.lora}
+        entry = {"name": name, "kind": kinds[key], "weights": weights, "lora": lora}
+        if name in subgraph.jumps:
+            names = zip(STATE, residual_names(subgraph.jumps[name]), strict=True)
+            entry["residual"] = {state: residual for state, residual in names if state in batch}
+        blocks.append(entry)
+    graphs[HEAD] = _export_head(subgraph, batch, store, directory)
+    return {"graphs": graphs, "blocks": blocks}
+
+
+def _new_kind(name: str, taken: list[str]) -> str:
+    """A block's name without its number and plural, numbered where that is taken."""
+    base = re.sub(r"s\.\d+$", "", name)
+    same = sum(1 for kind in taken if kind.partition("-")[0] == base)
+    return f"{base}-{same + 1}" if same else base
+
+
+def _export_block(
+    block: Block, batch: dict[str, Tensor], store: FrozenStore, directory: Path, kind: str
+) -> dict[str, Any]:
+    state = {name: batch[name] for name in STATE if name in batch}
+    cond = {name: value for name, value in batch.items() if name.startswith("cond.")}
+    after_state = [name for name in state if name == "entry" or not block.last]
+    given = {f"grad.{name}": state[name] for name in after_state}
+    own = {**block.weights, **block.lora}
+    small = {n for n in block.weights if store.stored_as(f"{block.name}.{n}") != "float32"}
+    after = [f"new.{name}" for name in after_state]
+    gradients = [f"new.grad.{n}" for n in state] + [f"grad.{n}" for n in block.lora]
+    family = block.subgraph.family
+    return {
+        f"block.{kind}.{name}.onnx": _write(
+            trace(function, inputs, family),
+            inputs,
+            outputs,
+            small,
+            store.dtype,
+            directory / f"block.{kind}.{name}.onnx",
+        )
+        for name, function, inputs, outputs in (
+            ("forward", block.forward, {**state, **cond, **own}, after),
+            ("backward", block.backward, {**state, **cond, **given, **own}, gradients),
+        )
+    }
+
+
+def _export_head(
+    subgraph: TrainableSubgraph, batch: dict[str, Tensor], store: FrozenStore, directory: Path
+) -> dict[str, Any]:
+    head = Head(subgraph)
+    names = ("tail_residual", "target", "weight")
+    inputs = {
+        "entry": batch["entry"],
+        **{n: v for n, v in batch.items() if n in names or n.startswith("cond.")},
+        **head.weights,
+    }
+    small = {n for n in head.weights if store.stored_as(n) != "float32"}
+    module = trace(head.backward, inputs, subgraph.family)
+    outputs = ["loss", "new.grad.entry"]
+    return _write(module, inputs, outputs, small, store.dtype, directory / HEAD)
+
+
+def _write(
+    module: Any,
+    inputs: dict[str, Tensor],
+    outputs: list[str],
+    small: set[str],
+    dtype: str,
+    path: Path,
+) -> dict[str, list[str | None]]:
+    """Export a traced graph; names of the inputs it reads, and of its outputs."""
+    passes.apply(module, passes.FOR_ONNX)
+    model = onnx_model(module, inputs, outputs)
+    transposes_to_gemm(model)
+    read = [v for v in model.graph.inputs if v.uses() or v.is_graph_output()]
+    model.graph.inputs[:] = read
+    if small:
+        weights_in_fewer_bytes(model, small, dtype)
+    RemoveUnusedNodesPass()(model)
+    ir.save(model, path, size_threshold_bytes=INLINE_BYTES)
+    graph = model.graph
+    return {"inputs": [v.name for v in graph.inputs], "outputs": [v.name for v in graph.outputs]}

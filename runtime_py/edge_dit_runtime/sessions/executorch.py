@@ -1,0 +1,77 @@
+"""Trains a bundle's ExecuTorch step.
+
+The one session that needs torch: ExecuTorch's Python runtime takes torch tensors. On a device the
+programs themselves need none.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_dit.contract.bundle import Manifest
+from edge_dit.errors import BadInput, require
+from edge_dit_runtime.sessions.graph import GraphSession
+
+FOLDER = "executorch"
+
+
+def executorch_session(bundle: Path, manifest: Manifest) -> GraphSession:
+    """A session over executorch/train.pte and executorch/optimizer.pte.
+
+    Args:
+        bundle: the bundle's folder.
+        manifest: its manifest.
+
+    Raises:
+        BadInput: executorch is not installed, or cannot load a program.
+    """
+    train, optimizer = (
+        ExecuTorchProgram(bundle / FOLDER / name) for name in ("train.pte", "optimizer.pte")
+    )
+    return GraphSession(bundle, manifest, train, optimizer)
+
+
+class ExecuTorchProgram:
+    """The "forward" of a .pte file on numpy arrays.
+
+    Args:
+        path: the file.
+
+    Raises:
+        BadInput: executorch is not installed, or cannot load the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        runtime = _runtime()
+        try:
+            # The runtime's Program owns what its methods read: it must outlive them.
+            self._program = runtime.load_program(path)
+            self._method: Any = self._program.load_method("forward")
+        except (OSError, RuntimeError) as error:
+            raise BadInput(
+                path,
+                found=f"ExecuTorch cannot load it: {error}",
+                expected="a program of ExecuTorch 1.5",
+                remedy="export the bundle again",
+            ) from None
+
+    def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """Run it; inputs as the program was exported with, outputs as new arrays."""
+        import torch
+
+        inputs = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+        return [output.numpy().copy() for output in self._method.execute(inputs)]
+
+
+def _runtime() -> Any:
+    require("executorch", "the executorch target")
+    with warnings.catch_warnings():
+        # Its Python bindings say so of themselves when they are first imported.
+        warnings.filterwarnings("ignore", "This API is experimental")
+        from executorch.runtime import Runtime
+
+        return Runtime.get()

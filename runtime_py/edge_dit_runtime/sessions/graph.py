@@ -1,0 +1,102 @@
+"""A session over two programs without state: the train step and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from edge_dit.contract.adapter import read_adapter
+from edge_dit.contract.bundle import ADAPTER, Manifest
+from edge_dit_runtime.sessions.state import MOMENTS, lora_shapes, take, take_step
+from edge_dit_runtime.sessions.trainer import Tensors
+
+Program = Callable[..., list[np.ndarray]]
+"""Arrays in, arrays out, in the order the graph was exported with."""
+ADAPTED = "adapter."
+"""Prefix of the LoRA tensors in a state, beside `MOMENTS`."""
+
+
+class GraphSession:
+    """A `Session` that keeps adapter and moments itself and passes them through two programs.
+
+    Args:
+        bundle: the bundle's folder; its adapter is the initial one.
+        manifest: its manifest.
+        train: batch tensors, LoRA tensors -> loss, gradients.
+        optimizer: lr, step, parameters, gradients, both moments -> parameters, both moments.
+    """
+
+    def __init__(
+        self, bundle: Path, manifest: Manifest, train: Program, optimizer: Program
+    ) -> None:
+        self._train, self._optimizer = train, optimizer
+        self._batch = manifest.names("batch")
+        self._shapes = lora_shapes(manifest)
+        self.lr = manifest.optimizer.lr
+        self._step = 0
+        self._gradients: Tensors = {}
+        self._adapter = take(read_adapter(bundle / ADAPTER)[0], self._shapes)
+        self._moments = {
+            moment: {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
+            for moment in MOMENTS
+        }
+
+    def backward(self, draw: Mapping[str, np.ndarray]) -> float:
+        """See `Session.backward`."""
+        batch = (np.asarray(draw[name], np.float32) for name in self._batch)
+        loss, *gradients = self._train(*batch, *self._adapter.values())
+        self._gradients = self._named(gradients)
+        return float(loss)
+
+    def update(self) -> None:
+        """See `Session.update`."""
+        tensors = (self._adapter, self._gradients, *self._moments.values())
+        new = self._optimizer(
+            np.array([self.lr], np.float32),
+            np.array([self._step], np.float32),
+            *(value for named in tensors for value in named.values()),
+        )
+        count = len(self._shapes)
+        self._adapter = self._named(new[:count])
+        self._moments = {
+            moment: self._named(new[start : start + count])
+            for moment, start in zip(MOMENTS, (count, 2 * count), strict=True)
+        }
+        self._step += 1
+        self._gradients = {}  # as large as the adapter
+
+    def _named(self, arrays: list[np.ndarray]) -> Tensors:
+        return dict(zip(self._shapes, arrays, strict=True))
+
+    def step(self, draw: Mapping[str, np.ndarray]) -> float:
+        """See `Session.step`."""
+        loss = self.backward(draw)
+        self.update()
+        return loss
+
+    def gradients(self) -> Tensors:
+        """See `Session.gradients`."""
+        return {name: value.copy() for name, value in self._gradients.items()}
+
+    def adapter(self) -> Tensors:
+        """See `Session.adapter`."""
+        return {name: value.copy() for name, value in self._adapter.items()}
+
+    def load_adapter(self, adapter: Mapping[str, np.ndarray]) -> None:
+        """See `Session.load_adapter`."""
+        self._adapter = take(adapter, self._shapes)
+
+    def state_dict(self) -> Tensors:
+        """See `Session.state_dict`."""
+        kinds = {ADAPTED: self._adapter, **self._moments}
+        state = {k + n: value.copy() for k, named in kinds.items() for n, value in named.items()}
+        return {**state, "step": np.array([self._step], np.int64)}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """See `Session.load_state_dict`."""
+        step = take_step(state)
+        adapter = take(state, self._shapes, ADAPTED)
+        self._moments = {moment: take(state, self._shapes, moment) for moment in MOMENTS}
+        self._adapter, self._step = adapter, step

@@ -1,0 +1,80 @@
+"""Tensors of a safetensors file as views of the mapped file."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from edge_dit.errors import BadInput
+from edge_dit.store.files import open_regular
+from edge_dit.store.tensors import read_header
+
+POPULATE_READ = 22
+"""MADV_POPULATE_READ of Linux 5.14: map pages at once that would come in one fault at a time."""
+
+
+class MappedTensors:
+    """Read-only numpy views by name: pages come in when read and can be evicted again.
+
+    Args:
+        path: a safetensors file.
+
+    Raises:
+        BadInput: not such a file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with open_regular(path) as file:
+                places = read_header(file).tensors
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = np.frombuffer(self._map, np.uint8)
+            self._places = {name: (place.begin, place.end) for name, place in places.items()}
+            self._views = {
+                name: data[place.begin : place.end].view(place.dtype).reshape(place.shape)
+                for name, place in places.items()
+            }
+        except (OSError, ValueError) as error:
+            raise BadInput(
+                path,
+                found=f"not a readable file of weights ({error})",
+                remedy="export the bundle again",
+            ) from None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._views:
+            raise BadInput(
+                self._path,
+                found=f"no tensor {name!r:.80}",
+                expected="the weights that the manifest names",
+                remedy="export the bundle again",
+            )
+        return self._views[name]
+
+    def pick(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """The tensors among ``names``."""
+        return {name: self._views[name] for name in names if name in self._views}
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Bring tensors into memory ahead of their use, where the system can; never needed."""
+        start = end = 0
+        for begin, stop in [*sorted(self._places[name] for name in names), (sys.maxsize, 0)]:
+            if begin > end + mmap.PAGESIZE:
+                if end > start:
+                    self._populate(start, end)
+                start = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            end = max(end, stop)
+
+    def _populate(self, start: int, end: int) -> None:
+        with suppress(OSError, ValueError):
+            self._map.madvise(POPULATE_READ, start, end - start)
+
+    def release(self) -> None:
+        """Give the pages back to the system; they are read from its cache, or the file, again."""
+        self._map.madvise(mmap.MADV_DONTNEED)

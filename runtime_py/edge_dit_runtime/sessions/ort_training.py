@@ -1,0 +1,157 @@
+"""Trains a bundle's onnxruntime-training artifacts; numpy and onnxruntime only.
+
+``onnxruntime.training.api`` is a thin layer over ``onnxruntime.capi``, but importing it imports
+torch and onnx; the layer below it is used instead. 1.19.2 is the last release, so it stays put.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_dit.contract.adapter import read_adapter
+from edge_dit.contract.bundle import ADAPTER, Manifest
+from edge_dit.errors import missing_extra
+from edge_dit_runtime.sessions.mapped import MappedTensors
+from edge_dit_runtime.sessions.ort import onnxruntime, share_arena
+from edge_dit_runtime.sessions.ort_checkpoint import views
+from edge_dit_runtime.sessions.state import MOMENTS, lora_shapes, take, take_step
+from edge_dit_runtime.sessions.trainer import Tensors
+
+FOLDER = "ort-training"
+
+
+class OrtTrainingSession:
+    """A `Session` over the artifacts in ort-training/.
+
+    Adapter, gradients, moments and step count live in onnxruntime's own state. The interface shows
+    no moments, but its checkpoint file holds them: `state_dict` reads one, `load_state_dict` writes
+    one.
+
+    Args:
+        bundle: the bundle's folder.
+        manifest: its manifest.
+    """
+
+    # Objects of onnxruntime, which has no type stubs.
+    _optimizer: Any = None
+    _module: Any = None
+    _state: Any = None
+
+    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+        self._ort = onnxruntime("the ort-training target")
+        self._c: Any = self._ort.capi._pybind_state
+        if not hasattr(self._c, "CheckpointState"):
+            raise missing_extra("onnxruntime.training", "the ort-training target")
+        self._folder = bundle / FOLDER
+        self.lr = manifest.optimizer.lr
+        self._batch = {t.name: t.shape for t in manifest.tensors if t.role == "batch"}
+        self._shapes = lora_shapes(manifest)
+        mapped = MappedTensors(self._folder / "frozen.safetensors")
+        self._frozen = [mapped[name] for name in manifest.targets[FOLDER]["frozen"]]
+        self._open(self._folder / "checkpoint")
+        self.load_adapter(read_adapter(bundle / ADAPTER)[0])
+
+    def _open(self, checkpoint: Path) -> None:
+        """Start from a checkpoint file, and from the moments and step in it if there are any."""
+        self._close()
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        options.use_deterministic_compute = True
+        share_arena(self._ort)
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        cpu = self._c.OrtDevice(self._c.OrtDevice.cpu(), self._c.OrtDevice.default_memory(), 0)
+        self._state = self._c.load_checkpoint(str(checkpoint))
+        self._module = self._c.Module(
+            str(self._folder / "training_model.onnx"), self._state, None, cpu, options
+        )
+        self._optimizer = self._c.Optimizer(
+            str(self._folder / "optimizer_model.onnx"), self._state, cpu, options
+        )
+
+    def _close(self) -> None:
+        """Let go of the optimiser and the module before the state they point into, or they write to
+        freed memory.
+        """
+        self._optimizer = None
+        self._module = None
+        self._state = None
+
+    __del__ = _close
+
+    def backward(self, draw: Mapping[str, np.ndarray]) -> float:
+        """See `Session.backward`."""
+        arrays = [np.ascontiguousarray(draw[name], np.float32) for name in self._batch]
+        inputs, outputs = self._c.OrtValueVector(), self._c.OrtValueVector()
+        for array in [*arrays, *self._frozen]:  # borrowed, not copied
+            inputs.push_back(self._value(array))
+        self._module.lazy_reset_grad()  # or they would add up
+        self._module.train_step_with_ort_values(inputs, outputs)
+        return float(outputs[0].numpy())
+
+    def _value(self, array: np.ndarray) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(array)._ortvalue
+
+    def update(self) -> None:
+        """See `Session.update`."""
+        self._optimizer.set_learning_rate(self.lr)
+        self._optimizer.optimizer_step()
+
+    def step(self, draw: Mapping[str, np.ndarray]) -> float:
+        """See `Session.step`."""
+        loss = self.backward(draw)
+        self.update()
+        return loss
+
+    def gradients(self) -> Tensors:
+        """See `Session.gradients`."""
+        return {name: self._parameter(name).grad.numpy().copy() for name in self._shapes}
+
+    def _parameter(self, name: str) -> Any:
+        return self._state.get_parameter(name)
+
+    def adapter(self) -> Tensors:
+        """See `Session.adapter`."""
+        return {name: self._parameter(name).data.numpy().copy() for name in self._shapes}
+
+    def load_adapter(self, adapter: Mapping[str, np.ndarray]) -> None:
+        """See `Session.load_adapter`."""
+        for name, value in take(adapter, self._shapes).items():
+            self._state.copy_parameter_from(name, self._value(value))
+
+    def state_dict(self) -> Tensors:
+        """See `Session.state_dict`."""
+        saved = views(self._checkpoint())
+        step = saved.pop("step", np.zeros(1, np.int64)).copy()
+        shapes = self._state_shapes()
+        return {**{name: saved[name].reshape(shapes[name]).copy() for name in shapes}, "step": step}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """See `Session.load_state_dict`."""
+        values, step = take(state, self._state_shapes()), take_step(state)
+        # An update of any kind gives the checkpoint a place for the step count.
+        self.step({name: np.zeros(shape, np.float32) for name, shape in self._batch.items()})
+        checkpoint = self._checkpoint()
+        places = views(checkpoint)
+        places["step"][:] = step
+        for name, value in values.items():
+            places[name][:] = value.reshape(-1)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "checkpoint"
+            path.write_bytes(checkpoint)
+            self._open(path)
+
+    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+        kinds = ("adapter.", *MOMENTS)
+        return {kind + name: shape for kind in kinds for name, shape in self._shapes.items()}
+
+    def _checkpoint(self) -> bytearray:
+        """A checkpoint file of the present state, moments included, as onnxruntime writes it."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "checkpoint"
+            self._c.save_checkpoint(self._state, str(path), True)
+            return bytearray(path.read_bytes())

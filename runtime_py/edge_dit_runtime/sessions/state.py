@@ -1,0 +1,75 @@
+"""Names and checks of a session's state, shared by the sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from edge_dit.contract.bundle import Manifest
+from edge_dit.errors import BadInput
+
+MOMENTS = ("exp_avg.", "exp_avg_sq.")
+"""Prefixes of AdamW's first and second moments, named as in torch.optim."""
+REMEDY = "use the files of a run with this bundle"
+
+
+def lora_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Shape of every LoRA tensor by diffusers name, in the order of the graphs' arguments."""
+    return {tensor.name: tensor.shape for tensor in manifest.tensors if tensor.role == "lora"}
+
+
+def check_draw(draw: Mapping[str, np.ndarray], manifest: Manifest, which: str) -> None:
+    """Raise `BadInput` unless a draw has every batch tensor of the bundle, in its shape.
+
+    Args:
+        draw: as read from a bank.
+        manifest: of the bundle.
+        which: the draw, for the message.
+    """
+    for spec in manifest.tensors:
+        if spec.role == "batch" and (spec.name not in draw or draw[spec.name].shape != spec.shape):
+            there = f"shape {draw[spec.name].shape}" if spec.name in draw else "missing"
+            raise BadInput(
+                f"{which}, {spec.name}",
+                found=there,
+                expected=f"shape {spec.shape}, as the bundle takes it",
+                remedy="precompute the bank again with the bundle's plan",
+            )
+
+
+def take(
+    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[int]], prefix: str = ""
+) -> dict[str, np.ndarray]:
+    """Float32 copies of ``tensors[prefix + name]`` for every name, by name.
+
+    Raises:
+        BadInput: tensors are missing, or have another shape than the bundle's.
+    """
+    missing = [name for name in shapes if prefix + name not in tensors]
+    if missing:
+        raise BadInput(
+            f"{prefix}{missing[0]}",
+            found=f"missing, with {len(missing) - 1} others",
+            expected="every LoRA tensor of the bundle",
+            remedy=REMEDY,
+        )
+    taken = {}
+    for name, shape in shapes.items():
+        value = np.array(tensors[prefix + name], dtype=np.float32, order="C")
+        if value.shape != tuple(shape):
+            raise BadInput(
+                prefix + name,
+                found=f"shape {value.shape}",
+                expected=f"shape {tuple(shape)}",
+                remedy=REMEDY,
+            )
+        taken[name] = value
+    return taken
+
+
+def take_step(state: Mapping[str, np.ndarray]) -> int:
+    """Updates done, of a `Session.state_dict`."""
+    if "step" not in state or state["step"].size != 1:
+        raise BadInput("step", found="not one number", expected="a session's state", remedy=REMEDY)
+    return int(state["step"].reshape(-1)[0])

@@ -1,0 +1,158 @@
+"""Parity: passes on what we export, fails on what does not match, and names the tensor."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from onnx import external_data_helper, numpy_helper
+
+from edge_dit.contract.bundle import read_manifest
+from edge_dit.contract.certificate import read_certificate
+from edge_dit.errors import CheckFailed
+from edge_dit_runtime.verify import (
+    TOLERANCES,
+    Point,
+    _read_points,
+    _write_points,
+    compare,
+    is_well_posed,
+    verify,
+)
+
+
+@pytest.fixture
+def bundle(road, tmp_path):
+    copy = tmp_path / "bundle"
+    shutil.copytree(road.bundle, copy)
+    return copy
+
+
+def test_every_target_passes_and_the_certificate_says_so(road, bundle):
+    certificate = verify(bundle, road.bank, steps=20)
+    assert certificate["passed"], certificate["targets"]
+    assert set(certificate["targets"]) == {*read_manifest(bundle).targets, "onnx (streamed)"}
+    lora = read_manifest(bundle).names("lora")
+    for target, result in certificate["targets"].items():
+        names = {row["name"] for row in result["tensors"]}
+        assert names == {
+            "loss",
+            "trajectory",
+            *(f"gradients.{name}" for name in lora),
+            *(f"adapter.{name}" for name in lora),
+            *(f"patch.{number}" for number in range(4)),
+        }
+        assert result["tolerances"] == TOLERANCES[target.partition(" ")[0]]
+        gradients = [row for row in result["tensors"] if row["kind"] == "gradients"]
+        assert all(row["max"] < np.inf and row["cosine"] > 0.999 for row in gradients)
+    assert read_certificate(bundle) == json.loads((bundle / "parity.json").read_text())
+
+
+def test_a_changed_weight_fails_and_the_worst_tensor_is_named(road, bundle):
+    path = bundle / "onnx" / "train_step.onnx"
+    model = onnx.load(path)
+    weight = max(
+        (w for w in model.graph.initializer if len(w.dims) == 2), key=lambda w: np.prod(w.dims)
+    )
+    weight.CopyFrom(numpy_helper.from_array(1.05 * numpy_helper.to_array(weight), weight.name))
+    external_data_helper.convert_model_from_external_data(model)
+    onnx.save(model, path)
+    certificate = verify(bundle, road.bank, steps=2, targets=["onnx"])
+    assert not certificate["passed"]
+    worst = certificate["targets"]["onnx"]["failed"][0]
+    assert worst["relative"] > worst["tolerance"]
+    assert worst["name"].partition(".")[0] in TOLERANCES["onnx"]
+
+
+def test_a_target_that_dies_is_reported_not_raised(road, bundle):
+    (bundle / "onnx" / "train_step.onnx").write_bytes(b"not a model")
+    certificate = verify(bundle, road.bank, steps=1, targets=["onnx"])
+    assert not certificate["passed"]
+    assert "ended with code" in certificate["targets"]["onnx"]["error"]
+
+
+def test_certificate_of_another_manifest_does_not_count(road, bundle):
+    verify(bundle, road.bank, steps=1, targets=["onnx"])
+    manifest = bundle / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    assert read_certificate(bundle) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "fails"),
+    [
+        ("gradients", 0.9e-4, False),
+        ("gradients", 1.1e-4, True),
+        ("adapter", 0.9e-3, False),
+        ("adapter", 1.1e-3, True),
+        ("trajectory", 1.1e-4, True),
+        ("gradients", np.nan, True),
+    ],
+)
+def test_compare_holds_the_stated_tolerance(kind, change, fails):
+    reference = {f"{kind}.x": np.array([1.0, -2.0, 0.5])}
+    found = {f"{kind}.x": reference[f"{kind}.x"] + np.array([0, 2 * change, 0])}
+    result = compare(reference, found, TOLERANCES["onnx"])
+    assert result["passed"] is not fails
+    assert bool(result["failed"]) is fails
+
+
+def test_compare_fails_on_a_missing_tensor():
+    result = compare({"loss": np.ones(1)}, {}, TOLERANCES["onnx"])
+    assert not result["passed"]
+
+
+def test_a_certificate_lists_its_draws(road, bundle):
+    certificate = verify(bundle, road.bank, steps=3, targets=["onnx"])
+    for result in certificate["targets"].values():
+        assert len(result["draws"]) == len(result["rows_set"]) == 4
+
+
+def test_every_target_passes_where_rows_are_set_before_its_steps(road, bundle, monkeypatch):
+    monkeypatch.setattr("edge_dit.reference.kinks.MARGIN", 3e-3)
+    # Keys carry no LoRA in this job: at this margin few draws would be clear of zero in them.
+    monkeypatch.setattr("edge_dit.models.families.sana.Sana.before_relu", ("attn1.to_q",))
+    certificate = verify(bundle, road.bank, steps=4)
+    assert certificate["passed"], certificate["targets"]
+    for result in certificate["targets"].values():
+        assert sum(result["rows_set"][1:]) > 0
+
+
+def test_points_are_handed_over_whole(tmp_path):
+    rows = (np.array([1, 5]), np.array([[1.0, 2.0], [3.0, 4.0]], np.float32))
+    points = [Point(7, {}), Point(2, {"transformer.0.a.lora_B.weight": rows, "b": rows})]
+    _write_points(tmp_path / "points", points)
+    found = _read_points(tmp_path / "points")
+    assert [point.draw for point in found] == [7, 2]
+    assert [point.rows.keys() for point in found] == [{}.keys(), points[1].rows.keys()]
+    for have in found[1].rows.values():
+        assert all(np.array_equal(a, b) for a, b in zip(have, rows, strict=True))
+
+
+class Kinked:
+    """A trainer whose gradient jumps where the entry state is 1, as a ReLU's does at 0."""
+
+    def backward(self, draw):
+        self.gradient = np.maximum(draw["entry"], 0) + (draw["entry"] > 1)
+        return 0.0
+
+    def gradients(self):
+        return {"a": self.gradient}
+
+
+def test_a_draw_at_a_kink_is_not_well_posed():
+    assert not is_well_posed(Kinked(), {"entry": np.array([0.5, 1 + 1e-7], np.float32)})
+    assert is_well_posed(Kinked(), {"entry": np.array([0.5, 1.1], np.float32)})
+
+
+def test_without_lora_before_the_relus_draws_are_left_out(road, bundle, monkeypatch):
+    """Attention's keys carry none in this job: what cannot be moved is tried with a nudge."""
+    monkeypatch.setattr("edge_dit.reference.kinks.MARGIN", 0.1)
+    certificate = verify(bundle, road.bank, steps=3, targets=["onnx"])
+    assert certificate["passed"], certificate["targets"]
+    for result in certificate["targets"].values():
+        assert result["rows_set"] == [0, 0, 0, 0]
+    monkeypatch.setattr("edge_dit_runtime.verify.is_well_posed", lambda *_: False)
+    with pytest.raises(CheckFailed, match=r"LoRA on attn1\.to_q and attn1\.to_k"):
+        verify(bundle, road.bank, steps=1, targets=["onnx"])

@@ -1,0 +1,169 @@
+"""The cost of a plan from shapes alone, against real tensors and public figures."""
+
+import json
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import variants
+from edge_dit.budget.cost import Shapes, cost_of_plan, parameters
+from edge_dit.cli import main
+from edge_dit.contract.bank import Bank
+from edge_dit.contract.bundle import ADAPTER
+from edge_dit.models.families import family_of
+from edge_dit.models.public_configs import CONFIGS
+from edge_dit.planning.plan import read_plan
+from variants import GRID, SPLITS, TEXT, VARIANTS
+
+PUBLIC = {
+    "flux.1-dev": 11.90e9,
+    "sana-0.6b": 0.592e9,
+    "sana-1.6b": 1.604e9,
+    "sd3-medium": 2.03e9,
+    "sd3.5-medium": 2.24e9,
+    "sd3.5-large": 8.06e9,
+    "pixart-sigma-xl": 0.61e9,
+}
+"""Parameters as published, rounded as published."""
+PER_BLOCK = {
+    ("flux.1-dev", "transformer_blocks.0"): 339.8e6,
+    ("flux.1-dev", "single_transformer_blocks.0"): 141.6e6,
+    ("sana-1.6b", "transformer_blocks.0"): 77.9e6,
+    ("sana-0.6b", "transformer_blocks.0"): 20.65e6,
+    ("sd3.5-large", "transformer_blocks.1"): 213e6,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_public_configurations_have_the_published_parameters(name):
+    public = CONFIGS[name]
+    found = parameters(family_of(public.family), public.config)
+    published = PUBLIC.get(name)
+    if published is None:  # schnell is dev without the guidance embedding; Qwen-Image: "20B"
+        published = {"flux.1-schnell": 11.891e9, "qwen-image": 20.43e9}[name]
+    digits = len(f"{published:.0f}".rstrip("0"))
+    rounding = 0.5 / 10 ** (digits - 1)
+    assert abs(found / published - 1) < max(0.001, rounding)
+
+
+@pytest.mark.parametrize(("name", "block"), PER_BLOCK)
+def test_blocks_have_the_published_parameters(name, block):
+    from edge_dit.models.checkpoint import meta_model
+
+    public = CONFIGS[name]
+    family = family_of(public.family)
+    found = family.blocks(meta_model(family, public.config))[block]
+    assert sum(p.numel() for p in found.parameters()) == pytest.approx(
+        PER_BLOCK[name, block], rel=2.5e-3
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bytes_are_those_of_a_real_step(variant):
+    made = variants.case(variant)
+    shapes = Shapes(made.family, dict(made.model.config), GRID, TEXT)
+    for trained in SPLITS.values():
+        assert_bytes_are_right(variants.case(variant), trained, shapes.cost(trained, variants.RANK))
+
+
+def assert_bytes_are_right(made, trained, estimate):
+    variants.with_lora(made, trained)
+    sub, batch = variants.subgraph(made, trained)
+    assert estimate.lora == sum(p.numel() for p in sub.lora_parameters().values())
+    assert estimate.parameters == sum(p.numel() for p in sub.parameters() if not p.requires_grad)
+    stored = sum(
+        value.numel()
+        for name, value in batch.items()
+        if name.removeprefix("cond.") not in made.family.per_prompt
+    )
+    assert estimate.bank_bytes == 4 * stored
+
+    own = {t.untyped_storage().data_ptr() for t in [*sub.parameters(), *batch.values()]}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so no address comes twice
+        return tensor
+
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        made.family.traceable(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        sub(batch)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert estimate.activation_bytes == pytest.approx(real, rel=0.02)
+
+
+def test_operations_count_two_per_multiply_and_add():
+    """A block of SANA is mostly dense layers: twice parameters times tokens, forward, and as much
+    again for the gradient of the input.
+    """
+    public = CONFIGS["sana-0.6b"]
+    family = family_of(public.family)
+    shapes = Shapes(family, public.config, (16, 16), 300)
+    one, two = shapes.cost([13], 1), shapes.cost([13, 14], 1)
+    per_block = two.flops - one.flops
+    assert per_block == pytest.approx(2 * 2 * 20.65e6 * 256, rel=0.2)
+    assert two.parameters - one.parameters == pytest.approx(20.65e6, rel=2.5e-3)
+
+
+def test_a_plans_cost_is_that_of_its_bank_and_adapter(road):
+    from edge_dit.contract.adapter import read_adapter
+
+    columns = cost_of_plan(road.plan)
+    estimate = columns["this plan"]
+    lora, *_ = read_adapter(road.bundle / ADAPTER)
+    assert estimate.lora == sum(value.size for value in lora.values())
+    index = Bank(road.bank).index
+    shard = load_file(road.bank / "shard-00000.safetensors")
+    stored = sum(value.nbytes for value in shard.values())
+    assert stored == pytest.approx(estimate.bank_bytes * len(index.members(0)), rel=0.1)
+    assert columns["full LoRA"].total_bytes > estimate.total_bytes
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["edge-dit", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    captured = capsys.readouterr()
+    return stopped.value.code, captured.out, captured.err
+
+
+def test_plan_of_a_public_configuration_prints_what_it_takes(monkeypatch, capsys):
+    arguments = ("plan", "--config", "sana-0.6b", "--skip-ratio", "0.5")
+    code, text, _ = run(monkeypatch, capsys, *arguments)
+    assert code == 0
+    for role in ("frozen weights", "optimizer", "activations", "bank, per draw", "operations"):
+        assert role in text
+    code, text, _ = run(monkeypatch, capsys, *arguments, "--json")
+    facts = json.loads(text)
+    assert facts["layers"] == 28
+    assert facts["cost"]["this plan"]["blocks"] == 14
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config", "flux"], "flux.1-dev"),
+        (["--config", "flux.1-dev", "--patch", "250"], "240 or 256"),
+        (["--config", "flux.1-dev", "--head-skip", "57"], "no block to train"),
+        ([], "--config"),
+        (["job.toml", "--config", "flux.1-dev"], "one of them"),
+    ],
+)
+def test_bad_input_is_one_clear_error(monkeypatch, capsys, arguments, words):
+    code, _, text = run(monkeypatch, capsys, "plan", *arguments)
+    assert code == 2
+    assert words in text
+
+
+def test_a_plan_that_is_written_is_read_back(road, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "plan.json"
+    code, text, _ = run(monkeypatch, capsys, "plan", road.job, "-o", path)
+    assert code == 0
+    assert "activations" in text
+    assert read_plan(path) == road.plan

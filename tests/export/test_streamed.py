@@ -1,0 +1,139 @@
+"""The streamed layout: one graph per kind of block, weights as inputs, float32 or fewer bytes."""
+
+import onnx
+import pytest
+import torch
+
+import bundles
+import tiny
+from edge_dit.errors import BadInput
+from edge_dit.models.quantize import matrices, round_frozen
+from edge_dit.models.subgraph import lora_name
+from edge_dit_export.graph.blocks import frozen_tensors, plain_name
+from edge_dit_export.targets.frozen import FROZEN, FrozenStore
+from edge_dit_export.targets.streamed import export_streamed
+from edge_dit_runtime.session import layouts, open_session
+from edge_dit_runtime.sessions.streamed import StreamedStep
+from edge_dit_runtime.verify import verify
+
+
+class FakeManifest:
+    """What `StreamedStep` reads of a manifest."""
+
+    def __init__(self, facts, batch, lora):
+        self.targets = {"onnx": {"streamed": facts, "frozen": FROZEN}}
+        self._names = {"batch": list(batch), "lora": list(lora)}
+
+    def names(self, role):
+        return self._names[role]
+
+
+@pytest.fixture(scope="module", params=[("flux-dev", "int8"), ("sana-1.5", "float16")])
+def streamed(request, tmp_path_factory):
+    variant, dtype = request.param
+    sub, batch = bundles.made_variant(variant, "across")
+    folder = tmp_path_factory.mktemp("streamed")
+    (folder / "onnx").mkdir()
+    store = FrozenStore(frozen_tensors(sub), {plain_name(n) for n in matrices(sub)}, dtype)
+    facts = export_streamed(sub, batch, store, folder / "onnx")
+    store.write(folder / "onnx" / FROZEN)
+    return folder, sub, batch, facts, dtype
+
+
+def test_gradients_are_eagers_with_the_same_rounded_weights(streamed):
+    folder, sub, batch, facts, dtype = streamed
+    exact = tiny.eager(sub, batch)
+    round_frozen(sub, dtype)
+    want = tiny.eager(sub, batch)
+    lora = {name: p.detach() for name, p in sub.lora_parameters().items()}
+    step = StreamedStep(folder, FakeManifest(facts, batch, lora))
+    loss, *gradients = step(*(t.numpy() for t in [*batch.values(), *lora.values()]))
+    found = {"loss": torch.as_tensor(loss)}
+    found |= {f"grad.{n}": torch.from_numpy(g) for n, g in zip(lora, gradients, strict=True)}
+    tiny.assert_close(want, found, 1e-5)
+    assert not torch.equal(want["loss"], exact["loss"])  # rounding did change the model
+
+
+def test_blocks_of_one_kind_share_their_graphs(streamed):
+    folder, sub, _, facts, _ = streamed
+    assert [block["name"] for block in facts["blocks"]] == sub.order
+    kinds = {block["kind"] for block in facts["blocks"]}
+    files = {path.name for path in (folder / "onnx").glob("*.onnx")}
+    wanted = {f"block.{kind}.{way}.onnx" for kind in kinds for way in ("forward", "backward")}
+    assert files == {*wanted, "head.onnx"} == set(facts["graphs"])
+    named = [name for block in facts["blocks"] for name in block["lora"].values()]
+    assert sorted(named) == sorted(sub.lora_parameters())
+
+
+def test_graphs_hold_no_weights_and_standard_operators_only(streamed):
+    folder, _, _, facts, _ = streamed
+    for file in facts["graphs"]:
+        model = onnx.load(folder / "onnx" / file)
+        onnx.checker.check_model(model, full_check=True)
+        assert {entry.domain for entry in model.opset_import} == {""}
+        # Constants are shapes, scalars and the like; a weight would be larger.
+        assert sum(len(i.raw_data) for i in model.graph.initializer) < 20_000
+
+
+def test_int8_weights_are_widened_once_for_each_reader_and_late(streamed):
+    folder, _, _, facts, dtype = streamed
+    if dtype != "int8":
+        pytest.skip("int8 only")
+    for file in facts["graphs"]:
+        graph = onnx.load(folder / "onnx" / file).graph
+        inputs = {value.name for value in graph.input}
+        producers = {name: node for node in graph.node for name in node.output}
+        wide = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+        for node in wide:
+            assert sum(node.output[0] in other.input for other in graph.node) == 1
+        late = [node for node in wide if node.input[1] not in inputs]
+        assert all(producers[node.input[1]].op_type == "Add" for node in late)
+        if "block" in file:
+            assert len(late) > len(wide) / 2
+
+
+@pytest.fixture(scope="module")
+def small_road(road, tmp_path_factory):
+    """The road's plan with int8 weights, exported to onnx."""
+    from edge_dit_export.export import export
+
+    folder = tmp_path_factory.mktemp("int8") / "bundle"
+    manifest = export(road.plan.model_copy(update={"weights": "int8"}), folder, ["onnx"])
+    return folder, manifest
+
+
+def test_a_bundle_with_int8_weights_is_certified_and_trains(road, small_road, tmp_path):
+    from edge_dit_runtime.train import train
+
+    folder, manifest = small_road
+    assert layouts(manifest, "onnx") == ["streamed"]
+    certificate = verify(folder, road.bank, steps=5)
+    assert certificate["passed"], certificate["targets"]
+    run = train(folder, road.bank, tmp_path / "run", steps=3)
+    assert (run.done, run.layout) == (3, "streamed")
+    small = sum(p.stat().st_size for p in folder.rglob(FROZEN))
+    large = sum(p.stat().st_size for p in (road.bundle / "onnx").rglob(FROZEN))
+    assert small < 0.4 * large
+
+
+def test_a_layout_that_is_not_there_is_refused(small_road):
+    folder, manifest = small_road
+    with pytest.raises(BadInput, match="no layout 'fused'"):
+        open_session(folder, manifest, "onnx", "fused")
+
+
+def test_a_run_goes_on_in_the_layout_it_was_started_with(road, tmp_path):
+    from edge_dit_runtime.train import train
+
+    folder = tmp_path / "run"
+    train(road.bundle, road.bank, folder, "onnx", steps=4, stop_after=2, layout="streamed")
+    with pytest.raises(BadInput, match="streamed"):
+        train(road.bundle, road.bank, folder, "onnx", resume=True, layout="fused")
+    assert train(road.bundle, road.bank, folder, "onnx", resume=True).layout == "streamed"
+
+
+def test_names_of_lora_are_diffusers(streamed):
+    _, _, _, facts, _ = streamed
+    block = facts["blocks"][0]
+    for local, name in block["lora"].items():
+        assert name == lora_name(f"{block['name']}.{local}")

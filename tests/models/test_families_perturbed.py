@@ -1,0 +1,179 @@
+"""The contract of test_families.py notices when a family goes wrong: perturbed on purpose."""
+
+import pytest
+import test_families as contract
+import torch
+
+import variants
+from edge_dit.models.families import family, family_of
+from edge_dit.models.families.family import State
+from edge_dit.models.subgraph import TrainableSubgraph
+from variants import VARIANTS
+
+replay = contract.test_replay_with_nothing_skipped_is_the_stock_forward
+tail = contract.test_entry_state_trained_blocks_and_tail_residual_give_the_stock_forward
+gradients = contract.test_gradients_are_the_stock_models_when_no_tail_is_skipped
+JOINT = [name for name, (kind, _) in VARIANTS.items() if family_of(kind).joint]
+CROSS = [name for name in VARIANTS if name not in JOINT]
+
+
+def assert_noticed(check, *arguments) -> None:
+    """A check of the contract, which passes as things are, fails."""
+    with pytest.raises((AssertionError, RuntimeError, TypeError)):
+        check(*arguments)
+
+
+def perturbed_conditioning(monkeypatch, variant, change):
+    """Every block gets conditioning that went through ``change`` (a dict to a dict)."""
+    kind = type(family_of(VARIANTS[variant][0]))
+    stock = kind.arguments
+    monkeypatch.setattr(kind, "arguments", lambda self, cond, grid: stock(self, change(cond), grid))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_dropped_modulation_is_noticed(variant, monkeypatch):
+    name = "temb" if variant in JOINT else "timestep"
+    drop = lambda cond: {**cond, name: torch.zeros_like(cond[name])}  # noqa: E731
+    perturbed_conditioning(monkeypatch, variant, drop)
+    assert_noticed(replay, variant)
+    assert_noticed(gradients, variant, 1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_dropped_modulation_of_the_head_is_noticed(variant, monkeypatch):
+    kind = type(family_of(VARIANTS[variant][0]))
+    name = "temb" if variant in JOINT else "embedded_timestep"
+    stock = kind.head
+
+    def head(self, model, image, cond, grid):
+        return stock(self, model, image, {**cond, name: torch.zeros_like(cond[name])}, grid)
+
+    monkeypatch.setattr(kind, "head", head)
+    assert_noticed(replay, variant)
+    assert_noticed(tail, variant, (0, 2))
+
+
+@pytest.mark.parametrize("variant", JOINT)
+def test_swapped_streams_are_noticed(variant, monkeypatch):
+    monkeypatch.setattr(variants, "TEXT", 6)  # as many as image tokens: shapes give nothing away
+    replay(variant)
+    kind = type(family_of(VARIANTS[variant][0]))
+    stock = kind.run_block
+
+    def run_block(self, block, state, cond, grid):
+        image, text = stock(self, block, State(state.text, state.image), cond, grid)
+        return State(text, image)
+
+    monkeypatch.setattr(kind, "run_block", run_block)
+    assert_noticed(replay, variant)
+
+
+@pytest.mark.parametrize("variant", JOINT)
+def test_text_that_is_not_handed_on_is_noticed(variant, monkeypatch):
+    kind = type(family_of(VARIANTS[variant][0]))
+    stock = kind.run_block
+
+    def run_block(self, block, state, cond, grid):
+        return State(stock(self, block, state, cond, grid).image, state.text)
+
+    monkeypatch.setattr(kind, "run_block", run_block)
+    assert_noticed(replay, variant)
+
+
+@pytest.mark.parametrize("variant", ["flux-dev", "qwen-image"])
+def test_positions_the_wrong_way_round_are_noticed(variant, monkeypatch):
+    def turn(cond):
+        if "rope_cos" in cond:
+            return {**cond, "rope_sin": -cond["rope_sin"]}
+        return {**cond, "rope_image": cond["rope_image"] * torch.tensor([1.0, -1.0])}
+
+    perturbed_conditioning(monkeypatch, variant, turn)
+    assert_noticed(replay, variant)
+
+
+@pytest.mark.parametrize("variant", [*CROSS, "qwen-image"])
+def test_an_ignored_text_mask_is_noticed(variant, monkeypatch):
+    def ignore(cond):
+        if "encoder_attention_mask" in cond:
+            name, everything = "encoder_attention_mask", torch.zeros_like
+        else:
+            name, everything = "encoder_hidden_states_mask", torch.ones_like
+        return {**cond, name: everything(cond[name])}
+
+    perturbed_conditioning(monkeypatch, variant, ignore)
+    assert_noticed(replay, variant)
+
+
+@pytest.mark.parametrize("variant", ["sana", "sana-1.5", "sana-sprint"])
+def test_height_and_width_exchanged_are_noticed(variant, monkeypatch):
+    kind = type(family_of("sana"))
+    stock = kind.arguments
+    turned = lambda self, cond, grid: stock(self, cond, (grid[1], grid[0]))  # noqa: E731
+    monkeypatch.setattr(kind, "arguments", turned)
+    assert_noticed(replay, variant)
+
+
+@pytest.mark.parametrize("variant", ["sd3-medium", "sd3.5-medium", "sd3.5-large", "pixart-sigma"])
+def test_rows_and_columns_exchanged_are_noticed(variant, monkeypatch):
+    kind = type(family_of(VARIANTS[variant][0]))
+    stock = kind.head
+
+    def head(self, model, image, cond, grid):
+        turned = stock(self, model, image, cond, (grid[1], grid[0]))
+        return turned.reshape(stock(self, model, image, cond, grid).shape)
+
+    monkeypatch.setattr(kind, "head", head)
+    assert_noticed(replay, variant)
+
+
+def test_shift_and_scale_exchanged_are_noticed(monkeypatch):
+    kind = type(family_of("pixart"))
+    stock = kind.head
+
+    def head(self, model, image, cond, grid):
+        table = model.scale_shift_table
+        model.scale_shift_table = torch.nn.Parameter(table.flip(0))
+        try:
+            return stock(self, model, image, cond, grid)
+        finally:
+            model.scale_shift_table = table
+
+    monkeypatch.setattr(kind, "head", head)
+    assert_noticed(replay, "pixart-sigma")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_missing_tail_residual_is_noticed(variant, monkeypatch):
+    stock = TrainableSubgraph.predict
+
+    def predict(self, batch):
+        return stock(self, {**batch, "tail_residual": torch.zeros_like(batch["tail_residual"])})
+
+    monkeypatch.setattr(TrainableSubgraph, "predict", predict)
+    assert_noticed(tail, variant, (0, 2))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_blocks_in_another_order_are_noticed(variant, monkeypatch):
+    stock = TrainableSubgraph.__init__
+
+    def built(self, *arguments):
+        stock(self, *arguments)
+        self.order.reverse()
+
+    monkeypatch.setattr(TrainableSubgraph, "__init__", built)
+    assert_noticed(replay, variant)
+
+
+def test_tokens_unpacked_in_another_order_are_noticed(monkeypatch):
+    def unpatchify(tokens, grid, patch):
+        rows, columns = grid
+        tokens = tokens.reshape(1, rows, columns, -1, patch, patch).permute(0, 3, 1, 4, 2, 5)
+        return tokens.reshape(1, -1, rows * patch, columns * patch)
+
+    from edge_dit.models.families import pixart, sd3
+
+    for module in (family, pixart, sd3):
+        monkeypatch.setattr(module, "unpatchify", unpatchify)
+    assert_noticed(replay, "sd3-medium")
+    assert_noticed(replay, "pixart-sigma")

@@ -1,0 +1,130 @@
+"""The training loop: it learns, and a run stopped at any step ends with the same bits."""
+
+import csv
+import os
+import signal
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_dit.contract.adapter import read_adapter
+from edge_dit.errors import BadInput
+from edge_dit_runtime.train import draw_order, read_run, train, trained_adapter
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module", params=["onnx", "ort-training"])
+def whole(request, road, tmp_path_factory):
+    """A run that never stopped: target and folder."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    train(road.bundle, road.bank, folder, request.param, STEPS)
+    return request.param, folder
+
+
+def bits(folder) -> dict[str, bytes]:
+    return {
+        name: v.tobytes() for name, v in read_adapter(folder / "adapter.safetensors")[0].items()
+    }
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS))
+def test_stopped_at_any_step_and_resumed_gives_the_same_bits(road, whole, tmp_path, stop):
+    target, reference = whole
+    run = tmp_path / "run"
+    train(road.bundle, road.bank, run, target, STEPS, stop_after=stop)
+    assert not (run / "adapter.safetensors").exists()
+    assert read_run(run).done == stop
+    train(road.bundle, road.bank, run, target, resume=True)
+    assert bits(run) == bits(reference)
+    assert (run / "loss.csv").read_bytes() == (reference / "loss.csv").read_bytes()
+
+
+def test_interrupt_ends_the_step_and_leaves_a_checkpoint(road, whole, tmp_path):
+    target, reference = whole
+    run = tmp_path / "run"
+
+    def press(done, _loss):
+        if done == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    stopped = train(road.bundle, road.bank, run, target, STEPS, on_step=press)
+    assert stopped.done == 5
+    train(road.bundle, road.bank, run, target, resume=True)
+    assert bits(run) == bits(reference)
+
+
+def test_killed_between_checkpoints_goes_on_from_the_last(road, whole, tmp_path, monkeypatch):
+    """The process dies without a chance to save: steps since the checkpoint are repeated."""
+    monkeypatch.setattr("edge_dit_runtime.train.SAVE_EVERY", 4)
+    target, reference = whole
+    run = tmp_path / "run"
+
+    def die(done, _loss):
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(road.bundle, road.bank, run, target, STEPS, on_step=die)
+    assert read_run(run).done == 4
+    train(road.bundle, road.bank, run, target, resume=True)
+    assert bits(run) == bits(reference)
+
+
+def test_outputs(road, whole):
+    _, folder = whole
+    with (folder / "loss.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(STEPS))
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    tensors, run = trained_adapter(folder)
+    assert run.done == STEPS
+    initial = read_adapter(road.bundle / "adapter.safetensors")[0]
+    changed = [name for name, value in tensors.items() if (value != initial[name]).any()]
+    assert len(changed) == len(initial)
+
+
+def test_training_lowers_the_loss(road, tmp_path):
+    train(road.bundle, road.bank, tmp_path / "run", "onnx", 300)
+    with (tmp_path / "run" / "loss.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    first, last = np.mean(losses[:10]), np.mean(losses[-10:])  # each is once over the bank
+    assert last < 0.95 * first
+
+
+def test_a_run_is_not_overwritten_nor_mixed_up(road, whole, tmp_path):
+    target, folder = whole
+    with pytest.raises(BadInput, match=r"(?s)a run is there already.*--resume"):
+        train(road.bundle, road.bank, folder, target)
+    other = {"onnx": "ort-training", "ort-training": "onnx"}[target]
+    with pytest.raises(BadInput, match=f"a run of target {target}"):
+        train(road.bundle, road.bank, folder, other, resume=True)
+    with pytest.raises(BadInput, match="no run to resume"):
+        train(road.bundle, road.bank, tmp_path / "new", target, resume=True)
+    with pytest.raises(BadInput, match=r"no run\.json"):
+        train(road.bundle, road.bank, road.bank, target)
+
+
+def test_damaged_state_is_refused(road, tmp_path):
+    run = tmp_path / "run"
+    train(road.bundle, road.bank, run, "onnx", 4, stop_after=2)
+    state = run / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(BadInput, match="damaged checkpoint"):
+        train(road.bundle, road.bank, run, "onnx", resume=True)
+    with pytest.raises(BadInput, match="no whole checkpoint"):
+        trained_adapter(run)
+
+
+def test_a_target_the_bundle_lacks(road, tmp_path):
+    with pytest.raises(BadInput, match="no target 'coreml'"):
+        train(road.bundle, road.bank, tmp_path / "run", "coreml")
+    assert not (tmp_path / "run").exists()
+
+
+@given(draws=st.integers(1, 300), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 20))
+def test_every_epoch_visits_every_draw_once(draws, seed, epoch):
+    steps = range(epoch * draws, (epoch + 1) * draws)
+    assert sorted(draw_order(step, draws, seed) for step in steps) == list(range(draws))

@@ -1,0 +1,313 @@
+"""samples/reproduce: training side by side, what each arm is, and the arithmetic of its tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tiny
+from edge_dit.contract.adamw import AdamW
+from edge_dit.models.families.family import State
+from edge_dit.models.subgraph import (
+    TrainableSubgraph,
+    add_lora,
+    lora_modules,
+    lora_name,
+    residual_names,
+)
+from edge_dit.reference.eager import EagerSession
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "samples"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "samples" / "reproduce"))
+
+import experiment
+import measures
+import tables
+from arms import ARMS, CLAIMS, CROPS, NO_LORA, Claim, Skips, lora_blocks
+from experiment import Through, how_selected, settings, stored
+from run import SAMPLES, Run, all_runs, is_done, perform
+from side_by_side import ManySessions, add_many_lora, remove_many_lora
+
+RANK, ALPHA = 4, 8.0
+ADAMW = AdamW(lr=1e-2, weight_decay=0.01, max_grad_norm=0.1)
+unit = st.floats(0, 1)
+
+# ---------------------------------------------------------------- side by side
+
+
+def draw(seed: int, trained: tuple[int, ...]) -> dict[str, Tensor]:
+    """A draw with random contents, for any blocks of `tiny.transformer`."""
+    _, batch = tiny.subgraph()
+    generator = torch.Generator().manual_seed(seed)
+    new = dict(batch)
+    for name in ("entry", "tail_residual", "target"):
+        new[name] = torch.randn(batch[name].shape, generator=generator)
+    if trained[-1] - trained[0] >= len(trained):
+        inner = residual_names(trained[0] + 1)[0]
+        new[inner] = torch.randn(batch["entry"].shape, generator=generator)
+    return new
+
+
+@pytest.mark.parametrize("trained", [(1, 2), (0, 3)])
+def test_runs_side_by_side_are_those_of_eager_sessions(trained: tuple[int, ...]) -> None:
+    steps, runs = 3, 2
+    draws = [[draw(10 * run + step, trained) for run in range(runs)] for step in range(steps)]
+
+    model = tiny.transformer()
+    modules = lora_modules(tiny.FAMILY, model, trained, tiny.TARGETS)
+    layers = add_many_lora(model, modules, RANK, ALPHA, [0] * runs)
+    for number, layer in enumerate(layers):
+        generator = torch.Generator().manual_seed(number)
+        layer.b.data.normal_(std=0.05, generator=generator)
+    begun = [(layer.a.detach().clone(), layer.b.detach().clone()) for layer in layers]
+    many = ManySessions(TrainableSubgraph(model, "sana", trained, tiny.GRID), layers, ADAMW)
+    together = [many.step(batch, ADAMW.lr) for batch in draws]
+
+    for run in range(runs):
+        model = tiny.transformer()
+        add_lora(model, modules, RANK, ALPHA, seed=0)
+        session = EagerSession(TrainableSubgraph(model, "sana", trained, tiny.GRID), ADAMW)
+        for name, tensors in zip(modules, begun, strict=True):
+            for part, tensor in zip("AB", tensors, strict=True):
+                parameter = session.parameters[lora_name(f"{name}.lora_{part}.default.weight")]
+                parameter.data.copy_(tensor[run].reshape(parameter.shape))
+        for step, batch in enumerate(draws):
+            loss = session.step({name: value.numpy() for name, value in batch[run].items()})
+            assert together[step][run] == pytest.approx(loss, rel=1e-5)
+        for name, layer in zip(modules, layers, strict=True):
+            for part, tensor in zip("AB", (layer.a, layer.b), strict=True):
+                wanted = session.parameters[
+                    lora_name(f"{name}.lora_{part}.default.weight")
+                ].flatten(1)
+                off = (tensor[run] - wanted).abs().max().item()
+                # a share of a step's 1e-2
+                assert off < 1e-4, f"run {run}, {name}.lora_{part}: off by {off:.2g}"
+
+
+def test_each_run_begins_as_add_lora_does_with_its_seed() -> None:
+    model = tiny.transformer()
+    before = {name: type(module) for name, module in model.named_modules()}
+    modules = lora_modules(tiny.FAMILY, model, [1], tiny.TARGETS)
+    layers = add_many_lora(model, modules, RANK, ALPHA, [7, 3])
+    for row, seed in enumerate([7, 3]):
+        alone = tiny.transformer()
+        add_lora(alone, modules, RANK, ALPHA, seed)
+        parameters = dict(alone.named_parameters())
+        for name, layer in zip(modules, layers, strict=True):
+            wanted = parameters[f"{name}.lora_A.default.weight"].flatten(1)
+            assert torch.equal(layer.a[row], wanted), name
+            assert not layer.b[row].any(), name
+    remove_many_lora(model)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+# ---------------------------------------------------------------- arms
+
+
+@given(sigma=unit, chance=unit)
+def test_crops_stay_between_s_min_and_s_max(sigma: float, chance: float) -> None:
+    for name, crop in CROPS.items():
+        assert 0 <= crop(sigma, chance) <= 1, name
+
+
+def test_crops_at_both_ends_of_the_noise() -> None:
+    ends = {name: (crop(0.0, 0.3), crop(1.0, 0.3)) for name, crop in CROPS.items()}
+    assert ends == {
+        "resize": (1, 1),
+        "low-to-high": (0, 1),
+        "high-to-low": (1, 0),
+        "random": (0.3, 0.3),
+    }
+
+
+def test_every_arm_has_lora_where_it_says() -> None:
+    everything = list(range(12))
+    selected = {30: everything[1:9], 40: everything[1:8], 50: everything[1:7]}  # one first block
+    drawn = {30: everything[:8], 40: everything[:7], 50: everything[:6]}  # last ones only
+    chosen = {"skip": selected, "bare": selected, "drawn": drawn, "drawn-bare": drawn}
+    wanted = {
+        "first-50": everything[6:],
+        "last-50": everything[:6],
+        "middle-50": [0, 1, 2, 9, 10, 11],
+        "partial-50": selected[50],
+        **{f"ends-{k}": everything[1 : 13 - k] for k in (8, 9, 10)},
+        **{f"between-{k}": [1, *everything[3 : 14 - k]] for k in (8, 9, 10)},
+        "skip-30-large": selected[30],
+        **{f"{kind}-{k}": blocks for kind, of in chosen.items() for k, blocks in of.items()},
+    }
+
+    def select(k: int, where: str) -> Skips:
+        if where == "proposed":
+            return 1, k - 2, [(2, 3)]
+        return (0, k, []) if where == "drawn" else (min(k, 1), max(k - 1, 0), [])
+
+    for name, arm in ARMS.items():
+        blocks = lora_blocks(arm, 12, select)
+        assert blocks == wanted.get(name, everything), name
+
+
+def test_without_residuals_a_state_passes_skipped_blocks_as_it_is() -> None:
+    states = [State(torch.full((1, 2, 3), float(k)), None) for k in range(6)]
+    through = Through(states, {}, torch.zeros(1), None)
+    running, inner = [1, 3], residual_names(2)[0]
+    with_them, bare = (stored(through, running, residuals) for residuals in (True, False))
+    found = {
+        name: [float(batch[name].mean()) for batch in (with_them, bare)]
+        for name in ("entry", inner, "tail_residual")
+    }
+    assert found == {"entry": [1, 0], inner: [1, 0], "tail_residual": [1, 0]}
+
+
+def test_claims_are_about_arms_that_exist() -> None:
+    named = {arm for claim in CLAIMS for pair in claim.pairs for arm in pair}
+    assert named <= set(ARMS)
+    assert set(tables.SHARE_CLAIM[:2]) <= set(ARMS)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def results(losses: dict[str, list[float]]) -> tables.Results:
+    """Made-up runs, one seed for each subject; similarity and adherence are 1 - loss."""
+    settings = {"steps": 5, "blocks": [0, 1, 3], "seed": 0, "images": []}
+
+    def run(arm: str, toy: int, loss: float) -> dict[str, object]:
+        about = {"arm": arm, "subject": f"toy{toy}", "seed": 0, "settings": settings}
+        quality = {"heldout_loss": loss, "similarity": 1 - loss, "adherence": 1 - loss}
+        return {**about, **quality, "train_loss": loss}
+
+    return {
+        arm: {(f"toy{toy}", 0): run(arm, toy, loss) for toy, loss in enumerate(values)}
+        for arm, values in losses.items()
+    }
+
+
+def test_gain_is_paired_and_positive_when_better() -> None:
+    made = results({"full": [0.1, 0.2, 0.6], "resize": [0.2, 0.4, 0.9, 5.0]})
+    gain = tables.gain(made, "full", "resize", "heldout_loss")
+    assert gain is not None
+    assert gain.mean == pytest.approx(0.2)
+    assert gain.error == pytest.approx(0.1 / 3**0.5)
+    assert gain.count == 3
+    similar = tables.gain(made, "full", "resize", "similarity")
+    assert similar is not None
+    assert similar.mean == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "margin", "verdict"),
+    [
+        ([0.1, 0.1, 0.1], [0.2, 0.3, 0.2], 2.0, "holds"),
+        ([0.1, 0.1, 0.1], [0.2, 0.3, 0.0], 2.0, "does not hold"),  # better, but who knows
+        ([0.2, 0.2, 0.2], [0.1, 0.1, 0.11], 2.0, "does not hold"),
+        ([0.2, 0.2, 0.2], [0.1, 0.1, 0.11], 0.0, "does not hold"),
+        ([0.1, 0.1, 0.1], [0.2, 0.3, 0.0], 0.0, "holds"),
+        ([0.1, 0.2], [0.1, 0.2], 0.0, "holds"),
+        ([0.1, 0.2], [0.1, 0.2], 2.0, "does not hold"),
+        ([0.1], [0.2], 2.0, "not decided"),
+        ([], [0.2], 0.0, "not decided"),
+    ],
+)
+def test_a_claim_is_judged_by_its_margin(
+    better: list[float], worse: list[float], margin: float, verdict: str
+) -> None:
+    made = results({"skip-30": better, "bare-30": worse})
+    assert tables.judge(made, Claim("", "", (("skip-30", "bare-30"),), margin)) == verdict
+
+
+def test_one_pair_that_fails_is_enough() -> None:
+    claim = Claim("", "", (("full", "resize"), ("full", "random")), 0.0)
+    losses = {"full": [0.2, 0.2], "resize": [0.3, 0.3]}
+    assert tables.judge(results({**losses, "random": [0.3, 0.3]}), claim) == "holds"
+    assert tables.judge(results(losses), claim) == "not decided"
+    assert tables.judge(results({**losses, "random": [0.1, 0.2]}), claim) == "does not hold"
+
+
+@pytest.mark.parametrize(("loss", "verdict"), [(0.019, "holds"), (0.021, "does not hold")])
+def test_share_of_full_loras_improvement(loss: float, verdict: str) -> None:
+    made = results({"base": [1.0, 2.0], "full": [0.0, 0.0], "skip-30": [loss, 2 * loss]})
+    share = tables.share_of_full(made, "skip-30")
+    assert share is not None
+    assert share.mean == pytest.approx(1 - loss)
+    assert tables.judge_share(made) == verdict
+
+
+def test_report_leaves_out_what_was_not_run() -> None:
+    made = results({"base": [1.0, 2.0], "full": [0.5, 0.75], "skip-30": [0.6, 1.0]})
+    text = tables.report(made, "tiny-sana", "")
+    assert "| `skip-30` |" in text
+    assert "| `bare-30` |" not in text
+    assert "Not run: `low-to-high`" in text
+    assert "| `skip-30` against `bare-30` |  | missing | missing | missing | 0 | not decided |" in (
+        text
+    )
+    assert "0-1, 3" in text
+    assert "80.0 ± 0.0 %" in text
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("reproduce") / "tiny-sana"
+
+
+@pytest.fixture(scope="module")
+def runs(work: Path) -> list[Run]:
+    """Two arms that are run here."""
+    arms = (NO_LORA, "skip-50")
+    return all_runs(SAMPLES / "sana.toml", work, toys=1, seeds=1, steps=2, arms=arms)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Few pictures, drawn in few steps."""
+    monkeypatch.setattr(experiment, "GENERATION_STEPS", 2)
+    monkeypatch.setattr(measures, "SCENES", 4)
+    measures.unrelated.cache_clear()
+    yield
+    measures.unrelated.cache_clear()
+
+
+@pytest.mark.usefixtures("quick")
+def test_arms_are_trained_measured_and_not_repeated(work: Path, runs: list[Run]) -> None:
+    out = work / "runs"
+    assert [perform([run], out) for run in runs] == [[run.name] for run in runs]
+    assert [perform([run], out) for run in runs] == [[], []]
+    found = tables.collect([*(run.name for run in runs), "full-robot-0"], out)
+    assert list(found) == [NO_LORA, "skip-50"]
+    base, trained = (arm["robot", 0] for arm in found.values())
+    assert trained["heldout_loss"] != base["heldout_loss"]
+    assert np.isfinite(trained["train_loss"])
+
+    tables.write_results(found, work, how_selected(runs[0].job))
+    assert "measured on toy and owl" in (work / "results.md").read_text()
+    written = json.loads((work / "results.json").read_text())
+    assert [run["heldout_loss"] for run in written["runs"]] == [
+        base["heldout_loss"],
+        trained["heldout_loss"],
+    ]
+    for name in ("losses", "tradeoff", "pictures"):
+        assert (work / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+
+
+def test_runs_with_other_settings_are_not_done(tmp_path: Path, runs: list[Run]) -> None:
+    run = runs[1]
+    file = tmp_path / f"{run.name}.json"
+    assert not is_done(run, tmp_path)
+    file.write_text(json.dumps({"settings": settings(run)}))
+    assert is_done(run, tmp_path)
+    assert not is_done(replace(run, steps=3), tmp_path)
+    file.write_text(file.read_text()[:-5])
+    assert not is_done(run, tmp_path)
