@@ -5,8 +5,9 @@
 Two families, two depths each, every target and layout, random weights of real configurations; each
 figure from a fresh process (`edge_dit.app.bench`). Results are kept in WORK and measured once;
 --again measures one target anew. Prints the predictions beside them; exit code 1 when memory is off
-by more than 10 % or time by more than 25 %. --write puts them into edge_dit/app/measured.json, which
-`edge-dit plan --report` shows. About an hour on two cores, which should have nothing else to do.
+by more than 10 % or time by more than 25 %. --write puts them into edge_dit/app/measured.json,
+which `edge-dit plan --report` shows. About an hour on two cores, which should have nothing else to
+do.
 """
 
 from __future__ import annotations
