@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -22,14 +21,15 @@ import tiny
 import variants
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.adapter import write_adapter
-from edge_dit.contract.bundle import ADAPTER, MANIFEST, Manifest, Optimizer, TensorSpec
+from edge_dit.contract.bundle import ADAPTER, MANIFEST, Manifest, TensorSpec
 from edge_dit.models.subgraph import TrainableSubgraph
-from edge_dit.pictures.crop import crop_at
+from edge_dit.pictures.crop import CropRule
 from edge_dit.pictures.patch_sampler import PatchSampler
 
 ADAMW = AdamW(lr=1e-3, weight_decay=0.1, max_grad_norm=0.2)
 """Clips: the tiny sub-graph's gradient norms are above 0.2."""
-SAMPLER = PatchSampler(16, 48, 8)
+CROPS = CropRule(s_min=16, s_max=48, multiple=8)
+SAMPLER = PatchSampler(CROPS)
 
 
 EXECUTORCH_CHILD = Path(__file__).with_name("executorch_child.py")
@@ -75,7 +75,7 @@ def write(folder: Path, *targets: str, made: Made | None = None) -> tuple[*Made,
             *(TensorSpec(name=n, shape=tuple(t.shape), role="batch") for n, t in batch.items()),
             *(TensorSpec(name=n, shape=t.shape, role="lora") for n, t in lora.items()),
         ],
-        optimizer=Optimizer(**asdict(ADAMW)),
+        optimizer=ADAMW,
         targets=facts,
         tools={},
         files=[],
@@ -228,18 +228,17 @@ def assert_samples_like_interpolate(path: Path) -> None:
     """patch_sampler.onnx against torch's antialiased resize of the host's crop."""
     session = onnxruntime.InferenceSession(path)
     rng = np.random.default_rng(0)
-    s_min, s_max, multiple = SAMPLER.s_min, SAMPLER.s_max, SAMPLER.multiple
     for _ in range(100):
-        height, width = map(int, rng.integers(s_max, 3 * s_max, 2))
+        height, width = map(int, rng.integers(CROPS.s_max, 3 * CROPS.s_max, 2))
         image = rng.uniform(-1, 1, (1, 3, height, width)).astype(np.float32)
         sigma, u, v = rng.uniform(0, 1, 3).astype(np.float32)
         feeds = {"image": image, "sigma": sigma[None], "uv": np.array([u, v])}
         patch = torch.from_numpy(session.run(None, feeds)[0])
-        crop = crop_at(sigma, u, v, height, width, s_min, s_max, multiple)
+        crop = CROPS.crop(sigma, u, v, height, width)
         rows, columns = (slice(start, start + crop.side) for start in (crop.top, crop.left))
         want = torch.nn.functional.interpolate(
             torch.from_numpy(image[:, :, rows, columns]),
-            size=(s_min, s_min),
+            size=(CROPS.s_min, CROPS.s_min),
             mode="bilinear",
             antialias=True,
         )

@@ -30,7 +30,6 @@ import tiny
 from edge_dit.contract.bundle import Manifest
 from edge_dit.models.pipeline import quiet
 from edge_dit.models.subgraph import TrainableSubgraph
-from edge_dit.pictures.crop import crop_at
 
 
 @dataclass(frozen=True)
@@ -116,17 +115,17 @@ def sampler(bundle: Exported) -> None:
 
     program = ExecuTorchProgram(bundle.folder / "executorch" / "patch_sampler.pte")
     rng = np.random.default_rng(0)
-    settings = bundles.SAMPLER.s_min, bundles.SAMPLER.s_max, bundles.SAMPLER.multiple
-    sides = rng.integers(settings[1], bundles.MAX_IMAGE_SIDE, (100, 2), endpoint=True)
-    for height, width in [*sides, (settings[1],) * 2, (bundles.MAX_IMAGE_SIDE,) * 2]:
+    smallest, rule = bundles.CROPS.s_max, bundles.CROPS
+    sides = rng.integers(smallest, bundles.MAX_IMAGE_SIDE, (100, 2), endpoint=True)
+    for height, width in [*sides, (smallest,) * 2, (bundles.MAX_IMAGE_SIDE,) * 2]:
         image = rng.uniform(-1, 1, (1, 3, height, width)).astype(np.float32)
         sigma, u, v = rng.uniform(0, 1, 3).astype(np.float32)
         (patch,) = program(image, sigma[None], np.array([u, v]))
-        crop = crop_at(sigma, u, v, int(height), int(width), *settings)
+        crop = rule.crop(sigma, u, v, int(height), int(width))
         rows, columns = (slice(start, start + crop.side) for start in (crop.top, crop.left))
         want = torch.nn.functional.interpolate(
             torch.from_numpy(image[:, :, rows, columns]),
-            size=(settings[0],) * 2,
+            size=(rule.s_min,) * 2,
             mode="bilinear",
             antialias=True,
         )

@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from edge_dit.contract.adamw import AdamW
-from edge_dit.contract.bundle import Optimizer, read_manifest
+from edge_dit.contract.bundle import read_manifest
 from edge_dit.contract.targets import EXECUTIONS, Execution
 from edge_dit.errors import BadInput, CheckFailed, require
 from edge_dit.models.public_configs import PublicConfig, public_config
@@ -229,7 +229,7 @@ def random_model(case: Case, work: Path) -> Plan:
         rank=case.rank,
         alpha=float(case.rank),
         lora_targets=list(family.lora_targets),
-        optimizer=Optimizer(**asdict(AdamW(lr=1e-4))),
+        optimizer=AdamW(lr=1e-4),
         steps=case.steps,
         draws=1,
         seed=0,

@@ -177,7 +177,7 @@ def sample_patches(
 
     from edge_dit.pictures.patch_sampler import PatchSampler
 
-    sampler = PatchSampler(plan.s_min, plan.s_max, plan.multiple)
+    sampler = PatchSampler(plan.crop_rule)
     found = []
     for image in images[:PICTURES]:
         levels = iter(sigmas)
@@ -187,9 +187,7 @@ def sample_patches(
             level=lambda _, levels=levels: next(levels),
             prompt_of_image=[0],
             sizes=[(image.pixels.shape[1], image.pixels.shape[2])],
-            s_min=plan.s_min,
-            s_max=plan.s_max,
-            multiple=plan.multiple,
+            rule=plan.crop_rule,
         )
         pixels = torch.from_numpy(image.pixels).unsqueeze(0)
         patches = []

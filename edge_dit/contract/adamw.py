@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edge_dit.store.documents import STRICT
+
 CLIP_EPS = 1e-6
 """Added to the gradient norm before dividing, as clip_grad_norm_ does."""
 
@@ -38,13 +40,15 @@ def learning_rate(step: int, steps: int, lr: float) -> float:
 
 @dataclass(frozen=True)
 class AdamW:
-    """Hyper-parameters. ``lr`` is an input of every exported optimiser, the others are baked in.
+    """Hyper-parameters, in a plan and in a bundle's manifest. ``lr`` is an input of every exported
+    optimizer; the others are constants of its graph.
 
     ``eps`` is 1e-6, not torch's 1e-8. Clipped gradients have norm 1 at most, so rounding reaches
     1e-9 in their elements; an eps below that lets rounding decide whole steps wherever a gradient
     is nearly zero, and two correct runtimes drift apart.
     """
 
+    __pydantic_config__ = STRICT
     lr: float
     beta1: float = 0.9
     beta2: float = 0.999

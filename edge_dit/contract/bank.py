@@ -58,7 +58,7 @@ class Draw:
         image: number of the image in the index.
         prompt: number of the prompt in the index.
         sigma: noise level in (0, 1].
-        u, v: crop position, see `edge_dit.pictures.crop.crop_at`.
+        u, v: crop position, see `edge_dit.pictures.crop.CropRule`.
         crop: the resulting crop in pixels of the resized image.
     """
 

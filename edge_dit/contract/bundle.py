@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
+from edge_dit.contract.adamw import AdamW
 from edge_dit.errors import BadInput
 from edge_dit.store.documents import read_document, validated, write_document
 
@@ -63,18 +64,6 @@ class FileSpec(BaseModel):
     path: Annotated[str, AfterValidator(_relative)]
     bytes: Natural
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Optimizer(BaseModel):
-    """`edge_dit.contract.adamw.AdamW` as stored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    max_grad_norm: float
 
 
 class _Names(BaseModel):
@@ -151,7 +140,7 @@ class Manifest(BaseModel):
     plan: dict[str, Any]
     plan_hash: str
     tensors: list[TensorSpec]
-    optimizer: Optimizer
+    optimizer: AdamW
     targets: dict[str, dict[str, Any]]
     tools: dict[str, str]
     files: list[FileSpec]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from edge_dit.contract.bank import Draw
-from edge_dit.pictures.crop import crop_at
+from edge_dit.pictures.crop import CropRule
 
 GOLDEN = (5**0.5 - 1) / 2
 """Step of the additive recurrence that spreads the noise levels: any prefix of the draws covers
@@ -20,9 +20,7 @@ def plan_draws(
     level: Callable[[float], float],
     prompt_of_image: list[int],
     sizes: list[tuple[int, int]],
-    s_min: int,
-    s_max: int,
-    multiple: int,
+    rule: CropRule,
 ) -> list[Draw]:
     """All draws of a bank, from the seed alone.
 
@@ -36,7 +34,7 @@ def plan_draws(
             (`edge_dit.models.objective.FlowMatching.level`).
         prompt_of_image: prompt number of each image.
         sizes: height and width of each image in pixels.
-        s_min, s_max, multiple: see `edge_dit.pictures.crop.crop_at`.
+        rule: of the crops.
     """
     offset = np.random.default_rng(seed).random()
     draws = []
@@ -46,6 +44,6 @@ def plan_draws(
         # One image's draws, not only all draws together, must cover the noise levels.
         turn, image = divmod(number, len(sizes))
         sigma = level((offset + turn * GOLDEN + image / len(sizes)) % 1.0)
-        crop = crop_at(sigma, u, v, *sizes[image], s_min, s_max, multiple)
+        crop = rule.crop(sigma, u, v, *sizes[image])
         draws.append(Draw(draw_seed, image, prompt_of_image[image], sigma, u, v, crop))
     return draws

@@ -10,19 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from edge_dit.pictures.crop import CropRule
+
 
 class PatchSampler(nn.Module):
-    """Cut the crop of `edge_dit.pictures.crop.crop_at` out of an image and resize it to s_min.
+    """Cut the crop of `CropRule.crop` out of an image and resize it to s_min.
 
     Args:
-        s_min: side of the patch and smallest crop side, in pixels.
-        s_max: largest crop side, in pixels.
-        multiple: crop sides are multiples of this many pixels (the VAE's downsampling factor).
+        rule: of the crops.
     """
 
-    def __init__(self, s_min: int, s_max: int, multiple: int) -> None:
+    def __init__(self, rule: CropRule) -> None:
         super().__init__()
-        self.s_min, self.s_max, self.multiple = s_min, s_max, multiple
+        self.rule = rule
 
     def forward(self, image: Tensor, sigma: Tensor, uv: Tensor) -> Tensor:
         """One patch.
@@ -35,8 +35,8 @@ class PatchSampler(nn.Module):
         Returns:
             [1, 3, s_min, s_min] float32.
         """
-        side = self.s_min + sigma * (self.s_max - self.s_min)
-        side = torch.round(side / self.multiple) * self.multiple
+        side = self.rule.s_min + sigma * (self.rule.s_max - self.rule.s_min)
+        side = torch.round(side / self.rule.multiple) * self.rule.multiple
         rows = self._matrix(image.shape[2], side, uv[1:2])
         columns = self._matrix(image.shape[3], side, uv[0:1])
         return rows @ image @ columns.transpose(0, 1)
@@ -49,8 +49,8 @@ class PatchSampler(nn.Module):
         free = size - side
         start = torch.minimum(torch.floor(position * (free + 1)), free)
         pixel = torch.arange(size, dtype=torch.float32).unsqueeze(0)
-        output = torch.arange(self.s_min, dtype=torch.float32).unsqueeze(1)
-        scale = side / self.s_min
+        output = torch.arange(self.rule.s_min, dtype=torch.float32).unsqueeze(1)
+        scale = side / self.rule.s_min
         centre = start + (output + 0.5) * scale
         distance = (pixel + 0.5 - centre).abs() / scale.clamp(min=1.0)
         inside = ((pixel >= start) & (pixel < start + side)).to(torch.float32)

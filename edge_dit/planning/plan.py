@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -15,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.bank import Dtype
-from edge_dit.contract.bundle import Optimizer
 from edge_dit.errors import BadInput, ManyFaults, require
 from edge_dit.models.families import detect, family_of
+from edge_dit.pictures.crop import CropRule
 from edge_dit.pictures.images import captions, image_files
 from edge_dit.planning.job import Job
 from edge_dit.planning.selection import Selection, find_selection
@@ -80,7 +79,7 @@ class Plan(BaseModel):
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
     lora_targets: list[str]
-    optimizer: Optimizer
+    optimizer: AdamW
     steps: Positive
     draws: Positive
     seed: Natural
@@ -94,6 +93,11 @@ class Plan(BaseModel):
     def trained(self) -> list[int]:
         """Numbers of the trained blocks, ascending."""
         return trained_blocks(self.layers, self.head_skip, self.tail_skip, self.inner_skips)
+
+    @property
+    def crop_rule(self) -> CropRule:
+        """How large the crops are that patches are made of."""
+        return CropRule(self.s_min, self.s_max, self.multiple)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -277,7 +281,7 @@ def make_plan(
         rank=job.train.rank,
         alpha=alpha,
         lora_targets=lora_targets,
-        optimizer=Optimizer(**asdict(AdamW(lr=job.train.lr))),
+        optimizer=AdamW(lr=job.train.lr),
         steps=job.train.steps,
         draws=job.train.draws,
         seed=job.train.seed,

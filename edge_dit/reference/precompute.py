@@ -72,7 +72,7 @@ def precompute(plan: Plan, images: list[Captioned], folder: Path) -> bank.Index:
             [{f"cond.{n}": cond[n].numpy() for n in family.per_prompt} for cond in conditions],
         )
 
-    sampler = PatchSampler(plan.s_min, plan.s_max, plan.multiple)
+    sampler = PatchSampler(plan.crop_rule)
     done = len(index.draws) - sum(len(index.members(shard)) for shard in missing)
     with bar("precompute", len(index.draws), done) as advance:
         for shard in missing:
@@ -184,9 +184,7 @@ def plan_index(
         objective.level,
         [prompts.index(image.caption) for image in images],
         [(image.pixels.shape[1], image.pixels.shape[2]) for image in images],
-        plan.s_min,
-        plan.s_max,
-        plan.multiple,
+        plan.crop_rule,
     )
     named = [{"name": image.name, "sha256": image.sha256} for image in images]
     bytes_each = sum(4 * value.numel() for value in blank.values())

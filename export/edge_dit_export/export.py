@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.adapter import write_adapter
 from edge_dit.contract.bundle import (
     ADAPTER,
@@ -62,8 +61,8 @@ def export(plan: Plan, folder: Path, targets: list[str], check: bool = True) -> 
             with quiet():
                 require(module, f"the {target} target")
     subgraph, batch = adapted_subgraph(plan, check)
-    adamw = AdamW(**plan.optimizer.model_dump())
-    sampler = PatchSampler(plan.s_min, plan.s_max, plan.multiple)
+    adamw = plan.optimizer
+    sampler = PatchSampler(plan.crop_rule)
     parameters = subgraph.lora_parameters()
     step: TracedStep | None = None
     shapes = {name: parameter.shape for name, parameter in parameters.items()}

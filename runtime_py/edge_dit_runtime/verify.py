@@ -288,7 +288,6 @@ def verify(
     require("torch", "the PyTorch reference of verify")
     import torch
 
-    from edge_dit.contract.adamw import AdamW
     from edge_dit.models.quantize import round_frozen
     from edge_dit.pictures.patch_sampler import PatchSampler
     from edge_dit.planning.plan import Plan
@@ -296,7 +295,7 @@ def verify(
 
     manifest = read_manifest(bundle)
     plan = Plan.model_validate(manifest.plan)
-    host = PatchSampler(plan.s_min, plan.s_max, plan.multiple)
+    host = PatchSampler(plan.crop_rule)
     bank = Bank(bank_folder, manifest.plan_hash)
     adapter = read_adapter(bundle / ADAPTER)[0]
     # Targets with frozen weights in fewer bytes come last: PyTorch's are rounded to theirs then.
@@ -315,7 +314,7 @@ def verify(
     references: dict[str, tuple[list[Point], dict[str, Any]]] = {}
     with bar("verify", len(rows) + 1) as advance:
         subgraph, _ = adapted_subgraph(plan)
-        adamw = AdamW(**manifest.optimizer.model_dump())
+        adamw = manifest.optimizer
         advance(note="model")
         for target, layout in rows:
             dtype = _weights(manifest, target)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from side_by_side import ManySessions, add_many_lora, joined, remove_many_lora
 from subjects import HELD_OUT, VIEWS, caption
 from torch import Tensor
 
-from edge_dit.contract.adamw import AdamW, learning_rate
+from edge_dit.contract.adamw import learning_rate
 from edge_dit.contract.bank import Draw
 from edge_dit.models.families import family_of
 from edge_dit.models.families.family import State
@@ -140,9 +140,7 @@ def draws_of(run: Run, count: int) -> list[Draw]:
     plan, train = plan_for(run), subject_of(run.job, run.subject).train
     sizes = [(image.pixels.shape[1], image.pixels.shape[2]) for image in train]
     level, prompts = objective_of(plan).level, list(range(len(train)))
-    return plan_draws(
-        count, plan.seed, level, prompts, sizes, plan.s_min, plan.s_max, plan.multiple
-    )
+    return plan_draws(count, plan.seed, level, prompts, sizes, plan.crop_rule)
 
 
 @torch.no_grad()
@@ -154,7 +152,7 @@ def begin(run: Run, draw: Draw) -> Through:
     chance = float(np.random.default_rng([draw.seed, 1]).random())
     share = 1.0 if arm.crop == "whole" else CROPS[arm.crop](draw.sigma, chance)
     pixels = torch.from_numpy(subject.train[draw.image].pixels).unsqueeze(0)
-    sampler = PatchSampler(side_of(arm, plan), plan.s_max, plan.multiple)
+    sampler = PatchSampler(replace(plan.crop_rule, s_min=side_of(arm, plan)))
     patch = sampler(pixels, torch.tensor([share]), torch.tensor([draw.u, draw.v]))
     generator = torch.Generator().manual_seed(draw.seed)
     clean = family.encode_image(pipeline.vae, patch, generator)
@@ -290,7 +288,7 @@ def train(runs: list[Run]) -> list[list[float]]:
     layers = add_many_lora(pipeline.transformer, modules, plan.rank, plan.alpha, seeds)
     grid = (side_of(arm, plan) // plan.multiple,) * 2
     subgraph = TrainableSubgraph(pipeline.transformer, plan.family, running, grid)
-    sessions = ManySessions(subgraph, layers, AdamW(**plan.optimizer.model_dump()))
+    sessions = ManySessions(subgraph, layers, plan.optimizer)
     progress, losses = Progress(runs[0].arm, 0, plan.steps), []
     for step in range(plan.steps):
         batch = [draw(row, step) for row in range(len(runs))]

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -26,9 +26,7 @@ from edge_dit.app.report import (
     write_report,
 )
 from edge_dit.contract.adamw import AdamW
-from edge_dit.contract.bundle import Optimizer
 from edge_dit.errors import BadInput
-from edge_dit.pictures.crop import crop_side
 from edge_dit.pictures.images import Captioned
 from edge_dit.planning.job import read_job
 from edge_dit.planning.plan import Plan, make_plan
@@ -50,7 +48,7 @@ PLAN = Plan(
     rank=6,
     alpha=12.0,
     lora_targets=["attn1.to_q", "attn2.to_v"],
-    optimizer=Optimizer(**asdict(AdamW(lr=0.003))),
+    optimizer=AdamW(lr=0.003),
     steps=123,
     draws=45,
     seed=7,
@@ -356,7 +354,7 @@ def test_patches_are_the_samplers():
     for sample in found:
         assert [p.sigma for p in sample.patches] == list(SIGMAS)
         for patch in sample.patches:
-            side = crop_side(patch.sigma, PLAN.s_min, PLAN.s_max, PLAN.multiple)
+            side = PLAN.crop_rule.side(patch.sigma)
             assert patch.crop.side == side
             assert patch.pixels.shape == (PLAN.s_min, PLAN.s_min, 3)
             assert patch.pixels.dtype == np.uint8

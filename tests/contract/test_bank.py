@@ -12,15 +12,15 @@ from edge_dit.contract import bank
 from edge_dit.contract.bank import Bank, Crop, Draw, Index
 from edge_dit.errors import BadInput
 from edge_dit.models.objective import FlowMatching
+from edge_dit.pictures.crop import CropRule
 from edge_dit.pictures.draws import plan_draws
 
 LEVELS = FlowMatching((np.arange(1, 1001) / 1000).astype(np.float32))
 
 
 def draws(count: int, seed: int = 0) -> list[Draw]:
-    return plan_draws(
-        count, seed, LEVELS.level, [0, 1, 0], [(64, 64), (64, 90), (80, 64)], 32, 64, 8
-    )
+    sizes = [(64, 64), (64, 90), (80, 64)]
+    return plan_draws(count, seed, LEVELS.level, [0, 1, 0], sizes, CropRule(32, 64, 8))
 
 
 def tensors(number: int) -> dict[str, np.ndarray]:

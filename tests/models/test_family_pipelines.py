@@ -514,7 +514,7 @@ def test_a_bank_holds_what_hooks_on_the_stock_transformer_see(road, name):
     plan, family, pipeline = made.plan, made.stock.family, made.stock.pipeline
     bank = Bank(made.bank)
     objective = family.objective(scheduler_config(made.stock.folder))
-    sampler = PatchSampler(plan.s_min, plan.s_max, plan.multiple)
+    sampler = PatchSampler(plan.crop_rule)
     assert {draw.prompt for draw in bank.index.draws} == {0, 1}
     for number, draw in enumerate(bank.index.draws):
         pixels = torch.from_numpy(made.images[draw.image].pixels)[None]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_dit.pictures.crop import crop_at, crop_side
+from edge_dit.pictures.crop import CropRule
 from edge_dit.pictures.patch_sampler import PatchSampler
 
 unit = st.floats(0, 1, width=32)
@@ -16,16 +16,16 @@ unit = st.floats(0, 1, width=32)
 @settings(max_examples=150, deadline=None)
 def test_patch_equals_torch_antialiased_interpolate(sigma, u, v, height, width):
     image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(height))
-    crop = crop_at(sigma, u, v, height, width, 64, 128, 8)
+    crop = CropRule(64, 128, 8).crop(sigma, u, v, height, width)
     cut = image[:, :, crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
     expected = torch.nn.functional.interpolate(cut, size=64, mode="bilinear", antialias=True)
-    found = PatchSampler(64, 128, 8)(image, torch.tensor([sigma]), torch.tensor([u, v]))
+    found = PatchSampler(CropRule(64, 128, 8))(image, torch.tensor([sigma]), torch.tensor([u, v]))
     assert (found - expected).abs().max() < 1e-5
 
 
 @given(unit, unit, unit, st.integers(64, 300), st.integers(64, 300), st.sampled_from([8, 16, 32]))
 def test_crop_lies_within_the_image(sigma, u, v, height, width, multiple):
-    crop = crop_at(sigma, u, v, height, width, 32, 64, multiple)
+    crop = CropRule(32, 64, multiple).crop(sigma, u, v, height, width)
     assert crop.side % multiple == 0
     assert 32 <= crop.side <= 64
     assert 0 <= crop.top <= height - crop.side
@@ -34,9 +34,9 @@ def test_crop_lies_within_the_image(sigma, u, v, height, width, multiple):
 
 @pytest.mark.parametrize(("sigma", "side"), [(0, 512), (0.5, 768), (1, 1024), (0.51, 768)])
 def test_eq_1_with_the_papers_sizes(sigma, side):
-    assert crop_side(sigma, 512, 1024, 32) == side
+    assert CropRule(512, 1024, 32).side(sigma) == side
 
 
 def test_every_position_is_reached():
-    lefts = {crop_at(1.0, u, 0, 64, 70, 32, 64, 8).left for u in np.linspace(0, 1, 500)}
+    lefts = {CropRule(32, 64, 8).crop(1.0, u, 0, 64, 70).left for u in np.linspace(0, 1, 500)}
     assert lefts == set(range(7))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from edge_dit.contract.bundle import (
     ADAPTER,
     FileSpec,
     Manifest,
-    Optimizer,
     TensorSpec,
     read_manifest,
     write_manifest,
@@ -86,7 +84,7 @@ def write_bundle(folder: Path, location: str | None = None, rank: int = 2) -> Pa
             *(TensorSpec(name=n, shape=s, role="batch") for n, s in BATCH.items()),
             *(TensorSpec(name=n, shape=s, role="lora") for n, s in LORA.items()),
         ],
-        optimizer=Optimizer(**asdict(AdamW(lr=1e-2))),
+        optimizer=AdamW(lr=1e-2),
         targets={
             "onnx": {
                 "frozen": "w.bin",

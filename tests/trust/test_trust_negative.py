@@ -19,7 +19,6 @@ import onnx
 import pytest
 from onnx import GraphProto, NodeProto, external_data_helper, helper, numpy_helper
 
-from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.adapter import read_adapter
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import ADAPTER, FileSpec, read_manifest, write_manifest
@@ -440,7 +439,7 @@ def eager_session(manifest: Any) -> Any:
     from edge_dit.reference.eager import EagerSession, adapted_subgraph
 
     subgraph, _ = adapted_subgraph(Plan.model_validate(manifest.plan))
-    return EagerSession(subgraph, AdamW(**manifest.optimizer.model_dump()))
+    return EagerSession(subgraph, manifest.optimizer)
 
 
 @pytest.fixture(scope="module")

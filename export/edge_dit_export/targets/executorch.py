@@ -57,8 +57,8 @@ def export_executorch(
         counted).
     """
     sides = {
-        2: torch.export.Dim("H", min=sampler.s_max, max=max_image_side),
-        3: torch.export.Dim("W", min=sampler.s_max, max=max_image_side),
+        2: torch.export.Dim("H", min=sampler.rule.s_max, max=max_image_side),
+        3: torch.export.Dim("W", min=sampler.rule.s_max, max=max_image_side),
     }
     dynamic = {"image": sides, "sigma": None, "uv": None}
     with _quiet():
@@ -102,7 +102,7 @@ def _planned_bytes(program: Any) -> int:
 
 def _sampler_inputs(sampler: PatchSampler) -> tuple[Tensor, ...]:
     # Unequal example sides, or torch.export takes them for one and the same.
-    image = torch.zeros(1, 3, sampler.s_max + 3, sampler.s_max + 5)
+    image = torch.zeros(1, 3, sampler.rule.s_max + 3, sampler.rule.s_max + 5)
     return image, torch.full((1,), 0.5), torch.full((2,), 0.5)
 
 

@@ -89,13 +89,13 @@ def patch_sampler_model(sampler: PatchSampler) -> ir.Model:
     """Inputs "image" [1, 3, H, W] of any size, "sigma" [1], "uv" [2]; output "patch"."""
     # Unequal example sides, or torch.export takes them for one and the same.
     examples = {
-        "image": torch.zeros(1, 3, sampler.s_max + 3, sampler.s_max + 5),
+        "image": torch.zeros(1, 3, sampler.rule.s_max + 3, sampler.rule.s_max + 5),
         "sigma": torch.full((1,), 0.5),
         "uv": torch.full((2,), 0.5),
     }
     sides = {
-        2: torch.export.Dim("H", min=sampler.s_max),
-        3: torch.export.Dim("W", min=sampler.s_max),
+        2: torch.export.Dim("H", min=sampler.rule.s_max),
+        3: torch.export.Dim("W", min=sampler.rule.s_max),
     }
     return onnx_model(sampler, examples, ["patch"], {"image": sides, "sigma": None, "uv": None})
 
