@@ -36,7 +36,8 @@ PlanFile = Annotated[Path, typer.Option("--plan", help="plan.json, made by edge-
 Bundle = Annotated[Path, typer.Argument(help="Bundle folder, made by edge-dit export.")]
 BankFolder = Annotated[Path, typer.Option("--bank", help="Bank, made by edge-dit precompute.")]
 OneTarget = Annotated[
-    str | None, typer.Option("--target", help="onnx, ort-training or executorch.")
+    str | None,
+    typer.Option("--target", help="onnx, ort-training, executorch; or a layout, onnx:streamed."),
 ]
 Targets = Annotated[
     list[str] | None,
@@ -90,6 +91,8 @@ def quickstart(
 
     def say(what: Any) -> None:
         (err if as_json else out).print(what, markup=False)
+
+    from edge_dit.contract.targets import check_targets
 
     check_targets([target] if target else None)
     table = run(job or samples_folder() / "sana.toml", folder, target, say)
@@ -290,6 +293,7 @@ def export(
 ) -> None:
     """Write the trainable sub-graph and the patch sampler for every target."""
     from edge_dit.app.describe import bundle_in_words
+    from edge_dit.contract.targets import check_targets
     from edge_dit.errors import require
     from edge_dit.planning.job import read_job
     from edge_dit.planning.plan import read_plan
@@ -300,9 +304,10 @@ def export(
     require("torch", "export")
     from edge_dit_export.export import export as run
 
-    manifest = run(made, output, target or made.targets)
+    bundle = run(made, output, target or made.targets)
+    manifest = bundle.manifest
     facts = {"targets": manifest.targets, "bytes": sum(file.bytes for file in manifest.files)}
-    report(as_json, facts, *bundle_in_words(output))
+    report(as_json, facts, *bundle_in_words(bundle))
 
 
 @app.command()
@@ -314,20 +319,20 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare every target with PyTorch; exit code 1 when one fails."""
-    from edge_dit.contract.bundle import check_has_target, read_manifest
-    from edge_dit.contract.certificate import parity_table, why_failed
-    from edge_dit_runtime.verify import verify as run
+    from edge_dit.app.verify import table, why_failed
+    from edge_dit.app.verify import verify as run
+    from edge_dit.contract.bundle import open_bundle
+    from edge_dit.contract.targets import check_targets
 
     check_targets(target)
-    manifest = read_manifest(bundle)
     for name in target or []:
-        check_has_target(bundle, manifest, name)
+        open_bundle(bundle).facts(name)
     certificate = run(bundle, bank, steps, target)
     if as_json:
-        print(json.dumps(certificate))
+        print(json.dumps(certificate.as_json()))
     else:
-        out.print(parity_table(certificate))
-    if not certificate["passed"]:
+        out.print(table(certificate))
+    if not certificate.passed:
         raise CheckFailed(why_failed(certificate))
 
 
@@ -337,12 +342,6 @@ def train(
     bank: BankFolder,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the run goes.")],
     target: OneTarget = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the onnx target: fused (fastest), recompute or streamed (least memory)."
-        ),
-    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: the plan's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
     verify_hashes: Annotated[
@@ -351,12 +350,17 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a bundle over its bank. Ctrl-C stops it with a checkpoint."""
+    from edge_dit.contract.bundle import open_bundle
+    from edge_dit.contract.integrity import check_bundle
+    from edge_dit.contract.targets import variant_of
     from edge_dit_runtime.train import train as run
 
-    check_targets([target] if target else None)
-    done = run(
-        bundle, bank, output, target, steps, resume, layout=layout, verify_hashes=verify_hashes
-    )
+    name = variant_of(target).target if target else None
+    if verify_hashes:
+        opened = open_bundle(bundle)
+        for each in [name] if name else opened.manifest.targets:
+            check_bundle(opened, each, verify_hashes=True)
+    done = run(bundle, bank, output, target=target, steps=steps, resume=resume)
     stopped = "" if done.done == done.steps else "; stopped early, --resume continues"
     words = f"{output}: {done.done} of {done.steps} steps on {done.target}{stopped}"
     report(as_json, {"done": done.done, "steps": done.steps, "target": done.target}, words)
@@ -380,9 +384,9 @@ def adapter(
         write_adapter_folder,
     )
     from edge_dit.models.families import PEFT_ONLY
-    from edge_dit_runtime.train import trained_adapter
+    from edge_dit_runtime.run_folder import RunFolder
 
-    tensors, read = trained_adapter(run)
+    tensors, read = RunFolder(run).adapter()
     peft_only = read.family in PEFT_ONLY
     write_adapter_folder(output, tensors, read.rank, read.alpha, read.base_model, peft_only)
     path = output / (PEFT_FILE if peft_only else DIFFUSERS_FILE)
@@ -422,12 +426,12 @@ def bench(
     """Measure speed and memory on random weights, against torch eager in the same run."""
     from edge_dit.app.bench import CONTENDERS, Case, in_words
     from edge_dit.app.bench import bench as run
-    from edge_dit.contract.targets import execution_of
+    from edge_dit.contract.targets import variant_of
     from edge_dit.models.public_configs import public_config
 
     public = public_config(config)
     blocks = [int(part) for part in trained.split("+") if part.isdigit()]
-    contenders = [execution_of(name) for name in target] if target else list(CONTENDERS)
+    contenders = [variant_of(name) for name in target] if target else list(CONTENDERS)
     case = Case(config, blocks, tokens, text or public.text_tokens, rank, steps, full_lora)
     found = run(case, contenders, work, lambda line: err.print(line, markup=False))
     report(as_json, found, *in_words(found))
@@ -443,17 +447,6 @@ def inspect(
 
     facts, lines = look(path)
     report(as_json, facts, *lines)
-
-
-def check_targets(targets: list[str] | None) -> None:
-    """Raise `BadInput` for a target that does not exist."""
-    from edge_dit.contract.bundle import TARGETS
-
-    for target in targets or []:
-        if target not in TARGETS:
-            raise BadInput(
-                "--target", found=f"unknown target {target!r}", expected=", ".join(TARGETS)
-            )
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -21,19 +22,16 @@ import tiny
 import variants
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.adapter import write_adapter
-from edge_dit.contract.bundle import ADAPTER, MANIFEST, Manifest, TensorSpec
+from edge_dit.contract.bundle import ADAPTER, Bundle, Manifest, TensorSpec, write_manifest
+from edge_dit.contract.targets import TARGETS
 from edge_dit.models.subgraph import TrainableSubgraph
 from edge_dit.pictures.crop import CropRule
-from edge_dit.pictures.patch_sampler import PatchSampler
 
 ADAMW = AdamW(lr=1e-3, weight_decay=0.1, max_grad_norm=0.2)
 """Clips: the tiny sub-graph's gradient norms are above 0.2."""
 CROPS = CropRule(s_min=16, s_max=48, multiple=8)
-SAMPLER = PatchSampler(CROPS)
-
-
 EXECUTORCH_CHILD = Path(__file__).with_name("executorch_child.py")
-MAX_IMAGE_SIDE = 160
+MAX_IMAGE_SIDE = 4 * CROPS.s_max
 """Largest image side that ExecuTorch's patch sampler is made for."""
 Made = tuple[TrainableSubgraph, dict[str, Tensor]]
 """A sub-graph with LoRA, and one draw for it."""
@@ -55,7 +53,7 @@ def made_variant(variant: str, split: str, targets: str = "own") -> Made:
     return variants.subgraph(made, trained, weight)
 
 
-def write(folder: Path, *targets: str, made: Made | None = None) -> tuple[*Made, Manifest]:
+def write(folder: Path, *targets: str, made: Made | None = None) -> tuple[*Made, Bundle]:
     """A bundle with some targets; also the sub-graph and draw it was made from.
 
     Args:
@@ -65,7 +63,7 @@ def write(folder: Path, *targets: str, made: Made | None = None) -> tuple[*Made,
     """
     sub, batch = made or tiny.subgraph()
     lora = {name: p.detach().numpy() for name, p in sub.lora_parameters().items()}
-    facts = _export(folder, targets, sub, batch)
+    facts = _export(folder, targets, (sub, batch))
     write_adapter(folder / ADAPTER, lora, rank=4, alpha=8.0)
     manifest = Manifest(
         family=sub.family.name,
@@ -80,38 +78,20 @@ def write(folder: Path, *targets: str, made: Made | None = None) -> tuple[*Made,
         tools={},
         files=[],
     )
-    (folder / MANIFEST).write_text(manifest.model_dump_json())
-    return sub, batch, manifest
+    return sub, batch, write_manifest(folder, manifest)
 
 
-def _export(
-    folder: Path, targets: tuple[str, ...], sub: TrainableSubgraph, batch: dict[str, Tensor]
-) -> dict[str, dict[str, Any]]:
+def _export(folder: Path, targets: tuple[str, ...], made: Made) -> dict[str, dict[str, Any]]:
     """Write each target into its folder; facts of each."""
-    from edge_dit_export.graph.optimizer import AdamWStep, trace_optimizer
-    from edge_dit_export.graph.train_step import trace_train_step
+    from edge_dit_export.targets.source import Source
 
+    source = Source(*made, ADAMW, CROPS, recompute=True)
     facts = {}
-    step = trace_train_step(sub, batch) if set(targets) - {"ort-training"} else None
-    shapes = {name: p.shape for name, p in sub.lora_parameters().items()}
-    optimizer = trace_optimizer(AdamWStep(ADAMW, shapes))
     for target in targets:
         directory = folder / target
         directory.mkdir(parents=True)
-        if step is None or target == "ort-training":
-            from edge_dit_export.targets.ort_training import export_ort_training
-
-            facts[target] = export_ort_training(sub, batch, ADAMW, SAMPLER, directory)
-        elif target == "onnx":
-            from edge_dit_export.targets.onnx import RECOMPUTE, TRAIN_STEP, export_onnx
-
-            again = trace_train_step(sub, batch, recompute=True)
-            steps = {TRAIN_STEP: step, RECOMPUTE: again}
-            facts[target] = export_onnx(sub, batch, steps, optimizer, SAMPLER, directory)
-        else:
-            from edge_dit_export.targets.executorch import export_executorch
-
-            facts[target] = export_executorch(step, optimizer, SAMPLER, directory, MAX_IMAGE_SIDE)
+        module = import_module(f"edge_dit_export.targets.{TARGETS[target].module}")
+        facts[target] = module.write(source, directory)
     return facts
 
 
@@ -203,11 +183,11 @@ _TRAIN_WITHOUT_TORCH = """
 
     sys.meta_path.insert(0, NoTorch())
     from safetensors.numpy import load_file
-    from edge_dit.contract.bundle import read_manifest
+    from edge_dit.contract.bundle import open_bundle
     from edge_dit_runtime.session import open_session
 
     bundle, target = Path(sys.argv[1]), sys.argv[2]
-    session = open_session(bundle, read_manifest(bundle), target)
+    session = open_session(open_bundle(bundle), target)
     draw = load_file(bundle / "draw.safetensors")
     print(*(session.step(draw) for _ in range(3)))
 """

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import bundles
 import tiny
-from edge_dit.contract.bundle import Manifest
+from edge_dit.contract.bundle import Bundle
 from edge_dit.models.pipeline import quiet
 from edge_dit.models.subgraph import TrainableSubgraph
 
@@ -37,20 +37,23 @@ class Exported:
     """A bundle with the executorch target alone.
 
     Attributes:
-        folder: the bundle.
-        manifest: its manifest.
+        opened: the bundle.
         make: the sub-graph and draw it was made from, anew at each call.
     """
 
-    folder: Path
-    manifest: Manifest
+    opened: Bundle
     make: Callable[[], bundles.Made]
 
     def session(self):
         """A session over the bundle."""
-        from edge_dit_runtime.sessions.executorch import executorch_session
+        from edge_dit_runtime.session import open_session
 
-        return executorch_session(self.folder, self.manifest)
+        return open_session(self.opened, "executorch")
+
+    @property
+    def folder(self) -> Path:
+        """Of the bundle."""
+        return self.opened.folder
 
 
 def gradients(bundle: Exported) -> None:
@@ -97,7 +100,7 @@ def optimizer(bundle: Exported) -> None:
     from edge_dit_export.graph.optimizer import AdamWStep
     from edge_dit_runtime.sessions.executorch import ExecuTorchProgram
 
-    shapes = {t.name: t.shape for t in bundle.manifest.tensors if t.role == "lora"}
+    shapes = {t.name: t.shape for t in bundle.opened.manifest.tensors if t.role == "lora"}
     generator = torch.Generator().manual_seed(0)
     state = [torch.randn(s, generator=generator) for _ in range(4) for s in shapes.values()]
     state[3 * len(shapes) :] = [value.abs() for value in state[3 * len(shapes) :]]
@@ -153,7 +156,7 @@ def frozen_layers(bundle: Exported) -> None:
 
 def every_frozen_layer_is_delegated(bundle: Exported) -> None:
     """Each one that the step needs, and none twice."""
-    programs = bundle.manifest.targets["executorch"]["programs"]
+    programs = bundle.opened.manifest.targets["executorch"]["programs"]
     assert programs["train.pte"]["frozen_layers"] == _needed_layers(*bundle.make())
     assert programs["train.pte"]["delegated"] >= programs["train.pte"]["frozen_layers"]
 
@@ -287,8 +290,8 @@ def main(folder: Path, *variant: str) -> None:
     def make() -> bundles.Made:
         return bundles.made_variant(*variant) if variant else tiny.subgraph()
 
-    *_, manifest = bundles.write(folder, "executorch", made=make())
-    bundle = Exported(folder, manifest, make)
+    *_, opened = bundles.write(folder, "executorch", made=make())
+    bundle = Exported(opened, make)
     results: dict[str, str | None] = {}
     for check in FAMILY_CHECKS if variant else CHECKS:
         try:

@@ -168,7 +168,7 @@ def test_trains_the_onnx_target_without_torch_or_any_host_module(road, tmp_path)
         "from pathlib import Path\n"
         "from edge_dit_runtime.train import train\n"
         f"run = train(Path({str(road.bundle)!r}), Path({str(road.bank)!r}), "
-        f"Path({str(tmp_path / 'run')!r}), 'onnx', steps=3)\n"
+        f"Path({str(tmp_path / 'run')!r}), target='onnx', steps=3)\n"
         "print(run.done, 'torch' in sys.modules)"
     )
     assert run_without((*HEAVY, *HOST_ONLY), code).split() == ["3", "False"]

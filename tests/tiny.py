@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from diffusers import SanaTransformer2DModel
@@ -123,3 +124,13 @@ def assert_close(expected: dict[str, Tensor], found: dict[str, Tensor], toleranc
             f"{name}: max difference {error.max():.3e}, mean {error.mean():.3e}, "
             f"tolerance {limit:.3e}"
         )
+
+
+def write_job(folder: Path, *changes: tuple[str, str]) -> Path:
+    """`JOB` with some of its text replaced, as ``folder/other.toml``."""
+    text = JOB
+    for change in changes:
+        text = text.replace(*change)
+    path = folder / "other.toml"
+    path.write_text(text)
+    return path

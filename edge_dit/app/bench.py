@@ -22,8 +22,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from edge_dit.contract.adamw import AdamW
-from edge_dit.contract.bundle import read_manifest
-from edge_dit.contract.targets import EXECUTIONS, Execution
+from edge_dit.contract.bundle import open_bundle
+from edge_dit.contract.targets import VARIANTS, TargetVariant
 from edge_dit.errors import BadInput, CheckFailed, require
 from edge_dit.models.public_configs import PublicConfig, public_config
 from edge_dit.planning.plan import SCHEMA, Plan
@@ -59,12 +59,12 @@ class Case:
     full_lora: bool = True
 
 
-CONTENDERS = tuple(execution for execution in EXECUTIONS if execution.dtype != "float16")
+CONTENDERS = tuple(execution for execution in VARIANTS if execution.dtype != "float16")
 """What is measured by default."""
 
 
 def bench(
-    case: Case, contenders: Sequence[Execution], work: Path, say: Callable[[str], None]
+    case: Case, contenders: Sequence[TargetVariant], work: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure; {"case": ..., "rows": [one a contender]}.
 
@@ -150,7 +150,7 @@ METRICS = {
 def in_words(found: dict[str, Any]) -> list[str]:
     """The rows as a table, one contender a column."""
     rows = found["rows"]
-    headings = [str(Execution(r["target"], r["layout"], r["dtype"])) for r in rows]
+    headings = [str(TargetVariant(r["target"], r["layout"], r["dtype"])) for r in rows]
     return columns(headings, [(n, [_cell(k, r[k]) for r in rows]) for k, n in METRICS.items()])
 
 
@@ -479,7 +479,7 @@ def _child_session(
     from edge_dit_runtime.session import open_session
 
     folder = Path(bundle)
-    session = open_session(folder, read_manifest(folder), target, layout)
+    session = open_session(open_bundle(folder), target, layout)
     arrays = load_file(_draw(work, dtype))
     session.load_adapter(load_file(_adapter(work, dtype)))
     session.backward(arrays)

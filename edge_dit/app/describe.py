@@ -14,7 +14,7 @@ from edge_dit.contract.adapter import (
     read_adapter,
     read_peft,
 )
-from edge_dit.contract.bundle import ADAPTER, MANIFEST, read_manifest
+from edge_dit.contract.bundle import ADAPTER, MANIFEST, Bundle, open_bundle
 from edge_dit.errors import BadInput
 from edge_dit.planning.plan import Plan, read_plan
 
@@ -31,14 +31,15 @@ def look(path: Path) -> tuple[dict[str, Any], list[str]]:
     if path.suffix == ".safetensors" and path.is_file():
         return _adapter(path)
     if (path / MANIFEST).is_file():
-        return read_manifest(path).model_dump(mode="json"), bundle_in_words(path)
+        bundle = open_bundle(path)
+        return bundle.manifest.model_dump(mode="json"), bundle_in_words(bundle)
     if (path / banks.INDEX).is_file():
         index = banks.read_index(path)
         return asdict(index), bank_in_words(path)
     if (path / "run.json").is_file():
-        from edge_dit_runtime.train import read_run
+        from edge_dit_runtime.run_folder import RunFolder
 
-        run = read_run(path)
+        run = RunFolder(path).read()
         return asdict(run), [
             f"run of target {run.target}: {run.done} of {run.steps} steps",
             f"  bundle {run.bundle}",
@@ -90,9 +91,9 @@ def bank_in_words(folder: Path) -> list[str]:
     ]
 
 
-def bundle_in_words(folder: Path) -> list[str]:
+def bundle_in_words(bundle: Bundle) -> list[str]:
     """A bundle for people."""
-    manifest = read_manifest(folder)
+    manifest = bundle.manifest
     plan = Plan.model_validate(manifest.plan)
     lines = [f"bundle of {manifest.family}, plan {manifest.plan_hash[:12]}"]
     lines += [f"  {line.strip()}" for line in plan_in_words(plan)[1:-1]]

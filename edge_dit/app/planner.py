@@ -42,8 +42,8 @@ class Planned:
         source: where that lies, or why there is none.
         choice: of the budget, if there was one.
         limits: that budget.
-        footprints: what the plan is expected to take, by `edge_dit.contract.targets.Execution` in
-            words; with a budget only the way chosen.
+        footprints: what the plan is expected to take, by `TargetVariant` in words; with a budget
+            only the variant chosen.
     """
 
     plan: Plan
@@ -94,7 +94,7 @@ def plan_job(
         BadInput: faults of the job; a ratio beside a budget; or nothing fits the budget.
     """
     from edge_dit.budget.footprint import calibrated
-    from edge_dit.budget.search import executions_of, plan_within
+    from edge_dit.budget.search import plan_within, variants_of
 
     asked = job.plan
     if limits is None and (asked.ram or asked.flash or asked.step_time) and skip_ratio is None:
@@ -110,7 +110,7 @@ def plan_job(
     if limits is None:
         plan = make_plan(job, skip_ratio, head_skip, tail_skip)
         selection, source = find_selection(plan.model, plan.model_hash)
-        ways = executions_of(targets or plan.targets)
+        ways = variants_of(targets or plan.targets)
         return Planned(plan, selection, source, None, None, _footprints(plan, profile, ways))
     whole = make_plan(job, skip_ratio=0.0)
     selection, source = find_selection(whole.model, whole.model_hash)
@@ -119,7 +119,7 @@ def plan_job(
     *_, faults = choose_split(whole.layers, None, head or 0, tail or 0)
     if faults:
         raise faults[0]
-    ways = executions_of(targets or whole.targets)
+    ways = variants_of(targets or whole.targets)
     plan, choice = plan_within(whole, limits, profile, ways, selection, head, tail)
     footprints = {str(choice.best.option.execution): choice.best.footprint}
     return Planned(plan, selection, source, choice, limits, footprints)
@@ -166,7 +166,7 @@ def config_within(
     Raises:
         BadInput: an unknown name, a patch that does not divide, or nothing fits.
     """
-    from edge_dit.budget.search import Asked, choose, executions_of, space_of
+    from edge_dit.budget.search import Asked, choose, space_of, variants_of
     from edge_dit.contract.bundle import TARGETS
     from edge_dit.models.families import family_of
     from edge_dit.models.public_configs import public_config
@@ -176,7 +176,7 @@ def config_within(
     if faults := size_faults({"--patch": side}, public.multiple):
         raise faults[0]
     asked = Asked(side, public.resolution, public.multiple, public.text_tokens, rank, draws)
-    ways = executions_of(targets or TARGETS)
+    ways = variants_of(targets or list(TARGETS))
     space = space_of(family_of(public.family), public.config, asked, profile, ways)
     choice = choose(space, limits)
     option = choice.best.option

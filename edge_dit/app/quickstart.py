@@ -10,8 +10,7 @@ from typing import Any
 from edge_dit.app.describe import plan_in_words
 from edge_dit.app.planner import plan_job
 from edge_dit.contract.adapter import write_adapter_folder
-from edge_dit.contract.bundle import read_manifest
-from edge_dit.contract.certificate import parity_table, why_failed
+from edge_dit.contract.bundle import open_bundle
 from edge_dit.errors import BadInput, CheckFailed
 from edge_dit.models.families import PEFT_ONLY
 from edge_dit.models.pipeline import load_pipeline
@@ -100,24 +99,31 @@ def export_and_verify(
     plan: Plan, targets: list[str], out: Path, say: Callable[[Any], None]
 ) -> None:
     """Make ``out/bundle`` unless it is there, and certify it."""
+    from edge_dit.app.verify import table, verify, why_failed
     from edge_dit_export.export import export
-    from edge_dit_runtime.verify import verify
 
     if not is_bundle_of(plan, out / "bundle", targets):
         export(plan, out / "bundle", targets)
     certificate = verify(out / "bundle", out / "bank")
-    say(parity_table(certificate))
-    if not certificate["passed"]:
+    say(table(certificate))
+    if not certificate.passed:
         raise CheckFailed(why_failed(certificate))
 
 
 def train_target(plan: Plan, target: str, out: Path) -> Path:
     """Train one target, or finish its run; the folder of its LoRA."""
-    from edge_dit_runtime.train import train, trained_adapter
+    from edge_dit_runtime.run_folder import RunFolder
+    from edge_dit_runtime.train import train
 
     run, folder = out / f"run-{target}", out / f"adapter-{target}"
-    train(out / "bundle", out / "bank", run, target, resume=(run / "run.json").is_file())
-    tensors, state = trained_adapter(run)
+    train(
+        out / "bundle",
+        out / "bank",
+        run,
+        target=target,
+        resume=(run / "run.json").is_file(),
+    )
+    tensors, state = RunFolder(run).adapter()
     if state.done < state.steps:
         raise KeyboardInterrupt  # train stops at the first Ctrl-C; so does the rest of the road
     write_lora(plan, tensors, folder)
@@ -169,7 +175,7 @@ def compare(
 def is_bundle_of(plan: Plan, folder: Path, targets: list[str]) -> bool:
     """Whether ``folder`` holds the bundle of exactly this plan, with these targets."""
     try:
-        manifest = read_manifest(folder)
+        manifest = open_bundle(folder).manifest
     except BadInput:
         return False
     return manifest.plan == plan.model_dump(mode="json") and list(manifest.targets) == targets

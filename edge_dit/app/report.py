@@ -59,7 +59,7 @@ class Expected:
     """What one way to train the plan is predicted to take.
 
     Attributes:
-        execution: the way, as `edge_dit.contract.targets.Execution` in words.
+        execution: the way, as `edge_dit.contract.targets.TargetVariant` in words.
         anonymous, file: peak bytes of a training process.
         flash: bytes of bundle and bank.
         seconds: of a step.
@@ -79,7 +79,7 @@ class Measured:
     Attributes:
         case: name of the configuration.
         trained: blocks.
-        execution: as `edge_dit.contract.targets.Execution` in words.
+        execution: as `edge_dit.contract.targets.TargetVariant` in words.
         anonymous, file, seconds: measured peak bytes of a training process, and time of a step.
         predicted_anonymous, predicted_file, predicted_seconds: the same, predicted.
     """

@@ -33,7 +33,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from edge_dit.budget.cost import FLOAT, Cost, Shapes
-from edge_dit.contract.targets import PIECE, Execution
+from edge_dit.contract.targets import PIECE, TargetVariant
 from edge_dit.store.documents import read_document, validated, write_document
 
 MB = 10**6
@@ -80,7 +80,7 @@ class Profile:
     gemm: float
     runtimes: dict[str, Runtime]
 
-    def runtime(self, execution: Execution) -> Runtime:
+    def runtime(self, execution: TargetVariant) -> Runtime:
         """Of one way to train."""
         own = f"{execution.target}:{execution.layout}"
         return self.runtimes.get(own) or self.runtimes[execution.target]
@@ -184,7 +184,9 @@ class Footprints:
             )
         return self._known[trained, rank]
 
-    def of(self, trained: range | tuple[int, ...], rank: int, execution: Execution) -> Footprint:
+    def of(
+        self, trained: range | tuple[int, ...], rank: int, execution: TargetVariant
+    ) -> Footprint:
         """What training some blocks takes.
 
         Args:

@@ -33,7 +33,7 @@ from typing import Any
 from edge_dit.budget.cost import Shapes
 from edge_dit.budget.footprint import Footprint, Footprints, Profile
 from edge_dit.budget.limits import Limits
-from edge_dit.contract.targets import EXECUTIONS, Execution, execution_of
+from edge_dit.contract.targets import VARIANTS, TargetVariant, variant_of
 from edge_dit.errors import BadInput
 from edge_dit.models.families import family_of
 from edge_dit.models.families.family import Family
@@ -68,7 +68,7 @@ class Option:
     tail_skip: int
     s_min: int
     rank: int
-    execution: Execution
+    execution: TargetVariant
     inner_skips: tuple[tuple[int, int], ...] = ()
 
 
@@ -108,7 +108,7 @@ class Space:
     s_max: int
     patches: dict[int, Footprints]
     ranks: Sequence[int]
-    executions: Sequence[Execution]
+    executions: Sequence[TargetVariant]
     draws: int
     selection: Selection | None = None
     head: int | None = None
@@ -282,7 +282,7 @@ def space_of(
     config: dict[str, Any],
     asked: Asked,
     profile: Profile,
-    executions: Sequence[Execution] = EXECUTIONS,
+    executions: Sequence[TargetVariant] = VARIANTS,
     selection: Selection | None = None,
 ) -> Space:
     """What may be chosen from for a model.
@@ -344,7 +344,7 @@ def plan_within(
     plan: Plan,
     limits: Limits,
     profile: Profile,
-    executions: Sequence[Execution],
+    executions: Sequence[TargetVariant],
     selection: Selection | None = None,
     head_skip: int | None = None,
     tail_skip: int | None = None,
@@ -393,7 +393,7 @@ def plan_within(
     return plan.model_copy(update=update), choice
 
 
-def executions_of(targets: Sequence[str]) -> list[Execution]:
+def variants_of(targets: Sequence[str]) -> list[TargetVariant]:
     """Every way to train on some targets, or on their layouts ("onnx:streamed").
 
     Raises:
@@ -401,6 +401,6 @@ def executions_of(targets: Sequence[str]) -> list[Execution]:
     """
     found = []
     for name in targets:
-        every = [execution for execution in EXECUTIONS if execution.target == name]
-        found += every or [execution_of(name)]
+        every = [execution for execution in VARIANTS if execution.target == name]
+        found += every or [variant_of(name)]
     return list(dict.fromkeys(found))

@@ -28,6 +28,25 @@ Rows = dict[str, tuple[np.ndarray, np.ndarray]]
 """LoRA name -> numbers of some of its rows (int64), and what they are to hold (float32)."""
 
 
+B_STD = 0.02
+"""Spread of a random LoRA B. At the initial B = 0 every gradient of A is zero and would prove
+nothing."""
+
+
+def with_random_b(adapter: Mapping[str, np.ndarray], std: float = B_STD) -> dict[str, np.ndarray]:
+    """``adapter`` with B drawn from N(0, std^2); the same at every call.
+
+    Args:
+        adapter: LoRA tensors by diffusers name, float32.
+        std: spread of the new B.
+    """
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.normal(0, std, value.shape).astype(np.float32) if ".lora_B." in name else value
+        for name, value in adapter.items()
+    }
+
+
 def lora_config(names: list[str], rank: int, alpha: float) -> dict[str, object]:
     """The PEFT LoraConfig of an adapter, its essential keys only: every PEFT version knows them.
 

@@ -21,6 +21,14 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, TypeAdapter
 
+from edge_dit.contract.names import (
+    ENTRY,
+    ENTRY_TEXT,
+    RESIDUAL,
+    RESIDUAL_TEXT,
+    TAIL_RESIDUAL,
+    TARGET,
+)
 from edge_dit.errors import BadInput
 from edge_dit.store.documents import STRICT, read_document, validated, write_document
 from edge_dit.store.files import sha256
@@ -29,7 +37,7 @@ from edge_dit.store.tensors import TensorFile, write_tensors
 SCHEMA = 1
 SHARD = 64
 """Most draws in a shard: some megabytes, so that a stopped run loses seconds."""
-HALVED = ("entry", "entry_text", "tail_residual", "target", "residual", "residual_text")
+HALVED = (ENTRY, ENTRY_TEXT, TAIL_RESIDUAL, TARGET, RESIDUAL, RESIDUAL_TEXT)
 """Tensors of a draw that grow with the patch, up to a dot: a bank of float16 stores these so."""
 INDEX = "index.json"
 PROMPTS = "prompts.safetensors"

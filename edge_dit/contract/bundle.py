@@ -1,44 +1,27 @@
-"""The exported folder and its manifest."""
+"""The exported folder, its manifest, and both opened once: `Bundle`."""
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from edge_dit.contract.adamw import AdamW
+from edge_dit.contract.adapter import read_adapter
+from edge_dit.contract.names import RelativePath
+from edge_dit.contract.targets import TARGETS, WIDE, Facts
 from edge_dit.errors import BadInput
 from edge_dit.store.documents import read_document, validated, write_document
+from edge_dit.store.files import sha256
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 ADAPTER = "adapter.safetensors"
-TARGETS = ("onnx", "ort-training", "executorch")
-WEIGHTS = ("float32", "float16", "int8")
-"""How the onnx target can store frozen matrices, see `edge_dit.models.quantize`."""
 REMEDY = "export it again: edge-dit export JOB --plan plan.json -o bundle/"
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether ``name`` names a file of a folder, on every system: no path, no drive, not hidden."""
-    return bool(re.fullmatch(r"[^./\\:\x00-\x1f][^/\\:\x00-\x1f]{0,254}", name))
-
-
-def _plain(name: str) -> str:
-    if not is_plain_name(name):
-        raise ValueError("not the plain name of a file")
-    return name
-
-
-def _relative(path: str) -> str:
-    for part in path.split("/"):
-        _plain(part)
-    return path
-
-
-PlainName = Annotated[str, AfterValidator(_plain)]
 Natural = Annotated[int, Field(ge=0, lt=2**48)]
 Size = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -61,62 +44,9 @@ class FileSpec(BaseModel):
     """A file of the bundle: path relative to it, size and SHA-256."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    path: Annotated[str, AfterValidator(_relative)]
+    path: RelativePath
     bytes: Natural
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class _Names(BaseModel):
-    """Arguments and results of a graph."""
-
-    inputs: list[str]
-    outputs: list[str]
-
-
-class _Block(BaseModel):
-    """A block of the streamed layout, see `edge_dit_export.targets.streamed`."""
-
-    kind: PlainName
-    weights: dict[str, str]
-    lora: dict[str, str]
-    residual: dict[str, str] = {}
-
-
-class _Streamed(BaseModel):
-    graphs: dict[PlainName, _Names]
-    blocks: list[_Block]
-
-    @model_validator(mode="after")
-    def _blocks_have_graphs(self) -> _Streamed:
-        kinds = [(block.kind, way) for block in self.blocks for way in ("forward", "backward")]
-        wanted = [*(f"block.{kind}.{way}.onnx" for kind, way in kinds), "head.onnx"]
-        missing = [name for name in wanted if name not in self.graphs]
-        if missing:
-            raise ValueError(f"no graph {missing[0]!r:.80}")
-        return self
-
-
-class _Onnx(BaseModel):
-    frozen: PlainName
-    weights: Literal["float32", "float16", "int8"] = "float32"
-    graphs: dict[PlainName, _Names]
-    streamed: _Streamed | None = None
-
-
-class _OrtTraining(BaseModel):
-    frozen: list[str]
-
-
-class _ExecuTorch(BaseModel):
-    """Nothing that a session reads."""
-
-
-FACTS: dict[str, type[BaseModel]] = {
-    "onnx": _Onnx,
-    "ort-training": _OrtTraining,
-    "executorch": _ExecuTorch,
-}
-"""What a runtime reads of each target's facts; others may stand beside."""
 
 
 class Manifest(BaseModel):
@@ -126,10 +56,10 @@ class Manifest(BaseModel):
         family: DiT family ("sana").
         plan: the plan it was exported for, as stored in plan.json.
         plan_hash: identifies plan and model weights; a bank carries the same (see
-            `edge_dit.planning.plan`).
+            `edge_dit.planning.plan.Plan.identity`).
         tensors: every tensor crossing the graphs' borders, in argument order.
         optimizer: AdamW's hyper-parameters; ``lr`` is the default of the exported input.
-        targets: facts of each exported target (opset, IR, file names).
+        targets: facts of each exported target, see `edge_dit.contract.targets.Facts`.
         tools: versions of the packages that wrote the bundle.
         files: all other files of the folder.
     """
@@ -148,37 +78,110 @@ class Manifest(BaseModel):
     @model_validator(mode="after")
     def _facts_are_whole(self) -> Manifest:
         for target, facts in self.targets.items():
-            if target in FACTS:  # newer targets do not concern the ones we know
-                FACTS[target].model_validate(facts)
+            # A target of a newer edge-dit does not concern those that we know.
+            if target in TARGETS and not TARGETS[target].facts.model_validate(facts).layouts():
+                raise ValueError(f"no train step of {target}")
         return self
 
     def names(self, role: str) -> list[str]:
         """Tensor names of one role, in argument order."""
         return [tensor.name for tensor in self.tensors if tensor.role == role]
 
+    def shapes(self, role: str) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of one role by name, in argument order."""
+        return {tensor.name: tensor.shape for tensor in self.tensors if tensor.role == role}
 
-def write_manifest(bundle: Path, manifest: Manifest) -> None:
-    """Write the manifest of a bundle folder."""
-    write_document(bundle / MANIFEST, manifest.model_dump(mode="json"))
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose manifest was read and is valid; what its files hold was not looked at yet (see
+    `edge_dit.contract.integrity`).
+
+    Attributes:
+        folder: of the bundle.
+        manifest: what it says of itself.
+    """
+
+    folder: Path
+    manifest: Manifest
+
+    def file(self, target: str, name: str) -> Path:
+        """Path of a target's file."""
+        return self.folder / target / name
+
+    @cached_property
+    def manifest_sha256(self) -> str:
+        """SHA-256 of the manifest, which holds that of every other file."""
+        return sha256(self.folder / MANIFEST)
+
+    def facts(self, target: str) -> Facts:
+        """What the manifest says of one of its targets, as `Target.facts` of that target.
+
+        Raises:
+            BadInput: the bundle lacks the target, or it is one of a newer edge-dit.
+        """
+        if target not in self.manifest.targets or target not in TARGETS:
+            raise BadInput(
+                self.folder,
+                found=f"no target {target!r}",
+                expected=f"one of {', '.join(self.manifest.targets)}",
+                remedy=f"edge-dit export ... --target {target}",
+            )
+        return TARGETS[target].facts.model_validate(self.manifest.targets[target])
+
+    def layouts(self, target: str) -> list[str]:
+        """The layouts of a target that were exported, the default first.
+
+        Raises:
+            BadInput: see `facts`.
+        """
+        return self.facts(target).layouts()
+
+    def layout(self, target: str, asked: str | None = None) -> str:
+        """The layout that ``asked`` names, by default the target's first.
+
+        Raises:
+            BadInput: the bundle lacks it.
+        """
+        there = self.layouts(target)
+        if asked not in (None, *there):
+            raise BadInput(
+                self.folder,
+                found=f"no layout {asked!r} of target {target}",
+                expected=" or ".join(there),
+                remedy="name another, or export with other [export] weights or recompute",
+            )
+        return asked or there[0]
+
+    def titled(self, target: str, layout: str) -> str:
+        """A target and layout as a certificate lists them: "onnx", "onnx (streamed)"."""
+        return target if layout == self.layouts(target)[0] else f"{target} ({layout})"
+
+    def dtype(self, target: str) -> str:
+        """How a target stores frozen matrices."""
+        return str(getattr(self.facts(target), "weights", WIDE))
+
+    def adapter(self) -> dict[str, np.ndarray]:
+        """The LoRA tensors that training starts from, by diffusers name.
+
+        Raises:
+            BadInput: missing or damaged.
+        """
+        return read_adapter(self.folder / ADAPTER)[0]
 
 
-def read_manifest(bundle: Path) -> Manifest:
-    """The manifest of a bundle folder.
+def open_bundle(folder: Path) -> Bundle:
+    """Open a bundle folder.
 
     Raises:
         BadInput: no manifest, not valid, or written by a newer schema.
     """
-    path = bundle / MANIFEST
+    path = folder / MANIFEST
     raw = read_document(path, "a bundle folder", REMEDY, SCHEMA)
-    return validated(path, TypeAdapter(Manifest), raw, REMEDY)
+    return Bundle(folder, validated(path, TypeAdapter(Manifest), raw, REMEDY))
 
 
-def check_has_target(bundle: Path, manifest: Manifest, target: str) -> None:
-    """Raise `BadInput` when the bundle lacks ``target``."""
-    if target not in manifest.targets:
-        raise BadInput(
-            bundle,
-            found=f"no target {target!r}",
-            expected=f"one of {', '.join(manifest.targets)}",
-            remedy=f"edge-dit export ... --target {target}",
-        )
+def write_manifest(folder: Path, manifest: Manifest) -> Bundle:
+    """Write the manifest of a bundle folder; the bundle."""
+    write_document(folder / MANIFEST, manifest.model_dump(mode="json"))
+    return Bundle(folder, manifest)

@@ -1,80 +1,198 @@
-"""A parity certificate: read, and shown to people."""
+"""A parity certificate, parity.json: how far each target of a bundle is from PyTorch."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import inf, isfinite
 
-from rich.table import Table
+from pydantic import TypeAdapter, ValidationError
 
-from edge_dit.contract.bundle import MANIFEST
-from edge_dit.store.documents import parse_json, read_whole
-from edge_dit.store.files import sha256
+from edge_dit.contract.bundle import Bundle
+from edge_dit.store.documents import STRICT, parse_json, read_whole
+from edge_dit.store.files import write_json
 
 PARITY = "parity.json"
+SCHEMA = 1
 
 
-def read_certificate(bundle: Path) -> dict[str, Any] | None:
-    """The bundle's certificate, or None when there is none or it is of another manifest.
+@dataclass(frozen=True)
+class Difference:
+    """How far one tensor is from the reference's.
 
-    The manifest holds the hash of every file, so that a certificate of it is one of them.
+    Attributes:
+        name: "loss", "gradients.<lora>", "trajectory", "adapter.<lora>" or "patch.<number>".
+        kind: the part of the name before the first dot, by which tolerances go.
+        max, mean: absolute differences; infinite where the tensor is missing or not finite.
+        cosine: between both, flattened.
+        relative: ``max`` over the largest absolute value of the reference; of the trajectory the
+            largest difference of a loss over that loss.
+        tolerance: largest ``relative`` that passes.
     """
+
+    __pydantic_config__ = STRICT | {"allow_inf_nan": True}
+    name: str
+    kind: str
+    max: float
+    mean: float
+    cosine: float
+    relative: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is within the tolerance; NaN is not."""
+        return self.relative <= self.tolerance
+
+    def in_words(self) -> str:
+        """The tensor and how far it is off."""
+        return (
+            f"{self.name}: max difference {self.max:.3e}, mean {self.mean:.3e}, cosine "
+            f"{self.cosine:.6f}; relative {self.relative:.3e} > tolerance {self.tolerance:.0e}"
+        )
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Where a target was compared.
+
+    Attributes:
+        compared: numbers of the draws, that of the gradients first, then those of the trajectory.
+        left_out: numbers of the draws that were looked at and left out, because PyTorch's own
+            gradients there are a matter of rounding.
+        rows_moved: for each compared draw, rows of LoRA B that were moved before it.
+    """
+
+    __pydantic_config__ = STRICT
+    compared: list[int]
+    left_out: list[int]
+    rows_moved: list[int]
+
+    @property
+    def left_out_share(self) -> float:
+        """Share of the draws looked at that were left out."""
+        return len(self.left_out) / (len(self.left_out) + len(self.compared))
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """What was found of one target and layout.
+
+    Attributes:
+        draws: where it was compared.
+        tensors: every difference; empty where the target's process ended early.
+        error: why it did, else empty.
+    """
+
+    __pydantic_config__ = STRICT
+    draws: Draws
+    tensors: list[Difference] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether there are differences, and all are within their tolerances."""
+        return bool(self.tensors) and not self.error and all(t.passed for t in self.tensors)
+
+    @property
+    def failed(self) -> list[Difference]:
+        """The tensors beyond their tolerance, the worst first."""
+
+        def excess(row: Difference) -> float:
+            ratio = row.relative / row.tolerance
+            return ratio if isfinite(ratio) else inf
+
+        return sorted((t for t in self.tensors if not t.passed), key=lambda t: -excess(t))
+
+    @property
+    def worst(self) -> dict[str, Difference]:
+        """The largest difference of each kind."""
+        found: dict[str, Difference] = {}
+        for row in self.tensors:
+            if row.kind not in found or not row.relative <= found[row.kind].relative:
+                found[row.kind] = row
+        return found
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Every target of a bundle, compared with PyTorch.
+
+    Attributes:
+        manifest_sha256: of the bundle's manifest; it holds the hash of every file, so a certificate
+            of it is one of them.
+        reference: what was compared with ("torch 2.13.0 eager, float32").
+        steps: length of the trajectory.
+        targets: by target, with its layout where it is not the first: "onnx (streamed)".
+        changed_files: files that are not those of the manifest.
+    """
+
+    __pydantic_config__ = STRICT
+    manifest_sha256: str
+    reference: str
+    steps: int
+    targets: Mapping[str, TargetResult]
+    changed_files: list[str] = field(default_factory=list)
+    schema_version: int = SCHEMA
+
+    @property
+    def passed(self) -> bool:
+        """Whether every target computes what PyTorch computes, and no file changed."""
+        return not self.changed_files and all(r.passed for r in self.targets.values())
+
+    def as_json(self) -> dict[str, object]:
+        """For machines: the fields, and the verdicts that follow from them."""
+        targets = {
+            name: {
+                "passed": result.passed,
+                **asdict(result),
+                "worst": {kind: asdict(row) for kind, row in result.worst.items()},
+                "failed": [asdict(row) for row in result.failed],
+                "left_out_share": result.draws.left_out_share,
+            }
+            for name, result in self.targets.items()
+        }
+        return {"passed": self.passed, **asdict(self), "targets": targets}
+
+
+DERIVED = ("passed", "worst", "failed", "left_out_share")
+"""Keys of `Certificate.as_json` that follow from the others."""
+
+
+def write_certificate(bundle: Bundle, certificate: Certificate) -> None:
+    """Write parity.json into a bundle."""
+    write_json(bundle.folder / PARITY, certificate.as_json())
+
+
+def read_certificate(bundle: Bundle) -> Certificate | None:
+    """The bundle's certificate, or None when there is none, or none of this manifest."""
     try:
-        certificate = parse_json(read_whole(bundle / PARITY))
-        fits = certificate["manifest_sha256"] == sha256(bundle / MANIFEST)
-    except (OSError, ValueError, KeyError, TypeError):
+        raw = parse_json(read_whole(bundle.folder / PARITY))
+        stored = {key: value for key, value in raw.items() if key not in DERIVED}
+        stored["targets"] = {
+            name: {key: value for key, value in result.items() if key not in DERIVED}
+            for name, result in raw["targets"].items()
+        }
+        certificate = TypeAdapter(Certificate).validate_python(stored)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError):
         return None
-    return certificate if fits else None
+    return certificate if certificate.manifest_sha256 == bundle.manifest_sha256 else None
 
 
-def why_uncertified(bundle: Path, target: str) -> str:
-    """Why no certificate says that ``target`` computes what PyTorch does; empty if one does."""
-    if not (bundle / PARITY).is_file():
+def why_uncertified(bundle: Bundle, title: str) -> str:
+    """Why no certificate says that a target computes what PyTorch does; empty if one does.
+
+    Args:
+        bundle: opened.
+        title: of the target and layout, see `Bundle.titled`.
+    """
+    if not (bundle.folder / PARITY).is_file():
         return "no parity certificate"
     certificate = read_certificate(bundle)
     if certificate is None:
-        return f"{PARITY} is of another export"
-    targets = certificate.get("targets")
-    result = targets.get(target) if isinstance(targets, dict) else None
-    if not isinstance(result, dict):
-        return f"{PARITY} says nothing of {target}"
-    return "" if result.get("passed") is True else f"{PARITY} says that {target} failed"
-
-
-def parity_table(certificate: dict[str, Any]) -> Table:
-    """A certificate as a table: the worst relative difference of each kind and target."""
-    kinds = ("loss", "gradients", "trajectory", "adapter")
-    limits: dict[str, list[str]] = {}
-    for target, result in certificate["targets"].items():
-        words = ", ".join(f"{kind} {result['tolerances'][kind]:.0e}" for kind in kinds)
-        limits.setdefault(words, []).append(target)
-    caption = "\n".join(f"limits of {', '.join(names)}: {words}" for words, names in limits.items())
-    title = f"parity with {certificate['reference']}, {certificate['steps']} steps"
-    table = Table(title=title, caption=caption, caption_justify="left")
-    for heading in ("target", *kinds, "verdict"):
-        table.add_column(heading)
-    for target, result in certificate["targets"].items():
-        cells = []
-        for kind in kinds:
-            worst = result.get("worst", {}).get(kind)
-            cells.append(f"{worst['relative']:.1e}" if worst else "-")
-        table.add_row(target, *cells, "passed" if result["passed"] else "FAILED")
-    return table
-
-
-def why_failed(certificate: dict[str, Any]) -> str:
-    """The worst tensor of each target that failed."""
-    lines = ["parity failed"]
-    lines += [f"  not what was exported: {name}" for name in certificate["changed_files"]]
-    for target, result in certificate["targets"].items():
-        if "error" in result:
-            lines.append(f"  {target}: {result['error']}")
-        elif result["failed"]:
-            worst = result["failed"][0]
-            lines.append(
-                f"  {target}: {worst['name']}: max difference {worst['max']:.3e}, mean "
-                f"{worst['mean']:.3e}, cosine {worst['cosine']:.6f}; relative "
-                f"{worst['relative']:.3e} > tolerance {worst['tolerance']:.0e} "
-                f"({len(result['failed'])} tensors failed)"
-            )
-    return "\n".join(lines)
+        return f"{PARITY} is of another export, or damaged"
+    if certificate.changed_files:
+        return f"{PARITY} says that files changed"
+    if title not in certificate.targets:
+        return f"{PARITY} says nothing of {title}"
+    return "" if certificate.targets[title].passed else f"{PARITY} says that {title} failed"

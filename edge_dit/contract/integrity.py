@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from edge_dit.contract.bundle import ADAPTER, Manifest, is_plain_name
+from edge_dit.contract.bundle import ADAPTER, Bundle
+from edge_dit.contract.names import is_plain_name
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.store.documents import parse_json, read_whole
 from edge_dit.store.files import cache_folder, sha256, write_json
@@ -24,29 +25,26 @@ SETTLED = 2
 """Seconds a file must lie unchanged before its hash is remembered: clocks of files are coarse."""
 
 
-def check_bundle(
-    bundle: Path, manifest: Manifest, target: str, verify_hashes: bool = False
-) -> None:
+def check_bundle(bundle: Bundle, target: str, verify_hashes: bool = False) -> None:
     """Raise `BadInput` unless what ``target`` loads lies in the bundle and is what was exported.
 
     Args:
-        bundle: its folder.
-        manifest: its manifest.
+        bundle: opened.
         target: one of its targets.
         verify_hashes: hash every file, also one that was hashed and has not changed since.
     """
     check_confined(bundle, target)
-    faults = content_faults(bundle, manifest, target, verify_hashes)
+    faults = content_faults(bundle, target, verify_hashes)
     if faults:
-        raise faults[0] if len(faults) == 1 else ManyFaults(bundle, faults)
+        raise faults[0] if len(faults) == 1 else ManyFaults(bundle.folder, faults)
 
 
-def check_confined(bundle: Path, target: str) -> None:
+def check_confined(bundle: Bundle, target: str) -> None:
     """Raise `BadInput` when a file that ``target`` loads, or one that a graph refers to, is not a
     plain file of the bundle.
     """
-    for path in _files(bundle, target):
-        inside = path.resolve().is_relative_to(bundle.resolve())
+    for path in _files(bundle.folder, target):
+        inside = path.resolve().is_relative_to(bundle.folder.resolve())
         if not inside or not path.is_file():
             raise BadInput(
                 path,
@@ -72,19 +70,20 @@ def _check_external(path: Path) -> None:
         )
 
 
-def content_faults(
-    bundle: Path, manifest: Manifest, target: str, verify_hashes: bool = False
-) -> list[BadInput]:
-    """What of ``target`` is missing, changed or not in the manifest; see `check_bundle`."""
-    there = {path.relative_to(bundle).as_posix(): path for path in _files(bundle, target)}
-    listed = {file.path: file for file in manifest.files if _belongs(file.path, target)}
+def content_faults(bundle: Bundle, target: str, verify_hashes: bool = False) -> list[BadInput]:
+    """Every file of ``target`` that is missing, changed or not in the manifest; see `check_bundle`
+    for the arguments.
+    """
+    folder = bundle.folder
+    there = {path.relative_to(folder).as_posix(): path for path in _files(folder, target)}
+    listed = {file.path: file for file in bundle.manifest.files if _belongs(file.path, target)}
     memory = _Memory(use=not verify_hashes)
     faults = []
     for name in sorted(there.keys() | listed.keys()):
         if name not in listed:
             fault = BadInput(there[name], found="not in the manifest", remedy=REMEDY)
         elif name not in there:
-            fault = BadInput(bundle / name, found="missing", expected="a file", remedy=REMEDY)
+            fault = BadInput(folder / name, found="missing", expected="a file", remedy=REMEDY)
         elif (size := there[name].stat().st_size) != listed[name].bytes:
             expected = f"{listed[name].bytes} bytes"
             fault = BadInput(there[name], found=f"{size} bytes", expected=expected, remedy=REMEDY)
@@ -99,11 +98,10 @@ def content_faults(
     return faults
 
 
-def _files(bundle: Path, target: str) -> list[Path]:
+def _files(folder: Path, target: str) -> list[Path]:
     """What a session of ``target`` may read; a dot file is not for it."""
-    folder = bundle / target
-    inner = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return [bundle / ADAPTER, *sorted(path for path in inner if path.name[0] != ".")]
+    inner = (p for p in (folder / target).rglob("*") if p.is_symlink() or not p.is_dir())
+    return [folder / ADAPTER, *sorted(path for path in inner if path.name[0] != ".")]
 
 
 def _belongs(name: str, target: str) -> bool:

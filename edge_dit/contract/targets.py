@@ -1,53 +1,248 @@
-"""The ways to train: targets, their layouts, and how frozen weights are stored."""
+"""The targets: everything that exporter, runtime and footprint must agree on, said once.
+
+A `Target` is a folder of a bundle. To add one: write its record here and name it in `TARGETS`, its
+exporter in ``edge_dit_export/targets/<module>.py``, its session in
+``edge_dit_runtime/sessions/<module>.py``, and what it takes in `edge_dit.budget.footprint`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+from pydantic import BaseModel, model_validator
+
+from edge_dit.contract.names import PlainName
 from edge_dit.errors import BadInput
 
+Dtype = Literal["float32", "float16", "int8"]
+DTYPES: tuple[Dtype, ...] = ("float32", "float16", "int8")
+"""How frozen matrices can be stored; int8 has one float32 scale per output channel."""
+WIDE: Dtype = "float32"
+FROZEN = "frozen.safetensors"
+"""The frozen weights of a target, each once."""
 PIECE = 32 * 2**20
-"""Bytes of float32 at most that a weight is widened to at once, see
+"""Bytes of float32 at most that a stored weight is widened to at once, see
 `edge_dit_export.passes_onnx.weights_in_fewer_bytes`.
 """
 
+# ---------------------------------------------------------------- files of the onnx target
+
+FUSED, RECOMPUTE, STREAMED = "fused", "recompute", "streamed"
+STEP_FILES = {FUSED: "train_step.onnx", RECOMPUTE: "train_step.recompute.onnx"}
+"""Layouts with one graph for the whole step -> its file."""
+HEAD, OPTIMIZER, SAMPLER = "head.onnx", "optimizer.onnx", "patch_sampler.onnx"
+DIRECTIONS = ("forward", "backward")
+
+
+def block_file(kind: str, direction: str) -> str:
+    """File of a block's graph in the streamed layout, for one of `DIRECTIONS`."""
+    return f"block.{kind}.{direction}.onnx"
+
+
+# ---------------------------------------------------------------- files of the others
+
+TRAINING_MODEL, EVAL_MODEL = "training_model.onnx", "eval_model.onnx"
+OPTIMIZER_MODEL, CHECKPOINT = "optimizer_model.onnx", "checkpoint"
+"""Of ort-training, as onnxruntime's generate_artifacts names them."""
+TRAIN_PROGRAM, OPTIMIZER_PROGRAM, SAMPLER_PROGRAM = (
+    "train.pte",
+    "optimizer.pte",
+    "patch_sampler.pte",
+)
+"""Of executorch."""
+
+
+# ---------------------------------------------------------------- what a manifest says of a target
+
+
+class Facts(BaseModel):
+    """What a session reads of a target; a manifest may say more."""
+
+    def layouts(self) -> list[str]:
+        """The layouts that were exported, the default first."""
+        return [FUSED]
+
+
+class GraphNames(BaseModel):
+    """Names of a graph's arguments and results, in order."""
+
+    inputs: list[str]
+    outputs: list[str]
+
+
+class StreamedBlock(BaseModel):
+    """A block of the streamed layout.
+
+    Attributes:
+        name: of the block in the model.
+        kind: of its graphs; blocks of one kind share them.
+        weights: input of the graphs -> key in `FROZEN`.
+        lora: input of the graphs -> LoRA name.
+        residual: after a skipped run, tensor of the state -> batch tensor that is added to it.
+    """
+
+    name: str = ""
+    kind: PlainName
+    weights: dict[str, str]
+    lora: dict[str, str]
+    residual: dict[str, str] = {}
+
+
+class StreamedFacts(BaseModel):
+    """The streamed layout: its graphs by file, and its blocks in order."""
+
+    graphs: dict[PlainName, GraphNames]
+    blocks: list[StreamedBlock]
+
+    @model_validator(mode="after")
+    def _blocks_have_graphs(self) -> StreamedFacts:
+        wanted = [block_file(b.kind, way) for b in self.blocks for way in DIRECTIONS]
+        missing = [name for name in [*wanted, HEAD] if name not in self.graphs]
+        if missing:
+            raise ValueError(f"no graph {missing[0]!r:.80}")
+        return self
+
+
+class OnnxFacts(Facts):
+    """The onnx target: its file of frozen weights and how it stores them, its graphs by file."""
+
+    frozen: PlainName
+    weights: Dtype = WIDE
+    graphs: dict[PlainName, GraphNames]
+    streamed: StreamedFacts | None = None
+
+    def layouts(self) -> list[str]:
+        """See `Facts.layouts`."""
+        whole = [layout for layout, file in STEP_FILES.items() if file in self.graphs]
+        return whole + ([STREAMED] if self.streamed else [])
+
+
+class OrtTrainingFacts(Facts):
+    """ort-training: the inputs after the batch, in order, which are keys of `FROZEN`."""
+
+    frozen: list[str]
+
+
+# ---------------------------------------------------------------- the records
+
+_FLOAT32 = {"loss": 1e-4, "gradients": 1e-4, "trajectory": 1e-4, "adapter": 1e-3, "patch": 1e-5}
+_EXECUTORCH = {**dict.fromkeys(_FLOAT32, 1e-3), "patch": 1e-5}
+
 
 @dataclass(frozen=True)
-class Execution:
-    """One way to train: a target, its layout, and how frozen weights are stored."""
+class Target:
+    """One target.
+
+    Attributes:
+        name: of the target, and of its folder in a bundle.
+        layouts: of its train step -> how each may store frozen matrices; the default comes first.
+        facts: what a manifest says of it.
+        sampler: file of its patch sampler.
+        needs_to_export: modules that its exporter imports.
+        needs_to_train: modules that its session imports.
+        tools: packages whose versions a manifest records.
+        tolerances: of parity: largest difference over the reference tensor's largest value.
+    """
+
+    name: str
+    layouts: Mapping[str, tuple[Dtype, ...]]
+    facts: type[Facts]
+    sampler: str
+    needs_to_export: tuple[str, ...]
+    needs_to_train: tuple[str, ...]
+    tools: tuple[str, ...]
+    tolerances: Mapping[str, float]
+
+    @property
+    def module(self) -> str:
+        """Name of its modules in exporter and runtime."""
+        return self.name.replace("-", "_")
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(
+            name="onnx",
+            layouts={FUSED: (WIDE,), RECOMPUTE: (WIDE,), STREAMED: DTYPES},
+            facts=OnnxFacts,
+            sampler=SAMPLER,
+            needs_to_export=("onnx", "onnxscript"),
+            needs_to_train=("onnxruntime",),
+            tools=("torch", "onnx", "onnxscript"),
+            tolerances=_FLOAT32,
+        ),
+        Target(
+            name="ort-training",
+            layouts={FUSED: (WIDE,)},
+            facts=OrtTrainingFacts,
+            sampler=SAMPLER,
+            needs_to_export=("onnx", "onnxscript", "onnxruntime.training"),
+            needs_to_train=("onnxruntime.training",),
+            tools=("torch", "onnx", "onnxscript", "onnxruntime-training-cpu"),
+            tolerances=_FLOAT32,
+        ),
+        Target(
+            name="executorch",
+            layouts={FUSED: (WIDE,)},
+            facts=Facts,
+            sampler=SAMPLER_PROGRAM,
+            needs_to_export=("executorch",),
+            needs_to_train=("torch", "executorch"),
+            tools=("torch", "executorch"),
+            tolerances=_EXECUTORCH,
+        ),
+    )
+}
+"""Every target by name."""
+
+
+# ---------------------------------------------------------------- their variants
+
+
+@dataclass(frozen=True)
+class TargetVariant:
+    """A target, one of its layouts, and how frozen matrices are stored."""
 
     target: str
-    layout: str = "fused"
-    dtype: str = "float32"
+    layout: str = FUSED
+    dtype: str = WIDE
 
     def __str__(self) -> str:
-        """As `execution_of` reads it: "onnx", "onnx:streamed", "onnx:streamed:int8"."""
+        """As `variant_of` reads it: "onnx", "onnx:streamed", "onnx:streamed:int8"."""
         parts = [self.target, self.layout, self.dtype]
-        for default in ("float32", "fused"):
+        for default in (WIDE, FUSED):
             if parts[-1] == default:
                 parts.pop()
         return ":".join(parts)
 
 
-EXECUTIONS = (
-    Execution("onnx"),
-    Execution("onnx", "recompute"),
-    Execution("onnx", "streamed"),
-    Execution("onnx", "streamed", "float16"),
-    Execution("onnx", "streamed", "int8"),
-    Execution("ort-training"),
-    Execution("executorch"),
+VARIANTS = tuple(
+    TargetVariant(target.name, layout, dtype)
+    for target in TARGETS.values()
+    for layout, dtypes in target.layouts.items()
+    for dtype in dtypes
 )
+"""Every variant of every target."""
 
 
-def execution_of(name: str) -> Execution:
-    """An execution by name, "onnx:streamed:int8"; layout and dtype may be left out.
+def variant_of(name: str) -> TargetVariant:
+    """A variant by name, "onnx:streamed:int8"; layout and dtype may be left out.
 
     Raises:
-        BadInput: no such thing.
+        BadInput: there is none of that name.
     """
     target, layout, dtype, *more = [*name.split(":"), "", ""]
-    found = Execution(target, layout or "fused", dtype or "float32")
-    if any(more) or found not in EXECUTIONS:
-        raise BadInput("--target", found=name, expected=", ".join(map(str, EXECUTIONS)))
-    return found
+    asked = TargetVariant(target, layout or FUSED, dtype or WIDE)
+    if any(more) or asked not in VARIANTS:
+        raise BadInput("--target", found=name, expected=", ".join(map(str, VARIANTS)))
+    return asked
+
+
+def check_targets(names: list[str] | None, where: str = "--target") -> None:
+    """Raise `BadInput` for a name that is no target."""
+    for name in names or []:
+        if name not in TARGETS:
+            raise BadInput(where, found=f"unknown target {name!r}", expected=", ".join(TARGETS))

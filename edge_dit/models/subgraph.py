@@ -18,6 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from edge_dit.contract.adapter import PREFIX
+from edge_dit.contract.names import (
+    COND,
+    ENTRY,
+    ENTRY_TEXT,
+    TAIL_RESIDUAL,
+    TARGET,
+    WEIGHT,
+    residual_names,
+)
 from edge_dit.models.families import family_of
 from edge_dit.models.families.family import Family, Grid, State
 
@@ -30,11 +39,6 @@ def inner_runs(trained: Sequence[int]) -> dict[int, int]:
     """
     pairs = pairwise(trained)
     return {behind: before + 1 for before, behind in pairs if behind > before + 1}
-
-
-def residual_names(first: int) -> tuple[str, str]:
-    """Names of the image and text residual of the skipped run that begins with block ``first``."""
-    return f"residual.{first}", f"residual_text.{first}"
 
 
 def difference(after: State, before: State) -> State:
@@ -127,16 +131,16 @@ def as_batch(
         weight: of the draw's loss, in families that weigh draws.
         inner: residuals of the runs skipped between trained blocks, by their first block.
     """
-    batch = {"entry": entry.image}
+    batch = {ENTRY: entry.image}
     if entry.text is not None:
-        batch["entry_text"] = entry.text
+        batch[ENTRY_TEXT] = entry.text
     for first, residual in (inner or {}).items():
         named = zip(residual_names(first), residual, strict=True)
         batch |= {name: value for name, value in named if value is not None}
-    batch |= {f"cond.{name}": value for name, value in cond.items()}
-    batch |= {"tail_residual": tail_residual, "target": target}
+    batch |= {COND + name: value for name, value in cond.items()}
+    batch |= {TAIL_RESIDUAL: tail_residual, TARGET: target}
     if weight is not None:
-        batch["weight"] = torch.tensor([weight])
+        batch[WEIGHT] = torch.tensor([weight])
     # A bank stores rows; graphs traced with other strides would take no such tensor (ExecuTorch).
     return {name: value.contiguous() for name, value in batch.items()}
 
@@ -184,11 +188,11 @@ class TrainableSubgraph(nn.Module):
     def predict(self, batch: dict[str, Tensor]) -> Tensor:
         """What the adapted middle makes of one draw, shaped like the stock forward's output."""
         cond = conditioning_of(batch)
-        state = State(batch["entry"], batch.get("entry_text"))
+        state = State(batch[ENTRY], batch.get(ENTRY_TEXT))
         for name in self.order:
             state = self.arrive(name, state, batch)
             state = self.family.run_block(self.get_submodule(name), state, cond, self.grid)
-        return self.family.head(self, state.image + batch["tail_residual"], cond, self.grid)
+        return self.family.head(self, state.image + batch[TAIL_RESIDUAL], cond, self.grid)
 
     def arrive(self, block: str, state: State, batch: Mapping[str, Tensor]) -> State:
         """The state entering a trained block, from that after the trained block before it."""
@@ -200,8 +204,8 @@ class TrainableSubgraph(nn.Module):
 
     def loss(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The loss of a `predict` against a draw's target, a scalar."""
-        loss = torch.nn.functional.mse_loss(self.family.learned(prediction), batch["target"])
-        return loss * batch["weight"].squeeze() if "weight" in batch else loss
+        loss = torch.nn.functional.mse_loss(self.family.learned(prediction), batch[TARGET])
+        return loss * batch[WEIGHT].squeeze() if WEIGHT in batch else loss
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss of one draw, a scalar.
@@ -217,4 +221,4 @@ class TrainableSubgraph(nn.Module):
 
 def conditioning_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The conditioning tensors of a draw, by the family's names."""
-    return {k.removeprefix("cond."): v for k, v in batch.items() if k.startswith("cond.")}
+    return {k.removeprefix(COND): v for k, v in batch.items() if k.startswith(COND)}

@@ -13,7 +13,8 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_dit.contract.adamw import AdamW
-from edge_dit.contract.bank import Dtype
+from edge_dit.contract.bank import Dtype as BankDtype
+from edge_dit.contract.targets import WIDE, Dtype
 from edge_dit.errors import BadInput, ManyFaults, require
 from edge_dit.models.families import detect, family_of
 from edge_dit.pictures.crop import CropRule
@@ -85,9 +86,9 @@ class Plan(BaseModel):
     seed: Natural
     targets: list[str]
     layout: str = ""
-    weights: str = "float32"
+    weights: Dtype = WIDE
     recompute: bool = False
-    bank_dtype: Dtype = "float32"
+    bank_dtype: BankDtype = "float32"
 
     @property
     def trained(self) -> list[int]:

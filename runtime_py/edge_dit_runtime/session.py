@@ -1,71 +1,43 @@
-"""Opens a bundle: picks the session of a target and layout."""
+"""Opens a bundle: each target has a module of its own in `edge_dit_runtime.sessions`."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
-from edge_dit.contract.bundle import Manifest, check_has_target
-from edge_dit.errors import BadInput
+import numpy as np
+
+from edge_dit.contract.bundle import Bundle
+from edge_dit.contract.targets import TARGETS
 from edge_dit_runtime.sessions.trainer import Session
 
-TRAIN_STEP = "train_step.onnx"
-RECOMPUTE = "train_step.recompute.onnx"
-LAYOUTS = ("fused", "recompute", "streamed")
-"""Of the onnx target: one graph for the whole step; the same, computing each block again for its
-gradients; or one graph per kind of block.
-"""
 
-
-def layouts(manifest: Manifest, target: str) -> list[str]:
-    """The layouts of a bundle's target, the default first."""
-    facts = manifest.targets[target]
-    has = {"fused": target != "onnx" or TRAIN_STEP in facts["graphs"]}
-    has["recompute"] = target == "onnx" and RECOMPUTE in facts["graphs"]
-    has["streamed"] = "streamed" in facts
-    return [layout for layout in LAYOUTS if has[layout]]
-
-
-def titled(manifest: Manifest, target: str, layout: str) -> str:
-    """A target and layout as a certificate lists them: "onnx", "onnx (streamed)"."""
-    return target if layout == layouts(manifest, target)[0] else f"{target} ({layout})"
-
-
-def open_session(
-    bundle: Path, manifest: Manifest, target: str, layout: str | None = None
-) -> Session:
-    """Load ``target`` of a bundle.
+def open_session(bundle: Bundle, target: str, layout: str | None = None) -> Session:
+    """Load a target's train step and optimizer.
 
     Args:
-        bundle: its folder.
-        manifest: its manifest.
+        bundle: opened.
         target: one of its targets.
-        layout: one of `layouts`; default the first.
+        layout: one of `Bundle.layouts`; default the first.
 
     Raises:
         BadInput: the bundle lacks the target or layout, or the target's runtime is not installed.
     """
-    check_has_target(bundle, manifest, target)
-    there = layouts(manifest, target)
-    if layout not in (None, *there):
-        raise BadInput(
-            bundle,
-            found=f"no layout {layout!r} of target {target}",
-            expected=" or ".join(there),
-            remedy="choose another --layout, or export with other [export] weights",
-        )
-    if (layout or there[0]) == "streamed":
-        from edge_dit_runtime.sessions.streamed import streamed_session
+    chosen = bundle.layout(target, layout)
+    return _module(target).open_session(bundle, chosen)
 
-        return streamed_session(bundle, manifest)
-    if target == "onnx":
-        from edge_dit_runtime.sessions.onnx import onnx_session
 
-        step = TRAIN_STEP if (layout or there[0]) == "fused" else RECOMPUTE
-        return onnx_session(bundle, manifest, step)
-    if target == "ort-training":
-        from edge_dit_runtime.sessions.ort_training import OrtTrainingSession
+def open_sampler(bundle: Bundle, target: str) -> Callable[..., np.ndarray]:
+    """Load a target's patch sampler: image [1, 3, H, W], sigma [1] and uv [2] -> patch
+    [1, 3, s_min, s_min], all float32.
 
-        return OrtTrainingSession(bundle, manifest)
-    from edge_dit_runtime.sessions.executorch import executorch_session
+    Raises:
+        BadInput: see `open_session`.
+    """
+    bundle.facts(target)
+    return _module(target).open_sampler(bundle)
 
-    return executorch_session(bundle, manifest)
+
+def _module(target: str) -> Any:
+    return import_module(f"edge_dit_runtime.sessions.{TARGETS[target].module}")

@@ -3,7 +3,7 @@
 import pytest
 
 from edge_dit.app.bench import MARKER, Case, bench, in_words, random_model
-from edge_dit.contract.targets import EXECUTIONS, execution_of
+from edge_dit.contract.targets import VARIANTS, variant_of
 from edge_dit.errors import BadInput
 
 SMALL = Case("sana-0.6b", [1], 4, 4, rank=2)
@@ -28,7 +28,7 @@ def test_another_case_replaces_the_model_and_the_same_case_keeps_it(tmp_path):
 
 
 def test_executions_by_name():
-    assert [execution_of(str(execution)) for execution in EXECUTIONS] == list(EXECUTIONS)
+    assert [variant_of(str(execution)) for execution in VARIANTS] == list(VARIANTS)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_executions_by_name():
 )
 def test_an_unknown_execution_is_refused(name):
     with pytest.raises(BadInput, match="onnx:streamed:int8"):
-        execution_of(name)
+        variant_of(name)
 
 
 @pytest.mark.slow
@@ -45,7 +45,7 @@ def test_an_unknown_execution_is_refused(name):
 )
 def test_a_target_is_compared_with_exact_gradients(tmp_path, config, trained):
     case = Case(config, trained, 16, 8, rank=2, steps=1, full_lora=False)
-    (row,) = bench(case, [execution_of("onnx:streamed")], tmp_path / "bench", print)["rows"]
+    (row,) = bench(case, [variant_of("onnx:streamed")], tmp_path / "bench", print)["rows"]
     assert 0 < row["max_grad_rel_error"] < 1e-4
     assert 0 < row["eager_grad_rel_error"] < 1e-4
     assert row["ratio_to_eager"] == row["step_ms"] / row["eager_ms"] > 0

@@ -24,7 +24,7 @@ from edge_dit.budget.cost import Shapes
 from edge_dit.budget.footprint import REFERENCE, Footprint, Footprints, Profile, calibrated
 from edge_dit.budget.search import MARGIN
 from edge_dit.contract.bundle import TARGETS
-from edge_dit.contract.targets import Execution
+from edge_dit.contract.targets import TargetVariant
 from edge_dit.models.families import family_of
 from edge_dit.models.public_configs import public_config
 from edge_dit.store.files import write_json
@@ -58,7 +58,7 @@ def _execution(row: dict[str, Any]) -> dict[str, str]:
     return {field: row[field] for field in ("target", "layout", "dtype")}
 
 
-def predicted(case: Case, execution: Execution, profile: Profile) -> Footprint:
+def predicted(case: Case, execution: TargetVariant, profile: Profile) -> Footprint:
     public = public_config(case.config)
     family = family_of(public.family)
     side = round(case.tokens**0.5)
@@ -80,7 +80,7 @@ def main() -> int:
     rows = []
     for name in asked.cases or CASES:
         for row in measured(CASES[name], asked.work, name, asked.again):
-            execution = Execution(**_execution(row))
+            execution = TargetVariant(**_execution(row))
             foreseen = predicted(CASES[name], execution, REFERENCE.at(row["gemm"]))
             rows.append(
                 {

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_plan import write_job
 from test_selection import between, selection
 
 from edge_dit.app.bench import Case
@@ -30,12 +29,12 @@ from edge_dit.budget.search import (
     Option,
     Space,
     choose,
-    executions_of,
     plan_within,
     space_of,
+    variants_of,
 )
 from edge_dit.cli import main
-from edge_dit.contract.targets import EXECUTIONS, Execution
+from edge_dit.contract.targets import VARIANTS, TargetVariant
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.families import family_of
 from edge_dit.models.public_configs import public_config
@@ -43,6 +42,7 @@ from edge_dit.planning.job import read_job
 from edge_dit.planning.plan import make_plan, read_plan
 from edge_dit.planning.selection import Between, write_selection
 from edge_dit.text import bytes_of, seconds_of, size
+from tiny import write_job
 
 GIB = 2**30
 
@@ -86,7 +86,7 @@ def space() -> Space:
         tail=(0, 0.15, 0.35, 0.6, 0.8, 0.9, 1.0),
         between=[between(head=1, run=(2, 4), gain=0.05, error=0.01), between(gain=0.01)],
     )
-    return space_of(family_of(public.family), config, asked, REFERENCE, EXECUTIONS, measured)
+    return space_of(family_of(public.family), config, asked, REFERENCE, VARIANTS, measured)
 
 
 def brute_force(space: Space, limits: Limits) -> float | None:
@@ -139,7 +139,7 @@ def test_on_random_budgets_nothing_better_was_missed(space):
 
 def test_a_run_between_is_chosen_where_it_was_measured_to_be_better(space):
     """Where three blocks fit in one way of training."""
-    (patch, *_), onnx = space.patches, Execution("onnx")
+    (patch, *_), onnx = space.patches, TargetVariant("onnx")
     one = replace(space, executions=[onnx], ranks=[16], patches={patch: space.patches[patch]})
     (option,) = (option for option in one.options() if option.inner_skips)
     assert option == Option(1, 0, patch, 16, onnx, ((2, 4),))
@@ -199,16 +199,17 @@ def footprints(config: str, trained: int, tokens: int = 16) -> Footprints:
 
 def test_streamed_hardly_depends_on_depth():
     few, many = (
-        footprints("sana-0.6b", n).of(range(n), 16, Execution("onnx", "streamed")) for n in (14, 28)
+        footprints("sana-0.6b", n).of(range(n), 16, TargetVariant("onnx", "streamed"))
+        for n in (14, 28)
     )
-    fused = [footprints("sana-0.6b", n).of(range(n), 16, Execution("onnx")) for n in (14, 28)]
+    fused = [footprints("sana-0.6b", n).of(range(n), 16, TargetVariant("onnx")) for n in (14, 28)]
     assert many.ram < 1.35 * few.ram  # LoRA and its moments grow
     assert fused[1].ram > 1.7 * fused[0].ram
 
 
 def test_a_faster_machine_is_faster_in_proportion():
     public = footprints("sana-0.6b", 2)
-    way = Execution("onnx")
+    way = TargetVariant("onnx")
     twice = Footprints(public.shapes, REFERENCE.at(2 * REFERENCE.gemm))
     ratio = public.of(range(2), 16, way).seconds / twice.of(range(2), 16, way).seconds
     assert ratio == pytest.approx(2)
@@ -226,10 +227,10 @@ def test_a_profile_is_read_back(tmp_path):
 
 
 def test_executions_of_targets():
-    assert len(executions_of(["onnx"])) == 5
-    assert executions_of(["onnx:streamed", "onnx"])[0] == Execution("onnx", "streamed")
+    assert len(variants_of(["onnx"])) == 5
+    assert variants_of(["onnx:streamed", "onnx"])[0] == TargetVariant("onnx", "streamed")
     with pytest.raises(BadInput, match="onnx:streamed:int8"):
-        executions_of(["coreml"])
+        variants_of(["coreml"])
 
 
 def test_the_first_case_of_the_benchmark_is_one_of_bench():
@@ -242,7 +243,7 @@ def test_the_first_case_of_the_benchmark_is_one_of_bench():
 def test_a_plan_within_a_budget_can_be_walked(workplace):
     whole = make_plan(read_job(workplace / "job.toml"), skip_ratio=0.0)
     limits = Limits(ram=160 * 2**20)
-    ways = executions_of(["onnx"])
+    ways = variants_of(["onnx"])
     plan, choice = plan_within(whole, limits, REFERENCE, ways)
     assert plan.targets == ["onnx"]
     assert plan.layout == choice.best.option.execution.layout

@@ -57,11 +57,11 @@ def bundle(case, tmp_path_factory):
     ids=["onnx", "onnx-recompute", "onnx-streamed", "ort-training"],
 )
 def test_trains_like_torch(case, bundle, target, layout):
-    folder, _, batch, manifest = bundle
+    _, _, batch, opened = bundle
     sub, _ = bundles.made_variant(*case)
 
     def session():
-        return open_session(folder, manifest, target, layout)
+        return open_session(opened, target, layout)
 
     bundles.assert_trains_like_torch(session(), sub, batch)
     bundles.assert_resumes_bit_for_bit(session, batch)

@@ -13,7 +13,8 @@ from edge_dit.errors import BadInput
 from edge_dit_export.graph import optimizer
 from edge_dit_export.graph.optimizer import AdamWStep
 from edge_dit_export.targets.onnx_model import onnx_model
-from edge_dit_runtime.sessions.onnx import OnnxProgram, OnnxUpdate, onnx_session
+from edge_dit_runtime.session import open_session
+from edge_dit_runtime.sessions.onnx_program import OnnxProgram, OnnxUpdate
 
 FILES = ("train_step", "optimizer", "patch_sampler")
 
@@ -21,19 +22,19 @@ FILES = ("train_step", "optimizer", "patch_sampler")
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle")
-    sub, batch, manifest = bundles.write(folder, "onnx")
-    return folder, sub, batch, manifest
+    sub, batch, opened = bundles.write(folder, "onnx")
+    return folder, sub, batch, opened
 
 
 def test_trains_like_torch(bundle):
-    folder, _, _, manifest = bundle
+    _, _, _, opened = bundle
     sub, batch = tiny.subgraph()
-    bundles.assert_trains_like_torch(onnx_session(folder, manifest), sub, batch)
+    bundles.assert_trains_like_torch(open_session(opened, "onnx"), sub, batch)
 
 
 def test_resumes_bit_for_bit(bundle):
-    folder, _, batch, manifest = bundle
-    bundles.assert_resumes_bit_for_bit(lambda: onnx_session(folder, manifest), batch)
+    _, _, batch, opened = bundle
+    bundles.assert_resumes_bit_for_bit(lambda: open_session(opened, "onnx"), batch)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -60,14 +61,14 @@ def test_shapes_are_inferred(bundle, name):
 
 
 def test_names_follow_the_contract(bundle):
-    folder, sub, batch, manifest = bundle
+    folder, sub, batch, opened = bundle
     lora = list(sub.lora_parameters())
     names = {}
     for name in FILES:
         session = onnxruntime.InferenceSession(folder / "onnx" / f"{name}.onnx")
         inputs = [value.name for value in session.get_inputs()]
         outputs = [value.name for value in session.get_outputs()]
-        assert manifest.targets["onnx"]["graphs"][f"{name}.onnx"] == {
+        assert opened.manifest.targets["onnx"]["graphs"][f"{name}.onnx"] == {
             "inputs": inputs,
             "outputs": outputs,
         }
@@ -111,7 +112,7 @@ def test_optimizer_equals_its_module(bundle):
 
 
 def test_an_update_takes_the_place_of_the_old_state(bundle, monkeypatch):
-    folder, _, _, manifest = bundle
+    folder, _, _, opened = bundle
     monkeypatch.setattr(optimizer, "TOGETHER", 300)  # several groups, one after the other
     sub, _ = tiny.subgraph()
     traced = optimizer.trace_optimizer(
@@ -125,7 +126,7 @@ def test_an_update_takes_the_place_of_the_old_state(bundle, monkeypatch):
     want = OnnxProgram(path, *names)(*(array.copy() for array in arrays))
     kept = [array.copy() for array in arrays]
     found = OnnxUpdate(path, *names)(*arrays)
-    count = len(manifest.names("lora"))
+    count = len(opened.manifest.names("lora"))
     new = [*arrays[2 : 2 + count], *arrays[2 + 2 * count :]]
     for have, place, value in zip(found, new, want, strict=True):
         assert have is place
@@ -141,14 +142,14 @@ def test_sampler_equals_interpolate(bundle):
 
 
 def test_trains_without_torch(bundle):
-    folder, _, batch, manifest = bundle
-    bundles.assert_trains_without_torch(onnx_session(folder, manifest), folder, "onnx", batch)
+    folder, _, batch, opened = bundle
+    bundles.assert_trains_without_torch(open_session(opened, "onnx"), folder, "onnx", batch)
 
 
 def test_another_draw_changes_nothing_kept(bundle):
     """Backward alone leaves adapter and optimiser state as they are."""
-    folder, _, batch, manifest = bundle
-    session = onnx_session(folder, manifest)
+    _, _, batch, opened = bundle
+    session = open_session(opened, "onnx")
     before = session.state_dict()
     session.backward(bundles.draws(batch, 1)[0])
     for name, value in session.state_dict().items():
@@ -156,8 +157,8 @@ def test_another_draw_changes_nothing_kept(bundle):
 
 
 def test_a_foreign_adapter_is_refused(bundle):
-    folder, _, _, manifest = bundle
-    session = onnx_session(folder, manifest)
+    _, _, _, opened = bundle
+    session = open_session(opened, "onnx")
     adapter = session.adapter()
     name, value = adapter.popitem()
     with pytest.raises(BadInput, match=name):
@@ -167,10 +168,10 @@ def test_a_foreign_adapter_is_refused(bundle):
 
 
 def test_names_the_extra_that_is_missing(bundle, monkeypatch):
-    folder, _, _, manifest = bundle
+    _, _, _, opened = bundle
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BadInput, match=r"edge-dit\[ort\]"):
-        onnx_session(folder, manifest)
+        open_session(opened, "onnx")
 
 
 @pytest.mark.slow

@@ -16,24 +16,24 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle")
-    sub, batch, manifest = bundles.write(folder, "ort-training")
-    return folder, sub, batch, manifest
+    sub, batch, opened = bundles.write(folder, "ort-training")
+    return folder, sub, batch, opened
 
 
 def test_trains_like_torch(bundle):
-    folder, _, _, manifest = bundle
+    _, _, _, opened = bundle
     sub, batch = tiny.subgraph()
-    bundles.assert_trains_like_torch(OrtTrainingSession(folder, manifest), sub, batch)
+    bundles.assert_trains_like_torch(OrtTrainingSession(opened), sub, batch)
 
 
 def test_resumes_bit_for_bit(bundle):
-    folder, _, batch, manifest = bundle
-    bundles.assert_resumes_bit_for_bit(lambda: OrtTrainingSession(folder, manifest), batch)
+    _, _, batch, opened = bundle
+    bundles.assert_resumes_bit_for_bit(lambda: OrtTrainingSession(opened), batch)
 
 
 def test_state_before_the_first_step(bundle):
-    folder, _, batch, manifest = bundle
-    session = OrtTrainingSession(folder, manifest)
+    _, _, batch, opened = bundle
+    session = OrtTrainingSession(opened)
     state = session.state_dict()
     assert state["step"].tolist() == [0]
     draw = bundles.draws(batch, 1)[0]
@@ -45,8 +45,8 @@ def test_state_before_the_first_step(bundle):
 
 
 def test_clips_like_torch(bundle):
-    folder, _, batch, manifest = bundle
-    session = OrtTrainingSession(folder, manifest)
+    _, _, batch, opened = bundle
+    session = OrtTrainingSession(opened)
     draw = bundles.draws(batch, 1)[0]
     session.backward(draw)
     gradients = session.gradients()
@@ -62,21 +62,21 @@ def test_clips_like_torch(bundle):
 
 
 def test_files_fit_the_last_runtime(bundle):
-    folder, sub, _, manifest = bundle
+    folder, sub, _, opened = bundle
     for name in ("training_model", "eval_model", "optimizer_model", "patch_sampler"):
         model = onnx.load(folder / "ort-training" / f"{name}.onnx")
         assert model.ir_version <= 10
         opset = {entry.domain: entry.version for entry in model.opset_import}
         assert opset[""] <= 21
-    frozen = manifest.targets["ort-training"]["frozen"]
+    frozen = opened.manifest.targets["ort-training"]["frozen"]
     assert not set(frozen) & set(sub.lora_parameters())
     lora_bytes = sum(p.numel() * 4 for p in sub.lora_parameters().values())
     assert (folder / "ort-training" / "checkpoint").stat().st_size < 2 * lora_bytes
 
 
 def test_trains_without_torch(bundle):
-    folder, _, batch, manifest = bundle
-    session = OrtTrainingSession(folder, manifest)
+    folder, _, batch, opened = bundle
+    session = OrtTrainingSession(opened)
     bundles.assert_trains_without_torch(session, folder, "ort-training", batch)
 
 
@@ -91,10 +91,10 @@ def test_no_paths_of_the_exporting_machine(bundle):
 
 
 def test_stock_onnxruntime_is_told_apart(bundle, monkeypatch):
-    folder, _, _, manifest = bundle
+    _, _, _, opened = bundle
     monkeypatch.delattr(_pybind_state, "CheckpointState")
     with pytest.raises(BadInput, match=r"edge-dit\[ort-training\]"):
-        OrtTrainingSession(folder, manifest)
+        OrtTrainingSession(opened)
 
 
 def test_export_writes_nothing_to_stderr(tmp_path, capfd):

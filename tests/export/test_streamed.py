@@ -6,22 +6,22 @@ import torch
 
 import bundles
 import tiny
+from edge_dit.app.verify import verify
+from edge_dit.contract.targets import FROZEN, StreamedFacts
 from edge_dit.errors import BadInput
 from edge_dit.models.quantize import matrices, round_frozen
 from edge_dit.models.subgraph import lora_name
 from edge_dit_export.graph.blocks import frozen_tensors, plain_name
-from edge_dit_export.targets.frozen import FROZEN, FrozenStore
+from edge_dit_export.targets.frozen import FrozenStore
 from edge_dit_export.targets.streamed import export_streamed
-from edge_dit_runtime.session import layouts, open_session
+from edge_dit_runtime.session import open_session
 from edge_dit_runtime.sessions.streamed import StreamedStep
-from edge_dit_runtime.verify import verify
 
 
 class FakeManifest:
     """What `StreamedStep` reads of a manifest."""
 
-    def __init__(self, facts, batch, lora):
-        self.targets = {"onnx": {"streamed": facts, "frozen": FROZEN}}
+    def __init__(self, batch, lora):
         self._names = {"batch": list(batch), "lora": list(lora)}
 
     def names(self, role):
@@ -46,7 +46,7 @@ def test_gradients_are_eagers_with_the_same_rounded_weights(streamed):
     round_frozen(sub, dtype)
     want = tiny.eager(sub, batch)
     lora = {name: p.detach() for name, p in sub.lora_parameters().items()}
-    step = StreamedStep(folder, FakeManifest(facts, batch, lora))
+    step = StreamedStep(FakeManifest(batch, lora), StreamedFacts(**facts), folder / "onnx" / FROZEN)
     loss, *gradients = step(*(t.numpy() for t in [*batch.values(), *lora.values()]))
     found = {"loss": torch.as_tensor(loss)}
     found |= {f"grad.{n}": torch.from_numpy(g) for n, g in zip(lora, gradients, strict=True)}
@@ -98,17 +98,16 @@ def small_road(road, tmp_path_factory):
     from edge_dit_export.export import export
 
     folder = tmp_path_factory.mktemp("int8") / "bundle"
-    manifest = export(road.plan.model_copy(update={"weights": "int8"}), folder, ["onnx"])
-    return folder, manifest
+    return export(road.plan.model_copy(update={"weights": "int8"}), folder, ["onnx"])
 
 
 def test_a_bundle_with_int8_weights_is_certified_and_trains(road, small_road, tmp_path):
     from edge_dit_runtime.train import train
 
-    folder, manifest = small_road
-    assert layouts(manifest, "onnx") == ["streamed"]
+    folder = small_road.folder
+    assert small_road.layouts("onnx") == ["streamed"]
     certificate = verify(folder, road.bank, steps=5)
-    assert certificate["passed"], certificate["targets"]
+    assert certificate.passed, certificate.targets
     run = train(folder, road.bank, tmp_path / "run", steps=3)
     assert (run.done, run.layout) == (3, "streamed")
     small = sum(p.stat().st_size for p in folder.rglob(FROZEN))
@@ -117,19 +116,20 @@ def test_a_bundle_with_int8_weights_is_certified_and_trains(road, small_road, tm
 
 
 def test_a_layout_that_is_not_there_is_refused(small_road):
-    folder, manifest = small_road
     with pytest.raises(BadInput, match="no layout 'fused'"):
-        open_session(folder, manifest, "onnx", "fused")
+        open_session(small_road, "onnx", "fused")
 
 
 def test_a_run_goes_on_in_the_layout_it_was_started_with(road, tmp_path):
     from edge_dit_runtime.train import train
 
     folder = tmp_path / "run"
-    train(road.bundle, road.bank, folder, "onnx", steps=4, stop_after=2, layout="streamed")
+    stop = lambda done, _: done == 2  # noqa: E731
+    train(road.bundle, road.bank, folder, target="onnx:streamed", steps=4, on_step=stop)
     with pytest.raises(BadInput, match="streamed"):
-        train(road.bundle, road.bank, folder, "onnx", resume=True, layout="fused")
-    assert train(road.bundle, road.bank, folder, "onnx", resume=True).layout == "streamed"
+        train(road.bundle, road.bank, folder, target="onnx:fused", resume=True)
+    resumed = train(road.bundle, road.bank, folder, target="onnx", resume=True)
+    assert (resumed.layout, resumed.done) == ("streamed", 4)
 
 
 def test_names_of_lora_are_diffusers(streamed):

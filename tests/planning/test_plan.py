@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_dit.app.describe import plan_in_words
-from edge_dit.contract.bundle import read_manifest
+from edge_dit.contract.bundle import open_bundle
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.families import family_of
 from edge_dit.planning.job import read_job
 from edge_dit.planning.plan import Plan, check_model, make_plan, read_plan, split
-from tiny import JOB
+from tiny import JOB, write_job
 
 
 @given(st.integers(1, 80), st.floats(0, 1, exclude_max=True))
@@ -27,15 +27,6 @@ def test_split_skips_the_asked_share_with_more_at_the_front(layers, ratio):
 def test_papers_ratios_on_flux():
     assert split(57, 0.5) == (19, 9)
     assert split(12, 0.5) == (4, 2)
-
-
-def write_job(folder, *changes: tuple[str, str]):
-    text = JOB
-    for change in changes:
-        text = text.replace(*change)
-    path = folder / "other.toml"
-    path.write_text(text)
-    return path
 
 
 def test_plan_from_a_job(workplace):
@@ -149,7 +140,7 @@ def test_any_bytes_are_no_plan_and_no_manifest(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("plan")
     for name, read in (
         ("plan.json", read_plan),
-        ("manifest.json", lambda p: read_manifest(folder)),
+        ("manifest.json", lambda p: open_bundle(folder)),
     ):
         (folder / name).write_bytes(data)
         with pytest.raises(BadInput):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edge_dit.reference.eager import kinks, lora_tensors
+from edge_dit.reference import kinks, lora_tensors
 from edge_dit.reference.kinks import step_aside
 from tiny import TARGETS, eager, subgraph
 from variants import VARIANTS, case, with_lora

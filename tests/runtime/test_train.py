@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from edge_dit.contract.adapter import read_adapter
 from edge_dit.errors import BadInput
-from edge_dit_runtime.train import draw_order, read_run, train, trained_adapter
+from edge_dit_runtime.run_folder import RunFolder
+from edge_dit_runtime.train import draw_order, train
 
 STEPS = 12
 
@@ -20,8 +21,13 @@ STEPS = 12
 def whole(request, road, tmp_path_factory):
     """A run that never stopped: target and folder."""
     folder = tmp_path_factory.mktemp("run") / "whole"
-    train(road.bundle, road.bank, folder, request.param, STEPS)
+    train(road.bundle, road.bank, folder, target=request.param, steps=STEPS)
     return request.param, folder
+
+
+def after(steps: int):
+    """Stops a run after some steps."""
+    return lambda done, _loss: done == steps
 
 
 def bits(folder) -> dict[str, bytes]:
@@ -34,10 +40,10 @@ def bits(folder) -> dict[str, bytes]:
 def test_stopped_at_any_step_and_resumed_gives_the_same_bits(road, whole, tmp_path, stop):
     target, reference = whole
     run = tmp_path / "run"
-    train(road.bundle, road.bank, run, target, STEPS, stop_after=stop)
+    train(road.bundle, road.bank, run, target=target, steps=STEPS, on_step=after(stop))
     assert not (run / "adapter.safetensors").exists()
-    assert read_run(run).done == stop
-    train(road.bundle, road.bank, run, target, resume=True)
+    assert RunFolder(run).read().done == stop
+    train(road.bundle, road.bank, run, target=target, resume=True)
     assert bits(run) == bits(reference)
     assert (run / "loss.csv").read_bytes() == (reference / "loss.csv").read_bytes()
 
@@ -50,9 +56,9 @@ def test_interrupt_ends_the_step_and_leaves_a_checkpoint(road, whole, tmp_path):
         if done == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    stopped = train(road.bundle, road.bank, run, target, STEPS, on_step=press)
+    stopped = train(road.bundle, road.bank, run, target=target, steps=STEPS, on_step=press)
     assert stopped.done == 5
-    train(road.bundle, road.bank, run, target, resume=True)
+    train(road.bundle, road.bank, run, target=target, resume=True)
     assert bits(run) == bits(reference)
 
 
@@ -67,9 +73,9 @@ def test_killed_between_checkpoints_goes_on_from_the_last(road, whole, tmp_path,
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(road.bundle, road.bank, run, target, STEPS, on_step=die)
-    assert read_run(run).done == 4
-    train(road.bundle, road.bank, run, target, resume=True)
+        train(road.bundle, road.bank, run, target=target, steps=STEPS, on_step=die)
+    assert RunFolder(run).read().done == 4
+    train(road.bundle, road.bank, run, target=target, resume=True)
     assert bits(run) == bits(reference)
 
 
@@ -79,7 +85,7 @@ def test_outputs(road, whole):
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(STEPS))
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    tensors, run = trained_adapter(folder)
+    tensors, run = RunFolder(folder).adapter()
     assert run.done == STEPS
     initial = read_adapter(road.bundle / "adapter.safetensors")[0]
     changed = [name for name, value in tensors.items() if (value != initial[name]).any()]
@@ -87,7 +93,7 @@ def test_outputs(road, whole):
 
 
 def test_training_lowers_the_loss(road, tmp_path):
-    train(road.bundle, road.bank, tmp_path / "run", "onnx", 300)
+    train(road.bundle, road.bank, tmp_path / "run", target="onnx", steps=300)
     with (tmp_path / "run" / "loss.csv").open() as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     first, last = np.mean(losses[:10]), np.mean(losses[-10:])  # each is once over the bank
@@ -97,30 +103,30 @@ def test_training_lowers_the_loss(road, tmp_path):
 def test_a_run_is_not_overwritten_nor_mixed_up(road, whole, tmp_path):
     target, folder = whole
     with pytest.raises(BadInput, match=r"(?s)a run is there already.*--resume"):
-        train(road.bundle, road.bank, folder, target)
+        train(road.bundle, road.bank, folder, target=target)
     other = {"onnx": "ort-training", "ort-training": "onnx"}[target]
     with pytest.raises(BadInput, match=f"a run of target {target}"):
-        train(road.bundle, road.bank, folder, other, resume=True)
+        train(road.bundle, road.bank, folder, target=other, resume=True)
     with pytest.raises(BadInput, match="no run to resume"):
-        train(road.bundle, road.bank, tmp_path / "new", target, resume=True)
+        train(road.bundle, road.bank, tmp_path / "new", target=target, resume=True)
     with pytest.raises(BadInput, match=r"no run\.json"):
-        train(road.bundle, road.bank, road.bank, target)
+        train(road.bundle, road.bank, road.bank, target=target)
 
 
 def test_damaged_state_is_refused(road, tmp_path):
     run = tmp_path / "run"
-    train(road.bundle, road.bank, run, "onnx", 4, stop_after=2)
+    train(road.bundle, road.bank, run, target="onnx", steps=4, on_step=after(2))
     state = run / "state.safetensors"
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(BadInput, match="damaged checkpoint"):
-        train(road.bundle, road.bank, run, "onnx", resume=True)
+        train(road.bundle, road.bank, run, target="onnx", resume=True)
     with pytest.raises(BadInput, match="no whole checkpoint"):
-        trained_adapter(run)
+        RunFolder(run).adapter()
 
 
 def test_a_target_the_bundle_lacks(road, tmp_path):
     with pytest.raises(BadInput, match="no target 'coreml'"):
-        train(road.bundle, road.bank, tmp_path / "run", "coreml")
+        train(road.bundle, road.bank, tmp_path / "run", target="coreml")
     assert not (tmp_path / "run").exists()
 
 

@@ -24,7 +24,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -138,17 +138,24 @@ def readers(folder: Path) -> list[Reader]:
         write_adapter_folder,
     )
     from edge_dit.contract.bank import read_index, shard_path
-    from edge_dit.contract.bundle import read_manifest
-    from edge_dit.contract.certificate import PARITY, read_certificate
+    from edge_dit.contract.bundle import open_bundle
+    from edge_dit.contract.certificate import (
+        PARITY,
+        Certificate,
+        Difference,
+        Draws,
+        TargetResult,
+        read_certificate,
+        write_certificate,
+    )
     from edge_dit.errors import BadInput
     from edge_dit.planning.job import read_job
     from edge_dit.planning.plan import Plan, read_plan
     from edge_dit.planning.selection import Selection, read_selection, write_selection
-    from edge_dit.store.files import sha256, write_json
     from edge_dit.store.onnx_external import external_locations
     from edge_dit.store.tensors import TensorFile, write_tensors
+    from edge_dit_runtime.run_folder import Run, RunFolder
     from edge_dit_runtime.sessions.mapped import MappedTensors
-    from edge_dit_runtime.train import Run, read_run, trained_adapter, write_document
 
     bundle, bank = small.write_bundle(folder / "bundle", "w.bin"), small.write_bank(folder / "bank")
     lora = {n: np.ones(shape, np.float32) for n, shape in small.LORA.items()}
@@ -167,7 +174,7 @@ def readers(folder: Path) -> list[Reader]:
         rank=4,
         alpha=8.0,
         lora_targets=["attn1.to_q"],
-        optimizer=read_manifest(bundle).optimizer,
+        optimizer=open_bundle(bundle).manifest.optimizer,
         steps=12,
         draws=10,
         seed=3,
@@ -196,13 +203,28 @@ def readers(folder: Path) -> list[Reader]:
     (folder / "model" / "model_index.json").write_text("{}")
     (folder / "job.toml").write_text(JOB)
     write_adapter_folder(folder / "peft", lora, 2, 2.0, "model", peft_only=True)
-    run = Run("bundle", "bank", "onnx", "0" * 64, "model", 2, 2.0, 12, 4)
-    told = {name: getattr(run, name) for name in Run.__dataclass_fields__}
-    write_document(folder / "run" / "run.json", told)
+    run = Run(
+        bundle="bundle",
+        bank="bank",
+        target="onnx",
+        layout="fused",
+        manifest_sha256="0" * 64,
+        bank_sha256="0" * 64,
+        family="sana",
+        base_model="model",
+        rank=2,
+        alpha=2.0,
+        steps=12,
+        done=4,
+    )
+    (folder / "run").mkdir()
+    RunFolder(folder / "run").begin(run)
     state = {f"adapter.{name}": value for name, value in lora.items()}
-    write_tensors(folder / "run" / "state.safetensors", state, {"run": json.dumps(told)})
-    fits = {"manifest_sha256": sha256(bundle / "manifest.json")}
-    write_json(bundle / PARITY, {**fits, "targets": {"onnx": {"passed": True}}})
+    write_tensors(folder / "run" / "state.safetensors", state, {"run": json.dumps(asdict(run))})
+    opened = open_bundle(bundle)
+    loss = Difference("loss", "loss", 1e-9, 1e-9, 1.0, 1e-9, 1e-4)
+    result = TargetResult(Draws([0, 1], [2], [0, 0]), [loss])
+    write_certificate(opened, Certificate(opened.manifest_sha256, "torch", 1, {"onnx": result}))
 
     def arrays(named: dict[str, Any]) -> Any:
         return {n: (str(v.dtype), v.shape, v.tobytes()) for n, v in named.items()}
@@ -221,8 +243,11 @@ def readers(folder: Path) -> list[Reader]:
         found, rank, alpha = read_adapter(bundle / "adapter.safetensors")
         return arrays(found), rank, alpha
 
+    def certificate() -> Any:
+        return read_certificate(open_bundle(bundle))
+
     def trained() -> Any:
-        found, read = trained_adapter(folder / "run")
+        found, read = RunFolder(folder / "run").adapter()
         return arrays(found), repr(read)
 
     write_tensors(folder / "mapped.safetensors", lora)
@@ -230,7 +255,7 @@ def readers(folder: Path) -> list[Reader]:
     bad: tuple[type[Exception], ...] = (BadInput,)
     plainly: tuple[type[Exception], ...] = (OSError, ValueError)
     rows: list[tuple[str, Path, Callable[[], Any], tuple[type[Exception], ...], str, bool]] = [
-        ("manifest", bundle / "manifest.json", lambda: read_manifest(bundle), bad, "json", True),
+        ("manifest", bundle / "manifest.json", lambda: open_bundle(bundle), bad, "json", True),
         ("index", bank / "index.json", lambda: read_index(bank), bad, "json", True),
         ("plan", folder / "plan.json", lambda: read_plan(folder / "plan.json"), bad, "json", False),
         (
@@ -249,8 +274,15 @@ def readers(folder: Path) -> list[Reader]:
             "json",
             True,
         ),
-        ("run", folder / "run" / "run.json", lambda: read_run(folder / "run"), bad, "json", True),
-        ("certificate", bundle / PARITY, lambda: read_certificate(bundle), (), "json", False),
+        (
+            "run",
+            folder / "run" / "run.json",
+            lambda: RunFolder(folder / "run").read(),
+            bad,
+            "json",
+            True,
+        ),
+        ("certificate", bundle / PARITY, certificate, (), "json", False),
         ("job", folder / "job.toml", lambda: read_job(folder / "job.toml"), bad, "toml", False),
         ("tensors", shard, tensors(shard), plainly, "tensors", True),
         ("mapped", folder / "mapped.safetensors", mapped, bad, "tensors", True),

@@ -110,24 +110,25 @@ def run_precompute(world: World, out: Path) -> None:
 
 def run_train(world: World, out: Path) -> None:
     import edge_dit_runtime.train as module
+    from edge_dit_runtime import run_folder
 
     module.SAVE_EVERY = SAVE_EVERY
-    module._plot = lambda *_: None  # a picture of the losses, and most of the time
+    run_folder.plot_losses = lambda *_: None  # a picture, and most of the time
     module.train(
         world.path("bundle"),
         world.path("bank"),
         out,
-        "onnx",
-        STEPS,
-        resume=(out / module.RUN).is_file(),
+        target="onnx",
+        steps=STEPS,
+        resume=(out / run_folder.RUN).is_file(),
     )
 
 
 def run_adapter(world: World, out: Path) -> None:
     from edge_dit.contract.adapter import write_adapter_folder
-    from edge_dit_runtime.train import trained_adapter
+    from edge_dit_runtime.run_folder import RunFolder
 
-    tensors, run = trained_adapter(world.path("run"))
+    tensors, run = RunFolder(world.path("run")).adapter()
     write_adapter_folder(out, tensors, run.rank, run.alpha, run.base_model)
 
 

@@ -14,14 +14,15 @@ from edge_dit.contract.adapter import write_adapter
 from edge_dit.contract.bank import Crop
 from edge_dit.contract.bundle import (
     ADAPTER,
+    Bundle,
     FileSpec,
     Manifest,
     TensorSpec,
-    read_manifest,
+    open_bundle,
     write_manifest,
 )
 from edge_dit.store.files import sha256
-from edge_dit_runtime.sessions.state import lora_shapes, take, take_step
+from edge_dit_runtime.sessions.state import take, take_step
 
 LORA = {"transformer.b.lora_A.weight": (2, 3), "transformer.b.lora_B.weight": (3, 2)}
 BATCH = {"cond.x": (1, 2), "entry": (1, 4), "target": (1, 2)}
@@ -105,7 +106,7 @@ def relist(folder: Path) -> Path:
         FileSpec(path=n, bytes=(folder / n).stat().st_size, sha256=sha256(folder / n))
         for n in sorted(names)
     ]
-    write_manifest(folder, read_manifest(folder).model_copy(update={"files": files}))
+    write_manifest(folder, open_bundle(folder).manifest.model_copy(update={"files": files}))
     return folder
 
 
@@ -114,7 +115,7 @@ class SmallSession:
 
     def __init__(self, manifest: Manifest) -> None:
         self.lr = 0.0
-        self._shapes = lora_shapes(manifest)
+        self._shapes = manifest.shapes("lora")
         self._step = 0
         self._moment = {n: np.zeros(s, np.float32) for n, s in self._shapes.items()}
 
@@ -156,6 +157,6 @@ class SmallSession:
         self._moment = take(state, self._shapes, "exp_avg.")
 
 
-def open_small(bundle: Path, manifest: Manifest, target: str, layout: str) -> SmallSession:
+def open_small(bundle: Bundle, target: str, layout: str) -> SmallSession:
     """In place of `edge_dit_runtime.session.open_session`."""
-    return SmallSession(manifest)
+    return SmallSession(bundle.manifest)

@@ -20,13 +20,21 @@ from faulty import Crash, listing
 from edge_dit.contract import bank as banks
 from edge_dit.contract.adapter import read_adapter, write_adapter_folder
 from edge_dit.contract.bank import Bank
-from edge_dit.contract.bundle import read_manifest
+from edge_dit.contract.bundle import open_bundle
+from edge_dit.contract.certificate import (
+    Certificate,
+    Difference,
+    Draws,
+    TargetResult,
+    write_certificate,
+)
 from edge_dit.errors import BadInput
 from edge_dit.store import documents
 from edge_dit.store.files import write_atomic, write_json
 from edge_dit.store.locks import locked
 from edge_dit.store.tensors import TensorFile
-from edge_dit_runtime.train import MOST_SKIPPED, read_run, train, trained_adapter
+from edge_dit_runtime.run_folder import RunFolder
+from edge_dit_runtime.train import MOST_SKIPPED, train
 
 STEPS = 12
 
@@ -36,13 +44,21 @@ def world(tmp_path, monkeypatch):
     """bank/ and bundle/ of a few numbers, trained by `small.SmallSession`."""
     monkeypatch.setattr("edge_dit_runtime.train.open_session", small.open_small)
     monkeypatch.setattr("edge_dit_runtime.train.SAVE_EVERY", 5)
-    monkeypatch.setattr("edge_dit_runtime.train._plot", lambda *_: None)
+    monkeypatch.setattr("edge_dit_runtime.run_folder.plot_losses", lambda *_: None)
     small.write_bank(tmp_path / "bank")
     small.write_bundle(tmp_path / "bundle")
     return tmp_path
 
 
-def run(world, name="run", **options):
+def run(world, name="run", stop_after=None, **options):
+    if stop_after is not None:
+        first = []
+
+        def stop(done, _loss):
+            first.append(done)
+            return len(first) == stop_after
+
+        options["on_step"] = stop
     return train(world / "bundle", world / "bank", world / name, **options)
 
 
@@ -107,7 +123,7 @@ def test_full_disk_while_training(world, mounted):
 
 
 def read_adapter_of(folder):
-    return {name: value.tobytes() for name, value in trained_adapter(folder)[0].items()}
+    return {name: value.tobytes() for name, value in RunFolder(folder).adapter()[0].items()}
 
 
 def test_read_only_file_system(world, mounted):
@@ -375,20 +391,38 @@ def test_a_forged_graph_that_reads_the_users_files(world):
         run(world)
 
 
+def result(relative: float) -> TargetResult:
+    loss = Difference("loss", "loss", relative, relative, 1.0, relative, 1e-4)
+    return TargetResult(Draws([0], [], [0]), [loss])
+
+
+def test_a_forged_verdict_does_not_count(world, capsys):
+    """What follows from the differences is not read from the file."""
+    bundle = open_bundle(world / "bundle")
+    results = {"onnx": result(1e-3)}
+    write_certificate(bundle, Certificate(bundle.manifest_sha256, "torch", 1, results))
+    path = bundle.folder / "parity.json"
+    path.write_text(path.read_text().replace('"passed": false', '"passed": true'))
+    run(world)
+    assert "says that onnx failed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("certificate", "words"),
     [
         (None, "no parity certificate"),
         ({"manifest_sha256": "0"}, "is of another export"),
-        ({"targets": {"executorch": {"passed": True}}}, "says nothing of onnx"),
-        ({"targets": {"onnx": {"passed": False}}}, "says that onnx failed"),
-        ({"targets": {"onnx": {"passed": True}}}, ""),
+        ({"targets": {"executorch": result(1e-9)}}, "says nothing of onnx"),
+        ({"targets": {"onnx": result(1e-3)}}, "says that onnx failed"),
+        ({"targets": {"onnx": result(1e-9)}, "changed_files": ["a"]}, "says that files changed"),
+        ({"targets": {"onnx": result(1e-9)}}, ""),
     ],
 )
 def test_a_bundle_without_a_certificate_of_its_own_is_warned_of(world, capsys, certificate, words):
     if certificate:
-        fits = {"manifest_sha256": small.sha256(world / "bundle" / "manifest.json")}
-        write_json(world / "bundle" / "parity.json", {**fits, **certificate})
+        bundle = open_bundle(world / "bundle")
+        facts = {"manifest_sha256": bundle.manifest_sha256, "targets": {}, **certificate}
+        write_certificate(bundle, Certificate(reference="torch", steps=1, **facts))
     run(world)
     said = capsys.readouterr().err
     assert words in said
@@ -448,9 +482,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(world):
     with pytest.raises(KeyboardInterrupt):
         run(world, on_step=die)
     assert list(listing(world / "run")) == ["run.json"]
-    assert read_run(world / "run").done == 0
+    assert RunFolder(world / "run").read().done == 0
     with pytest.raises(BadInput, match="no whole checkpoint"):
-        trained_adapter(world / "run")
+        RunFolder(world / "run").adapter()
     run(world, resume=True)
     run(world, name="whole")
     assert final(world) == final(world, "whole")
@@ -509,7 +543,7 @@ def test_a_checkpoint_of_another_bundle_or_bank(world, other):
         shutil.rmtree(world / "bank")
         small.write_bank(world / "bank", seed=1)
     else:
-        manifest = read_manifest(world / "bundle")
+        manifest = open_bundle(world / "bundle").manifest
         small.write_manifest(world / "bundle", manifest.model_copy(update={"tools": {"x": "1"}}))
     before = listing(world / "run")
     with pytest.raises(BadInput, match=r"(?s)a run of target onnx.*it was started with"):
@@ -556,7 +590,7 @@ class Poisoned(small.SmallSession):
 def poisoned(world, monkeypatch):
     Poisoned.numbers = [draw["entry"].tobytes() for draw in Bank(world / "bank")]
     monkeypatch.setattr(
-        "edge_dit_runtime.train.open_session", lambda b, manifest, t, layout: Poisoned(manifest)
+        "edge_dit_runtime.train.open_session", lambda bundle, *_: Poisoned(bundle.manifest)
     )
     return monkeypatch
 
@@ -569,7 +603,7 @@ def test_a_draw_that_is_not_finite_is_skipped_and_named(world, poisoned, capsys,
     assert "skipped: draw 2 (image a.png, sigma 0.500)" in capsys.readouterr().err
     table = (world / "run" / "loss.csv").read_text()
     assert table.count("nan") == 2  # two epochs
-    tensors, _ = trained_adapter(world / "run")
+    tensors, _ = RunFolder(world / "run").adapter()
     assert all(np.isfinite(value).all() for value in tensors.values())
     run(world, name="stopped", stop_after=4)
     run(world, name="stopped", resume=True)
@@ -649,7 +683,7 @@ def test_a_slow_disk_is_only_slow(world, monkeypatch):
     real = os.fsync
     monkeypatch.setattr("edge_dit.store.files.os.fsync", lambda f: time.sleep(0.05) or real(f))
     run(world)
-    assert read_run(world / "run").done == STEPS
+    assert RunFolder(world / "run").read().done == STEPS
     assert json.loads((world / "run" / "run.json").read_text())["done"] == STEPS
     assert documents.read_document(world / "run" / "run.json", "", "")["steps"] == STEPS
     assert read_adapter(world / "run" / "adapter.safetensors")[1] == 2

@@ -19,15 +19,17 @@ import onnx
 import pytest
 from onnx import GraphProto, NodeProto, external_data_helper, helper, numpy_helper
 
-from edge_dit.contract.adapter import read_adapter
+from edge_dit.app.verify import choose_points, differences, verify
 from edge_dit.contract.bank import Bank
-from edge_dit.contract.bundle import ADAPTER, FileSpec, read_manifest, write_manifest
+from edge_dit.contract.bundle import ADAPTER, Bundle, FileSpec, open_bundle, write_manifest
+from edge_dit.contract.certificate import Draws, TargetResult
 from edge_dit.contract.integrity import content_faults
+from edge_dit.contract.targets import TARGETS
 from edge_dit.planning.plan import Plan
 from edge_dit.store.files import sha256
 from edge_dit.store.tensors import TensorFile, write_tensors
+from edge_dit_runtime.measure import Point, measure
 from edge_dit_runtime.session import open_session
-from edge_dit_runtime.verify import TOLERANCES, Point, choose_points, compare, measure, verify
 
 STEPS = 20
 """As `edge-dit verify`: in fewer a weight decay ten times too large stays within tolerance."""
@@ -435,20 +437,20 @@ class Truth:
     found: dict[str, np.ndarray]
 
 
-def eager_session(manifest: Any) -> Any:
+def eager_session(bundle: Bundle) -> Any:
     from edge_dit.reference.eager import EagerSession, adapted_subgraph
 
-    subgraph, _ = adapted_subgraph(Plan.model_validate(manifest.plan))
-    return EagerSession(subgraph, manifest.optimizer)
+    subgraph, _ = adapted_subgraph(Plan.model_validate(bundle.manifest.plan))
+    return EagerSession(subgraph, bundle.manifest.optimizer)
 
 
 @pytest.fixture(scope="module")
 def truth(road) -> Truth:
-    manifest = read_manifest(road.bundle)
-    bank = Bank(road.bank, manifest.plan_hash)
-    adapter = read_adapter(road.bundle / ADAPTER)[0]
-    points = choose_points(eager_session(manifest), bank, adapter, STEPS)
-    found = measure(eager_session(manifest), bank, adapter, points)
+    bundle = open_bundle(road.bundle)
+    bank = Bank(road.bank, bundle.manifest.plan_hash)
+    adapter = bundle.adapter()
+    points = choose_points(eager_session(bundle), bank, adapter, STEPS).points
+    found = measure(eager_session(bundle), bank, adapter, points)
     return Truth(road.bundle, bank, adapter, points, found)
 
 
@@ -476,7 +478,7 @@ def copied(bundle: Path, target: str, folder: Path) -> Path:
 
 def relist(bundle: Path, target: str) -> None:
     """Let the manifest tell the truth of the files that are there."""
-    manifest = read_manifest(bundle)
+    manifest = open_bundle(bundle).manifest
     files = [
         FileSpec(path=file.path, bytes=path.stat().st_size, sha256=sha256(path))
         if file.path.startswith(f"{target}/")
@@ -485,24 +487,29 @@ def relist(bundle: Path, target: str) -> None:
         for path in [bundle / file.path]
     ]
     write_manifest(bundle, manifest.model_copy(update={"files": files}))
-    assert content_faults(bundle, read_manifest(bundle), target, verify_hashes=True) == []
+    assert content_faults(open_bundle(bundle), target, verify_hashes=True) == []
 
 
-def compared(truth: Truth, bundle: Path, target: str, layout: str | None = None) -> dict[str, Any]:
-    """As `edge_dit_runtime.verify.verify` compares, but in this process."""
-    session = open_session(bundle, read_manifest(bundle), target, layout)
+def compared(truth: Truth, bundle: Path, target: str, layout: str | None = None) -> TargetResult:
+    """As `edge_dit.app.verify.verify` compares, but in this process."""
+    session = open_session(open_bundle(bundle), target, layout)
     found = measure(session, truth.bank, truth.adapter, truth.points)
-    return compare(truth.found, found, TOLERANCES[target])
+    return result_of(truth.found, found, target)
+
+
+def result_of(want: dict[str, Any], found: dict[str, Any], target: str) -> TargetResult:
+    rows = differences(want, found, TARGETS[target].tolerances)
+    return TargetResult(Draws([], [], []), rows)
 
 
 def matching(pattern: str, names: list[str]) -> list[str]:
     return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
 
 
-def check_caught(corruption: Corruption, result: dict[str, Any]) -> None:
+def check_caught(corruption: Corruption, result: TargetResult) -> None:
     """That the comparison failed where it should, and nowhere else."""
-    failed = [row["name"] for row in result["failed"]]
-    assert not result["passed"]
+    failed = [row.name for row in result.failed]
+    assert not result.passed
     for pattern in corruption.named:
         assert matching(pattern, failed), f"{pattern} passed; failed: {failed}"
     assert any(matching(pattern, failed[:1]) for pattern in corruption.named), failed
@@ -551,7 +558,7 @@ def test_wrong_frozen_weights_are_caught(truth, tmp_path, target, layout, name, 
 )
 def test_the_right_export_passes_in_the_same_comparison(truth, target, layout):
     result = compared(truth, truth.bundle, target, layout)
-    assert result["passed"], result["failed"][:1]
+    assert result.passed, result.failed[:1]
 
 
 def test_the_certificate_says_it(truth, road, loaded, tmp_path):
@@ -562,11 +569,11 @@ def test_the_certificate_says_it(truth, road, loaded, tmp_path):
     onnx.save(model, bundle / TRAIN_STEP)
     relist(bundle, "onnx")
     certificate = verify(bundle, road.bank, steps=1, targets=["onnx"])
-    assert certificate["changed_files"] == []
-    assert not certificate["passed"]
-    worst = certificate["targets"]["onnx"]["failed"][0]
-    assert worst["name"] == gradient(2, "ff.conv_point.lora_B")
-    assert certificate["targets"]["onnx (streamed)"]["passed"]
+    assert certificate.changed_files == []
+    assert not certificate.passed
+    worst = certificate.targets["onnx"].failed[0]
+    assert worst.name == gradient(2, "ff.conv_point.lora_B")
+    assert certificate.targets["onnx (streamed)"].passed
 
 
 # No false alarm
@@ -593,16 +600,16 @@ def seeded(bank: Bank, adapter: dict[str, np.ndarray], seed: int) -> tuple[list[
 
 
 def check_no_alarm(truth: Truth, seed: int, sessions: list[tuple[str, str | None]]) -> None:
-    manifest = read_manifest(truth.bundle)
+    opened = open_bundle(truth.bundle)
     bank, adapter = seeded(truth.bank, truth.adapter, seed)
-    eager: Any = eager_session(manifest)
-    points = choose_points(eager, bank, adapter, STEPS)  # type: ignore[arg-type]
-    want = measure(eager_session(manifest), bank, adapter, points)  # type: ignore[arg-type]
+    eager: Any = eager_session(opened)
+    points = choose_points(eager, bank, adapter, STEPS).points  # type: ignore[arg-type]
+    want = measure(eager_session(opened), bank, adapter, points)  # type: ignore[arg-type]
     for target, layout in sessions:
-        session = open_session(truth.bundle, manifest, target, layout)
+        session = open_session(opened, target, layout)
         found = measure(session, bank, adapter, points)  # type: ignore[arg-type]
-        result = compare(want, found, TOLERANCES[target])
-        assert result["passed"], (seed, target, layout, result["failed"][:1])
+        result = result_of(want, found, target)
+        assert result.passed, (seed, target, layout, result.failed[:1])
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -637,7 +644,7 @@ def test_an_off_by_one_crop_is_seen(road, loaded, tmp_path, target):
     bundle = tmp_path / "bundle"
     shutil.copytree(road.bundle, bundle)
     onnx.save(model, bundle / target / "patch_sampler.onnx")
-    result = verify(bundle, road.bank, steps=1, targets=[target])["targets"][target]
-    assert not result["passed"]
-    assert {row["kind"] for row in result["failed"]} == {"patch"}
-    assert result["worst"]["patch"]["max"] > 1e-2
+    result = verify(bundle, road.bank, steps=1, targets=[target]).targets[target]
+    assert not result.passed
+    assert {row.kind for row in result.failed} == {"patch"}
+    assert result.worst["patch"].max > 1e-2

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save, save_file
 from edge_dit.contract import bank as banks
 from edge_dit.contract.adapter import read_adapter, write_adapter
 from edge_dit.contract.bank import Bank
-from edge_dit.contract.bundle import FileSpec, is_plain_name, read_manifest
+from edge_dit.contract.bundle import FileSpec, open_bundle
 from edge_dit.contract.integrity import check_bundle, check_confined
+from edge_dit.contract.names import is_plain_name
 from edge_dit.errors import BadInput
 from edge_dit.planning.job import read_job
 from edge_dit.store import documents
@@ -173,7 +174,7 @@ def test_other_schema_versions_are_said(tmp_path, version):
         folder.mkdir()
         name = "manifest.json" if folder.name == "bundle" else "index.json"
         (folder / name).write_text(json.dumps({"schema_version": version}))
-        read = read_manifest if folder.name == "bundle" else banks.read_index
+        read = open_bundle if folder.name == "bundle" else banks.read_index
         with pytest.raises(BadInput, match="schema version") as caught:
             read(folder)
         newer = version in (2, 10**30)
@@ -184,14 +185,14 @@ def test_a_document_of_many_megabytes_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "LIMIT", 1000)
     (tmp_path / "manifest.json").write_text(" " * 1001)
     with pytest.raises(BadInput, match="larger than 1000 bytes"):
-        read_manifest(tmp_path)
+        open_bundle(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "adapter.safetensors", "index.json"])
 def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path, name):
     os.mkfifo(tmp_path / name)
     read = {
-        "manifest.json": lambda: read_manifest(tmp_path),
+        "manifest.json": lambda: open_bundle(tmp_path),
         "adapter.safetensors": lambda: read_adapter(tmp_path / name),
         "index.json": lambda: banks.read_index(tmp_path),
     }[name]
@@ -205,16 +206,16 @@ BAD_PATHS = ["/etc/passwd", "../x", "onnx/../../x", "a//b", "C:x", "a\\b", "", "
 @pytest.mark.parametrize("path", BAD_PATHS)
 def test_paths_out_of_the_bundle_are_refused(tmp_path, path):
     folder = small.write_bundle(tmp_path / "bundle")
-    raw = read_manifest(folder).model_dump(mode="json")
+    raw = open_bundle(folder).manifest.model_dump(mode="json")
     raw["files"][0]["path"] = path
     documents.write_document(folder / "manifest.json", raw)
     with pytest.raises(BadInput, match=r"files\.0\.path"):
-        read_manifest(folder)
+        open_bundle(folder)
     raw["files"] = []
     raw["targets"]["onnx"]["frozen"] = path
     documents.write_document(folder / "manifest.json", raw)
     with pytest.raises(BadInput, match="not the plain name of a file"):
-        read_manifest(folder)
+        open_bundle(folder)
 
 
 @pytest.mark.parametrize(
@@ -234,10 +235,10 @@ def test_paths_out_of_the_bundle_are_refused(tmp_path, path):
 )
 def test_manifest_schema(tmp_path, key, value):
     folder = small.write_bundle(tmp_path / "bundle")
-    raw = {**read_manifest(folder).model_dump(mode="json"), key: value}
+    raw = {**open_bundle(folder).manifest.model_dump(mode="json"), key: value}
     documents.write_document(folder / "manifest.json", raw)
     with pytest.raises(BadInput, match=key):
-        read_manifest(folder)
+        open_bundle(folder)
 
 
 def test_plain_names():
@@ -247,7 +248,7 @@ def test_plain_names():
 
 
 def check(folder, **options):
-    check_bundle(folder, read_manifest(folder), "onnx", **options)
+    check_bundle(open_bundle(folder), "onnx", **options)
 
 
 def test_a_whole_bundle_passes(tmp_path):
@@ -305,7 +306,7 @@ def test_external_data_elsewhere(tmp_path, location):
     location = location.format(folder=tmp_path)
     folder = small.write_bundle(tmp_path / "bundle", location)
     with pytest.raises(BadInput, match="its weights lie in"):
-        check_confined(folder, "onnx")
+        check_confined(open_bundle(folder), "onnx")
 
 
 @pytest.mark.parametrize("location", ["../../w.bin", "{folder}/w.bin"])

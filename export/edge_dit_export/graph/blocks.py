@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from edge_dit.contract.names import ENTRY, ENTRY_TEXT, GRAD, STATE, TAIL_RESIDUAL
 from edge_dit.models.families.family import State
 from edge_dit.models.subgraph import TrainableSubgraph, conditioning_of
-
-STATE = ("entry", "entry_text")
-"""Names of the state's tensors."""
 
 
 def plain_name(parameter: str) -> str:
@@ -53,7 +51,7 @@ class Block:
         """The state after the block."""
         subgraph = self.subgraph
         cond = conditioning_of(tensors)
-        state = State(tensors["entry"], tensors.get("entry_text"))
+        state = State(tensors[ENTRY], tensors.get(ENTRY_TEXT))
         own = {self.own[name]: tensors[name] for name in self.own}
         after = subgraph.family.run_block(_Functional(self.module, own), state, cond, subgraph.grid)
         # Behind the last trained block nothing reads the text.
@@ -63,7 +61,7 @@ class Block:
         self, after: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """The state entering the block from that after the trained block before, by `STATE`."""
-        state = State(after["entry"], after.get("entry_text"))
+        state = State(after[ENTRY], after.get(ENTRY_TEXT))
         moved = _tensors(self.subgraph.arrive(self.name, state, tensors))
         return dict(zip(STATE, moved, strict=False))
 
@@ -77,7 +75,7 @@ class Block:
         leaves = {name: tensors[name].detach().requires_grad_() for name in asked}
         with torch.enable_grad():
             after = _tensors(self.run({**tensors, **leaves}))
-            given = [tensors[f"grad.{name}"] for name, _ in zip(STATE, after, strict=False)]
+            given = [tensors[GRAD + name] for name, _ in zip(STATE, after, strict=False)]
             return torch.autograd.grad(after, list(leaves.values()), given)
 
 
@@ -116,7 +114,7 @@ class Head:
 
     def backward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """The loss, and its gradient with respect to the last block's image tokens "entry"."""
-        image = tensors["entry"].detach().requires_grad_()
+        image = tensors[ENTRY].detach().requires_grad_()
         with torch.enable_grad():
             own = {f"subgraph.{name}": tensors[name] for name in self.weights}
             loss = functional_call(_Head(self.subgraph), own, (tensors, image))
@@ -132,5 +130,5 @@ class _Head(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], image: Tensor) -> Tensor:
         sub = self.subgraph
-        last = image + batch["tail_residual"]
+        last = image + batch[TAIL_RESIDUAL]
         return sub.loss(sub.family.head(sub, last, conditioning_of(batch), sub.grid), batch)

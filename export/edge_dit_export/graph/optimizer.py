@@ -9,6 +9,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from edge_dit.contract.adamw import CLIP_EPS, AdamW
+from edge_dit.contract.names import GRAD, LEARNING_RATE, MOMENTS, NEW, STEP
 from edge_dit_export.graph.trace import TracedStep, trace
 
 ROW = 1024
@@ -111,12 +112,12 @@ def trace_optimizer(step: AdamWStep) -> TracedStep:
         each of all LoRA tensors; outputs: "new.<lora>", "new.exp_avg.<lora>",
         "new.exp_avg_sq.<lora>".
     """
-    kinds = ("", "grad.", "exp_avg.", "exp_avg_sq.")
+    kinds = ("", GRAD, *MOMENTS)
     shapes = dict(zip(step.names, step.shapes, strict=True))
-    inputs = {"lr": torch.ones(1), "step": torch.ones(1)} | {
+    inputs = {LEARNING_RATE: torch.ones(1), STEP: torch.ones(1)} | {
         kind + name: torch.zeros(shape) for kind in kinds for name, shape in shapes.items()
     }
-    outputs = [f"new.{kind}{name}" for kind in kinds if kind != "grad." for name in shapes]
+    outputs = [NEW + kind + name for kind in kinds if kind != GRAD for name in shapes]
     module = trace(lambda tensors: step(*tensors.values()), inputs)
     return TracedStep(module, inputs, outputs)
 

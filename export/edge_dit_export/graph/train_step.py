@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx
 from torch.func import functional_call
 
+from edge_dit.contract.names import ENTRY, GRAD, LOSS, STATE
 from edge_dit.models.subgraph import TrainableSubgraph, lora_name
-from edge_dit_export.graph.blocks import STATE, Block, Head, frozen_tensors
+from edge_dit_export.graph.blocks import Block, Head, frozen_tensors
 from edge_dit_export.graph.trace import TracedStep, trace
 
 FROZEN = "frozen."
@@ -83,14 +84,14 @@ def _trace_recomputing(
             borders.append(dict(zip(STATE, after, strict=False)))
         weights = {n: tensors[FROZEN + n] for n in head.weights}
         loss, given = head.backward({**tensors, **weights, **borders.pop()})
-        gradients = {"grad.entry": given}
+        gradients = {GRAD + ENTRY: given}
         done = [given]
         found: dict[str, Tensor] = {}
         for block in reversed(blocks):
             border = borders.pop()
             again = _behind(done, {**conditioning, **border})
             done = list(block.backward({**tensors, **own(block, tensors), **again, **gradients}))
-            gradients = {f"grad.{n}": g for n, g in zip(border, done, strict=False)}
+            gradients = {GRAD + n: g for n, g in zip(border, done, strict=False)}
             names = [lora_name(f"{block.name}.{n}") for n in block.lora]
             found |= dict(zip(names, done[len(border) :], strict=True))
         return loss, *(found[name] for name in lora)
@@ -120,7 +121,7 @@ def _traced(
     everything = {**inputs, **{FROZEN + name: tensor for name, tensor in frozen.items()}}
     module = trace(step, everything, subgraph.family)
     _to_buffers(module, frozen)
-    return TracedStep(module, inputs, ["loss", *(f"grad.{name}" for name in lora)])
+    return TracedStep(module, inputs, [LOSS, *(GRAD + name for name in lora)])
 
 
 def _parameter_names(subgraph: TrainableSubgraph) -> dict[str, str]:

@@ -23,52 +23,37 @@ from executorch.exir import EdgeProgramManager, to_edge
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from edge_dit.contract.names import SAMPLER_INPUTS
+from edge_dit.contract.targets import OPTIMIZER_PROGRAM, SAMPLER_PROGRAM, TRAIN_PROGRAM
 from edge_dit.pictures.patch_sampler import PatchSampler
 from edge_dit_export import passes
 from edge_dit_export.graph.flat_program import flat_program
-from edge_dit_export.graph.trace import TracedStep
+from edge_dit_export.targets.source import Source
 from edge_dit_export.targets.xnnpack import EDGE, Delegates
 
-TRAIN = "train.pte"
-OPTIMIZER = "optimizer.pte"
-SAMPLER = "patch_sampler.pte"
 
-
-def export_executorch(
-    step: TracedStep,
-    optimizer: TracedStep,
-    sampler: PatchSampler,
-    directory: Path,
-    max_image_side: int,
-) -> dict[str, Any]:
+def write(source: Source, directory: Path) -> dict[str, Any]:
     """Write the ExecuTorch target into ``directory``, an existing folder.
-
-    Args:
-        step: the traced train step; not changed.
-        optimizer: AdamW over its LoRA tensors.
-        sampler: the patch sampler.
-        directory: where the programs go.
-        max_image_side: largest image side, in pixels, that patch_sampler.pte must take; its memory
-            is planned for that.
 
     Returns:
         ExecuTorch's version and, by file, the number of calls delegated to XNNPACK, how many of
         them are layers with frozen weights, and the bytes of memory planned for a run (weights not
         counted).
     """
+    step, optimizer, sampler = source.step, source.optimizer, source.sampler
     sides = {
-        2: torch.export.Dim("H", min=sampler.rule.s_max, max=max_image_side),
-        3: torch.export.Dim("W", min=sampler.rule.s_max, max=max_image_side),
+        2: torch.export.Dim("H", min=sampler.rule.s_max, max=source.max_image_side),
+        3: torch.export.Dim("W", min=sampler.rule.s_max, max=source.max_image_side),
     }
-    dynamic = {"image": sides, "sigma": None, "uv": None}
+    dynamic = dict(zip(SAMPLER_INPUTS, (sides, None, None), strict=True))
     with _quiet():
         module = passes.copy_of(step.module)
         passes.apply(module, passes.FOR_EXECUTORCH)
         delegates = Delegates(module)
         programs = {
-            TRAIN: _lower(flat_program(module, step.inputs.values()), delegates),
-            OPTIMIZER: _lower(flat_program(optimizer.module, optimizer.inputs.values())),
-            SAMPLER: _lower(
+            TRAIN_PROGRAM: _lower(flat_program(module, step.inputs.values()), delegates),
+            OPTIMIZER_PROGRAM: _lower(flat_program(optimizer.module, optimizer.inputs.values())),
+            SAMPLER_PROGRAM: _lower(
                 torch.export.export(
                     sampler, _sampler_inputs(sampler), dynamic_shapes=dynamic, strict=False
                 )
@@ -77,7 +62,7 @@ def export_executorch(
     for file, program in programs.items():
         with (directory / file).open("wb") as stream:
             program.write_to_file(stream)
-    delegated = {TRAIN: (delegates.calls, delegates.layers)}
+    delegated = {TRAIN_PROGRAM: (delegates.calls, delegates.layers)}
     facts = {}
     for file, program in programs.items():
         taken, layers = delegated.get(file, (0, 0))

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from edge_dit.models.quantize import to_int8
 
-FROZEN = "frozen.safetensors"
 DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "int8": ("I8", 1)}
 """Name in safetensors and bytes of an element."""
 ALIGNMENT = 64

@@ -19,57 +19,53 @@ from onnx_ir.external_data import convert_tensors_to_external
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
+from edge_dit.contract.targets import (
+    FROZEN,
+    FUSED,
+    OPTIMIZER,
+    RECOMPUTE,
+    SAMPLER,
+    STEP_FILES,
+    WIDE,
+)
 from edge_dit.models.quantize import matrices
 from edge_dit.models.subgraph import TrainableSubgraph
-from edge_dit.pictures.patch_sampler import PatchSampler
 from edge_dit_export import passes
 from edge_dit_export.graph.blocks import frozen_tensors, plain_name
 from edge_dit_export.graph.trace import TracedStep
 from edge_dit_export.passes_onnx.transposes_to_gemm import transposes_to_gemm
-from edge_dit_export.targets.frozen import FROZEN, FrozenStore
+from edge_dit_export.targets.frozen import FrozenStore
 from edge_dit_export.targets.onnx_model import (
     INLINE_BYTES,
     IR,
     OPSET,
+    graph_names,
     onnx_model,
     patch_sampler_model,
 )
+from edge_dit_export.targets.source import Source
 from edge_dit_export.targets.streamed import export_streamed
 
-TRAIN_STEP = "train_step.onnx"
-OPTIMIZER = "optimizer.onnx"
-SAMPLER = "patch_sampler.onnx"
-RECOMPUTE = "train_step.recompute.onnx"
 
-
-def export_onnx(
-    subgraph: TrainableSubgraph,
-    batch: dict[str, Tensor],
-    steps: dict[str, TracedStep],
-    optimizer: TracedStep,
-    sampler: PatchSampler,
-    directory: Path,
-    weights: str = "float32",
-) -> dict[str, Any]:
+def write(source: Source, directory: Path) -> dict[str, Any]:
     """Write the plain ONNX target into ``directory``, an existing folder.
 
-    Args:
-        subgraph: float32, LoRA in place.
-        batch: one draw, as `TrainableSubgraph.forward` takes it; only the shapes matter.
-        steps: its traced train steps by file, `TRAIN_STEP` and `RECOMPUTE`; each may be left out.
-        optimizer: AdamW over its LoRA tensors.
-        sampler: the patch sampler.
-        directory: where the graphs go.
-        weights: how frozen matrices are stored; anything but float32 excludes ``steps``.
+    Frozen matrices stored as anything but float32 exclude the layouts of one graph.
 
     Returns:
-        opset, IR, file names, input and output names of each graph.
+        The target's facts: opset, IR, and those of `edge_dit.contract.targets.OnnxFacts`.
     """
-    small = {plain_name(name) for name in matrices(subgraph)}
-    store = FrozenStore(frozen_tensors(subgraph), small, weights)
+    subgraph, weights = source.subgraph, source.weights
+    store = frozen_store(subgraph, weights)
     store.write(directory / FROZEN)
+    steps: dict[str, TracedStep] = {}
+    if weights == WIDE:
+        steps[STEP_FILES[FUSED]] = source.step
+        if source.recompute:
+            steps[STEP_FILES[RECOMPUTE]] = source.recomputing_step
+    optimizer = source.optimizer
     update = onnx_model(optimizer.module, optimizer.inputs, optimizer.outputs)
-    models = {OPTIMIZER: update, SAMPLER: patch_sampler_model(sampler)}
+    models = {OPTIMIZER: update, SAMPLER: patch_sampler_model(source.sampler)}
     for file, step in steps.items():
         models[file] = train_step_model(step)
         _refer_to(store, models[file], directory / f"{file}.data")
@@ -80,9 +76,15 @@ def export_onnx(
         "ir": IR,
         "frozen": FROZEN,
         "weights": weights,
-        "graphs": {file: _names(model) for file, model in models.items()},
-        "streamed": export_streamed(subgraph, batch, store, directory),
+        "graphs": {file: graph_names(model) for file, model in models.items()},
+        "streamed": export_streamed(subgraph, source.batch, store, directory),
     }
+
+
+def frozen_store(subgraph: TrainableSubgraph, weights: str) -> FrozenStore:
+    """The frozen weights of a sub-graph, its matrices stored as ``weights``."""
+    small = {plain_name(name) for name in matrices(subgraph)}
+    return FrozenStore(frozen_tensors(subgraph), small, weights)
 
 
 def train_step_model(step: TracedStep) -> ir.Model:
@@ -129,8 +131,3 @@ def _refer_to(store: FrozenStore, model: ir.Model, data: Path) -> None:
         others, convert_tensors_to_external(tensors, data.parent, data.name), strict=True
     ):
         value.const_value = tensor
-
-
-def _names(model: ir.Model) -> dict[str, list[str | None]]:
-    graph = model.graph
-    return {"inputs": [v.name for v in graph.inputs], "outputs": [v.name for v in graph.outputs]}

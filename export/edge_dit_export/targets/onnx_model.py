@@ -21,6 +21,7 @@ from onnx_ir.passes.common import (
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, fx, nn
 
+from edge_dit.contract.names import PATCH, SAMPLER_INPUTS
 from edge_dit.pictures.patch_sampler import PatchSampler
 from edge_dit_export.graph.flat_program import flat_program
 
@@ -87,17 +88,24 @@ def _should_fold(node: ir.Node) -> bool | None:
 
 def patch_sampler_model(sampler: PatchSampler) -> ir.Model:
     """Inputs "image" [1, 3, H, W] of any size, "sigma" [1], "uv" [2]; output "patch"."""
+    image, sigma, uv = SAMPLER_INPUTS
     # Unequal example sides, or torch.export takes them for one and the same.
     examples = {
-        "image": torch.zeros(1, 3, sampler.rule.s_max + 3, sampler.rule.s_max + 5),
-        "sigma": torch.full((1,), 0.5),
-        "uv": torch.full((2,), 0.5),
+        image: torch.zeros(1, 3, sampler.rule.s_max + 3, sampler.rule.s_max + 5),
+        sigma: torch.full((1,), 0.5),
+        uv: torch.full((2,), 0.5),
     }
     sides = {
         2: torch.export.Dim("H", min=sampler.rule.s_max),
         3: torch.export.Dim("W", min=sampler.rule.s_max),
     }
-    return onnx_model(sampler, examples, ["patch"], {"image": sides, "sigma": None, "uv": None})
+    return onnx_model(sampler, examples, [PATCH], {image: sides, sigma: None, uv: None})
+
+
+def graph_names(model: ir.Model) -> dict[str, list[str | None]]:
+    """Names of a graph's arguments and results, see `edge_dit.contract.targets.GraphNames`."""
+    graph = model.graph
+    return {"inputs": [v.name for v in graph.inputs], "outputs": [v.name for v in graph.outputs]}
 
 
 @contextmanager

@@ -27,18 +27,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from edge_dit.contract.adamw import AdamW
+from edge_dit.contract.names import LOSS
+from edge_dit.contract.targets import FROZEN, OPTIMIZER_MODEL, SAMPLER, TRAINING_MODEL, WIDE
 from edge_dit.models.subgraph import TrainableSubgraph
-from edge_dit.pictures.patch_sampler import PatchSampler
 from edge_dit_export.passes_onnx.cast_like_to_cast import cast_like_to_cast
 from edge_dit_export.passes_onnx.complete_layer_norm import complete_layer_norm
 from edge_dit_export.passes_onnx.conv1x1_to_matmul import conv1x1_to_matmul
 from edge_dit_export.passes_onnx.depthwise_grad_to_conv import depthwise_grad_to_conv
 from edge_dit_export.passes_onnx.expand_clip_grad_norm import expand_clip_grad_norm
 from edge_dit_export.passes_onnx.partial_split_to_slice import partial_split_to_slice
-from edge_dit_export.targets.frozen import FROZEN, FrozenStore
+from edge_dit_export.targets.frozen import FrozenStore
 from edge_dit_export.targets.onnx_model import IR, OPSET, onnx_model, patch_sampler_model
-
-SAMPLER = "patch_sampler.onnx"
+from edge_dit_export.targets.source import Source
 
 
 class _Forward(nn.Module):
@@ -59,31 +59,19 @@ class _Forward(nn.Module):
         return functional_call(self.subgraph[0], state, (batch,))
 
 
-def export_ort_training(
-    subgraph: TrainableSubgraph,
-    batch: dict[str, Tensor],
-    adamw: AdamW,
-    sampler: PatchSampler,
-    directory: Path,
-) -> dict[str, Any]:
-    """Write the artifacts into ``directory``.
-
-    Args:
-        subgraph: float32, LoRA in place.
-        batch: one draw, as `TrainableSubgraph.forward` takes it; only the shapes matter.
-        adamw: hyper-parameters; ``lr`` is set by the session.
-        sampler: for patch_sampler.onnx.
-        directory: an existing folder.
+def write(source: Source, directory: Path) -> dict[str, Any]:
+    """Write the artifacts into ``directory``, an existing folder.
 
     Returns:
-        opset, IR, and "frozen": the inputs after the batch, in order, keys of frozen.safetensors.
+        Opset, IR, and "frozen": the inputs after the batch, in order, keys of frozen.safetensors.
     """
+    subgraph = source.subgraph
     lora = {name: p.detach() for name, p in subgraph.lora_parameters().items()}
     frozen = _frozen(subgraph)
-    model = _forward_model(subgraph, batch, lora, frozen)
-    _make_artifacts(model, list(lora), adamw, directory)
-    FrozenStore(frozen, set(), "float32").write(directory / FROZEN)
-    ir.save(patch_sampler_model(sampler), directory / SAMPLER)
+    model = _forward_model(subgraph, source.batch, lora, frozen)
+    _make_artifacts(model, list(lora), source.adamw, directory)
+    FrozenStore(frozen, set(), WIDE).write(directory / FROZEN)
+    ir.save(patch_sampler_model(source.sampler), directory / SAMPLER)
     return {"opset": OPSET, "ir": IR, "frozen": list(frozen)}
 
 
@@ -103,7 +91,7 @@ def _forward_model(
     parameters = [own[id(parameter)] for parameter in subgraph.lora_parameters().values()]
     forward = _Forward(subgraph, list(batch), [*parameters, *frozen])
     with subgraph.family.traceable():
-        model = ir.to_proto(onnx_model(forward, {**batch, **lora, **frozen}, ["loss"]))
+        model = ir.to_proto(onnx_model(forward, {**batch, **lora, **frozen}, [LOSS]))
     inputs = [value for value in model.graph.input if value.name not in lora]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
@@ -130,11 +118,11 @@ def _make_artifacts(model: onnx.ModelProto, lora: list[str], adamw: AdamW, direc
         artifacts.generate_artifacts(
             model, requires_grad=lora, optimizer=optimizer, artifact_directory=directory
         )
-    path = directory / "training_model.onnx"
+    path = directory / TRAINING_MODEL
     written = onnx.load(path)
     if depthwise_grad_to_conv(written):
         onnx.save(written, path)
-    path = directory / "optimizer_model.onnx"
+    path = directory / OPTIMIZER_MODEL
     written = onnx.load(path)
     # generate_artifacts stamps the installed onnx's IR version, which its own runtime refuses.
     written.ir_version = min(written.ir_version, IR)

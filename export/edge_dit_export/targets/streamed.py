@@ -20,16 +20,27 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
-from edge_dit.models.subgraph import TrainableSubgraph, lora_name, residual_names
+from edge_dit.contract.names import (
+    COND,
+    ENTRY,
+    GRAD,
+    LOSS,
+    NEW,
+    STATE,
+    TAIL_RESIDUAL,
+    TARGET,
+    WEIGHT,
+    residual_names,
+)
+from edge_dit.contract.targets import HEAD, block_file
+from edge_dit.models.subgraph import TrainableSubgraph, lora_name
 from edge_dit_export import passes
-from edge_dit_export.graph.blocks import STATE, Block, Head
+from edge_dit_export.graph.blocks import Block, Head
 from edge_dit_export.graph.trace import trace
 from edge_dit_export.passes_onnx.transposes_to_gemm import transposes_to_gemm
 from edge_dit_export.passes_onnx.weights_in_fewer_bytes import weights_in_fewer_bytes
 from edge_dit_export.targets.frozen import FrozenStore
-from edge_dit_export.targets.onnx_model import INLINE_BYTES, onnx_model
-
-HEAD = "head.onnx"
+from edge_dit_export.targets.onnx_model import INLINE_BYTES, graph_names, onnx_model
 
 
 def export_streamed(
@@ -83,22 +94,22 @@ def _export_block(
     block: Block, batch: dict[str, Tensor], store: FrozenStore, directory: Path, kind: str
 ) -> dict[str, Any]:
     state = {name: batch[name] for name in STATE if name in batch}
-    cond = {name: value for name, value in batch.items() if name.startswith("cond.")}
-    after_state = [name for name in state if name == "entry" or not block.last]
-    given = {f"grad.{name}": state[name] for name in after_state}
+    cond = {name: value for name, value in batch.items() if name.startswith(COND)}
+    after_state = [name for name in state if name == ENTRY or not block.last]
+    given = {GRAD + name: state[name] for name in after_state}
     own = {**block.weights, **block.lora}
     small = {n for n in block.weights if store.stored_as(f"{block.name}.{n}") != "float32"}
-    after = [f"new.{name}" for name in after_state]
-    gradients = [f"new.grad.{n}" for n in state] + [f"grad.{n}" for n in block.lora]
+    after = [NEW + name for name in after_state]
+    gradients = [NEW + GRAD + n for n in state] + [GRAD + n for n in block.lora]
     family = block.subgraph.family
     return {
-        f"block.{kind}.{name}.onnx": _write(
+        block_file(kind, name): _write(
             trace(function, inputs, family),
             inputs,
             outputs,
             small,
             store.dtype,
-            directory / f"block.{kind}.{name}.onnx",
+            directory / block_file(kind, name),
         )
         for name, function, inputs, outputs in (
             ("forward", block.forward, {**state, **cond, **own}, after),
@@ -111,15 +122,15 @@ def _export_head(
     subgraph: TrainableSubgraph, batch: dict[str, Tensor], store: FrozenStore, directory: Path
 ) -> dict[str, Any]:
     head = Head(subgraph)
-    names = ("tail_residual", "target", "weight")
+    names = (TAIL_RESIDUAL, TARGET, WEIGHT)
     inputs = {
-        "entry": batch["entry"],
-        **{n: v for n, v in batch.items() if n in names or n.startswith("cond.")},
+        ENTRY: batch[ENTRY],
+        **{n: v for n, v in batch.items() if n in names or n.startswith(COND)},
         **head.weights,
     }
     small = {n for n in head.weights if store.stored_as(n) != "float32"}
     module = trace(head.backward, inputs, subgraph.family)
-    outputs = ["loss", "new.grad.entry"]
+    outputs = [LOSS, NEW + GRAD + ENTRY]
     return _write(module, inputs, outputs, small, store.dtype, directory / HEAD)
 
 
@@ -141,5 +152,4 @@ def _write(
         weights_in_fewer_bytes(model, small, dtype)
     RemoveUnusedNodesPass()(model)
     ir.save(model, path, size_threshold_bytes=INLINE_BYTES)
-    graph = model.graph
-    return {"inputs": [v.name for v in graph.inputs], "outputs": [v.name for v in graph.outputs]}
+    return graph_names(model)

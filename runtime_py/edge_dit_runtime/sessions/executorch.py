@@ -7,32 +7,34 @@ programs themselves need none.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edge_dit.contract.bundle import Manifest
+from edge_dit.contract.bundle import Bundle
+from edge_dit.contract.targets import OPTIMIZER_PROGRAM, SAMPLER_PROGRAM, TRAIN_PROGRAM
 from edge_dit.errors import BadInput, require
 from edge_dit_runtime.sessions.graph import GraphSession
 
-FOLDER = "executorch"
+TARGET = "executorch"
 
 
-def executorch_session(bundle: Path, manifest: Manifest) -> GraphSession:
-    """A session over executorch/train.pte and executorch/optimizer.pte.
-
-    Args:
-        bundle: the bundle's folder.
-        manifest: its manifest.
+def open_session(bundle: Bundle, layout: str) -> GraphSession:
+    """A session over the train and optimizer programs; there is one layout.
 
     Raises:
         BadInput: executorch is not installed, or cannot load a program.
     """
-    train, optimizer = (
-        ExecuTorchProgram(bundle / FOLDER / name) for name in ("train.pte", "optimizer.pte")
-    )
-    return GraphSession(bundle, manifest, train, optimizer)
+    step = ExecuTorchProgram(bundle.file(TARGET, TRAIN_PROGRAM))
+    return GraphSession(bundle, step, ExecuTorchProgram(bundle.file(TARGET, OPTIMIZER_PROGRAM)))
+
+
+def open_sampler(bundle: Bundle) -> Callable[..., np.ndarray]:
+    """The patch sampler."""
+    program = ExecuTorchProgram(bundle.file(TARGET, SAMPLER_PROGRAM))
+    return lambda *arguments: program(*arguments)[0]
 
 
 class ExecuTorchProgram:

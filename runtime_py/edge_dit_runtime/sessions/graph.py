@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 
-from edge_dit.contract.adapter import read_adapter
-from edge_dit.contract.bundle import ADAPTER, Manifest
-from edge_dit_runtime.sessions.state import MOMENTS, lora_shapes, take, take_step
+from edge_dit.contract.bundle import Bundle
+from edge_dit.contract.names import ADAPTED, MOMENTS, STEP
+from edge_dit_runtime.sessions.state import take, take_step
 from edge_dit_runtime.sessions.trainer import Tensors
 
 Program = Callable[..., list[np.ndarray]]
 """Arrays in, arrays out, in the order the graph was exported with."""
-ADAPTED = "adapter."
-"""Prefix of the LoRA tensors in a state, beside `MOMENTS`."""
 
 
 class GraphSession:
     """A `Session` that keeps adapter and moments itself and passes them through two programs.
 
     Args:
-        bundle: the bundle's folder; its adapter is the initial one.
-        manifest: its manifest.
+        bundle: its adapter is the initial one.
         train: batch tensors, LoRA tensors -> loss, gradients.
         optimizer: lr, step, parameters, gradients, both moments -> parameters, both moments.
     """
 
-    def __init__(
-        self, bundle: Path, manifest: Manifest, train: Program, optimizer: Program
-    ) -> None:
+    def __init__(self, bundle: Bundle, train: Program, optimizer: Program) -> None:
         self._train, self._optimizer = train, optimizer
-        self._batch = manifest.names("batch")
-        self._shapes = lora_shapes(manifest)
-        self.lr = manifest.optimizer.lr
+        self._batch = bundle.manifest.names("batch")
+        self._shapes = bundle.manifest.shapes("lora")
+        self.lr = bundle.manifest.optimizer.lr
         self._step = 0
         self._gradients: Tensors = {}
-        self._adapter = take(read_adapter(bundle / ADAPTER)[0], self._shapes)
+        self._adapter = take(bundle.adapter(), self._shapes)
         self._moments = {
             moment: {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
             for moment in MOMENTS
@@ -92,7 +86,7 @@ class GraphSession:
         """See `Session.state_dict`."""
         kinds = {ADAPTED: self._adapter, **self._moments}
         state = {k + n: value.copy() for k, named in kinds.items() for n, value in named.items()}
-        return {**state, "step": np.array([self._step], np.int64)}
+        return {**state, STEP: np.array([self._step], np.int64)}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """See `Session.load_state_dict`."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_dit_runtime.sessions.state import MOMENTS
+from edge_dit.contract.names import ADAPTED, MOMENTS
 
 STEP_FIELD = 6
 """Index entry of OptimizerGroup.step, as in the generated OptimizerGroup.Step()."""
@@ -30,7 +30,7 @@ def views(checkpoint: bytearray) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for i in range(module.RequiresGradParamsLength()):
         tensor = module.RequiresGradParams(i)
-        found["adapter." + tensor.Name().decode()] = _floats(tensor)
+        found[ADAPTED + tensor.Name().decode()] = _floats(tensor)
     for i in range(group.OptimizerStatesLength()):
         state = group.OptimizerStates(i)
         moments = {state.Momentums(j).Name(): state.Momentums(j) for j in range(2)}

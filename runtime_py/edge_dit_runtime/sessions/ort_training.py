@@ -7,22 +7,44 @@ torch and onnx; the layer below it is used instead. 1.19.2 is the last release, 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from edge_dit.contract.adapter import read_adapter
-from edge_dit.contract.bundle import ADAPTER, Manifest
+from edge_dit.contract.bundle import Bundle
+from edge_dit.contract.names import ADAPTED, MOMENTS
+from edge_dit.contract.targets import (
+    CHECKPOINT,
+    FROZEN,
+    OPTIMIZER_MODEL,
+    TRAINING_MODEL,
+    OrtTrainingFacts,
+)
 from edge_dit.errors import missing_extra
+from edge_dit_runtime.sessions import onnx
 from edge_dit_runtime.sessions.mapped import MappedTensors
-from edge_dit_runtime.sessions.ort import onnxruntime, share_arena
+from edge_dit_runtime.sessions.ort import onnxruntime, session_options
 from edge_dit_runtime.sessions.ort_checkpoint import views
-from edge_dit_runtime.sessions.state import MOMENTS, lora_shapes, take, take_step
+from edge_dit_runtime.sessions.state import take, take_step
 from edge_dit_runtime.sessions.trainer import Tensors
 
-FOLDER = "ort-training"
+TARGET = "ort-training"
+
+
+def open_session(bundle: Bundle, layout: str) -> OrtTrainingSession:
+    """A session over the artifacts; there is one layout.
+
+    Raises:
+        BadInput: onnxruntime-training is not installed, or cannot load them.
+    """
+    return OrtTrainingSession(bundle)
+
+
+def open_sampler(bundle: Bundle) -> Callable[..., np.ndarray]:
+    """The patch sampler, an ONNX graph."""
+    return onnx.open_sampler(bundle, TARGET)
 
 
 class OrtTrainingSession:
@@ -33,8 +55,7 @@ class OrtTrainingSession:
     one.
 
     Args:
-        bundle: the bundle's folder.
-        manifest: its manifest.
+        bundle: opened.
     """
 
     # Objects of onnxruntime, which has no type stubs.
@@ -42,35 +63,33 @@ class OrtTrainingSession:
     _module: Any = None
     _state: Any = None
 
-    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         self._ort = onnxruntime("the ort-training target")
         self._c: Any = self._ort.capi._pybind_state
         if not hasattr(self._c, "CheckpointState"):
             raise missing_extra("onnxruntime.training", "the ort-training target")
-        self._folder = bundle / FOLDER
+        manifest = bundle.manifest
+        self._folder = bundle.folder / TARGET
         self.lr = manifest.optimizer.lr
-        self._batch = {t.name: t.shape for t in manifest.tensors if t.role == "batch"}
-        self._shapes = lora_shapes(manifest)
-        mapped = MappedTensors(self._folder / "frozen.safetensors")
-        self._frozen = [mapped[name] for name in manifest.targets[FOLDER]["frozen"]]
-        self._open(self._folder / "checkpoint")
-        self.load_adapter(read_adapter(bundle / ADAPTER)[0])
+        self._batch = manifest.shapes("batch")
+        self._shapes = manifest.shapes("lora")
+        mapped = MappedTensors(self._folder / FROZEN)
+        facts = cast(OrtTrainingFacts, bundle.facts(TARGET))
+        self._frozen = [mapped[name] for name in facts.frozen]
+        self._open(self._folder / CHECKPOINT)
+        self.load_adapter(bundle.adapter())
 
     def _open(self, checkpoint: Path) -> None:
         """Start from a checkpoint file, and from the moments and step in it if there are any."""
         self._close()
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 3
-        options.use_deterministic_compute = True
-        share_arena(self._ort)
-        options.add_session_config_entry("session.use_env_allocators", "1")
+        options = session_options(self._ort)
         cpu = self._c.OrtDevice(self._c.OrtDevice.cpu(), self._c.OrtDevice.default_memory(), 0)
         self._state = self._c.load_checkpoint(str(checkpoint))
         self._module = self._c.Module(
-            str(self._folder / "training_model.onnx"), self._state, None, cpu, options
+            str(self._folder / TRAINING_MODEL), self._state, None, cpu, options
         )
         self._optimizer = self._c.Optimizer(
-            str(self._folder / "optimizer_model.onnx"), self._state, cpu, options
+            str(self._folder / OPTIMIZER_MODEL), self._state, cpu, options
         )
 
     def _close(self) -> None:
@@ -141,17 +160,17 @@ class OrtTrainingSession:
         for name, value in values.items():
             places[name][:] = value.reshape(-1)
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "checkpoint"
+            path = Path(folder) / CHECKPOINT
             path.write_bytes(checkpoint)
             self._open(path)
 
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
-        kinds = ("adapter.", *MOMENTS)
+        kinds = (ADAPTED, *MOMENTS)
         return {kind + name: shape for kind in kinds for name, shape in self._shapes.items()}
 
     def _checkpoint(self) -> bytearray:
         """A checkpoint file of the present state, moments included, as onnxruntime writes it."""
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "checkpoint"
+            path = Path(folder) / CHECKPOINT
             self._c.save_checkpoint(self._state, str(path), True)
             return bytearray(path.read_bytes())

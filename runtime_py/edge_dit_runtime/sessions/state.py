@@ -7,16 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from edge_dit.contract.bundle import Manifest
+from edge_dit.contract.names import STEP
 from edge_dit.errors import BadInput
 
-MOMENTS = ("exp_avg.", "exp_avg_sq.")
-"""Prefixes of AdamW's first and second moments, named as in torch.optim."""
 REMEDY = "use the files of a run with this bundle"
-
-
-def lora_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """Shape of every LoRA tensor by diffusers name, in the order of the graphs' arguments."""
-    return {tensor.name: tensor.shape for tensor in manifest.tensors if tensor.role == "lora"}
 
 
 def check_draw(draw: Mapping[str, np.ndarray], manifest: Manifest, which: str) -> None:
@@ -70,6 +64,6 @@ def take(
 
 def take_step(state: Mapping[str, np.ndarray]) -> int:
     """Updates done, of a `Session.state_dict`."""
-    if "step" not in state or state["step"].size != 1:
-        raise BadInput("step", found="not one number", expected="a session's state", remedy=REMEDY)
-    return int(state["step"].reshape(-1)[0])
+    if STEP not in state or state[STEP].size != 1:
+        raise BadInput(STEP, found="not one number", expected="a session's state", remedy=REMEDY)
+    return int(state[STEP].reshape(-1)[0])

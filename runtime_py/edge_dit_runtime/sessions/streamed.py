@@ -8,51 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from edge_dit.contract.bundle import Manifest
-from edge_dit_runtime.sessions.graph import GraphSession
+from edge_dit.contract.names import ENTRY, GRAD, LOSS, NEW, STATE
+from edge_dit.contract.targets import HEAD, StreamedBlock, StreamedFacts, block_file
 from edge_dit_runtime.sessions.mapped import MappedTensors
-from edge_dit_runtime.sessions.onnx import FOLDER, OnnxProgram, onnx_optimizer
-from edge_dit_runtime.sessions.ort import onnxruntime, share_arena
+from edge_dit_runtime.sessions.onnx_program import OnnxProgram
 from edge_dit_runtime.sessions.trainer import Tensors
-
-STATE = ("entry", "entry_text")
-
-
-def streamed_session(bundle: Path, manifest: Manifest) -> GraphSession:
-    """A session over onnx/block.<kind>.*.onnx, onnx/head.onnx and onnx/optimizer.onnx.
-
-    Args:
-        bundle: the bundle's folder.
-        manifest: its manifest.
-
-    Raises:
-        BadInput: onnxruntime is not installed, or cannot load a graph.
-    """
-    share_arena(onnxruntime("the onnx target"), doubling=True)
-    step = StreamedStep(bundle, manifest)
-    return GraphSession(bundle, manifest, step, onnx_optimizer(bundle, manifest))
 
 
 class StreamedStep:
     """Batch and LoRA tensors -> loss and gradients, one block after the other.
 
     Args:
-        bundle: the bundle's folder.
-        manifest: its manifest.
+        manifest: of the bundle.
+        facts: the graphs and the blocks.
+        frozen: file of the frozen weights; the graphs lie beside it.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest) -> None:
-        facts = manifest.targets[FOLDER]
+    def __init__(self, manifest: Manifest, facts: StreamedFacts, frozen: Path) -> None:
         self._batch, self._lora = manifest.names("batch"), manifest.names("lora")
-        self._blocks: list[dict[str, Any]] = facts["streamed"]["blocks"]
-        self._frozen = MappedTensors(bundle / FOLDER / facts["frozen"])
+        self._blocks = facts.blocks
+        self._frozen = MappedTensors(frozen)
         self._programs = {
-            file: OnnxProgram(bundle / FOLDER / file, names["inputs"], names["outputs"])
-            for file, names in facts["streamed"]["graphs"].items()
+            file: OnnxProgram(frozen.parent / file, names.inputs, names.outputs)
+            for file, names in facts.graphs.items()
         }
 
     def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
@@ -60,36 +42,34 @@ class StreamedStep:
         named = dict(zip([*self._batch, *self._lora], arrays, strict=True))
         borders = [{name: named[name] for name in STATE if name in named}]
         for block in self._blocks:
-            for name, residual in block.get("residual", {}).items():
+            for name, residual in block.residual.items():
                 borders[-1][name] = borders[-1][name] + named[residual]
             after = self._run(block, "forward", {**named, **borders[-1]})
-            borders.append({name.removeprefix("new."): value for name, value in after.items()})
-        head = self._programs["head.onnx"]
+            borders.append({name.removeprefix(NEW): value for name, value in after.items()})
+        head = self._programs[HEAD]
         result = head.named({**named, **borders.pop(), **self._frozen.pick(head.inputs)})
         self._frozen.release()
-        loss, given = result["loss"], {"grad.entry": result["new.grad.entry"]}
+        loss, given = result[LOSS], {GRAD + ENTRY: result[NEW + GRAD + ENTRY]}
         gradients: Tensors = {}
         for block in reversed(self._blocks):
             found = self._run(block, "backward", {**named, **borders.pop(), **given})
             given = {
-                name.removeprefix("new."): value
+                name.removeprefix(NEW): value
                 for name, value in found.items()
-                if name.startswith("new.")
+                if name.startswith(NEW)
             }
             gradients |= {
-                block["lora"][n.removeprefix("grad.")]: v
-                for n, v in found.items()
-                if n.startswith("grad.")
+                block.lora[n.removeprefix(GRAD)]: v for n, v in found.items() if n.startswith(GRAD)
             }
         return [loss, *(gradients[name] for name in self._lora)]
 
     def _run(
-        self, block: Mapping[str, Any], direction: str, named: Mapping[str, np.ndarray]
+        self, block: StreamedBlock, direction: str, named: Mapping[str, np.ndarray]
     ) -> Tensors:
-        self._frozen.fetch(block["weights"].values())
-        weights = {local: self._frozen[key] for local, key in block["weights"].items()}
-        lora = {local: named[name] for local, name in block["lora"].items()}
-        program = self._programs[f"block.{block['kind']}.{direction}.onnx"]
+        self._frozen.fetch(block.weights.values())
+        weights = {local: self._frozen[key] for local, key in block.weights.items()}
+        lora = {local: named[name] for local, name in block.lora.items()}
+        program = self._programs[block_file(block.kind, direction)]
         found = program.named({**named, **weights, **lora})
         self._frozen.release()
         return found

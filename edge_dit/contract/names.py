@@ -1,0 +1,57 @@
+"""Names that host and device agree on: of the tensors in every graph, and of files.
+
+Batch tensors are inputs that a bank stores, one draw at a time: `ENTRY`; `ENTRY_TEXT` in families
+with joint attention; "cond.<name>"; "residual.<first>" and "residual_text.<first>" for every run of
+blocks skipped between trained ones; `TAIL_RESIDUAL`; `TARGET`; `WEIGHT` where draws are weighed.
+LoRA tensors carry their diffusers names. Outputs: `LOSS` and "grad.<lora name>".
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+ENTRY, ENTRY_TEXT = "entry", "entry_text"
+STATE = (ENTRY, ENTRY_TEXT)
+"""What flows between blocks: image tokens [1, N, D] and, with joint attention, text tokens."""
+COND = "cond."
+"""Prefix of the conditioning tensors."""
+RESIDUAL, RESIDUAL_TEXT = "residual", "residual_text"
+TAIL_RESIDUAL, TARGET, WEIGHT = "tail_residual", "target", "weight"
+LOSS, GRAD, NEW = "loss", "grad.", "new."
+"""The loss; prefixes of a gradient, and of what takes the place of an input."""
+ADAPTED = "adapter."
+"""Prefix of the LoRA tensors in a training state, beside `MOMENTS`."""
+MOMENTS = ("exp_avg.", "exp_avg_sq.")
+"""Prefixes of AdamW's first and second moments, named as in torch.optim."""
+LEARNING_RATE, STEP = "lr", "step"
+SAMPLER_INPUTS, PATCH = ("image", "sigma", "uv"), "patch"
+"""Arguments and result of the patch sampler."""
+
+
+def residual_names(first: int) -> tuple[str, str]:
+    """Names of the image and text residual of the skipped run that begins with block ``first``."""
+    return f"{RESIDUAL}.{first}", f"{RESIDUAL_TEXT}.{first}"
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` names a file of a folder, on every system: no path, no drive, not hidden."""
+    return bool(re.fullmatch(r"[^./\\:\x00-\x1f][^/\\:\x00-\x1f]{0,254}", name))
+
+
+def _plain(name: str) -> str:
+    if not is_plain_name(name):
+        raise ValueError("not the plain name of a file")
+    return name
+
+
+def _relative(path: str) -> str:
+    for part in path.split("/"):
+        _plain(part)
+    return path
+
+
+PlainName = Annotated[str, AfterValidator(_plain)]
+RelativePath = Annotated[str, AfterValidator(_relative)]

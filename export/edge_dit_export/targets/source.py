@@ -1,0 +1,68 @@
+"""What every target is written from; traced once, when the first target asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from edge_dit.contract.adamw import AdamW
+from edge_dit.contract.targets import WIDE, Dtype
+from edge_dit.models.subgraph import TrainableSubgraph
+from edge_dit.pictures.crop import CropRule
+from edge_dit.pictures.patch_sampler import PatchSampler
+from edge_dit_export.graph.optimizer import AdamWStep, trace_optimizer
+from edge_dit_export.graph.trace import TracedStep
+from edge_dit_export.graph.train_step import trace_train_step
+
+MAX_IMAGE_SIDES = 4
+"""The patch sampler takes images with sides up to this many times s_max."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A sub-graph, ready to be exported.
+
+    Attributes:
+        subgraph: float32, LoRA in place.
+        batch: one draw, as `TrainableSubgraph.forward` takes it; only the shapes matter.
+        adamw: hyper-parameters of the optimizer.
+        crops: of the patch sampler.
+        weights: how frozen matrices are stored, where a target offers more than float32.
+        recompute: whether to write the layout that computes each block again, where there is one.
+    """
+
+    subgraph: TrainableSubgraph
+    batch: dict[str, Tensor]
+    adamw: AdamW
+    crops: CropRule
+    weights: Dtype = WIDE
+    recompute: bool = False
+
+    @cached_property
+    def step(self) -> TracedStep:
+        """Loss and gradients as one flat graph; not to be changed."""
+        return trace_train_step(self.subgraph, self.batch)
+
+    @cached_property
+    def recomputing_step(self) -> TracedStep:
+        """The same, computing each block again on its way back."""
+        return trace_train_step(self.subgraph, self.batch, recompute=True)
+
+    @cached_property
+    def optimizer(self) -> TracedStep:
+        """AdamW over the LoRA tensors."""
+        parameters = self.subgraph.lora_parameters()
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        return trace_optimizer(AdamWStep(self.adamw, shapes))
+
+    @cached_property
+    def sampler(self) -> PatchSampler:
+        """The patch sampler."""
+        return PatchSampler(self.crops)
+
+    @property
+    def max_image_side(self) -> int:
+        """Largest image side, in pixels, that a sampler with planned memory must take."""
+        return MAX_IMAGE_SIDES * self.crops.s_max
