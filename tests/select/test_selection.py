@@ -23,10 +23,8 @@ from edge_dit.planning.selection import (
     NAME,
     Selection,
     cache_file,
-    compare,
     find_selection,
     read_selection,
-    spearman,
     write_selection,
 )
 from edge_dit.reference.eager import objective_of
@@ -251,32 +249,6 @@ def test_a_selection_in_the_models_folder_does_not_change_the_model(tmp_path):
     before = model_hash(tmp_path)
     write_selection(selection(), tmp_path / NAME)
     assert model_hash(tmp_path) == before
-
-
-# ---------------------------------------------------------------- agreement
-
-
-def test_compare_tells_choices_correlation_and_place():
-    one = selection((0, 1, 2, 3), (0, 9, 9, 9))
-    same, against = compare(one, one), compare(one, selection((0, 9, 9, 9), (0, 1, 2, 3)))
-    assert len(same) == 2 + 2  # k = 1 and 2
-    assert same[3] == "| 2 | (2, 0) | (2, 0) | +1.00 | 1 of 3 |"
-    assert against[2] == "| 1 | (1, 0) | (0, 1) | -1.00 | 2 of 2 |"
-    with pytest.raises(BadInput, match="3 and 2 blocks"):
-        compare(one, selection((0, 1, 2), (0, 1, 2)))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(steps, steps), min_size=2, max_size=12))
-def test_rank_correlation_is_spearmans(pairs):
-    one, other = map(list, zip(*pairs, strict=True))
-    found = spearman(one, other)
-    if len(set(one)) == 1 or len(set(other)) == 1:
-        assert np.isnan(found)
-    else:
-        from scipy.stats import spearmanr
-
-        assert found == pytest.approx(spearmanr(one, other)[0])
 
 
 # ---------------------------------------------------------------- measuring
