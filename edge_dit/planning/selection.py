@@ -30,8 +30,7 @@ from edge_dit.errors import BadInput
 from edge_dit.store.documents import read_document, validated, write_document
 from edge_dit.store.files import cache_folder
 
-SCHEMA = 2
-"""2 added `between`; files of 1 are read."""
+SCHEMA = 1
 NAME = "selection.json"
 REMEDY = "select again, or remove it"
 Method = Literal["generation", "loss-masked", "loss-frozen"]
