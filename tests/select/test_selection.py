@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from edge_dit.select.masking import text_masked
 from edge_dit.select.selectors import Subject, select_by_generation, select_by_loss
 from edge_dit.store.documents import write_document
 
+SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 HASH = "0123456789abcdef" * 4
 
 
@@ -119,6 +121,15 @@ def test_what_is_written_is_read(tmp_path_factory, found):
 def test_runs_between_are_written_and_read(tmp_path):
     found = selection(between=[between()])
     assert read_selection(write_selection(found, tmp_path / NAME)) == found
+
+
+@pytest.mark.parametrize("path", ["tiny-sana/selection.json", "reproduce/selections/*.json"])
+def test_the_shipped_selections_are_read(path):
+    found = [read_selection(file) for file in SAMPLES.glob(path)]
+    assert found
+    assert {(one.layers, one.model_hash) for one in found} == {
+        (12, model_hash(SAMPLES / "tiny-sana"))
+    }
 
 
 @pytest.mark.parametrize(
