@@ -236,7 +236,8 @@ def plan(
 def budget(ram: str | None, flash: str | None, step_time: str | None) -> Any:
     """The limits that options give, or None."""
     from edge_dit.budget.limits import Limits
-    from edge_dit.text import bytes_of, seconds_of
+    from edge_dit.planning.job import bytes_of
+    from edge_dit.text import seconds_of
 
     asked = {
         "ram": ("--ram", ram, bytes_of),

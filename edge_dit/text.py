@@ -1,4 +1,4 @@
-"""Plain text for a terminal or a file; sizes and times in words."""
+"""Plain text for a terminal or a file; bytes and seconds in words."""
 
 from __future__ import annotations
 
@@ -6,34 +6,19 @@ import re
 from collections.abc import Sequence
 
 BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SECONDS = {"s": 1.0, "ms": 0.001}
-
-
-def bytes_of(text: object) -> int:
-    """Bytes of "3GiB", "200 MiB", "1.5GB".
-
-    Raises:
-        ValueError: something else, or nothing.
-    """
-    return int(_quantity(text, BINARY | DECIMAL, "a size such as 3GiB, 200MiB or 1.5GB"))
 
 
 def seconds_of(text: object) -> float:
     """Seconds of "5s", "1.5 s", "800ms".
 
     Raises:
-        ValueError: something else, or nothing.
+        ValueError: something else, or zero.
     """
-    return _quantity(text, SECONDS, "a time such as 5s or 800ms")
-
-
-def _quantity(text: object, units: dict[str, float] | dict[str, int], expected: str) -> float:
-    known = {unit.lower(): factor for unit, factor in units.items()}
-    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*([a-zA-Z]+)\s*", str(text))
-    if match is None or match[2].lower() not in known or float(match[1]) == 0:
-        raise ValueError(expected)
-    return float(match[1]) * known[match[2].lower()]
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*(m?s)\s*", str(text), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise ValueError("a time such as 5s or 800ms")
+    return float(match[1]) * SECONDS[match[2].lower()]
 
 
 def size(number: float) -> str:
@@ -49,7 +34,7 @@ def columns(headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) 
     """Lines of a table: row names at the left, cells right-aligned below their headings.
 
     Args:
-        headings: of the columns behind the names.
+        headings: of the columns after the names.
         rows: name and cells of each row.
     """
     name_width = max(len(name) for name, _ in rows) + 2

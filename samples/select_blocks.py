@@ -2,9 +2,10 @@
 
     python samples/select_blocks.py WORK    # an hour on two cores; goes on where it stopped
 
-By loss with the ends frozen, on the quickstart's toy and one of samples/reproduce. What the paper's
-selector and the one by loss with masked text find goes to samples/reproduce/selections, for the
-ablations. Prints how far each agrees.
+It measures by loss with the ends frozen, on the quickstart's toy and one of samples/reproduce. What
+the paper's selector and the one by loss with masked text find goes to samples/reproduce/selections,
+for the ablations. At the end it prints how far each agrees with the paper's, for which it needs
+scipy (`pip install scipy`, or the extra "test").
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from scipy.stats import spearmanr
+
+from edge_dit.errors import BadInput
 from edge_dit.pictures.images import read_folder
 from edge_dit.planning.job import read_job
 from edge_dit.planning.plan import Plan, make_plan
-from edge_dit.planning.selection import NAME, compare, write_selection
+from edge_dit.planning.selection import NAME, Selection, write_selection
 from edge_dit.select.selectors import Subject, select_by_generation, select_by_loss
 
 ROOT = Path(__file__).resolve().parent
@@ -31,6 +35,36 @@ def subject(plan: Plan, name: str, folder: Path) -> Subject:
         read_folder(folder / part, None, plan.s_max) for part in ("train", "heldout")
     )
     return Subject(name, images, heldout)
+
+
+def agreement(one: Selection, other: Selection) -> list[str]:
+    """How far two selections of a model agree, as lines of a table.
+
+    For every k: both choices, Spearman's rank correlation of the scores of all (n, m) with
+    n + m = k, and the place of ``other``'s choice among them by the scores of ``one`` (1 is best).
+    Where one of them gives all splits the same score, the correlation is nan, and scipy warns.
+
+    Raises:
+        BadInput: they are of models of different depth.
+    """
+    if one.layers != other.layers:
+        raise BadInput(
+            "selections",
+            found=f"{one.layers} and {other.layers} blocks",
+            expected="two selections of one model",
+        )
+    lines = [f"| k | {one.method} | {other.method} | rank correlation | place |", "|" + "---|" * 5]
+    for skipped in range(1, one.layers):
+        splits = one.splits(skipped)
+        scores, others = ([s.score(*split) for split in splits] for s in (one, other))
+        chosen = other.best(skipped)
+        place = 1 + sum(score < one.score(*chosen) for score in scores)
+        correlation = spearmanr(scores, others).statistic
+        lines.append(
+            f"| {skipped} | {one.best(skipped)} | {chosen} | {correlation:+.2f} "
+            f"| {place} of {len(splits)} |"
+        )
+    return lines
 
 
 def main(work: Path) -> None:
@@ -53,7 +87,7 @@ def main(work: Path) -> None:
         print("  head", " ".join(f"{value:.3f}" for value in found.head))
         print("  tail", " ".join(f"{value:.3f}" for value in found.tail))
     for found in by_loss:
-        print(*compare(drawn, found), sep="\n")
+        print(*agreement(drawn, found), sep="\n")
 
 
 if __name__ == "__main__":

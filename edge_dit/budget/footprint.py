@@ -124,7 +124,7 @@ def read_profile(path: Path) -> Profile:
         BadInput: unreadable, or not a profile.
     """
     remedy = "see edge_dit/budget/footprint.py for what a profile holds"
-    raw = read_document(path, "a device profile", remedy)
+    raw = read_document(path, "a device profile", remedy, sealed=False)
     return validated(path, TypeAdapter(Profile), raw, remedy)
 
 

@@ -13,7 +13,7 @@ read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -91,7 +91,6 @@ class Index:
         draws: all draws.
         shard: draws in a shard.
         dtype: of the tensors in `HALVED`, "float32" or "float16".
-        hashed: whether every file names this index and carries digests; banks of before do not.
     """
 
     __pydantic_config__ = STRICT
@@ -102,7 +101,6 @@ class Index:
     shard: Annotated[int, Field(ge=1, le=2**20)] = SHARD
     dtype: Dtype = "float32"
     schema_version: int = SCHEMA
-    hashed: bool = True
 
     @property
     def shards(self) -> int:
@@ -127,7 +125,7 @@ def begin(folder: Path, index: Index) -> list[int]:
     """
     path = folder / INDEX
     if path.is_file():
-        if replace(read_index(folder), hashed=index.hashed) != index:
+        if read_index(folder) != index:
             raise BadInput(
                 folder,
                 found="a bank of another plan, other images or other prompts",
@@ -184,7 +182,7 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / INDEX
     remedy = "make it: edge-dit precompute JOB --plan plan.json -o bank/"
-    raw = {"hashed": False, **read_document(path, "a bank folder", remedy, SCHEMA)}
+    raw = read_document(path, "a bank folder", remedy, SCHEMA)
     index = validated(path, TypeAdapter(Index), raw, remedy)
     if any(draw.prompt >= len(index.prompts) for draw in index.draws):
         raise BadInput(path, found="a draw of a prompt that it does not list", remedy=remedy)
@@ -279,10 +277,9 @@ class Bank:
     def _file(self, path: Path) -> TensorFile:
         if path not in self._files:
             file = TensorFile(path)
-            metadata = file.header.metadata
-            if self.index.hashed and not file.header.hashed:
+            if not file.header.hashed:
                 raise ValueError("without digests")
-            if metadata.get("index", self.identity) != self.identity:
+            if file.header.metadata.get("index") != self.identity:
                 raise ValueError("of another bank")
             self._files[path] = file
         return self._files[path]

@@ -8,15 +8,41 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 
 from edge_dit.contract.bundle import TARGETS
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.store.documents import read_whole
-from edge_dit.text import bytes_of, seconds_of
+from edge_dit.text import seconds_of
+
+SIZE = re.compile(r"\s*\d{1,12}(\.\d{1,12})?\s*[kmgt]i?b\s*", re.IGNORECASE | re.ASCII)
+"""A size with its unit. `ByteSize` alone also takes "3" for three bytes and "3Gbit" for bits, and
+reads only the beginning of "3 GiB free".
+"""
+_SIZES = TypeAdapter(ByteSize)
+
+
+def bytes_of(text: object) -> ByteSize:
+    """Bytes of "3GiB", "200 MiB", "1.5GB".
+
+    Raises:
+        ValueError: something else, or zero.
+    """
+    if SIZE.fullmatch(str(text)) and (found := _SIZES.validate_python(str(text))):
+        return found
+    raise ValueError("a size such as 3GiB, 200MiB or 1.5GB")
+
 
 Positive = Annotated[int, Field(ge=1)]
-Size = Annotated[int, BeforeValidator(bytes_of)]
+Size = Annotated[ByteSize, BeforeValidator(bytes_of)]
 Seconds = Annotated[float, BeforeValidator(seconds_of)]
 DOTS = 1000
 """Dots in a job file at most: tomllib keeps every prefix of a dotted key, so that a key of 20,000

@@ -127,8 +127,6 @@ class Plan(BaseModel):
                 "bank_dtype",
             },
         )
-        if not self.inner_skips:  # so that banks of plans without are still theirs
-            del shared["inner_skips"]
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 

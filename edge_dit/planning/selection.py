@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import numpy as np
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -31,8 +30,7 @@ from edge_dit.errors import BadInput
 from edge_dit.store.documents import read_document, validated, write_document
 from edge_dit.store.files import cache_folder
 
-SCHEMA = 2
-"""2 added `between`; files of 1 are read."""
+SCHEMA = 1
 NAME = "selection.json"
 REMEDY = "select again, or remove it"
 Method = Literal["generation", "loss-masked", "loss-frozen"]
@@ -211,48 +209,3 @@ def find_selection(model: Path, model_hash: str) -> tuple[Selection | None, str]
             f"{model_hash[:12]}"
         )
     return None, "; ".join(reasons) or "no selection was made for this model"
-
-
-def compare(one: Selection, other: Selection) -> list[str]:
-    """How far two selections of a model agree, as lines of a table: for every k both choices,
-    Spearman's correlation of the scores of all (n, m), and where the choice of ``other`` stands
-    among them by the scores of ``one`` (1 is best).
-
-    Raises:
-        BadInput: they are of models of different depth.
-    """
-    if one.layers != other.layers:
-        raise BadInput(
-            "selections",
-            found=f"{one.layers} and {other.layers} blocks",
-            expected="two selections of one model",
-        )
-    lines = [f"| k | {one.method} | {other.method} | rank correlation | place |", "|" + "---|" * 5]
-    for skipped in range(1, one.layers):
-        splits = one.splits(skipped)
-        scores, others = ([s.score(*split) for split in splits] for s in (one, other))
-        chosen = other.best(skipped)
-        place = 1 + sum(score < one.score(*chosen) for score in scores)
-        correlation = spearman(scores, others)
-        lines.append(
-            f"| {skipped} | {one.best(skipped)} | {chosen} | {correlation:+.2f} "
-            f"| {place} of {len(splits)} |"
-        )
-    return lines
-
-
-def spearman(one: list[float], other: list[float]) -> float:
-    """Rank correlation; ties share their mean rank, and where all are tied it is NaN."""
-    first, second = _ranks(one), _ranks(other)
-    scale = first.std() * second.std()
-    return (
-        float(((first - first.mean()) * (second - second.mean())).mean() / scale)
-        if scale
-        else (float("nan"))
-    )
-
-
-def _ranks(values: list[float]) -> np.ndarray:
-    found = np.asarray(values)
-    below = (found[None, :] < found[:, None]).sum(axis=1)
-    return below + ((found[None, :] == found[:, None]).sum(axis=1) - 1) / 2

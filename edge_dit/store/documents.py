@@ -16,7 +16,7 @@ from edge_dit.store.files import open_regular, write_json
 LIMIT = 64 * 2**20
 """Bytes of the largest document read: an index of 200,000 draws. Parsed it is some times that."""
 DIGEST = "sha256"
-"""Key of the digest of all other keys; documents written before there was one lack it."""
+"""Key of the digest of all other keys."""
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 """Of dataclasses that documents are read into, as their ``__pydantic_config__``."""
 T = TypeVar("T")
@@ -33,7 +33,9 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def read_document(path: Path, what: str, remedy: str, schema: int | None = None) -> dict[str, Any]:
+def read_document(
+    path: Path, what: str, remedy: str, schema: int | None = None, sealed: bool = True
+) -> dict[str, Any]:
     """The object in a JSON file, without its digest.
 
     Args:
@@ -41,9 +43,12 @@ def read_document(path: Path, what: str, remedy: str, schema: int | None = None)
         what: what a folder with it is, for the message ("a bundle folder").
         remedy: how to make one.
         schema: the newest ``schema_version`` known, for files that carry one.
+        sealed: whether the file must carry its digest; a file that people may write by hand need
+            not. Where there is one it must be right.
 
     Raises:
-        BadInput: missing, not JSON, too large, changed since it was written, or of another schema.
+        BadInput: missing, not JSON, too large, without its digest, changed since it was written, or
+            of another schema.
     """
     try:
         raw = parse_json(read_whole(path))
@@ -64,8 +69,16 @@ def read_document(path: Path, what: str, remedy: str, schema: int | None = None)
             expected=f"at most {schema}",
             remedy="upgrade edge-dit" if newer else remedy,
         )
-    claimed = raw.pop(DIGEST, None)
-    if claimed is not None and claimed != digest(raw):
+    if DIGEST not in raw:
+        if sealed:
+            raise BadInput(
+                path,
+                found=f"no digest of its content ({DIGEST!r})",
+                expected="a file that edge-dit wrote",
+                remedy=remedy,
+            )
+        return raw
+    if (claimed := raw.pop(DIGEST)) != digest(raw):
         raise BadInput(
             path,
             found="damaged or edited: not the content it was written with",

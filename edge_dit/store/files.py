@@ -17,8 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
+from platformdirs import user_cache_path
+
 from edge_dit.errors import BadInput
-from edge_dit.store.locks import locked, try_lock
+from edge_dit.store.locks import locked
 
 REMEDIES = {
     errno.ENOSPC: "free some space, then run the same command again",
@@ -46,7 +49,7 @@ def write_atomic(path: Path, *parts: bytes | memoryview | str) -> None:
 
     Args:
         path: its folder is made.
-        parts: what it is to hold, one behind the other.
+        parts: what it is to hold, one after the other.
 
     Raises:
         BadInput: the system refuses (full, read-only, not permitted); what was there is still.
@@ -57,7 +60,7 @@ def write_atomic(path: Path, *parts: bytes | memoryview | str) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
-                try_lock(handle)  # by which `_sweep` knows that its writer lives
+                lock_descriptor(handle, blocking=False)  # tells `_sweep` that its writer lives
                 for part in parts:
                     file.write(part.encode() if isinstance(part, str) else part)
                 file.flush()
@@ -84,7 +87,7 @@ def _sweep(path: Path) -> None:
                 continue
             descriptor = os.open(left, os.O_RDWR)
             try:
-                dead = try_lock(descriptor)
+                dead = lock_descriptor(descriptor, blocking=False)
             finally:
                 os.close(descriptor)
             if dead:
@@ -188,6 +191,8 @@ def sha256(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where this user's machine keeps what can be made again; it need not be there."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache"
-    return Path(home).expanduser() / "edge-dit"
+    """Where this user's machine keeps what can be made again; it need not be there.
+
+    On Linux that is ``${XDG_CACHE_HOME:-~/.cache}/edge-dit``.
+    """
+    return user_cache_path("edge-dit", appauthor=False)

@@ -1,19 +1,26 @@
-"""One process at a time: locks that the system lets go of when their process dies."""
+"""One process at a time in a folder: locks that the system releases when their process dies.
+
+The lock is filelock's on an open file (flock, or LockFileEx on Windows). Its class `FileLock` is
+not used: on Linux and macOS it leaves its file in the folder. We remove the file, and then a second
+process may open it just before that and lock it just after. Nobody holds the lock then, yet a
+`FileLock` that does not wait gives up; `locked` tries again at once.
+"""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from edge_dit.errors import BadInput
 
 
 @contextmanager
 def locked(path: Path, what: object) -> Iterator[None]:
-    """Hold ``path`` as a lock while the block runs; the file is removed behind it.
+    """Hold ``path`` as a lock while the block runs, then remove the file.
 
     Args:
         path: of the lock file, in an existing folder.
@@ -21,6 +28,7 @@ def locked(path: Path, what: object) -> Iterator[None]:
 
     Raises:
         BadInput: another process, or another thread of this one, holds it.
+        OSError: the file cannot be made.
     """
     descriptor = _hold(path, what)
     try:
@@ -35,9 +43,10 @@ def locked(path: Path, what: object) -> Iterator[None]:
 
 
 def _hold(path: Path, what: object) -> int:
+    """The descriptor of the lock file, open and locked; closing it releases the lock."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        if not try_lock(descriptor):
+        if not lock_descriptor(descriptor, blocking=False):
             os.close(descriptor)
             raise BadInput(
                 what,
@@ -45,27 +54,8 @@ def _hold(path: Path, what: object) -> int:
                 expected="one process at a time",
                 remedy="wait for it or stop it, then run the same command again",
             )
-        # The process that held it before may have removed the file we opened.
+        # The process that held it before may have removed the file that we opened.
         with suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         os.close(descriptor)
-
-
-def try_lock(descriptor: int) -> bool:
-    """Lock an open file unless someone else has; closing it, or dying, lets go."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -2,7 +2,8 @@
 
 The format is huggingface/safetensors': a length, a JSON header, the tensors' bytes without gaps.
 Files written here carry in their metadata "sha256.<tensor>", of each tensor's bytes, and "sha256",
-of the header itself; other readers ignore both, and files without them are read unchecked.
+of the header itself. Other readers ignore both. Files that others wrote, a model's shards or a
+user's LoRA, have none and are read unchecked.
 """
 
 from __future__ import annotations

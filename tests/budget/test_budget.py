@@ -38,10 +38,10 @@ from edge_dit.contract.targets import VARIANTS, TargetVariant
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.families import family_of
 from edge_dit.models.public_configs import public_config
-from edge_dit.planning.job import read_job
+from edge_dit.planning.job import bytes_of, read_job
 from edge_dit.planning.plan import make_plan, read_plan
 from edge_dit.planning.selection import Between, write_selection
-from edge_dit.text import bytes_of, seconds_of, size
+from edge_dit.text import seconds_of, size
 from tiny import write_job
 
 GIB = 2**30
@@ -56,7 +56,23 @@ def test_sizes(text, bytes_):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "3", "GiB", "0GiB", "-1GiB", "3 GiB RAM", "1e3GiB", "nanGiB", "3gigs", "9" * 99]
+    "text",
+    [
+        "",
+        "3",
+        "GiB",
+        "0GiB",
+        "-1GiB",
+        "3 GiB RAM",
+        "1e3GiB",
+        "nanGiB",
+        "3gigs",
+        "9" * 99,
+        "3Gbit",
+        "0.0001KB",
+        "9" * 400 + "GiB",
+        "\x1c3GiB",
+    ],
 )
 def test_what_is_no_size(text):
     with pytest.raises(ValueError, match="3GiB"):

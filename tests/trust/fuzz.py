@@ -486,7 +486,7 @@ def no_longer_than(seconds: float) -> Any:
 
 
 def promises(kind: str, data: bytes) -> bool:
-    """Whether a file still carries digests; one of before they were kept does not."""
+    """Whether a file still carries digests; safetensors files of others and profiles need not."""
     try:
         if kind == "tensors":
             size = int.from_bytes(data[:8], "little")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import small
 from faulty import Crash, listing
+from filelock import lock_descriptor
 
 from edge_dit.contract import bank as banks
 from edge_dit.contract.adapter import read_adapter, write_adapter_folder
@@ -246,17 +247,11 @@ def test_what_a_killed_writer_left_is_swept(tmp_path):
     assert left.exists()  # it could be that of a writer at work
     os.utime(left, (0, 0))
     with left.open("rb+") as held:
-        assert small_lock(held)
+        assert lock_descriptor(held.fileno(), blocking=False)
         write_atomic(path, "old")
         assert left.exists()
     write_atomic(path, "old")
     assert list(tmp_path.iterdir()) == [path]
-
-
-def small_lock(file):
-    from edge_dit.store.locks import try_lock
-
-    return try_lock(file.fileno())
 
 
 LORA = {"transformer.b.lora_A.weight": np.ones((2, 3), np.float32)}

@@ -5,6 +5,7 @@ import os
 import struct
 import tracemalloc
 
+import fuzz
 import numpy as np
 import onnxruntime
 import pytest
@@ -163,9 +164,30 @@ def test_documents_know_their_own_content(tmp_path):
         documents.read_document(path, "", "", 1)
 
 
-def test_documents_of_before_have_no_digest(tmp_path):
-    (tmp_path / "a.json").write_text('{"schema_version": 1}')
-    assert documents.read_document(tmp_path / "a.json", "", "", 1) == {"schema_version": 1}
+def test_only_a_file_that_people_write_may_lack_its_digest(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"schema_version": 1}')
+    with pytest.raises(BadInput, match="no digest"):
+        documents.read_document(path, "", "", 1)
+    assert documents.read_document(path, "", "", 1, sealed=False) == {"schema_version": 1}
+    for wrong in ('"0"', "null"):
+        path.write_text(f'{{"schema_version": 1, "sha256": {wrong}}}')
+        with pytest.raises(BadInput, match="damaged or edited"):
+            documents.read_document(path, "", "", 1, sealed=False)
+
+
+@pytest.mark.parametrize("name", ["manifest", "index", "run", "selection", "profile"])
+def test_files_of_ours_without_their_digest_are_refused(tmp_path, name):
+    """A device profile aside, which is read as if written by hand."""
+    (reader,) = (reader for reader in fuzz.readers(tmp_path) if reader.name == name)
+    want, raw = reader.read(), json.loads(reader.path.read_text())
+    del raw["sha256"]
+    reader.path.write_text(json.dumps(raw))
+    if name == "profile":
+        assert reader.read() == want
+    else:
+        with pytest.raises(BadInput, match="no digest"):
+            reader.read()
 
 
 @pytest.mark.parametrize("version", [2, 10**30, 0, -1, True, "1", 1.0, None])
@@ -401,7 +423,7 @@ def test_a_shard_of_another_bank(tmp_path):
         Bank(folder)[4]
 
 
-def test_a_shard_without_digests_is_refused_where_the_index_promises_them(tmp_path):
+def test_a_shard_without_digests_is_refused(tmp_path):
     folder = small.write_bank(tmp_path / "bank")
     path = banks.shard_path(folder, 0)
     path.write_bytes(save(load_file(path)))
@@ -409,18 +431,12 @@ def test_a_shard_without_digests_is_refused_where_the_index_promises_them(tmp_pa
         Bank(folder)[0]
 
 
-def test_banks_of_before_digests_are_read_and_continued(tmp_path):
+def test_a_shard_that_names_no_bank_is_refused(tmp_path):
     folder = small.write_bank(tmp_path / "bank")
-    index = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(
-        json.dumps({k: v for k, v in index.items() if k not in ("sha256", "hashed")})
-    )
-    for path in folder.glob("*.safetensors"):
-        path.write_bytes(save(load_file(path)))
-    assert len(list(Bank(folder))) == small.DRAWS
-    banks.shard_path(folder, 1).unlink()
-    small.write_bank(folder)
-    assert len(list(Bank(folder))) == small.DRAWS
+    path = banks.shard_path(folder, 0)
+    write_tensors(path, load_file(path))
+    with pytest.raises(BadInput, match="of another bank"):
+        Bank(folder)[0]
 
 
 def test_a_draw_of_a_prompt_that_is_not_there(tmp_path):
