@@ -31,22 +31,23 @@ BOUNDS = {
 
 INTRODUCTION = """# Job files
 
-A job is one TOML file. It says which model is personalised, on which images, which blocks are skipped, how
-it is trained and what is exported. Paths are relative to the file. An unknown key is an error, and all errors
-of a file are reported together, each with its line.
+A job is one TOML file. It says which model is personalised, on which images, which blocks are
+skipped, how it is trained and what is exported. Paths are relative to the file. An unknown key is
+an error, and all errors of a file are reported together, each with its line.
 
 This document is generated: `python docs/make_jobs.py` writes it from `edge_dit/planning/job.py`.
 
-`samples/sana.toml`, which the quickstart runs:
+The job that the quickstart runs, `samples/sana.toml`:
 """
 RELATIONS = """## Keys that depend on each other
 
-- A budget (`ram`, `flash`, `step_time`, any of them) decides which blocks are skipped. `skip_ratio` and
-  `inner_skips` may not stand beside it; `head_skip` and `tail_skip` may, and are kept to. Patch and rank are then
-  upper bounds. [docs/selection.md](selection.md) says how it decides.
+- A budget (`ram`, `flash`, `step_time`, any of them) decides which blocks are skipped.
+  `skip_ratio` and `inner_skips` may not stand beside it; `head_skip` and `tail_skip` may, and are
+  kept to. Patch and rank are then upper bounds. [docs/selection.md](selection.md) has the rest.
 - `patch` is at most `resolution`.
 - `head_skip` + `tail_skip` leave at least one block.
-- Options of `edge-dit plan` (`--skip-ratio`, `--head-skip`, `--tail-skip`, `--ram`, ...) override the job's.
+- Options of `edge-dit plan` (`--skip-ratio`, `--head-skip`, `--tail-skip`, `--ram`, ...) override
+  the job's.
 """
 
 
@@ -57,7 +58,8 @@ def render() -> str:
     for name, part in schema["properties"].items():
         section = schema["$defs"][_reference(part)]
         required = section.get("required", [])
-        lines += [f"## [{name}]", "", section["description"].partition(": ")[2].capitalize(), ""]
+        about = section["description"].partition(": ")[2]
+        lines += [f"## [{name}]", "", about[0].upper() + about[1:], ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for key, field in section["properties"].items():
             kind = SPECIAL.get((name, key)) or _kind(field)
@@ -79,10 +81,14 @@ def _kind(field: dict[str, Any]) -> str:
     if "enum" in one:
         return " or ".join(f'`"{value}"`' for value in one["enum"])
     if one["type"] == "array":
-        return f"list of {PLAIN[one['items']['type']]}s"
+        return f"list of {PLAIN[one['items']['type']]}"
     bounds = {**field, **one}
-    words = [text.format(f"{bounds[key]:g}") for key, text in BOUNDS.items() if key in bounds]
+    words = [text.format(_number(bounds[key])) for key, text in BOUNDS.items() if key in bounds]
     return ", ".join([PLAIN[one["type"]], *words])
+
+
+def _number(value: float) -> str:
+    return "2^31" if value == 2**31 else f"{value:g}"
 
 
 def _default(value: Any) -> str:
