@@ -10,6 +10,7 @@ import typer
 
 from edge_dit.budget.footprint import read_profile
 from edge_dit.cli import app
+from test_layout import MAY_IMPORT
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -115,6 +116,18 @@ def test_citations_of_the_method_are_headings_or_equations_of_it():
     ]
     assert found
     assert [(path, what) for path, what in found if what not in method] == []
+
+
+def test_the_floors_in_the_documents_are_those_that_are_kept():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|$", text, re.MULTILINE)
+    below: set[str] = set()
+    told = {}
+    for folder, imports in reversed(rows):  # the table goes from the top down
+        named = set() if imports == "nothing" else set(imports.split(", "))
+        told[folder] = set(below) if imports == "everything below" else named
+        below.add(folder)
+    assert told == {folder: set(may) for folder, may in MAY_IMPORT.items() if folder != "api"}
 
 
 def test_performance_document_is_what_the_script_renders():
