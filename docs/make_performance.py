@@ -15,7 +15,7 @@ ROOT = DOCS.parent
 DOCUMENT = DOCS / "performance.md"
 RESULTS = DOCS / "results"
 """Folder of what `edge-dit bench` measured, one JSON file for each run."""
-MEASURED = ROOT / "edge_dit" / "app" / "measured.json"
+(MEASURED,) = ROOT.glob("edge_dit/*/measured.json")
 
 INTRODUCTION = """# Performance
 
