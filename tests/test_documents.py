@@ -3,13 +3,19 @@
 import json
 import re
 import runpy
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import typer
+from pydantic import BaseModel
 
-from edge_dit.budget.footprint import read_profile
+from edge_dit.budget.footprint import Profile, Runtime, read_profile
 from edge_dit.cli import app
+from edge_dit.contract.bank import Draw, Index
+from edge_dit.contract.bundle import FileSpec, Manifest, TensorSpec
+from edge_dit.planning.selection import Between, Selection
+from edge_dit_runtime.train import Run
 from test_layout import MAY_IMPORT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,6 +172,27 @@ def test_a_benchmark_becomes_a_table_with_its_raw_file_and_command(tmp_path):
     assert "docs/results/flux.json" in text
     assert "--trained 4+5 --tokens 256 --text 512 --rank 16 --steps 5 --no-full-lora" in text
     assert "No benchmark" not in text
+
+
+@pytest.mark.parametrize(
+    ("document", "kind"),
+    [
+        ("bundle.md", Manifest),
+        ("bundle.md", TensorSpec),
+        ("bundle.md", FileSpec),
+        ("bundle.md", Index),
+        ("bundle.md", Draw),
+        ("bundle.md", Run),
+        ("selection.md", Selection),
+        ("selection.md", Between),
+        ("selection.md", Profile),
+        ("selection.md", Runtime),
+    ],
+)
+def test_every_key_of_a_file_is_in_its_document(document, kind):
+    text = (ROOT / "docs" / document).read_text()
+    keys = kind.model_fields if issubclass(kind, BaseModel) else [f.name for f in fields(kind)]
+    assert [key for key in keys if f"`{key}`" not in text] == []
 
 
 def test_the_device_profile_in_the_documents_is_one(tmp_path):
