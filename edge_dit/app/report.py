@@ -36,7 +36,7 @@ LETTERS = "FLOA+"
 SIGMAS = (0.05, 0.275, 0.5, 0.725, 0.95)
 """Noise levels of the sample patches."""
 RATIOS = (0.3, 0.4, 0.5)
-"""Shares of skipped blocks that the paper reports (PAPER sec. 4)."""
+"""Shares of skipped blocks that the paper reports (docs/method.md, "Quality on DreamBooth")."""
 PICTURES = 2
 """Images that sample patches are drawn from: enough to see what a patch shows."""
 WHOLE, THUMBNAIL = 768, 256

@@ -1,7 +1,7 @@
 """Public checkpoints by name: what a plan must know of each, without its weights.
 
 Configurations are those of the checkpoints' own transformer/config.json; sizes are the paper's
-where it has them (PAPER sec. 3.1), else full resolution and half of it.
+where it has them (docs/method.md, Eq. 1), else full resolution and half of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The part of a model that trains on the device: trained blocks, head and loss (PAPER sec. 3.2).
+"""What trains on the device: trained blocks, head and loss (docs/method.md, Eq. 3).
 
     f'(last) = trained(entry) + tail residual        loss = weight * mean((head(f') - target)^2)
 

@@ -1,4 +1,4 @@
-"""The crop of the timestep-aware dynamic patch (PAPER sec. 3.1, Eq. 1), in numpy.
+"""The crop of the timestep-aware dynamic patch (docs/method.md, Eq. 1), in numpy.
 
 `edge_dit.pictures.patch_sampler` is the same geometry as a torch module, the one that is exported.
 """

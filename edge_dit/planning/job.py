@@ -55,62 +55,121 @@ class _Section(BaseModel):
 
 
 class Model(_Section):
-    """[model]: ``path`` of a diffusers pipeline folder, relative to the job file."""
+    """[model]: what is personalised."""
 
-    path: Path
+    path: Annotated[
+        Path, Field(description="Folder of a pipeline in diffusers format, relative to the job.")
+    ]
 
 
 class Data(_Section):
-    """[data]: a folder of images, relative to the job file, and the prompt of every image that has
-    no side-car .txt caption.
-    """
+    """[data]: what it is taught."""
 
-    images: Path
-    prompt: str | None = None
+    images: Annotated[
+        Path,
+        Field(
+            description="Folder of training images, relative to the job. A text file of an image's "
+            "name (`toy-0.png`, `toy-0.txt`) is its caption."
+        ),
+    ]
+    prompt: Annotated[
+        str | None, Field(description="Caption of every image that has no text file.")
+    ] = None
 
 
 class PlanOptions(_Section):
-    """[plan]: the share of blocks to skip, or how many at each end; ``inner_skips`` are further
-    runs [first, end), between trained blocks. Or a budget, see `edge_dit.budget.search`: ``ram``
-    and ``flash`` as sizes ("3GiB"), ``step_time`` in seconds ("5s").
-    """
+    """[plan]: which blocks are skipped; or a budget that decides it."""
 
-    skip_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    head_skip: Annotated[int, Field(ge=0)] | None = None
-    tail_skip: Annotated[int, Field(ge=0)] | None = None
-    inner_skips: list[tuple[int, int]] = []
-    ram: Size | None = None
-    flash: Size | None = None
-    step_time: Seconds | None = None
+    skip_ratio: Annotated[
+        float, Field(ge=0, lt=1, description="Share of blocks to skip. Not beside a budget.")
+    ] = 0.5
+    head_skip: Annotated[
+        int | None, Field(ge=0, description="Leading blocks to skip (n); default: chosen.")
+    ] = None
+    tail_skip: Annotated[
+        int | None, Field(ge=0, description="Trailing blocks to skip (m); default: chosen.")
+    ] = None
+    inner_skips: Annotated[
+        list[tuple[int, int]],
+        Field(
+            description="Runs [first, end) of blocks to skip between trained ones. Not beside a "
+            "budget."
+        ),
+    ] = []
+    ram: Annotated[
+        Size | None,
+        Field(description="Budget of memory: a training process at its peak, pages of files too."),
+    ] = None
+    flash: Annotated[Size | None, Field(description="Budget of storage: bundle and bank.")] = None
+    step_time: Annotated[Seconds | None, Field(description="Budget of time: one step.")] = None
 
 
 class Train(_Section):
-    """[train]: ``resolution`` is s_max and ``patch`` s_min of Eq. 1, in pixels; ``draws`` is the
-    size of the bank and ``bank`` the dtype its large tensors are stored in; ``lora_targets`` names
-    modules within a block, default the family's.
-    """
+    """[train]: sizes, LoRA and optimizer."""
 
-    resolution: Positive
-    patch: Positive
-    rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    lora_targets: Annotated[list[str], Field(min_length=1)] | None = None
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    steps: Positive = 500
-    draws: Positive = 256
-    bank: Literal["float32", "float16"] = "float32"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    resolution: Annotated[
+        Positive,
+        Field(
+            description="s_max of Eq. 1, pixels: largest crop, and the side that images are "
+            "resized to. The side the model draws at."
+        ),
+    ]
+    patch: Annotated[
+        Positive,
+        Field(
+            description="s_min of Eq. 1, pixels: what the device trains on. At most `resolution`; "
+            "both are multiples of the pixels on a token's side."
+        ),
+    ]
+    rank: Annotated[Positive, Field(description="Rank r of the LoRA.")] = 16
+    alpha: Annotated[
+        float | None, Field(gt=0, description="The LoRA's scale is alpha / rank; default: rank.")
+    ] = None
+    lora_targets: Annotated[
+        list[str] | None,
+        Field(
+            min_length=1,
+            description="Modules within a block that carry LoRA: linear layers and 1x1 "
+            "convolutions; default: the family's own.",
+        ),
+    ] = None
+    lr: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Learning rate of AdamW: constant, then falling towards 0 over the last "
+            "40 % of the steps.",
+        ),
+    ] = 1e-4
+    steps: Annotated[Positive, Field(description="Training steps, one draw each.")] = 500
+    draws: Annotated[Positive, Field(description="Draws in the bank.")] = 256
+    bank: Annotated[
+        Literal["float32", "float16"],
+        Field(description="How the bank stores its large tensors; float16 takes half the bytes."),
+    ] = "float32"
+    seed: Annotated[int, Field(ge=0, lt=2**31, description="Seed of everything random.")] = 0
 
 
 class Export(_Section):
-    """[export]: the targets to export, and how the onnx target stores frozen matrices: as float32
-    for all its layouts, as float16 or int8 (a scale per output channel) for the streamed one only;
-    with ``recompute`` there is a layout that computes each block again for its gradients.
-    """
+    """[export]: what is written for the device."""
 
-    targets: Annotated[list[str], Field(min_length=1)] = list(TARGETS)
-    weights: Literal["float32", "float16", "int8"] = "float32"
-    recompute: bool = False
+    targets: Annotated[
+        list[str], Field(min_length=1, description=f"Some of {', '.join(TARGETS)}.")
+    ] = list(TARGETS)
+    weights: Annotated[
+        Literal["float32", "float16", "int8"],
+        Field(
+            description="How the onnx target stores frozen matrices: float32 for all its layouts; "
+            "float16, or int8 with a scale per output channel, for the streamed one only."
+        ),
+    ] = "float32"
+    recompute: Annotated[
+        bool,
+        Field(
+            description="Write the onnx target's recompute layout too: one graph that computes "
+            "each block again for its gradients."
+        ),
+    ] = False
 
 
 class Job(_Section):

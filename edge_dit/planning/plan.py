@@ -30,9 +30,9 @@ Positive = Annotated[int, Field(ge=1, lt=2**31)]
 HEAD_SHARE = 2 / 3
 """Share of the skipped blocks taken from the front when a job gives only a ratio.
 
-The state entering the trained blocks is exact, the tail residual is not (PAPER sec. 2), and of the
-paper's one-sided ablations skipping the front is by far the milder (Table 2: DINO 0.6651 against
-0.4808). So the front gives more, and both ends give something.
+The state entering the trained blocks is exact, the tail residual is not (docs/method.md, Eq. 3).
+And of the paper's one-sided ablations skipping the front is by far the milder: DINO 0.6651 against
+0.4808 (docs/method.md, Tables 2 and 4). So the front gives more, and both ends give something.
 """
 
 

@@ -1,4 +1,4 @@
-"""Which blocks to skip: a measurement of every head and tail, and its file (PAPER sec. 3, Eq. 2).
+"""Which blocks to skip: a measurement of every head and tail, and its file (docs/method.md, Eq. 2).
 
     (n*, m*) = argmin over n + m = k of head[n] + tail[m]
 
@@ -154,7 +154,7 @@ class Selection(BaseModel):
 
     def best(self, skipped: int) -> tuple[int, int]:
         """(n*, m*) for k skipped blocks. Of equal scores the larger n: the state behind a skipped
-        head is exact, a tail residual is not (PAPER sec. 2).
+        head is exact, a tail residual is not (docs/method.md, Eq. 3).
         """
         return min(self.splits(skipped), key=lambda split: (self.score(*split), -split[0]))
 

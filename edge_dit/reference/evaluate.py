@@ -1,7 +1,7 @@
 """How good is an adapter? Held-out loss and pictures with the whole, unskipped model.
 
-And what LoRA on all blocks at full resolution reaches in as many steps. (PAPER sec. 2: "After
-training, the LoRA is used with the full, unskipped model".)
+And what LoRA on all blocks at full resolution reaches in as many steps. A trained LoRA is used with
+the whole model (docs/method.md, Eq. 3).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fill a bank: what the frozen blocks contribute to each draw (PAPER sec. 3.1 and 3.2)."""
+"""Fill a bank: what the frozen blocks contribute to each draw (docs/method.md, Eq. 1 and Eq. 3)."""
 
 from __future__ import annotations
 

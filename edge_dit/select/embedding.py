@@ -1,5 +1,5 @@
 """Pictures as vectors, so that D(x, y) = 1 - cos(embed(x), embed(y)) says how far two are apart
-(PAPER sec. 3).
+(docs/method.md, Eq. 2).
 
 The paper embeds with DINO or CLIP; either is taken from a folder or hub id, as transformers stores
 it. Without one the pipeline's own autoencoder serves: the latents of a picture, as the transformer

@@ -1,4 +1,4 @@
-"""Hiding the text from the image in some blocks: what block selection measures (PAPER sec. 3).
+"""Hiding the text from the image in some blocks, for block selection (docs/method.md, Eq. 2).
 
 "Masked" means that in those blocks image queries see no text key. In families with cross-attention
 the whole of it is the text's contribution, so its output becomes zero: a mask of zeros would add

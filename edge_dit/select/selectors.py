@@ -1,4 +1,4 @@
-"""Measuring which blocks may be skipped (PAPER sec. 3, Algorithm 1, and two cheaper ways).
+"""Measuring which blocks may be skipped (docs/method.md, Algorithm 1, and two cheaper ways).
 
 For each subject the whole model is LoRA-tuned at full resolution, then every head n and tail m is
 measured by itself, so that one run serves every n + m = k:

@@ -1,5 +1,5 @@
 """The arms of the ablations, as data: what is cropped, which blocks are skipped, what stands in for
-them. Sections and tables are those of PAPER.md's source, arXiv 2603.20755.
+them. Sections and tables are the paper's, see docs/method.md.
 """
 
 from __future__ import annotations

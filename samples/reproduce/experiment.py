@@ -145,7 +145,7 @@ def draws_of(run: Run, count: int) -> list[Draw]:
 
 @torch.no_grad()
 def begin(run: Run, draw: Draw) -> Through:
-    """A draw as it enters the first block (PAPER sec. 3.1)."""
+    """A draw as it enters the first block (docs/method.md, Eq. 1)."""
     plan, pipeline, arm = plan_for(run), pipeline_of(run.job), ARMS[run.arm]
     subject = subject_of(run.job, run.subject)
     family, objective = family_of(plan.family), objective_of(plan)
@@ -177,7 +177,7 @@ def side_of(arm: Arm, plan: Plan) -> int:
 @torch.no_grad()
 def bank_of(job: Path, subject: Path, seed: int, steps: int, patch: float) -> list[Through]:
     """A bank's draws with the base model's states around every block: what any arm of this patch
-    that skips blocks may store (PAPER sec. 3.2). All of them crop by Eq. 1.
+    that skips blocks may store (docs/method.md, Eq. 3). All of them crop by Eq. 1.
     """
     like = next(name for name, arm in ARMS.items() if arm.banked and arm.patch == patch)
     run = Run(job, like, subject, seed, steps)

@@ -1,14 +1,16 @@
-"""The README's promises that can be run."""
+"""The promises of README and docs/bundle.md that can be run."""
 
 import re
 from pathlib import Path
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+BUNDLE = (ROOT / "docs" / "bundle.md").read_text()
 
 
 def test_the_bare_session_example_runs(road, monkeypatch):
     monkeypatch.chdir(road.folder)
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", BUNDLE, re.DOTALL)
     found: dict = {}
     exec(example, found)
     assert found["loss"] > 0

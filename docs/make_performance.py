@@ -1,0 +1,187 @@
+"""Write docs/performance.md from the raw JSON of benchmarks that is in the repository.
+
+python docs/make_performance.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+DOCUMENT = DOCS / "performance.md"
+RESULTS = DOCS / "results"
+"""Folder of what `edge-dit bench` measured, one JSON file for each run."""
+(MEASURED,) = ROOT.glob("edge_dit/*/measured.json")
+
+INTRODUCTION = """# Performance
+
+Every table here is rendered from raw JSON in the repository: `python docs/make_performance.py`
+writes this document. Below each table stand its raw JSON and the command that measures it again.
+
+How it is measured (`edge_dit/app/bench.py`):
+
+- Random weights of a public checkpoint's shapes, batch 1. Speed and memory do not depend on the
+  values of weights.
+- Each figure comes from a fresh process. Steps are timed after two that are not; the median counts.
+- A *ratio* compares processes of one run on one machine. Milliseconds of two tables do not compare.
+- *Anonymous* memory cannot be evicted. *File pages* hold memory-mapped weights; the system can drop
+  them and read them again. Both are peaks, sampled from outside.
+- *Eager* is torch eager training the same blocks with the same LoRA. *Full LoRA* is LoRA on all
+  blocks at the checkpoint's full resolution.
+- *Gradient error* is the largest difference of a LoRA gradient from one computed in float64, over
+  that gradient's largest value; the worst tensor counts.
+"""
+ABLATIONS = """## What is learned
+
+Quality has tables of its own in [samples/reproduce](../samples/reproduce/README.md).
+[docs/method.md](method.md#what-holds-here-and-what-does-not) sums them up.
+
+Raw JSON: `samples/reproduce/results/tiny-sana/results.json`,
+`samples/reproduce/results/tiny-flux/results.json`. Re-make:
+`python samples/reproduce/run.py --work DIR`, and with `--model tiny-flux`
+"""
+
+
+def render(results: Path = RESULTS) -> str:
+    """The document's text.
+
+    Args:
+        results: folder of the benchmarks' JSON files.
+    """
+    parts = [INTRODUCTION, "## Step time and memory\n"]
+    files = sorted(results.glob("*.json"))
+    parts += [_bench(file) for file in files]
+    if not files:
+        parts.append("No benchmark's raw JSON is in the repository yet.\n")
+    return "\n".join([*parts, _predictions(), ABLATIONS])
+
+
+def _bench(file: Path) -> str:
+    """One run of `edge-dit bench`."""
+    found = json.loads(file.read_text())
+    case, rows = found["case"], found["rows"]
+    trained = "+".join(map(str, case["trained"]))
+    machine = ", ".join(f"{key} {value}" for key, value in found.get("machine", {}).items())
+    headings = [
+        "",
+        "step, ms",
+        "of eager",
+        "of full LoRA",
+        "anonymous, MB",
+        "file pages, MB",
+        "bundle, MB",
+        "export, s",
+        "gradient error",
+    ]
+    cells = [
+        [
+            _name(row),
+            f"{row['step_ms']:,.0f}",
+            f"{row['ratio_to_eager']:.2f}",
+            _optional(row["ratio_to_full_lora"], ".2f"),
+            f"{row['rss_anon_mb']:,.0f}",
+            f"{row['rss_file_mb']:,.0f}",
+            f"{row['artifact_bytes'] / 1e6:,.0f}",
+            f"{row['export_s']:,.0f}",
+            f"{row['max_grad_rel_error']:.1e}",
+        ]
+        for row in rows
+    ]
+    lines = [
+        f"### {case['config']}, {trained} trained blocks, {case['tokens']} image tokens",
+        "",
+        f"{case['text']} text tokens, LoRA rank {case['rank']}, {case['steps']} timed steps. "
+        f"Machine: {machine or 'not recorded'}.",
+        "",
+        *_table(headings, cells),
+        "",
+        *_baselines(rows),
+        "",
+        f"Raw JSON: `docs/results/{file.name}`. Re-make: `{_command(case, rows, file.name)}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _baselines(rows: list[dict[str, Any]]) -> list[str]:
+    """What torch took in the same run, one line for each dtype of frozen weights."""
+    lines = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        row = next(row for row in rows if row["dtype"] == dtype)
+        lines.append(
+            f"- torch eager, the same blocks ({dtype} weights): {row['eager_ms']:,.0f} ms a step, "
+            f"{row['eager_rss_mb']:,.0f} MB."
+        )
+    full = rows[0].get("full_lora_ms"), rows[0].get("full_lora_rss_mb")
+    if all(full):
+        lines.append(f"- torch eager, full LoRA: {full[0]:,.0f} ms a step, {full[1]:,.0f} MB.")
+    return lines
+
+
+def _command(case: dict[str, Any], rows: list[dict[str, Any]], name: str) -> str:
+    """The command that measures a case again."""
+    words = ["edge-dit bench", f"--config {case['config']}"]
+    words += ["--trained " + "+".join(map(str, case["trained"]))]
+    words += [f"--{key} {case[key]}" for key in ("tokens", "text", "rank", "steps")]
+    words += [] if case["full_lora"] else ["--no-full-lora"]
+    words += [f"--target {_name(row)}" for row in rows]
+    return " ".join([*words, f"-o docs/results/{name}"])
+
+
+def _name(row: dict[str, Any]) -> str:
+    """A target, layout and dtype as `--target` takes them: "onnx:streamed:int8"."""
+    parts = [row["target"], row["layout"], row["dtype"]]
+    for default in ("float32", "fused"):
+        if parts[-1] == default:
+            parts.pop()
+    return ":".join(parts)
+
+
+def _predictions() -> str:
+    """What a budget predicts, beside what was measured."""
+    found = json.loads(MEASURED.read_text())
+    headings = ["", "blocks", "", "anonymous, MB", "", "file pages, MB", "", "step, ms", ""]
+    kinds = {"anonymous": 1e6, "file": 1e6, "seconds": 1e-3}
+    off = {
+        kind: [row[f"predicted_{kind}"] / row[kind] - 1 for row in found["rows"]] for kind in kinds
+    }
+    cells = []
+    for number, row in enumerate(found["rows"]):
+        cells.append([row["case"], str(row["trained"]), row["execution"]])
+        for kind, unit in kinds.items():
+            cells[-1] += [f"{row[kind] / unit:,.0f}", f"{off[kind][number]:+.1%}"]
+    worst = {kind: f"{min(values):+.1%} to {max(values):+.1%}" for kind, values in off.items()}
+    lines = [
+        "## Predicted and measured",
+        "",
+        "A budget (`[plan] ram`) goes by predictions. Here they are beside measurements, on",
+        f"{found['machine']}. Figures are measured ones; the signed column after each is",
+        "predicted / measured - 1. Below zero the prediction was too low.",
+        "",
+        *_table(headings, cells),
+        "",
+        f"Predictions were off by {worst['anonymous']} in anonymous memory, {worst['file']} in "
+        f"file pages, {worst['seconds']} in time.",
+        "",
+        f"Raw JSON: `{MEASURED.relative_to(ROOT)}`. Re-make: "
+        "`python tests/benchmarks/footprint.py WORK --write`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    rule = ["---"] * len(headings)
+    return [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(render())
