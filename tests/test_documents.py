@@ -203,8 +203,9 @@ def test_the_device_profile_in_the_documents_is_one(tmp_path):
 
 
 def test_the_certificate_in_the_documents_has_the_keys_of_one(road):
-    from edge_dit.contract.certificate import PARITY, read_certificate
     from edge_dit_runtime.verify import verify
+
+    from edge_dit.contract.certificate import PARITY, read_certificate
 
     text = (ROOT / "docs" / "verify.md").read_text()
     (example,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)

@@ -556,13 +556,13 @@ def test_the_state_of_another_run_in_this_runs_folder(world):
         run(world, name="other", resume=True)
 
 
-def test_a_checkpoint_of_before_says_so(world):
+def test_a_checkpoint_that_does_not_say_what_it_belongs_to(world):
     run(world, stop_after=5)
     path = world / "run" / "state.safetensors"
     from safetensors.numpy import save_file
 
     save_file(TensorFile(path).read(), path, {"done": "5"})
-    with pytest.raises(BadInput, match=r"(?s)written by an older edge-dit.*start a new run"):
+    with pytest.raises(BadInput, match=r"(?s)does not say what it belongs to.*start a new run"):
         run(world, resume=True)
 
 
