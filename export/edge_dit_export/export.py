@@ -20,7 +20,7 @@ from edge_dit.contract.bundle import (
 from edge_dit.errors import require
 from edge_dit.models.pipeline import quiet
 from edge_dit.pictures.patch_sampler import PatchSampler
-from edge_dit.planning.plan import Plan
+from edge_dit.planning.plan import Plan, model_of
 from edge_dit.progress import bar
 from edge_dit.reference.eager import adapted_subgraph, lora_tensors
 from edge_dit.store.files import sha256, whole_folder
@@ -60,7 +60,7 @@ def export(plan: Plan, folder: Path, targets: list[str], check: bool = True) -> 
         for module in MODULES[target]:
             with quiet():
                 require(module, f"the {target} target")
-    subgraph, batch = adapted_subgraph(plan, check)
+    subgraph, batch = adapted_subgraph(plan, model_of(plan, check))
     adamw = plan.optimizer
     sampler = PatchSampler(plan.crop_rule)
     parameters = subgraph.lora_parameters()

@@ -156,12 +156,12 @@ def choose_points(
     Raises:
         CheckFailed: hardly any draw has one.
     """
-    from edge_dit.reference.kinks import step_aside
+    from edge_dit.reference.kinks import nudge_from_kinks
 
     points: list[Point] = []
     session.load_adapter(perturbed(adapter))
     for number in (draw_order(i, len(bank), 0) for i in range(10 * (steps + 1))):
-        rows = step_aside(session.subgraph, bank[number])
+        rows = nudge_from_kinks(session.subgraph, bank[number])
         if rows is None and not is_well_posed(session, bank[number]):
             continue
         points.append(Point(number, rows or {}))
@@ -290,7 +290,7 @@ def verify(
 
     from edge_dit.models.quantize import round_frozen
     from edge_dit.pictures.patch_sampler import PatchSampler
-    from edge_dit.planning.plan import Plan
+    from edge_dit.planning.plan import Plan, model_of
     from edge_dit.reference.eager import EagerSession, adapted_subgraph
 
     manifest = read_manifest(bundle)
@@ -313,7 +313,7 @@ def verify(
     results: dict[str, Any] = {}
     references: dict[str, tuple[list[Point], dict[str, Any]]] = {}
     with bar("verify", len(rows) + 1) as advance:
-        subgraph, _ = adapted_subgraph(plan)
+        subgraph, _ = adapted_subgraph(plan, model_of(plan))
         adamw = manifest.optimizer
         advance(note="model")
         for target, layout in rows:

@@ -23,7 +23,7 @@ from edge_dit.contract.adapter import read_adapter
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import ADAPTER, FileSpec, read_manifest, write_manifest
 from edge_dit.contract.integrity import content_faults
-from edge_dit.planning.plan import Plan
+from edge_dit.planning.plan import Plan, model_of
 from edge_dit.store.files import sha256
 from edge_dit.store.tensors import TensorFile, write_tensors
 from edge_dit_runtime.session import open_session
@@ -438,7 +438,8 @@ class Truth:
 def eager_session(manifest: Any) -> Any:
     from edge_dit.reference.eager import EagerSession, adapted_subgraph
 
-    subgraph, _ = adapted_subgraph(Plan.model_validate(manifest.plan))
+    plan = Plan.model_validate(manifest.plan)
+    subgraph, _ = adapted_subgraph(plan, model_of(plan))
     return EagerSession(subgraph, manifest.optimizer)
 
 
