@@ -162,7 +162,7 @@ def plan(
     from edge_dit.budget.cost import cost_of_config, cost_of_plan, table
     from edge_dit.budget.footprint import calibrated, read_profile
     from edge_dit.planning.job import read_job
-    from edge_dit.store.files import write_atomic
+    from edge_dit.planning.plan import write_plan
 
     if skip_ratio is not None and not 0 <= skip_ratio < 1:
         raise BadInput("--skip-ratio", found=str(skip_ratio), expected="a share in [0, 1)")
@@ -217,7 +217,7 @@ def plan(
     columns = cost_of_plan(made)
     if page is not None:
         planner.report_on(read, planned, page)
-    write_atomic(output, made.model_dump_json(indent=2) + "\n")
+    write_plan(made, output)
     report(
         as_json,
         {

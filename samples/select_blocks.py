@@ -18,7 +18,8 @@ from scipy.stats import spearmanr
 from edge_dit.errors import BadInput
 from edge_dit.pictures.images import read_folder
 from edge_dit.planning.job import read_job
-from edge_dit.planning.plan import Plan, make_plan
+from edge_dit.planning.make import make_plan
+from edge_dit.planning.plan import Plan
 from edge_dit.planning.selection import NAME, Selection, write_selection
 from edge_dit.select.selectors import Subject, select_by_generation, select_by_loss
 

@@ -10,7 +10,8 @@ import pytest
 
 import tiny
 from edge_dit.planning.job import read_job
-from edge_dit.planning.plan import Plan, make_plan
+from edge_dit.planning.make import make_plan
+from edge_dit.planning.plan import Plan
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 

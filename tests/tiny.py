@@ -94,7 +94,7 @@ def subgraph(
     residual = torch.randn(entry.image.shape, generator=generator)
     target = torch.randn(latents.shape, generator=generator)
     batch = as_batch(entry, residual, cond, target)
-    return TrainableSubgraph(model, "sana", trained, GRID), batch
+    return TrainableSubgraph(model, FAMILY, trained, GRID), batch
 
 
 def eager(sub: TrainableSubgraph, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -193,7 +193,7 @@ def subgraph(
             for behind, first in inner_runs(trained).items()
         }
     batch = as_batch(states[trained[0]], residual, cond, made.target, weight, inner)
-    return TrainableSubgraph(model, family.name, trained, GRID), batch
+    return TrainableSubgraph(model, family, trained, GRID), batch
 
 
 @contextmanager

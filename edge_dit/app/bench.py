@@ -26,7 +26,7 @@ from edge_dit.contract.bundle import open_bundle
 from edge_dit.contract.targets import VARIANTS, TargetVariant
 from edge_dit.errors import BadInput, CheckFailed, require
 from edge_dit.models.public_configs import PublicConfig, public_config
-from edge_dit.planning.plan import SCHEMA, Plan
+from edge_dit.planning.plan import SCHEMA, Plan, model_of
 from edge_dit.store.files import write_atomic, write_json
 from edge_dit.text import columns
 
@@ -379,7 +379,7 @@ def _eager(work: Path, dtype: str) -> tuple[Any, dict[str, Any]]:
     from edge_dit.reference.eager import EagerSession, adapted_subgraph
 
     plan = Plan.model_validate_json((work / "plan.json").read_text())
-    subgraph, batch = adapted_subgraph(plan, check=False)
+    subgraph, batch = adapted_subgraph(plan, model_of(plan, check=False))
     round_frozen(subgraph, dtype)
     session = EagerSession(subgraph, AdamW(lr=1e-4))
     session.load_adapter(_nonzero(session.adapter()))
@@ -388,11 +388,11 @@ def _eager(work: Path, dtype: str) -> tuple[Any, dict[str, Any]]:
 
 def _child_reference(work: Path, dtype: str) -> dict[str, Any]:
     """Write a draw, an adapter at which its gradients do not jump, and the gradients in float64."""
-    from edge_dit.reference.kinks import step_aside
+    from edge_dit.reference.kinks import nudge_from_kinks
 
     session, batch = _eager(work, dtype)
     draw = _random_draw(batch)
-    if step_aside(session.subgraph, draw) is None:
+    if nudge_from_kinks(session.subgraph, draw) is None:
         raise CheckFailed("PyTorch's own gradients are too sensitive to rounding to compare")
     save_file(draw, _draw(work, dtype))
     save_file(session.adapter(), _adapter(work, dtype))

@@ -18,8 +18,10 @@ from edge_dit.budget.limits import NO_LIMITS, Limits
 from edge_dit.errors import BadInput
 from edge_dit.pictures.images import read_folder
 from edge_dit.planning.job import Job
-from edge_dit.planning.plan import Plan, choose_split, make_plan, size_faults
+from edge_dit.planning.make import make_plan
+from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import Selection, cache_file, find_selection, write_selection
+from edge_dit.planning.split import SplitRequest, choose_split, size_faults
 from edge_dit.text import size
 
 if TYPE_CHECKING:
@@ -108,16 +110,16 @@ def plan_job(
         )
     profile = profile or calibrated()
     if limits is None:
-        plan = make_plan(job, skip_ratio, head_skip, tail_skip)
+        plan = make_plan(job, SplitRequest(skip_ratio, head_skip, tail_skip))
         selection, source = find_selection(plan.model, plan.model_hash)
         ways = variants_of(targets or plan.targets)
         return Planned(plan, selection, source, None, None, _footprints(plan, profile, ways))
-    whole = make_plan(job, skip_ratio=0.0)
+    whole = make_plan(job, SplitRequest(skip_ratio=0.0))
     selection, source = find_selection(whole.model, whole.model_hash)
     head = asked.head_skip if head_skip is None else head_skip
     tail = asked.tail_skip if tail_skip is None else tail_skip
-    *_, faults = choose_split(whole.layers, None, head or 0, tail or 0)
-    if faults:
+    request = SplitRequest(head_skip=head or 0, tail_skip=tail or 0)
+    if faults := choose_split(whole.layers, request).faults:
         raise faults[0]
     ways = variants_of(targets or whole.targets)
     plan, choice = plan_within(whole, limits, profile, ways, selection, head, tail)
@@ -129,11 +131,9 @@ def _footprints(plan: Plan, profile: Profile, ways: Sequence[Any]) -> dict[str, 
     """Of every layout that an export of the plan has."""
     from edge_dit.budget.cost import Shapes
     from edge_dit.budget.footprint import Footprints
-    from edge_dit.models.families import family_of
 
-    family = family_of(plan.family)
-    config = family.config(plan.model)
-    shapes = Shapes(family, config, plan.grid, plan.text_tokens, plan.lora_targets)
+    model = model_of(plan, check=False)
+    shapes = Shapes(model.family, model.config, plan.grid, plan.text_tokens, plan.lora_targets)
     found = Footprints(shapes, profile, plan.bank_dtype)
     return {
         str(way): found.of(tuple(plan.trained), plan.rank, way)
@@ -252,7 +252,7 @@ def select(
         raise BadInput("--select", found=method, expected="generation or loss")
     if embedding is not None and method != "generation":
         raise BadInput("--embedding", found=f"with --select {method}", expected="generation")
-    plan = make_plan(job, skip_ratio=0.0)
+    plan = make_plan(job, SplitRequest(skip_ratio=0.0))
     folders = {job.data.images.parent.name: job.data.images}
     if subjects is not None:
         if not subjects.is_dir():

@@ -16,14 +16,10 @@ from edge_dit.models.families import PEFT_ONLY
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.pictures.images import Captioned, read_folder
 from edge_dit.planning.job import read_job
-from edge_dit.planning.plan import Plan
-from edge_dit.reference.evaluate import (
-    adapted,
-    contact_sheet,
-    encode_whole,
-    heldout_loss,
-    train_full_lora,
-)
+from edge_dit.planning.plan import Plan, model_of, write_plan
+from edge_dit.reference.contact_sheet import contact_sheet
+from edge_dit.reference.evaluate import adapted, encode_whole, heldout_loss
+from edge_dit.reference.full_lora import train_full_lora
 from edge_dit.reference.precompute import precompute
 from edge_dit.store.files import write_atomic, write_json
 
@@ -72,7 +68,7 @@ def quickstart(job_path: Path, out: Path, target: str | None, say: Callable[[Any
     images = read_folder(job.data.images, job.data.prompt, plan.s_max)
     beside = job.data.images.parent / "heldout"
     unseen = read_folder(beside, job.data.prompt, plan.s_max) if beside.is_dir() else images
-    write_atomic(out / "plan.json", plan.model_dump_json(indent=2) + "\n")
+    write_plan(plan, out / "plan.json")
     for line in plan_in_words(plan):
         say(line)
 
@@ -81,7 +77,9 @@ def quickstart(job_path: Path, out: Path, target: str | None, say: Callable[[Any
     adapters = {name: train_target(plan, name, out) for name in targets}
     pipeline = load_pipeline(plan.model)
     adapters["full LoRA"] = out / "adapter-full-lora"
-    tensors = train_full_lora(plan, pipeline, encode_whole(plan, pipeline, images), plan.steps)
+    model = model_of(plan, check=False)  # precompute has checked it
+    encoded = encode_whole(plan, model, pipeline, images)
+    tensors = train_full_lora(plan, model, pipeline, encoded, plan.steps)
     write_lora(plan, tensors, adapters["full LoRA"])
 
     sheets = {"before": "before.png", targets[0]: "after.png", "full LoRA": "full-lora.png"}
@@ -161,13 +159,14 @@ def compare(
         out: where the sheets go.
     """
     prompts = list(dict.fromkeys(image.caption for image in unseen))[:PROMPTS]
-    encoded = encode_whole(plan, pipeline, unseen)
+    model = model_of(plan, check=False)
+    encoded = encode_whole(plan, model, pipeline, unseen)
     losses = {}
     for name, folder in arms.items():
         with adapted(pipeline, folder):
-            losses[name] = heldout_loss(plan, pipeline, encoded)
+            losses[name] = heldout_loss(model, pipeline, encoded)
             if name in sheets:
-                picture = contact_sheet(plan, pipeline, prompts, SEEDS, name)
+                picture = contact_sheet(model.family, pipeline, prompts, SEEDS, plan.s_max, name)
                 picture.save(out / sheets[name])
     return losses
 

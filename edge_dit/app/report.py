@@ -23,8 +23,9 @@ from edge_dit.contract.bank import Crop
 from edge_dit.errors import missing_extra, require
 from edge_dit.pictures.draws import plan_draws
 from edge_dit.pictures.images import Captioned
-from edge_dit.planning.plan import Plan, choose_split
+from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import Selection
+from edge_dit.planning.split import SplitRequest, choose_split
 from edge_dit.store.files import write_atomic
 from edge_dit.text import size
 
@@ -213,14 +214,14 @@ def memory_by_role(
     """
     require("torch", "counting memory")
     from edge_dit.budget.cost import Cost, Shapes
-    from edge_dit.models.families import family_of
 
-    family = family_of(plan.family)
-    config = family.config(plan.model)
+    model = model_of(plan, check=False)
 
     def shapes(side: int) -> Shapes:
         tokens = side // plan.multiple
-        return Shapes(family, config, (tokens, tokens), plan.text_tokens, plan.lora_targets)
+        return Shapes(
+            model.family, model.config, (tokens, tokens), plan.text_tokens, plan.lora_targets
+        )
 
     def by_role(cost: Cost) -> dict[str, int]:
         parts = (cost.frozen_bytes, cost.lora_bytes, cost.optimizer_bytes, cost.activation_bytes)
@@ -230,8 +231,8 @@ def memory_by_role(
     every = range(plan.layers)
     bars = [(f"full LoRA, {plan.s_max} px", by_role(whole.cost(every, plan.rank)))]
     for ratio in RATIOS:
-        head, tail, *_ = choose_split(plan.layers, ratio, None, None, selection)
-        cost = patch.cost(every[head : plan.layers - tail], plan.rank)
+        split = choose_split(plan.layers, SplitRequest(skip_ratio=ratio), selection)
+        cost = patch.cost(split.trained, plan.rank)
         bars.append((f"paper: {ratio:.0%} skipped, {plan.s_min} px", by_role(cost)))
     return [*bars, ("this plan", by_role(patch.cost(plan.trained, plan.rank)))]
 

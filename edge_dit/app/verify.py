@@ -37,7 +37,7 @@ from edge_dit.contract.certificate import (
 from edge_dit.contract.integrity import content_faults
 from edge_dit.contract.targets import TARGETS, WIDE
 from edge_dit.errors import CheckFailed, require
-from edge_dit.planning.plan import Plan
+from edge_dit.planning.plan import Plan, model_of
 from edge_dit.progress import bar
 from edge_dit.store.tensors import TensorFile
 from edge_dit_runtime.measure import Point, Task, measure, patches, write_points
@@ -111,7 +111,8 @@ def verify(
     references: dict[str, Reference] = {}
     results: dict[str, TargetResult] = {}
     with bar("verify", len(pairs) + 1) as advance:
-        subgraph, _ = adapted_subgraph(Plan.model_validate(opened.manifest.plan))
+        plan = Plan.model_validate(opened.manifest.plan)
+        subgraph, _ = adapted_subgraph(plan, model_of(plan))
         advance(note="model")
         for target, layout in pairs:
             dtype = opened.dtype(target)
@@ -180,7 +181,7 @@ def choose_points(
     Raises:
         CheckFailed: more than `MOST_LEFT_OUT` of the draws had to be left out.
     """
-    from edge_dit.reference.kinks import step_aside
+    from edge_dit.reference.kinks import nudge_from_kinks
 
     points: list[Point] = []
     left_out: list[int] = []
@@ -188,7 +189,7 @@ def choose_points(
     session.load_adapter(with_random_b(adapter))
     while len(points) <= steps:
         number = draw_order(len(points) + len(left_out), len(bank), 0)
-        rows = step_aside(session.subgraph, bank[number])
+        rows = nudge_from_kinks(session.subgraph, bank[number])
         if rows is None and not is_well_posed(session, bank[number]):
             left_out.append(number)
             if len(left_out) > most:

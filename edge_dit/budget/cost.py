@@ -32,7 +32,8 @@ from edge_dit.models.subgraph import (
     lora_modules,
     remove_lora,
 )
-from edge_dit.planning.plan import Plan, choose_split, size_faults
+from edge_dit.planning.plan import Plan, model_of
+from edge_dit.planning.split import SplitRequest, choose_split, size_faults
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -223,7 +224,7 @@ class Shapes:
             inner = dict.fromkeys(inner_runs(trained).values(), self.entry)
             with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), self.family.traceable():
                 add_lora(self.model, chosen, rank, float(rank), seed=0)
-                subgraph = TrainableSubgraph(self.model, self.family.name, trained, self.grid)
+                subgraph = TrainableSubgraph(self.model, self.family, trained, self.grid)
                 self._measured[key] = _measure(subgraph, self._batch(inner))
             remove_lora(self.model)
         return self._measured[key]
@@ -235,11 +236,11 @@ def _kind(block: torch.nn.Module) -> tuple[Any, ...]:
 
 def cost_of_plan(plan: Plan) -> dict[str, Cost]:
     """Full LoRA at full resolution, and ``plan``."""
-    family = family_of(plan.family)
+    model = model_of(plan, check=False)
     side = plan.s_max // plan.multiple
     return _against_full_lora(
-        family,
-        family.config(plan.model),
+        model.family,
+        model.config,
         plan.layers,
         plan.trained,
         ((side, side), plan.grid),
@@ -274,7 +275,8 @@ def cost_of_config(
     public = public_config(name)
     family, config = family_of(public.family), public.config
     layers = len(family.block_names(config))
-    head, tail, _, faults = choose_split(layers, skip_ratio, head_skip, tail_skip)
+    split = choose_split(layers, SplitRequest(skip_ratio, head_skip, tail_skip))
+    head, tail, faults = split.head_skip, split.tail_skip, split.faults
     patch = public.patch if patch is None else patch
     faults += size_faults({"--patch": patch}, public.multiple)
     if faults:

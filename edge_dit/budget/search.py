@@ -35,9 +35,8 @@ from edge_dit.budget.footprint import Footprint, Footprints, Profile
 from edge_dit.budget.limits import Limits
 from edge_dit.contract.targets import VARIANTS, TargetVariant, variant_of
 from edge_dit.errors import BadInput
-from edge_dit.models.families import family_of
 from edge_dit.models.families.family import Family
-from edge_dit.planning.plan import Plan, trained_blocks
+from edge_dit.planning.plan import Plan, model_of, trained_blocks
 from edge_dit.planning.selection import Selection
 from edge_dit.text import size
 
@@ -362,7 +361,7 @@ def plan_within(
     Raises:
         BadInput: nothing fits; says what would.
     """
-    family = family_of(plan.family)
+    model = model_of(plan, check=False)
     asked = Asked(
         s_min=plan.s_min,
         s_max=plan.s_max,
@@ -375,7 +374,7 @@ def plan_within(
         head_skip=head_skip,
         tail_skip=tail_skip,
     )
-    space = space_of(family, family.config(plan.model), asked, profile, executions, selection)
+    space = space_of(model.family, model.config, asked, profile, executions, selection)
     choice = choose(space, limits)
     option = choice.best.option
     update = {

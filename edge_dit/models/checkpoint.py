@@ -1,7 +1,7 @@
-"""A transformer on disk, read lazily: only the blocks that are asked for leave the file.
+"""A transformer on disk, read lazily: only the blocks that are asked for are loaded.
 
-Weights come as memory-mapped views where they are float32 already, else they are converted tensor
-by tensor, so that memory holds the blocks in use and nothing else of the model.
+Weights stored as float32 are memory-mapped views of the file; others are converted tensor by
+tensor. So memory holds the blocks in use and nothing else of the model.
 """
 
 from __future__ import annotations
@@ -27,31 +27,29 @@ REMEDY = "save or download the transformer again"
 
 
 class Checkpoint:
-    """The transformer of a diffusers pipeline folder.
+    """The weights of a transformer; only the headers of its files are read at first.
 
     Args:
-        family: what it is.
-        folder: the pipeline's folder; weights lie in ``transformer/``, in one safetensors file or
-            in shards with an index.
+        family: of the transformer.
+        folder: with its weights, in one safetensors file or in shards with an index.
+        config: of the transformer.
 
     Raises:
         BadInput: no weights, a missing or damaged shard, an index that names absent tensors, or
-            tensors that are not the configuration's.
+            tensors that do not fit the configuration.
     """
 
-    def __init__(self, family: Family, folder: Path) -> None:
-        self.family = family
-        self.folder = folder / "transformer"
-        self.config = family.config(folder)
-        self.names = family.block_names(self.config)
-        found = _tensors(self.folder)
-        self._file_of = {name: stored.file for name, stored in found.items()}
-        self._meta = meta_model(family, self.config)
-        self._check(found)
+    def __init__(self, family: Family, folder: Path, config: dict[str, Any]) -> None:
+        self.family, self.folder, self.config = family, folder, config
+        self.names = family.block_names(config)
+        stored = _tensors(folder)
+        self._file_of = {name: tensor.file for name, tensor in stored.items()}
+        self._meta = meta_model(family, config)
+        self._check(stored)
         self._blocks = family.blocks(self._meta)
 
     def skeleton(self) -> nn.Module:
-        """The model, float32, with its blocks on the meta device: beginning and head work."""
+        """The model in float32 with its blocks on the meta device; embeddings and head work."""
         # Without blocks it is small; buffers that no file holds are computed as it is built.
         model = build(self.family, {**self.config, **dict.fromkeys(self._counts, 0)})
         outside = [name for name, _ in model.named_parameters()]
@@ -63,7 +61,7 @@ class Checkpoint:
         return model.eval().requires_grad_(False)
 
     def model(self, numbers: Iterable[int]) -> nn.Module:
-        """`skeleton` with the weights of some blocks."""
+        """The `skeleton`, with the weights of the blocks ``numbers`` loaded."""
         model = self.skeleton()
         blocks = self.family.blocks(model)
         for number in numbers:
@@ -73,16 +71,16 @@ class Checkpoint:
 
     @contextmanager
     def block(self, number: int) -> Iterator[nn.Module]:
-        """One block, float32; its weights are let go when the context ends."""
+        """Block ``number`` in float32; its weights are freed when the context ends."""
         name = self.names[number]
         block = copy.deepcopy(self._blocks[name])
         self._fill(block, name)
         yield block.eval().requires_grad_(False)
 
-    def _check(self, found: dict[str, _Stored]) -> None:
-        """Raise `BadInput` unless every tensor of the configuration is there, in its shape."""
+    def _check(self, stored: dict[str, _Stored]) -> None:
+        """Raise `BadInput` unless every tensor of the configuration is stored in its shape."""
         expected = self._meta.state_dict()
-        missing = sorted(expected.keys() - found.keys())
+        missing = sorted(expected.keys() - stored.keys())
         if missing:
             raise BadInput(
                 self.folder,
@@ -91,10 +89,10 @@ class Checkpoint:
                 remedy=REMEDY,
             )
         for name, tensor in expected.items():
-            if found[name].shape != tensor.shape:
+            if stored[name].shape != tensor.shape:
                 raise BadInput(
-                    found[name].file,
-                    found=f"{name} of shape {list(found[name].shape)}",
+                    stored[name].file,
+                    found=f"{name} of shape {list(stored[name].shape)}",
                     expected=f"{list(tensor.shape)}, by config.json",
                     remedy=REMEDY,
                 )
@@ -109,7 +107,7 @@ class Checkpoint:
         block.requires_grad_(False)
 
     def _read(self, names: dict[str, str]) -> dict[str, Tensor]:
-        """Float32 tensors, renamed.
+        """Tensors in float32 under new names.
 
         Args:
             names: name in the file -> name in the result.
@@ -129,7 +127,11 @@ class Checkpoint:
 
 
 def meta_model(family: Family, config: dict[str, Any]) -> nn.Module:
-    """A model of ``config`` on the meta device: shapes, no memory."""
+    """A model of ``config`` on the meta device: it has shapes and takes no memory.
+
+    Raises:
+        BadInput: diffusers cannot build it.
+    """
     with torch.device("meta"):
         return build(family, config)
 
@@ -154,14 +156,14 @@ def build(family: Family, config: dict[str, Any]) -> nn.Module:
 
 
 class _Stored(NamedTuple):
-    """Where a tensor lies, and its shape there."""
+    """File that stores a tensor, and the shape it is stored in."""
 
     file: Path
     shape: tuple[int, ...]
 
 
 def _tensors(folder: Path) -> dict[str, _Stored]:
-    """Every tensor of a transformer's folder by name; only headers are read."""
+    """Every tensor of a transformer's folder by name."""
     if (folder / INDEX).is_file():
         return _sharded(folder / INDEX)
     if (folder / SINGLE).is_file():
@@ -172,7 +174,7 @@ def _tensors(folder: Path) -> dict[str, _Stored]:
 
 
 def _sharded(index: Path) -> dict[str, _Stored]:
-    """The tensors an index names."""
+    """The tensors that an index of shards names."""
     try:
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): index.parent / Path(str(file)).name for name, file in named.items()}
@@ -187,7 +189,7 @@ def _sharded(index: Path) -> dict[str, _Stored]:
             expected="every file that its index names",
             remedy="finish the download",
         )
-    found = {}
+    tensors = {}
     for shard in shards:
         held = _stored_in(shard)
         wanted = [name for name, file in files.items() if file == shard]
@@ -199,8 +201,8 @@ def _sharded(index: Path) -> dict[str, _Stored]:
                 expected="the index of these shards",
                 remedy=REMEDY,
             )
-        found |= {name: held[name] for name in wanted}
-    return found
+        tensors |= {name: held[name] for name in wanted}
+    return tensors
 
 
 def _stored_in(path: Path) -> dict[str, _Stored]:

@@ -1,6 +1,6 @@
-"""What a family's model is trained to predict, and at which noise levels.
+"""What a model is trained to predict, and at which noise levels.
 
-A draw's ``sigma`` is t / T in (0, 1], the argument of Eq. 1, in every family.
+In every family the noise level ``sigma`` of a draw is t / T in (0, 1], the argument of Eq. 1.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class FlowMatching:
 
     Args:
         sigmas: noise levels of the checkpoint's scheduler, ascending in (0, 1], float32 [T].
-        logit_normal: noise levels are drawn from sigmoid(N(0, 1)) over the table, not evenly.
-        precondition: the loss is that of the predicted image, so sigma^2 times the velocity's.
+        logit_normal: draw noise levels from sigmoid(N(0, 1)) over the table instead of evenly.
+        precondition: take the loss of the predicted image: sigma^2 times that of the velocity.
     """
 
     def __init__(
@@ -31,25 +31,25 @@ class FlowMatching:
         self.precondition = precondition
 
     def level(self, share: float) -> float:
-        """The noise level at ``share`` in [0, 1) of the training density, from below."""
+        """The noise level below which a ``share`` in [0, 1) of the training density lies."""
         if self.logit_normal:
             share = float(1 / (1 + np.exp(-NormalDist().inv_cdf(min(max(share, 1e-6), 1 - 1e-6)))))
         return float(self.sigmas[int(share * len(self.sigmas))])
 
     def timestep(self, sigma: float) -> float:
-        """What the pipeline's loop calls the timestep: sigma T."""
+        """The pipeline's timestep of a noise level: sigma T."""
         return sigma * len(self.sigmas)
 
     def noised(self, clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
-        """x_t."""
+        """The noised latents x_t."""
         return (1 - sigma) * clean + sigma * noise
 
     def target(self, clean: Tensor, noise: Tensor) -> Tensor:
-        """The velocity."""
+        """The velocity eps - x_0."""
         return noise - clean
 
     def weight(self, sigma: float) -> float | None:
-        """Weight of the draw's loss; None if every draw weighs 1."""
+        """Weight of a draw's loss; None if every draw weighs 1."""
         return sigma**2 if self.precondition else None
 
 
@@ -66,24 +66,24 @@ class EpsilonPrediction:
         self.sigmas = (np.arange(1, steps + 1) / steps).astype(np.float32)
 
     def level(self, share: float) -> float:
-        """The noise level at ``share`` in [0, 1) of the training density, which is even."""
+        """The noise level below which a ``share`` in [0, 1) of the even training density lies."""
         return float(self.sigmas[int(share * len(self.sigmas))])
 
     def timestep(self, sigma: float) -> float:
-        """The scheduler's timestep, a whole number in 0 .. T - 1."""
+        """The scheduler's timestep of a noise level, a whole number in 0 .. T - 1."""
         return float(max(0, round(sigma * len(self.sigmas)) - 1))
 
     def noised(self, clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
-        """x_t."""
+        """The noised latents x_t."""
         alpha = float(self.alphas_cumprod[int(self.timestep(sigma))])
         return alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
 
     def target(self, clean: Tensor, noise: Tensor) -> Tensor:
-        """The noise."""
+        """The noise eps."""
         return noise
 
     def weight(self, sigma: float) -> float | None:
-        """Every draw weighs 1."""
+        """None: every draw weighs 1."""
         return None
 
 
@@ -91,12 +91,15 @@ Objective = FlowMatching | EpsilonPrediction
 
 
 def flow_sigmas(scheduler: Mapping[str, Any]) -> np.ndarray:
-    """All noise levels of a flow-matching scheduler's configuration, ascending, float32 [T].
+    """All noise levels of a flow-matching scheduler, ascending, float32 [T].
 
-    FlowMatchEulerDiscreteScheduler knows them itself (with dynamic shifting they are unshifted, as
-    the training scripts of diffusers use them). The others take the same T levels k / T, k = 1..T,
-    bent by their shift s: sigma -> s sigma / (1 + (s - 1) sigma)
-    (DPMSolverMultistepScheduler.set_timesteps with use_flow_sigmas).
+    FlowMatchEulerDiscreteScheduler computes them itself; with dynamic shifting they are unshifted,
+    as diffusers' training scripts use them. Other schedulers shift the T levels k / T, k = 1..T, by
+    s: sigma -> s sigma / (1 + (s - 1) sigma) (DPMSolverMultistepScheduler.set_timesteps with
+    use_flow_sigmas).
+
+    Args:
+        scheduler: its configuration.
     """
     if scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
         from diffusers import FlowMatchEulerDiscreteScheduler
@@ -111,7 +114,11 @@ def flow_sigmas(scheduler: Mapping[str, Any]) -> np.ndarray:
 
 
 def alphas_cumprod(scheduler: Mapping[str, Any]) -> np.ndarray:
-    """a_t of a diffusion scheduler's configuration, by timestep, float64 [T]."""
+    """a_t of a diffusion scheduler by timestep, float64 [T].
+
+    Args:
+        scheduler: its configuration.
+    """
     from diffusers import DDPMScheduler
 
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")

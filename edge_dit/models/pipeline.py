@@ -1,4 +1,4 @@
-"""Loading a diffusers folder, part by part, from disk only."""
+"""Load a diffusers folder from disk, whole or without some parts."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Read by those packages when they are first imported; what the user set stays."""
+"""Variables that those packages read when they are first imported; a user's own value stays."""
 VOCABULARIES = (
     ("tokenizer.json",),
     ("vocab.json", "merges.txt"),
     ("spiece.model",),
     ("tokenizer.model",),
 )
-"""Files by which a tokenizer is stored, as checkpoints of the supported families have them."""
+"""Files that hold a vocabulary; a tokenizer of a supported family has one of these sets."""
 EXPECTED, REMEDY = "a whole pipeline folder", "save or download it again"
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep third-party chatter about optional parts off the user's screen; errors still raise."""
+    """Hide third-party warnings about optional parts; errors are still raised."""
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     for name in CHATTY:
@@ -44,15 +44,14 @@ def quiet() -> Iterator[None]:
 
 
 def load_pipeline(folder: Path, keep_text: bool = False, **parts: Any) -> Any:
-    """The whole pipeline in float32, from disk, without progress bars.
+    """The pipeline of a folder in float32, without progress bars.
 
-    A part that was saved as absent (Stable Diffusion 3 without its T5) stays absent; diffusers
-    itself wants it passed as None.
+    A part that was saved as absent (Stable Diffusion 3 without its T5) stays absent.
 
     Args:
         folder: a diffusers folder.
-        keep_text: text encoders stored in bfloat16 stay so, for prompts to be encoded in half the
-            memory; the pipeline itself cannot be called then.
+        keep_text: keep text encoders that are stored in bfloat16 as they are. Prompts are then
+            encoded in half the memory, but the pipeline itself cannot be called.
         parts: components to use instead of the stored ones; None leaves one out.
 
     Raises:
@@ -80,6 +79,7 @@ def load_pipeline(folder: Path, keep_text: bool = False, **parts: Any) -> Any:
                 folder,
                 dtype={**_text_dtypes(folder, stored, keep_text), "default": torch.float32},
                 local_files_only=True,
+                # diffusers wants an absent part passed as None
                 **{**dict.fromkeys(absent), **parts},
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -94,8 +94,10 @@ def load_pipeline(folder: Path, keep_text: bool = False, **parts: Any) -> Any:
 
 
 def check_vocabulary(tokenizer: Path) -> None:
-    """Raise `BadInput` when a tokenizer's folder holds no vocabulary: transformers 5 makes up a
-    tokenizer of special tokens only, without a word (tokenization_utils_tokenizers.py).
+    """Raise `BadInput` when a tokenizer's folder holds no vocabulary.
+
+    transformers 5 would silently make a tokenizer of special tokens only
+    (tokenization_utils_tokenizers.py).
     """
     if not any(all((tokenizer / name).is_file() for name in names) for names in VOCABULARIES):
         raise BadInput(
@@ -107,7 +109,7 @@ def check_vocabulary(tokenizer: Path) -> None:
 
 
 def _parts(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the parts that a pipeline folder stores, and of those it was saved without.
+    """Names of the parts that a pipeline folder stores, and of those that it was saved without.
 
     Raises:
         BadInput: no readable model_index.json.
@@ -125,16 +127,16 @@ def _parts(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _text_dtypes(folder: Path, parts: list[str], keep: bool) -> dict[str, Any]:
-    """bfloat16 for each text encoder whose weights are."""
+    """bfloat16 for each text encoder that is stored so, if ``keep``."""
     import torch
     from safetensors import safe_open
 
-    found = {}
+    dtypes = {}
     for part in parts if keep else []:
         file = next(iter(sorted((folder / part).glob("*.safetensors"))), None)
         if part.startswith("text_encoder") and file is not None:
             with safe_open(file, framework="pt") as tensors:
                 name = next(iter(tensors.keys()), None)
                 if name is not None and tensors.get_slice(name).get_dtype() == "BF16":
-                    found[part] = torch.bfloat16
-    return found
+                    dtypes[part] = torch.bfloat16
+    return dtypes

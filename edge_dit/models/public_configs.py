@@ -1,7 +1,7 @@
 """Public checkpoints by name: what a plan must know of each, without its weights.
 
-Configurations are those of the checkpoints' own transformer/config.json; sizes are the paper's
-where it has them (docs/method.md, Eq. 1), else full resolution and half of it.
+Configurations are copied from the checkpoints' own transformer/config.json. Sizes are the paper's
+where it gives them (docs/method.md, Eq. 1), else the full resolution and half of it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class PublicConfig:
     """One public checkpoint.
 
     Attributes:
-        family: family module.
+        family: name of the family, for `edge_dit.models.families.family_of`.
         config: of the transformer.
         multiple: pixels per side of a token.
-        text_tokens: longest text.
+        text_tokens: length of the longest text.
         resolution: s_max of Eq. 1, pixels.
         patch: s_min of Eq. 1, pixels.
     """

@@ -1,8 +1,8 @@
-"""Frozen weights in fewer bytes: float16, or int8 with one scale per output channel.
+"""Round frozen weights to fewer bytes: float16, or int8 with one scale per output channel.
 
-Only matrices (linear layers and 1x1 convolutions) are stored so; everything else stays float32. A
-model is rounded first and stored afterwards: what PyTorch computes with and what a bundle holds are
-then the same numbers.
+Only matrices (linear layers and 1x1 convolutions) are rounded; everything else stays float32. A
+model is rounded before it is exported, so PyTorch computes with the same numbers that a bundle
+holds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edge_dit.models.subgraph import can_carry_lora
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 values and float32 scales [out] of a weight [out, ...]: w = value * scale of its row.
 
-    Symmetric, in -127 .. 127; rounding an already rounded weight again gives the same values.
+    Values are symmetric, in -127 .. 127. A rounded weight rounds to itself.
     """
     rows = weight.reshape(weight.shape[0], -1)
     scale = rows.abs().amax(dim=1) / 127
@@ -26,7 +26,7 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded(weight: Tensor, dtype: str) -> Tensor:
-    """A float32 weight as it comes back from being stored as ``dtype``."""
+    """A float32 weight after it was stored as ``dtype`` and read back."""
     if dtype == "float16":
         return weight.half().float()
     if dtype == "int8":
@@ -36,7 +36,7 @@ def rounded(weight: Tensor, dtype: str) -> Tensor:
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The frozen weights of ``model`` that are stored in fewer bytes, by parameter name."""
+    """The frozen weights of ``model`` that can be stored in fewer bytes, by parameter name."""
     return {
         f"{name}.weight": module.weight  # type: ignore[dict-item]
         for name, module in model.named_modules()

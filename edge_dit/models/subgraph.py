@@ -2,10 +2,10 @@
 
     f'(last) = trained(entry) + tail residual        loss = weight * mean((head(f') - target)^2)
 
-Everything upstream of the first trained block is frozen, so the stored entry state is exact; the
-tail residual is the frozen model's, not the adapted one's (Eq. 3). Between trained blocks further
-runs may be skipped, each with a residual of its own that is added where it was: there it holds the
-text tokens too, for the blocks behind it read them.
+Everything upstream of the first trained block is frozen, so the stored entry state is exact. The
+tail residual is the frozen model's, not the adapted one's (Eq. 3). Further runs of blocks may be
+skipped between trained ones. Each such run has a residual of its own, which is added in its place.
+An inner residual also covers text tokens, because later blocks read them.
 """
 
 from __future__ import annotations
@@ -27,22 +27,21 @@ from edge_dit.contract.names import (
     WEIGHT,
     residual_names,
 )
-from edge_dit.models.families import family_of
 from edge_dit.models.families.family import Family, Grid, State
 
 
 def inner_runs(trained: Sequence[int]) -> dict[int, int]:
-    """Runs of skipped blocks between trained ones: the trained block behind each -> its first one.
+    """Runs of skipped blocks between trained ones: next trained block -> first block of the run.
 
     Args:
-        trained: numbers of the trained blocks, ascending.
+        trained: numbers of the trained blocks, ascending: [0, 3] gives {3: 1}.
     """
     pairs = pairwise(trained)
-    return {behind: before + 1 for before, behind in pairs if behind > before + 1}
+    return {after: before + 1 for before, after in pairs if after > before + 1}
 
 
 def difference(after: State, before: State) -> State:
-    """What a run of blocks adds to the state (Eq. 3)."""
+    """The residual of a run of blocks: what it adds to the state (Eq. 3)."""
     if after.text is None or before.text is None:
         return State(after.image - before.image)
     return State(after.image - before.image, after.text - before.text)
@@ -61,10 +60,10 @@ def lora_modules(
 
     Args:
         family: of the model.
-        model: its blocks may lie on the meta device.
+        model: the transformer; its blocks may lie on the meta device.
         blocks: numbers of the trained blocks, in order.
-        targets: modules within a block; a block without one of them goes without. So does the last
-            trained block where the module only feeds its text output, which nothing trained reads.
+        targets: modules within a block. Those that a block does not have are left out there. In the
+            last trained block `Family.text_output` is left out too: nothing trained reads it.
     """
     everything = list(family.blocks(model).items())
     chosen, wanted = list(blocks), list(targets)
@@ -80,8 +79,15 @@ def lora_modules(
 def add_lora(model: nn.Module, modules: list[str], rank: int, alpha: float, seed: int) -> None:
     """Put a PEFT LoRA on ``modules`` of a diffusers model, in place.
 
-    A is drawn from N(0, 1 / rank) (PEFT's "gaussian"), B is zero; W' = W + alpha / rank * B A
-    (arXiv 2106.09685). All other parameters are frozen.
+    W' = W + alpha / rank * B A (arXiv 2106.09685). A is drawn from N(0, 1 / rank) (PEFT's
+    "gaussian"), B is zero. All other parameters are frozen.
+
+    Args:
+        model: the transformer.
+        modules: full names, from `lora_modules`.
+        rank: of B A.
+        alpha: scale of the LoRA.
+        seed: of A.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -95,13 +101,13 @@ def add_lora(model: nn.Module, modules: list[str], rank: int, alpha: float, seed
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Take away what `add_lora` put there, trained or not."""
+    """Remove the LoRA that `add_lora` added, trained or not; the base weights stay."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             model.set_submodule(name, module.get_base_layer())
-    if hasattr(model, "peft_config"):  # by which PEFT knows a model that has adapters
+    if hasattr(model, "peft_config"):  # PEFT takes a model with it for one that has adapters
         del model.peft_config
 
 
@@ -120,16 +126,16 @@ def as_batch(
     weight: float | None = None,
     inner: Mapping[int, State] | None = None,
 ) -> dict[str, Tensor]:
-    """A draw's tensors by the names that bank and exported graphs use.
+    """A draw's tensors under the names that banks and exported graphs use.
 
     Args:
-        entry: state entering the first trained block.
-        tail_residual: image tokens after the last block less those after the last trained one,
+        entry: state that enters the first trained block.
+        tail_residual: image tokens after the last block minus those after the last trained block,
             [1, N, D].
         cond: conditioning.
-        target: what the model is to predict.
+        target: what the model should predict.
         weight: of the draw's loss, in families that weigh draws.
-        inner: residuals of the runs skipped between trained blocks, by their first block.
+        inner: first block of each run skipped between trained blocks -> its residual.
     """
     batch = {ENTRY: entry.image}
     if entry.text is not None:
@@ -141,27 +147,29 @@ def as_batch(
     batch |= {TAIL_RESIDUAL: tail_residual, TARGET: target}
     if weight is not None:
         batch[WEIGHT] = torch.tensor([weight])
-    # A bank stores rows; graphs traced with other strides would take no such tensor (ExecuTorch).
+    # A bank stores contiguous rows. ExecuTorch refuses them if it traced other strides.
     return {name: value.contiguous() for name, value in batch.items()}
 
 
 class TrainableSubgraph(nn.Module):
     """Trained blocks with LoRA, head and loss.
 
-    The blocks and the head are the model's own submodules, not copies. Parameters keep the model's
-    names, so `lora_parameters` gives diffusers' LoRA names.
+    The blocks and the head are the model's own submodules, not copies. Parameters keep their names
+    in the model, so `lora_parameters` gives diffusers' LoRA names.
 
     Args:
-        model: a diffusers transformer that already carries LoRA (`add_lora`); blocks that are not
+        model: a diffusers transformer that already carries LoRA (`add_lora`). Blocks that are not
             trained may lie on the meta device.
-        family: name of the family.
+        family: of the model.
         trained: numbers of the trained blocks, ascending; the others are left out.
         grid: token rows and columns of a patch.
     """
 
-    def __init__(self, model: nn.Module, family: str, trained: Sequence[int], grid: Grid) -> None:
+    def __init__(
+        self, model: nn.Module, family: Family, trained: Sequence[int], grid: Grid
+    ) -> None:
         super().__init__()
-        self.family = family_of(family)
+        self.family = family
         self.grid = grid
         everything = list(self.family.blocks(model).items())
         self.order = [everything[number][0] for number in trained]
@@ -186,7 +194,11 @@ class TrainableSubgraph(nn.Module):
         }
 
     def predict(self, batch: dict[str, Tensor]) -> Tensor:
-        """What the adapted middle makes of one draw, shaped like the stock forward's output."""
+        """The adapted model's prediction for one draw, shaped like the stock forward's output.
+
+        Args:
+            batch: as `forward` takes it; target and weight are not read.
+        """
         cond = conditioning_of(batch)
         state = State(batch[ENTRY], batch.get(ENTRY_TEXT))
         for name in self.order:
@@ -195,7 +207,13 @@ class TrainableSubgraph(nn.Module):
         return self.family.head(self, state.image + batch[TAIL_RESIDUAL], cond, self.grid)
 
     def arrive(self, block: str, state: State, batch: Mapping[str, Tensor]) -> State:
-        """The state entering a trained block, from that after the trained block before it."""
+        """The state that enters a trained block, after any run skipped before it.
+
+        Args:
+            block: name of the trained block.
+            state: after the trained block before it, or the entry state.
+            batch: holds the residuals.
+        """
         if block not in self.jumps:
             return state
         image, text = residual_names(self.jumps[block])
@@ -203,7 +221,7 @@ class TrainableSubgraph(nn.Module):
         return State(state.image + batch[image], moved)
 
     def loss(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """The loss of a `predict` against a draw's target, a scalar."""
+        """The loss of a prediction against the draw's target, a scalar."""
         loss = torch.nn.functional.mse_loss(self.family.learned(prediction), batch[TARGET])
         return loss * batch[WEIGHT].squeeze() if WEIGHT in batch else loss
 
@@ -211,14 +229,14 @@ class TrainableSubgraph(nn.Module):
         """The loss of one draw, a scalar.
 
         Args:
-            batch: "entry" and "tail_residual" [1, N, D], "target", "entry_text" [1, L, D] in
-                joint-attention families, "weight" [1] where draws are weighed, the family's
-                "cond.<name>" tensors, and `residual_names` of every run skipped between trained
-                blocks; all float32.
+            batch: float32 tensors from `as_batch`: "entry" and "tail_residual" [1, N, D],
+                "target" and the family's "cond.<name>". In joint-attention families also
+                "entry_text" [1, L, D], where draws are weighed "weight" [1], and for every run
+                skipped between trained blocks its `residual_names`.
         """
         return self.loss(self.predict(batch), batch)
 
 
 def conditioning_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The conditioning tensors of a draw, by the family's names."""
+    """The conditioning tensors of a draw under the family's names."""
     return {k.removeprefix(COND): v for k, v in batch.items() if k.startswith(COND)}

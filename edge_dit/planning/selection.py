@@ -76,7 +76,7 @@ class Selection(BaseModel):
     """What skipping each head and each tail costs, mean over subjects.
 
     Attributes:
-        model_hash: of the model, see `edge_dit.planning.plan.model_hash`.
+        model_hash: of the model, see `edge_dit.models.model.Model.hash`.
         layers: its transformer blocks, L.
         method: how it was measured, see `edge_dit.select.selectors`.
         embedding: what the pictures were embedded with; empty when losses were measured.
@@ -191,7 +191,7 @@ def find_selection(model: Path, model_hash: str) -> tuple[Selection | None, str]
 
     Args:
         model: the diffusers folder.
-        model_hash: see `edge_dit.planning.plan.model_hash`.
+        model_hash: see `edge_dit.models.model.Model.hash`.
     """
     reasons = []
     for path in (model / NAME, cache_file(model_hash)):

@@ -1,12 +1,11 @@
-"""PyTorch's own answer: the same sub-graph, loss and AdamW in eager mode.
+"""PyTorch's own training step: the same sub-graph, loss and AdamW in eager mode.
 
-Everything an export is held against. `EagerSession` is a
-`edge_dit_runtime.session.Trainer`.
+Exports are compared with it. `EagerSession` is a `edge_dit_runtime.session.Trainer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,7 @@ import torch
 from torch import nn
 
 from edge_dit.contract.adamw import AdamW
-from edge_dit.models.checkpoint import Checkpoint
-from edge_dit.models.families import family_of
-from edge_dit.models.families.family import scheduler_config
-from edge_dit.models.objective import Objective
+from edge_dit.models.model import Model
 from edge_dit.models.subgraph import (
     TrainableSubgraph,
     add_lora,
@@ -25,56 +21,46 @@ from edge_dit.models.subgraph import (
     inner_runs,
     lora_modules,
 )
-from edge_dit.planning.plan import Plan, check_model
+from edge_dit.planning.plan import Plan
 
 
-def adapted_subgraph(
-    plan: Plan, check: bool = True
-) -> tuple[TrainableSubgraph, dict[str, torch.Tensor]]:
-    """The plan's trainable sub-graph with a fresh LoRA (A random from the plan's seed, B zero), and
-    a draw with the bank's names, shapes and dtypes (its values mean nothing). Of the model's
-    weights only the trained blocks, the embeddings and the head are read.
+def adapted_subgraph(plan: Plan, model: Model) -> tuple[TrainableSubgraph, dict[str, torch.Tensor]]:
+    """The plan's trainable sub-graph with a fresh LoRA, and a draw of its shapes (`blank_batch`).
+
+    LoRA A is random from the plan's seed, B is zero. Of the model's weights only the trained
+    blocks, the embeddings and the head are read.
 
     Args:
         plan: what to train.
-        check: compare the model's weights with those the plan was made for.
+        model: of the plan, from `edge_dit.planning.plan.model_of`.
 
     Raises:
-        BadInput: the model changed since the plan was made, or cannot be read.
+        BadInput: the model's weights cannot be read.
     """
-    if check:
-        check_model(plan)
-    family = family_of(plan.family)
-    model = Checkpoint(family, plan.model).model(plan.trained)
-    modules = lora_modules(family, model, plan.trained, plan.lora_targets)
-    add_lora(model, modules, plan.rank, plan.alpha, plan.seed)
-    subgraph = TrainableSubgraph(model, plan.family, plan.trained, plan.grid)
-    return subgraph, blank_batch(plan, model)
+    transformer = model.checkpoint().model(plan.trained)
+    modules = lora_modules(model.family, transformer, plan.trained, plan.lora_targets)
+    add_lora(transformer, modules, plan.rank, plan.alpha, plan.seed)
+    subgraph = TrainableSubgraph(transformer, model.family, plan.trained, plan.grid)
+    return subgraph, blank_batch(plan, model, transformer)
 
 
-def objective_of(plan: Plan) -> Objective:
-    """What the plan's model is trained to predict."""
-    return family_of(plan.family).objective(scheduler_config(plan.model))
-
-
-def blank_batch(plan: Plan, model: nn.Module) -> dict[str, torch.Tensor]:
-    """A draw of the plan's shapes.
+def blank_batch(plan: Plan, model: Model, transformer: nn.Module) -> dict[str, torch.Tensor]:
+    """A draw with the names, shapes and dtypes of the plan's bank; its values mean nothing.
 
     Args:
-        plan: of the model.
-        model: the transformer; its blocks may lie on the meta device.
+        plan: of the bank.
+        model: of the plan.
+        transformer: of the model; its blocks may lie on the meta device.
     """
-    family = family_of(plan.family)
-    objective = objective_of(plan)
-    latents, prompt = family.blank(model, plan.grid, plan.text_tokens)
-    inputs = family.inputs(model, latents, objective.timestep(0.5), prompt, plan.grid)
-    entry, cond = family.begin(model, inputs)
-    target = objective.target(latents, torch.ones_like(latents))
+    family, objective = model.family, model.objective
+    latents, prompt = family.blank(transformer, plan.grid, plan.text_tokens)
+    inputs = family.inputs(transformer, latents, objective.timestep(0.5), prompt, plan.grid)
+    entry, cond = family.begin(transformer, inputs)
     return as_batch(
         entry,
         torch.zeros_like(entry.image),
         cond,
-        target,
+        objective.target(latents, torch.ones_like(latents)),
         objective.weight(0.5),
         dict.fromkeys(inner_runs(plan.trained).values(), entry),
     )
@@ -82,7 +68,49 @@ def blank_batch(plan: Plan, model: nn.Module) -> dict[str, torch.Tensor]:
 
 def lora_tensors(subgraph: TrainableSubgraph) -> dict[str, np.ndarray]:
     """Copies of the LoRA tensors by diffusers name."""
-    return {k: p.detach().numpy().copy() for k, p in subgraph.lora_parameters().items()}
+    return {name: copied(tensor) for name, tensor in subgraph.lora_parameters().items()}
+
+
+def copied(tensor: Any) -> np.ndarray:
+    """A tensor's values as an array of its own."""
+    return tensor.detach().numpy().copy()
+
+
+class ClippedAdamW:
+    """torch.optim.AdamW after clipping, with the hyper-parameters that host and device share.
+
+    Args:
+        parameters: trained in place.
+        adamw: hyper-parameters.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], adamw: AdamW) -> None:
+        self.parameters = list(parameters)
+        self.max_grad_norm = adamw.max_grad_norm
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=adamw.lr,
+            betas=(adamw.beta1, adamw.beta2),
+            eps=adamw.eps,
+            weight_decay=adamw.weight_decay,
+        )
+
+    def backward(self, loss: torch.Tensor) -> float:
+        """Replace the gradients by those of ``loss``, a scalar; its value."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        return float(loss.detach())
+
+    def step(self, lr: float | None = None) -> None:
+        """Clip the norm of all gradients together, then take one AdamW step.
+
+        Args:
+            lr: learning rate from now on; None keeps the last one.
+        """
+        if lr is not None:
+            self.optimizer.param_groups[0]["lr"] = lr
+        nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
 
 
 class EagerSession:
@@ -96,46 +124,32 @@ class EagerSession:
     def __init__(self, subgraph: TrainableSubgraph, adamw: AdamW) -> None:
         self.subgraph = subgraph
         self.parameters = subgraph.lora_parameters()
-        self.max_grad_norm = adamw.max_grad_norm
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=adamw.lr,
-            betas=(adamw.beta1, adamw.beta2),
-            eps=adamw.eps,
-            weight_decay=adamw.weight_decay,
-        )
+        self.optimizer = ClippedAdamW(self.parameters.values(), adamw)
 
     def backward(self, draw: Mapping[str, np.ndarray]) -> float:
-        """Loss of one draw; keeps its gradients."""
-        self.optimizer.zero_grad()
-        loss = self.subgraph({name: torch.from_numpy(value) for name, value in draw.items()})
-        loss.backward()
-        return float(loss.detach())
+        """Loss of one draw; its gradients are kept."""
+        batch = {name: torch.from_numpy(value) for name, value in draw.items()}
+        return self.optimizer.backward(self.subgraph(batch))
 
     def update(self) -> None:
-        """One AdamW step after clipping."""
-        nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        """One AdamW step with the kept gradients, after clipping."""
         self.optimizer.step()
 
     def step(self, draw: Mapping[str, np.ndarray]) -> float:
-        """`backward`, then `update`."""
+        """`backward`, then `update`; the loss before the update."""
         loss = self.backward(draw)
         self.update()
         return loss
 
     def gradients(self) -> dict[str, np.ndarray]:
         """Gradients of the last `backward` by LoRA name."""
-        return {k: _numpy(p.grad) for k, p in self.parameters.items()}
+        return {name: copied(parameter.grad) for name, parameter in self.parameters.items()}
 
     def adapter(self) -> dict[str, np.ndarray]:
-        """A copy of the LoRA tensors."""
+        """A copy of the LoRA tensors by name."""
         return lora_tensors(self.subgraph)
 
     def load_adapter(self, adapter: Mapping[str, np.ndarray]) -> None:
         """Replace the LoRA tensors."""
         for name, parameter in self.parameters.items():
             parameter.data.copy_(torch.from_numpy(adapter[name]))
-
-
-def _numpy(tensor: Any) -> np.ndarray:
-    return tensor.detach().numpy().copy()

@@ -1,7 +1,6 @@
-"""How good is an adapter? Held-out loss and pictures with the whole, unskipped model.
+"""How good is an adapter? The loss of the whole, unskipped model on images it was not trained on.
 
-And what LoRA on all blocks at full resolution reaches in as many steps. A trained LoRA is used with
-the whole model (docs/method.md, Eq. 3).
+The LoRA is trained in the middle blocks and used with the whole model (docs/method.md, Eq. 3).
 """
 
 from __future__ import annotations
@@ -14,24 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from edge_dit.contract.adamw import learning_rate
 from edge_dit.contract.adapter import peft_folder
-from edge_dit.models.families import family_of
-from edge_dit.models.families.family import Family, Grid, Prompt
-from edge_dit.models.objective import Objective
+from edge_dit.models.families.family import Grid, Prompt
+from edge_dit.models.model import Model
 from edge_dit.models.pipeline import quiet
-from edge_dit.models.subgraph import add_lora, lora_modules, lora_name, remove_lora
-from edge_dit.pictures.draws import GOLDEN
 from edge_dit.pictures.images import Captioned
 from edge_dit.planning.plan import Plan
-from edge_dit.progress import bar
-from edge_dit.reference.eager import objective_of
 
 LEVELS = 8
-"""Noise levels at which held-out loss is measured, the middles of equal parts of (0, 1)."""
+"""Noise levels at which the loss is measured, the middles of equal parts of (0, 1)."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +35,19 @@ class Whole:
     grid: Grid
 
 
-def encode_whole(plan: Plan, pipeline: Any, images: list[Captioned]) -> list[Whole]:
-    """Images centre-cropped to squares of s_max pixels, encoded with their captions."""
-    family = family_of(plan.family)
-    side = plan.s_max // plan.multiple
+def encode_whole(plan: Plan, model: Model, pipeline: Any, images: list[Captioned]) -> list[Whole]:
+    """Encode images, cropped at the centre to squares of s_max pixels, and their captions.
+
+    Args:
+        plan: its s_max is the side of the squares.
+        model: of the plan.
+        pipeline: of the model.
+        images: shorter side s_max.
+
+    Raises:
+        BadInput: a caption is longer than the pipeline takes.
+    """
+    family, side = model.family, plan.s_max // plan.multiple
     encoded = []
     for number, image in enumerate(images):
         height, width = image.pixels.shape[1:]
@@ -54,94 +55,63 @@ def encode_whole(plan: Plan, pipeline: Any, images: list[Captioned]) -> list[Who
         square = image.pixels[:, top : top + plan.s_max, left : left + plan.s_max]
         pixels = torch.from_numpy(square.copy()).unsqueeze(0)
         clean = family.encode_image(pipeline.vae, pixels, torch.Generator().manual_seed(number))
-        tokens = family.text_tokens(plan.model, [image.caption])
+        tokens = family.text_tokens(model.folder, [image.caption])
         prompt = family.encode_prompts(pipeline, [image.caption], tokens)[0]
         encoded.append(Whole(clean, prompt, (side, side)))
     return encoded
 
 
-def whole_loss(
-    family: Family, objective: Objective, model: Any, whole: Whole, sigma: float, seed: int
-) -> Tensor:
+def whole_loss(model: Model, transformer: Any, image: Whole, sigma: float, seed: int) -> Tensor:
     """Loss of the stock transformer on one noised image, a scalar.
 
     Args:
-        family: of the model.
-        objective: what it predicts.
-        model: the transformer.
-        whole: the image.
+        model: that the transformer is of.
+        transformer: with or without an adapter.
+        image: encoded.
         sigma: noise level in (0, 1].
         seed: of the noise.
     """
-    noise = torch.randn(whole.clean.shape, generator=torch.Generator().manual_seed(seed))
-    noised = objective.noised(whole.clean, noise, sigma)
-    inputs = family.inputs(model, noised, objective.timestep(sigma), whole.prompt, whole.grid)
-    found = family.learned(model(**inputs, return_dict=False)[0])
-    return torch.nn.functional.mse_loss(found, objective.target(whole.clean, noise))
+    family, objective = model.family, model.objective
+    noise = torch.randn(image.clean.shape, generator=torch.Generator().manual_seed(seed))
+    noised = objective.noised(image.clean, noise, sigma)
+    inputs = family.inputs(transformer, noised, objective.timestep(sigma), image.prompt, image.grid)
+    prediction = family.learned(transformer(**inputs, return_dict=False)[0])
+    return torch.nn.functional.mse_loss(prediction, objective.target(image.clean, noise))
 
 
-def heldout_loss(plan: Plan, pipeline: Any, images: list[Whole]) -> float:
-    """Mean loss of the pipeline, as it is, over images and `LEVELS` noise levels, unweighted; the
-    noise is the same at every call.
+@torch.no_grad()
+def heldout_loss(model: Model, pipeline: Any, images: list[Whole]) -> float:
+    """Mean unweighted loss over images and `LEVELS` noise levels; the noise is always the same.
+
+    Args:
+        model: of the pipeline.
+        pipeline: with or without an adapter.
+        images: encoded by `encode_whole`.
     """
-    family, objective = family_of(plan.family), objective_of(plan)
-    with torch.no_grad():
-        losses = [
-            float(
-                whole_loss(
-                    family,
-                    objective,
-                    pipeline.transformer,
-                    image,
-                    (level + 0.5) / LEVELS,
-                    LEVELS * number + level,
-                )
+    losses = [
+        float(
+            whole_loss(
+                model,
+                pipeline.transformer,
+                image,
+                sigma=(level + 0.5) / LEVELS,
+                seed=LEVELS * number + level,
             )
-            for number, image in enumerate(images)
-            for level in range(LEVELS)
-        ]
+        )
+        for number, image in enumerate(images)
+        for level in range(LEVELS)
+    ]
     return float(np.mean(losses))
-
-
-def train_full_lora(
-    plan: Plan, pipeline: Any, images: list[Whole], steps: int
-) -> dict[str, np.ndarray]:
-    """LoRA on every block at full resolution by torch eager - what users do today; the adapter by
-    diffusers names. The pipeline is left without it.
-    """
-    family, adamw = family_of(plan.family), plan.optimizer
-    model = pipeline.transformer
-    modules = lora_modules(family, model, range(plan.layers), plan.lora_targets)
-    add_lora(model, modules, plan.rank, plan.alpha, plan.seed)
-    parameters = {lora_name(n): p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
-        lr=adamw.lr,
-        betas=(adamw.beta1, adamw.beta2),
-        eps=adamw.eps,
-        weight_decay=adamw.weight_decay,
-    )
-    objective = objective_of(plan)
-    with bar("full LoRA (torch)", steps) as advance:
-        for step in range(steps):
-            turn, number = divmod(step, len(images))
-            sigma = objective.level((turn * GOLDEN + number / len(images)) % 1.0)
-            loss = whole_loss(family, objective, model, images[number], sigma, step)
-            loss = loss * (objective.weight(sigma) or 1.0)
-            optimizer.zero_grad()
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, adamw.lr)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters.values(), adamw.max_grad_norm)
-            optimizer.step()
-            advance(note=f"loss {float(loss.detach()):.4f}")
-    adapter = {name: p.detach().numpy().copy() for name, p in parameters.items()}
-    remove_lora(model)
-    return adapter
 
 
 @contextmanager
 def adapted(pipeline: Any, folder: Path | None) -> Iterator[Any]:
-    """The pipeline with the LoRA of ``folder`` (as written by `edge-dit adapter`), or as it is."""
+    """The pipeline with an adapter, which is removed when the context ends.
+
+    Args:
+        pipeline: without an adapter.
+        folder: of the adapter, as `edge-dit adapter` writes it; None leaves the pipeline as it is.
+    """
     if folder is None:
         yield pipeline
         return
@@ -152,8 +122,8 @@ def adapted(pipeline: Any, folder: Path | None) -> Iterator[Any]:
         else:
             from peft import PeftModel
 
-            model = pipeline.transformer
-            pipeline.transformer = PeftModel.from_pretrained(model, peft_folder(folder))
+            transformer = pipeline.transformer
+            pipeline.transformer = PeftModel.from_pretrained(transformer, peft_folder(folder))
     try:
         yield pipeline
     finally:
@@ -161,21 +131,3 @@ def adapted(pipeline: Any, folder: Path | None) -> Iterator[Any]:
             pipeline.unload_lora_weights()
         else:
             pipeline.transformer = pipeline.transformer.unload()
-
-
-def contact_sheet(
-    plan: Plan, pipeline: Any, prompts: list[str], seeds: list[int], title: str
-) -> Image.Image:
-    """Pictures of every prompt (rows) and seed (columns), captions above the rows."""
-    family, strip, size = family_of(plan.family), 16, plan.s_max
-    sheet = Image.new("RGB", (len(seeds) * size, strip + len(prompts) * (size + strip)), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((4, 2), title, fill="black")
-    with bar(title, len(prompts)) as advance:
-        for row, prompt in enumerate(prompts):
-            top = strip + row * (size + strip)
-            draw.text((4, top + 2), prompt, fill="black")
-            for column, picture in enumerate(family.sample(pipeline, prompt, size, seeds)):
-                sheet.paste(picture, (column * size, top + strip))
-            advance()
-    return sheet

@@ -2,186 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edge_dit.contract import bank
 from edge_dit.models.checkpoint import Checkpoint
-from edge_dit.models.families import family_of
-from edge_dit.models.families.family import Conditioning, Prompt, State
-from edge_dit.models.objective import Objective
+from edge_dit.models.families.family import Conditioning, Family, Grid, Prompt, State
+from edge_dit.models.model import Model
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.models.subgraph import as_batch, difference, inner_runs
 from edge_dit.pictures.draws import plan_draws
 from edge_dit.pictures.images import Captioned
 from edge_dit.pictures.patch_sampler import PatchSampler
-from edge_dit.planning.plan import Plan, check_model
+from edge_dit.planning.plan import Plan, model_of
 from edge_dit.progress import bar
-from edge_dit.reference.eager import blank_batch, objective_of
+from edge_dit.reference.eager import blank_batch
 
 SHARD_BYTES = 128 * 2**20
-"""Draws of a shard go through the model together, block by block: about this many bytes of them
-are in memory at once, and each block is read from disk once per shard.
+"""About how many bytes of draws are in memory at once. The draws of a shard go through the model
+together, block by block, so each block is read from disk once per shard.
 """
 
 
 def precompute(plan: Plan, images: list[Captioned], folder: Path) -> bank.Index:
     """Write the bank of a plan, or finish one that was stopped; its index.
 
-    Per draw: crop and resize (Eq. 1), encode, noise, run the frozen model, keep the entry state,
-    the tail residual (Eq. 3), the conditioning and the target. The same plan and images give the
-    same bytes. Of the transformer, one block at a time is in memory.
+    Per draw: crop and resize (Eq. 1), encode, add noise, run the frozen model, and keep the entry
+    state, the residuals (Eq. 3), the conditioning and the target. The same plan and images give the
+    same bytes. Only one block of the transformer is in memory at a time.
 
     Args:
-        plan: as made by `edge_dit.planning.plan.make_plan`.
-        images: as read by `edge_dit.pictures.images.read_folder`, shorter side ``plan.s_max``.
+        plan: from `edge_dit.planning.make.make_plan`.
+        images: from `edge_dit.pictures.images.read_folder`, shorter side ``plan.s_max``.
         folder: where the bank goes.
 
     Raises:
-        BadInput: the folder holds another bank; the model changed since the plan, or is damaged.
+        BadInput: the folder holds another bank, or the model is damaged or not the plan's.
     """
-    check_model(plan)
-    family = family_of(plan.family)
-    checkpoint = Checkpoint(family, plan.model)
+    model = model_of(plan)
+    checkpoint = model.checkpoint()
     skeleton = checkpoint.skeleton()
-    blank = blank_batch(plan, skeleton)
-    index, objective = plan_index(plan, images, blank)
+    index = plan_index(plan, model, images, blank_batch(plan, model, skeleton))
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     missing = bank.begin(folder, index) if occupied else None
     if missing == [] and (folder / bank.PROMPTS).is_file():
         return index
-
-    pipeline = load_pipeline(plan.model, keep_text=True, transformer=skeleton)
-    prompts = family.encode_prompts(pipeline, index.prompts, plan.text_tokens)
-    vae = pipeline.vae.eval()
-    del pipeline  # and with it the text encoders
+    source = _source(plan, model, skeleton, images, index.prompts)
     if missing is None:  # not before: a pipeline that cannot be loaded leaves no bank behind
         missing = bank.begin(folder, index)
     if not (folder / bank.PROMPTS).is_file():
-        latents, _ = family.blank(skeleton, plan.grid, plan.text_tokens)
-        conditions = [
-            family.begin(skeleton, family.inputs(skeleton, latents, 0.0, prompt, plan.grid))[1]
-            for prompt in prompts
-        ]
-        bank.write_prompts(
-            folder,
-            [{f"cond.{n}": cond[n].numpy() for n in family.per_prompt} for cond in conditions],
-        )
-
-    sampler = PatchSampler(plan.crop_rule)
+        bank.write_prompts(folder, source.per_prompt(plan.text_tokens))
     done = len(index.draws) - sum(len(index.members(shard)) for shard in missing)
     with bar("precompute", len(index.draws), done) as advance:
         for shard in missing:
-            draws = [index.draws[number] for number in index.members(shard)]
-            begun = [
-                _begin(plan, skeleton, vae, sampler, objective, images, prompts, draw)
-                for draw in draws
-            ]
-            through = _through_blocks(plan, checkpoint, begun, advance)
-            stored = [bank.narrowed(draw, plan.bank_dtype) for draw in through]
-            bank.write_shard(folder, shard, dict(zip(index.members(shard), stored, strict=True)))
+            numbers = index.members(shard)
+            starts = [source.start(index.draws[number]) for number in numbers]
+            kept = _states_at(_borders(plan), checkpoint, starts, plan.grid, advance)
+            stored = (
+                bank.narrowed(_stored(plan, model.family, start, states), plan.bank_dtype)
+                for start, states in zip(starts, kept, strict=True)
+            )
+            bank.write_shard(folder, shard, dict(zip(numbers, stored, strict=True)))
     return index
 
 
-Begun = tuple[State, Conditioning, Tensor, float | None]
-"""State entering the model, conditioning, target and weight of a draw."""
-
-
-@torch.no_grad()
-def _begin(
-    plan: Plan,
-    skeleton: torch.nn.Module,
-    vae: torch.nn.Module,
-    sampler: PatchSampler,
-    objective: Objective,
-    images: list[Captioned],
-    prompts: list[Prompt],
-    draw: bank.Draw,
-) -> Begun:
-    family = family_of(plan.family)
-    pixels = torch.from_numpy(images[draw.image].pixels).unsqueeze(0)
-    patch = sampler(pixels, torch.tensor([draw.sigma]), torch.tensor([draw.u, draw.v]))
-    generator = torch.Generator().manual_seed(draw.seed)
-    clean = family.encode_image(vae, patch, generator)
-    noise = torch.randn(clean.shape, generator=generator)
-    inputs = family.inputs(
-        skeleton,
-        objective.noised(clean, noise, draw.sigma),
-        objective.timestep(draw.sigma),
-        prompts[draw.prompt],
-        plan.grid,
-    )
-    state, cond = family.begin(skeleton, inputs)
-    return state, cond, objective.target(clean, noise), objective.weight(draw.sigma)
-
-
-@torch.no_grad()
-def _through_blocks(
-    plan: Plan, checkpoint: Checkpoint, begun: list[Begun], advance: Callable[..., None]
-) -> list[dict[str, np.ndarray]]:
-    """What a bank stores of each draw, one block of the model after the other."""
-    family = checkpoint.family
-    states = [state for state, *_ in begun]
-    runs = inner_runs(plan.trained)
-    begins, last = set(runs.values()), plan.layers - plan.tail_skip
-    entries = tails = states
-    before: list[State] = []
-    inner: dict[int, list[State]] = {}
-    for number in range(plan.layers):
-        if number in runs:
-            pairs = zip(states, before, strict=True)
-            inner[runs[number]] = [difference(after, start) for after, start in pairs]
-        if number in begins:
-            before = states
-        if number == plan.head_skip:
-            entries = states
-        if number == last:
-            tails = states
-        with checkpoint.block(number) as block:
-            states = [
-                family.run_block(block, state, cond, plan.grid)
-                for state, (_, cond, _, _) in zip(states, begun, strict=True)
-            ]
-        advance(len(begun) / plan.layers)
-    if not plan.tail_skip:
-        tails = states
-    batches = [
-        as_batch(
-            entry,
-            state.image - tail.image,
-            cond,
-            target,
-            weight,
-            {first: residuals[number] for first, residuals in inner.items()},
-        )
-        for number, (entry, tail, state, (_, cond, target, weight)) in enumerate(
-            zip(entries, tails, states, begun, strict=True)
-        )
-    ]
-    shared = [f"cond.{name}" for name in family.per_prompt]
-    return [{k: v.numpy() for k, v in batch.items() if k not in shared} for batch in batches]
-
-
 def plan_index(
-    plan: Plan, images: list[Captioned], blank: dict[str, Tensor]
-) -> tuple[bank.Index, Objective]:
-    """The index of the bank of ``plan`` over ``images``, and what its model predicts.
+    plan: Plan, model: Model, images: list[Captioned], blank: dict[str, Tensor]
+) -> bank.Index:
+    """The index of a plan's bank.
 
     Args:
         plan: of the bank.
-        images: as read.
+        model: of the plan.
+        images: from `edge_dit.pictures.images.read_folder`.
         blank: a draw of the plan's shapes.
     """
-    objective = objective_of(plan)
     prompts = list(dict.fromkeys(image.caption for image in images))
     draws = plan_draws(
         plan.draws,
         plan.seed,
-        objective.level,
+        model.objective.level,
         [prompts.index(image.caption) for image in images],
         [(image.pixels.shape[1], image.pixels.shape[2]) for image in images],
         plan.crop_rule,
@@ -189,5 +95,146 @@ def plan_index(
     named = [{"name": image.name, "sha256": image.sha256} for image in images]
     bytes_each = sum(4 * value.numel() for value in blank.values())
     shard = max(1, min(bank.SHARD, SHARD_BYTES // bytes_each))
-    index = bank.Index(plan.identity(), named, prompts, draws, shard, plan.bank_dtype)
-    return index, objective
+    return bank.Index(plan.identity(), named, prompts, draws, shard, plan.bank_dtype)
+
+
+# ---------------------------------------------------------------- draws before the first block
+
+
+class _Start(NamedTuple):
+    """A draw before the first block: state, conditioning, target, and weight of its loss."""
+
+    state: State
+    cond: Conditioning
+    target: Tensor
+    weight: float | None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What all draws are made from.
+
+    Attributes:
+        model: of the plan.
+        skeleton: its transformer, blocks on the meta device.
+        vae: the autoencoder.
+        sampler: cuts patches out of images.
+        grid: token rows and columns of a patch.
+        images: as read.
+        prompts: encoded, in the order of the bank's index.
+    """
+
+    model: Model
+    skeleton: nn.Module
+    vae: nn.Module
+    sampler: PatchSampler
+    grid: Grid
+    images: list[Captioned]
+    prompts: list[Prompt]
+
+    @torch.no_grad()
+    def start(self, draw: bank.Draw) -> _Start:
+        """Cut, encode and noise the patch of a draw, and run the model up to its first block."""
+        family, objective = self.model.family, self.model.objective
+        pixels = torch.from_numpy(self.images[draw.image].pixels).unsqueeze(0)
+        patch = self.sampler(pixels, torch.tensor([draw.sigma]), torch.tensor([draw.u, draw.v]))
+        generator = torch.Generator().manual_seed(draw.seed)
+        clean = family.encode_image(self.vae, patch, generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        inputs = family.inputs(
+            self.skeleton,
+            objective.noised(clean, noise, draw.sigma),
+            objective.timestep(draw.sigma),
+            self.prompts[draw.prompt],
+            self.grid,
+        )
+        state, cond = family.begin(self.skeleton, inputs)
+        return _Start(state, cond, objective.target(clean, noise), objective.weight(draw.sigma))
+
+    def per_prompt(self, tokens: int) -> list[Mapping[str, np.ndarray]]:
+        """Conditioning that depends on the prompt alone, of each prompt of ``tokens`` tokens."""
+        family = self.model.family
+        latents, _ = family.blank(self.skeleton, self.grid, tokens)
+        stored: list[Mapping[str, np.ndarray]] = []
+        for prompt in self.prompts:
+            inputs = family.inputs(self.skeleton, latents, 0.0, prompt, self.grid)
+            _, cond = family.begin(self.skeleton, inputs)
+            stored.append({f"cond.{name}": cond[name].numpy() for name in family.per_prompt})
+        return stored
+
+
+def _source(
+    plan: Plan, model: Model, skeleton: nn.Module, images: list[Captioned], prompts: list[str]
+) -> _Source:
+    """Encode all prompts; only the autoencoder of the pipeline stays in memory after that."""
+    pipeline = load_pipeline(model.folder, keep_text=True, transformer=skeleton)
+    encoded = model.family.encode_prompts(pipeline, prompts, plan.text_tokens)
+    sampler = PatchSampler(plan.crop_rule)
+    return _Source(model, skeleton, pipeline.vae.eval(), sampler, plan.grid, images, encoded)
+
+
+# ---------------------------------------------------------------- draws through the blocks
+
+States = dict[int, State]
+"""Number of a block -> the state that enters it; the number of blocks -> the last state."""
+
+
+def _borders(plan: Plan) -> set[int]:
+    """Numbers of the blocks that a stored tensor needs the entering state of."""
+    runs = inner_runs(plan.trained)
+    return {plan.head_skip, plan.layers - plan.tail_skip, plan.layers, *runs, *runs.values()}
+
+
+@torch.no_grad()
+def _states_at(
+    borders: set[int],
+    checkpoint: Checkpoint,
+    starts: list[_Start],
+    grid: Grid,
+    advance: Callable[..., None],
+) -> list[States]:
+    """Run draws through the model, block by block; each draw's states at the borders.
+
+    Args:
+        borders: numbers of blocks.
+        checkpoint: of the model.
+        starts: the draws.
+        grid: token rows and columns of a patch.
+        advance: of a progress bar that counts draws.
+    """
+    layers = len(checkpoint.names)
+    states = [start.state for start in starts]
+    kept: list[States] = [{} for _ in starts]
+    for number in range(layers + 1):
+        if number in borders:
+            for states_of_draw, state in zip(kept, states, strict=True):
+                states_of_draw[number] = state
+        if number == layers:
+            break
+        with checkpoint.block(number) as block:
+            states = [
+                checkpoint.family.run_block(block, state, start.cond, grid)
+                for state, start in zip(states, starts, strict=True)
+            ]
+        advance(len(starts) / layers)
+    return kept
+
+
+def _stored(plan: Plan, family: Family, start: _Start, states: States) -> dict[str, np.ndarray]:
+    """The tensors that a bank stores of a draw.
+
+    Args:
+        plan: of the bank.
+        family: of its model.
+        start: the draw.
+        states: at the `_borders` of the plan.
+    """
+    tail = difference(states[plan.layers], states[plan.layers - plan.tail_skip])
+    inner = {
+        first: difference(states[after], states[first])
+        for after, first in inner_runs(plan.trained).items()
+    }
+    entry = states[plan.head_skip]
+    batch = as_batch(entry, tail.image, start.cond, start.target, start.weight, inner)
+    shared = {f"cond.{name}" for name in family.per_prompt}
+    return {name: value.numpy() for name, value in batch.items() if name not in shared}

@@ -34,16 +34,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from edge_dit.errors import BadInput
-from edge_dit.models.families import family_of
 from edge_dit.models.families.family import State
+from edge_dit.models.model import Model
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.models.subgraph import add_lora, difference, lora_modules, lora_name, remove_lora
 from edge_dit.pictures.images import Captioned
-from edge_dit.planning.plan import Plan, check_model, trained_blocks
+from edge_dit.planning.plan import Plan, model_of, trained_blocks
 from edge_dit.planning.selection import Between, Selection
 from edge_dit.progress import bar
-from edge_dit.reference.eager import objective_of
-from edge_dit.reference.evaluate import LEVELS, Whole, encode_whole, train_full_lora
+from edge_dit.reference.evaluate import LEVELS, Whole, encode_whole
+from edge_dit.reference.full_lora import train_full_lora
 from edge_dit.select.embedding import distance, embedder
 from edge_dit.select.masking import text_masked
 from edge_dit.store.documents import digest, read_document, write_document
@@ -111,7 +111,7 @@ def select_by_generation(
     """
     bench = _Bench(plan, subjects, work, steps or plan.steps)
     embed = embedder(embedding, bench.pipeline)
-    family, model = family_of(plan.family), bench.pipeline.transformer
+    family, model = bench.model.family, bench.pipeline.transformer
 
     def texts(subject: Subject) -> list[str]:
         return list(dict.fromkeys(image.caption for image in subject.measured))[:prompts]
@@ -207,7 +207,7 @@ def _between(
     """
     layers = selection.layers
     model = bench.pipeline.transformer
-    blocks = family_of(bench.plan.family).blocks(model).values()
+    blocks = bench.model.family.blocks(model).values()
     candidates = _candidates(selection, runs, [type(block) for block in blocks])
     images = sum(len(subject.measured) for subject in bench.subjects)
     if not candidates or images < 2:  # one image has no standard error
@@ -294,7 +294,11 @@ def _generation_ends(layers: int, measure: Callable[[range], float], title: str)
 
 
 def _losses(
-    plan: Plan, model: nn.Module, images: list[Whole], splits: list[list[int]] | None, title: str
+    model: Model,
+    transformer: nn.Module,
+    images: list[Whole],
+    splits: list[list[int]] | None,
+    title: str,
 ) -> np.ndarray:
     """Losses by image, mean over levels, and by split - or, without splits, with masked text by
     head 0..L and then tail 0..L.
@@ -303,7 +307,8 @@ def _losses(
     with bar(title, LEVELS * len(images)) as advance:
         for number, image in enumerate(images):
             for level in range(LEVELS):
-                draw = _Draw(plan, model, image, (level + 0.5) / LEVELS, LEVELS * number + level)
+                sigma = (level + 0.5) / LEVELS
+                draw = _Draw(model, transformer, image, sigma, LEVELS * number + level)
                 found.append(draw.masked() if splits is None else draw.frozen(splits))
                 advance()
     return np.array(found).reshape(len(images), LEVELS, -1).mean(axis=1)
@@ -313,25 +318,25 @@ class _Draw:
     """A noised image and its way through the tuned model.
 
     Args:
-        plan: of the model.
-        model: with a subject's LoRA.
+        model: that is tuned.
+        transformer: of it, with a subject's LoRA.
         whole: the image.
         sigma: noise level in (0, 1].
         number: of the draw; its noise follows from it.
     """
 
     def __init__(
-        self, plan: Plan, model: nn.Module, whole: Whole, sigma: float, number: int
+        self, model: Model, transformer: nn.Module, whole: Whole, sigma: float, number: int
     ) -> None:
-        self.family, self.model, self.grid = family_of(plan.family), model, whole.grid
-        self.blocks = list(self.family.blocks(model).values())
-        objective = objective_of(plan)
+        self.family, self.model, self.grid = model.family, transformer, whole.grid
+        self.blocks = list(self.family.blocks(transformer).values())
+        objective = model.objective
         seeded = torch.Generator().manual_seed(UNSEEN + number)
         noise = torch.randn(whole.clean.shape, generator=seeded)
         noised = objective.noised(whole.clean, noise, sigma)
         timestep = objective.timestep(sigma)
-        inputs = self.family.inputs(model, noised, timestep, whole.prompt, whole.grid)
-        self.start, self.cond = self.family.begin(model, inputs)
+        inputs = self.family.inputs(transformer, noised, timestep, whole.prompt, whole.grid)
+        self.start, self.cond = self.family.begin(transformer, inputs)
         self.target = objective.target(whole.clean, noise)
         self.tuned = self._through(self.start, 0)
 
@@ -406,19 +411,21 @@ def _without_lora(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _wearing(plan: Plan, model: nn.Module, adapter: dict[str, np.ndarray]) -> Iterator[None]:
-    """The model with an adapter of `train_full_lora`."""
-    modules = lora_modules(family_of(plan.family), model, range(plan.layers), plan.lora_targets)
-    _forget_lora(model)  # that of tuning
-    add_lora(model, modules, plan.rank, plan.alpha, plan.seed)
+def _wearing(
+    plan: Plan, model: Model, transformer: nn.Module, adapter: dict[str, np.ndarray]
+) -> Iterator[None]:
+    """The transformer with an adapter of `train_full_lora`."""
+    modules = lora_modules(model.family, transformer, range(plan.layers), plan.lora_targets)
+    _forget_lora(transformer)  # that of tuning
+    add_lora(transformer, modules, plan.rank, plan.alpha, plan.seed)
     try:
-        for name, parameter in model.named_parameters():
+        for name, parameter in transformer.named_parameters():
             if parameter.requires_grad:
                 parameter.data.copy_(torch.from_numpy(adapter[lora_name(name)]))
         yield
     finally:
-        remove_lora(model)
-        _forget_lora(model)
+        remove_lora(transformer)
+        _forget_lora(transformer)
 
 
 def _forget_lora(model: nn.Module) -> None:
@@ -432,7 +439,7 @@ class _Bench:
     def __init__(self, plan: Plan, subjects: Sequence[Subject], work: Path, steps: int) -> None:
         if not subjects:
             raise BadInput("subjects", found="none", expected="at least one folder of images")
-        check_model(plan)
+        self.model = model_of(plan)
         self.plan, self.subjects, self.work, self.steps = plan, subjects, work, steps
         self.pipeline = load_pipeline(plan.model)
         self.about: dict[str, Any] = {
@@ -473,15 +480,16 @@ class _Bench:
 
     def losses(self, subject: Subject, splits: list[list[int]] | None, title: str) -> np.ndarray:
         """See `_losses`."""
-        images = encode_whole(self.plan, self.pipeline, subject.measured)
-        return _losses(self.plan, self.pipeline.transformer, images, splits, title)
+        images = encode_whole(self.plan, self.model, self.pipeline, subject.measured)
+        return _losses(self.model, self.pipeline.transformer, images, splits, title)
 
     def _measured(
         self, subject: Subject, title: str, measure: Callable[[Subject, str], Numbers]
     ) -> Numbers:
         started = time.monotonic()
         adapter = self._tuned(subject)
-        with _wearing(self.plan, self.pipeline.transformer, adapter), torch.no_grad():
+        transformer = self.pipeline.transformer
+        with _wearing(self.plan, self.model, transformer, adapter), torch.no_grad():
             found = measure(subject, title)
         return {**found, "seconds": np.array(time.monotonic() - started)}
 
@@ -492,8 +500,8 @@ class _Bench:
                 return TensorFile(path).read()
             except ValueError:
                 path.unlink()
-        images = encode_whole(self.plan, self.pipeline, subject.images)
-        adapter = train_full_lora(self.plan, self.pipeline, images, self.steps)
+        images = encode_whole(self.plan, self.model, self.pipeline, subject.images)
+        adapter = train_full_lora(self.plan, self.model, self.pipeline, images, self.steps)
         write_tensors(path, adapter)
         return adapter
 

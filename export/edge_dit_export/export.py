@@ -26,7 +26,7 @@ from edge_dit.contract.names import GRAD, LOSS
 from edge_dit.contract.targets import TARGETS
 from edge_dit.errors import require
 from edge_dit.models.pipeline import quiet
-from edge_dit.planning.plan import Plan
+from edge_dit.planning.plan import Plan, model_of
 from edge_dit.progress import bar
 from edge_dit.reference.eager import adapted_subgraph, lora_tensors
 from edge_dit.store.files import sha256, whole_folder
@@ -50,7 +50,7 @@ def export(plan: Plan, folder: Path, targets: Sequence[str], check: bool = True)
         for module in TARGETS[target].needs_to_export:
             with quiet():
                 require(module, f"the {target} target")
-    subgraph, batch = adapted_subgraph(plan, check)
+    subgraph, batch = adapted_subgraph(plan, model_of(plan, check))
     source = Source(subgraph, batch, plan.optimizer, plan.crop_rule, plan.weights, plan.recompute)
     with (
         whole_folder(folder, MANIFEST) as building,

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from edge_dit.contract.adamw import learning_rate
 from edge_dit.contract.bank import Draw
-from edge_dit.models.families import family_of
 from edge_dit.models.families.family import State
+from edge_dit.models.model import Model
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.models.subgraph import (
     TrainableSubgraph,
@@ -39,9 +39,10 @@ from edge_dit.pictures.draws import plan_draws
 from edge_dit.pictures.images import Captioned, read_folder
 from edge_dit.pictures.patch_sampler import PatchSampler
 from edge_dit.planning.job import read_job
-from edge_dit.planning.plan import Plan, make_plan, split
+from edge_dit.planning.make import make_plan
+from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import NAME, Selection, read_selection
-from edge_dit.reference.eager import objective_of
+from edge_dit.planning.split import split_by_ratio
 from edge_dit.reference.evaluate import LEVELS, Whole, encode_whole
 from edge_dit_runtime.train import draw_order
 from training import Progress
@@ -95,6 +96,11 @@ def plan_of(job: Path) -> Plan:
 
 
 @functools.cache
+def model_for(job: Path) -> Model:
+    return model_of(plan_of(job), check=False)  # just hashed
+
+
+@functools.cache
 def pipeline_of(job: Path) -> Any:
     return load_pipeline(plan_of(job).model)
 
@@ -114,13 +120,13 @@ def plan_for(run: Run) -> Plan:
 
 @functools.cache
 def subject_of(job: Path, folder: Path) -> Subject:
-    plan, pipeline = plan_of(job), pipeline_of(job)
-    family = family_of(plan.family)
+    plan, model, pipeline = plan_of(job), model_for(job), pipeline_of(job)
     train, unseen = (read_folder(folder / part, None, plan.s_max) for part in VIEWS)
     captions = [image.caption for image in train]
-    prompts = family.encode_prompts(pipeline, captions, family.text_tokens(plan.model, captions))
+    tokens = model.family.text_tokens(model.folder, captions)
+    prompts = model.family.encode_prompts(pipeline, captions, tokens)
     real = [Image.open(folder / "heldout" / image.name).convert("RGB") for image in unseen]
-    return Subject(train, prompts, encode_whole(plan, pipeline, unseen), real)
+    return Subject(train, prompts, encode_whole(plan, model, pipeline, unseen), real)
 
 
 # ---------------------------------------------------------------- draws
@@ -139,7 +145,7 @@ class Through:
 def draws_of(run: Run, count: int) -> list[Draw]:
     plan, train = plan_for(run), subject_of(run.job, run.subject).train
     sizes = [(image.pixels.shape[1], image.pixels.shape[2]) for image in train]
-    level, prompts = objective_of(plan).level, list(range(len(train)))
+    level, prompts = model_for(run.job).objective.level, list(range(len(train)))
     return plan_draws(count, plan.seed, level, prompts, sizes, plan.crop_rule)
 
 
@@ -147,8 +153,8 @@ def draws_of(run: Run, count: int) -> list[Draw]:
 def begin(run: Run, draw: Draw) -> Through:
     """A draw as it enters the first block (docs/method.md, Eq. 1)."""
     plan, pipeline, arm = plan_for(run), pipeline_of(run.job), ARMS[run.arm]
-    subject = subject_of(run.job, run.subject)
-    family, objective = family_of(plan.family), objective_of(plan)
+    subject, model = subject_of(run.job, run.subject), model_for(run.job)
+    family, objective = model.family, model.objective
     chance = float(np.random.default_rng([draw.seed, 1]).random())
     share = 1.0 if arm.crop == "whole" else CROPS[arm.crop](draw.sigma, chance)
     pixels = torch.from_numpy(subject.train[draw.image].pixels).unsqueeze(0)
@@ -182,7 +188,7 @@ def bank_of(job: Path, subject: Path, seed: int, steps: int, patch: float) -> li
     like = next(name for name, arm in ARMS.items() if arm.banked and arm.patch == patch)
     run = Run(job, like, subject, seed, steps)
     plan = plan_for(run)
-    family = family_of(plan.family)
+    family = model_for(job).family
     draws = [begin(run, draw) for draw in draws_of(run, plan.draws)]
     for block in family.blocks(pipeline_of(job).transformer).values():
         for some in (draws[first : first + 16] for first in range(0, len(draws), 16)):
@@ -230,7 +236,7 @@ def blocks_of(run: Run) -> list[int]:
         better = chosen.proposed(k) if chosen and where == "proposed" else None
         if better is not None:
             return better.head_skip, better.tail_skip, [better.run]
-        return *(chosen.best(k) if chosen else split(plan.layers, k / plan.layers)), []
+        return *(chosen.best(k) if chosen else split_by_ratio(plan.layers, k / plan.layers)), []
 
     return lora_blocks(ARMS[run.arm], plan.layers, select)
 
@@ -267,7 +273,7 @@ def train(runs: list[Run]) -> list[list[float]]:
     """Train the pipeline's own blocks in place, run r on rows r; the losses by step."""
     arm, pipeline = ARMS[runs[0].arm], pipeline_of(runs[0].job)
     plans = [plan_for(run) for run in runs]
-    plan, family = plans[0], family_of(plans[0].family)
+    plan, family = plans[0], model_for(runs[0].job).family
     chosen = blocks_of(runs[0])
     running = chosen if arm.stand_in != "blocks" else list(range(plan.layers))
     if arm.banked:  # the same draws again and again
@@ -287,7 +293,7 @@ def train(runs: list[Run]) -> list[list[float]]:
     pipeline.transformer.requires_grad_(False)
     layers = add_many_lora(pipeline.transformer, modules, plan.rank, plan.alpha, seeds)
     grid = (side_of(arm, plan) // plan.multiple,) * 2
-    subgraph = TrainableSubgraph(pipeline.transformer, plan.family, running, grid)
+    subgraph = TrainableSubgraph(pipeline.transformer, family, running, grid)
     sessions = ManySessions(subgraph, layers, plan.optimizer)
     progress, losses = Progress(runs[0].arm, 0, plan.steps), []
     for step in range(plan.steps):
@@ -304,8 +310,8 @@ def train(runs: list[Run]) -> list[list[float]]:
 @torch.no_grad()
 def heldout_losses(runs: list[Run]) -> list[float]:
     """`evaluate.heldout_loss` of every run: the whole model, no block skipped."""
-    plan, model = plan_for(runs[0]), pipeline_of(runs[0].job).transformer
-    family, objective = family_of(plan.family), objective_of(plan)
+    model, transformer = model_for(runs[0].job), pipeline_of(runs[0].job).transformer
+    family, objective = model.family, model.objective
     unseen = [subject_of(run.job, run.subject).heldout for run in runs]
     losses = []
     for number in range(len(unseen[0])):
@@ -316,11 +322,11 @@ def heldout_losses(runs: list[Run]) -> list[float]:
             timestep = objective.timestep(sigma)
             inputs = [
                 family.inputs(
-                    model, objective.noised(w.clean, noise, sigma), timestep, w.prompt, w.grid
+                    transformer, objective.noised(w.clean, noise, sigma), timestep, w.prompt, w.grid
                 )
                 for w in whole
             ]
-            found = family.learned(model(**joined(inputs), return_dict=False)[0])
+            found = family.learned(transformer(**joined(inputs), return_dict=False)[0])
             wanted = torch.cat([objective.target(w.clean, noise) for w in whole])
             losses.append((found - wanted).square().flatten(1).mean(1).numpy())
     return np.mean(losses, axis=0).tolist()

@@ -24,6 +24,7 @@ from experiment import (
     Run,
     bank_of,
     blocks_of,
+    model_for,
     pipeline_of,
     plan_for,
     side_of,
@@ -48,7 +49,8 @@ def losses(runs: list[Run], blocks: list[int]) -> torch.Tensor:
     model = pipeline_of(runs[0].job).transformer
     grid = (side_of(arm, plan) // plan.multiple,) * 2
     layers = [module for module in model.modules() if isinstance(module, ManyLora)]
-    sessions = ManySessions(TrainableSubgraph(model, plan.family, blocks, grid), layers, AdamW(0))
+    subgraph = TrainableSubgraph(model, model_for(runs[0].job).family, blocks, grid)
+    sessions = ManySessions(subgraph, layers, AdamW(0))
     banks = [bank_of(r.job, r.subject, r.seed, r.steps, arm.patch)[:DRAWS] for r in runs]
     residuals = arm.stand_in == "residual"
     found = [

@@ -29,7 +29,8 @@ from edge_dit.contract.adamw import AdamW
 from edge_dit.errors import BadInput
 from edge_dit.pictures.images import Captioned
 from edge_dit.planning.job import read_job
-from edge_dit.planning.plan import Plan, make_plan
+from edge_dit.planning.make import make_plan
+from edge_dit.planning.plan import Plan
 from edge_dit.planning.selection import Method, Selection
 
 MIB = 2**20

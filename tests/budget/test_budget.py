@@ -39,8 +39,10 @@ from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.families import family_of
 from edge_dit.models.public_configs import public_config
 from edge_dit.planning.job import bytes_of, read_job
-from edge_dit.planning.plan import make_plan, read_plan
+from edge_dit.planning.make import make_plan
+from edge_dit.planning.plan import read_plan
 from edge_dit.planning.selection import Between, write_selection
+from edge_dit.planning.split import SplitRequest
 from edge_dit.text import seconds_of, size
 from tiny import write_job
 
@@ -257,7 +259,7 @@ def test_the_first_case_of_the_benchmark_is_one_of_bench():
 
 
 def test_a_plan_within_a_budget_can_be_walked(workplace):
-    whole = make_plan(read_job(workplace / "job.toml"), skip_ratio=0.0)
+    whole = make_plan(read_job(workplace / "job.toml"), SplitRequest(skip_ratio=0.0))
     limits = Limits(ram=160 * 2**20)
     ways = variants_of(["onnx"])
     plan, choice = plan_within(whole, limits, REFERENCE, ways)
@@ -323,9 +325,9 @@ def test_a_selection_decides_where_only_a_ratio_is_given(workplace, monkeypatch,
     )
     with pytest.raises(BadInput, match="inner_skips"):  # best of two are the last two
         make_plan(read_job(given))
-    assert make_plan(read_job(path), head_skip=1).inner_skips == []
+    assert make_plan(read_job(path), SplitRequest(head_skip=1)).inner_skips == []
     # Ends given by hand stand.
-    by_hand = make_plan(read_job(path), head_skip=1, tail_skip=1)
+    by_hand = make_plan(read_job(path), SplitRequest(head_skip=1, tail_skip=1))
     assert (by_hand.head_skip, by_hand.tail_skip) == (1, 1)
 
 

@@ -21,10 +21,10 @@ from edge_dit.contract.adapter import (
     write_adapter_folder,
 )
 from edge_dit.errors import BadInput
-from edge_dit.models.checkpoint import Checkpoint
 from edge_dit.models.families.sana import FAMILY
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.models.subgraph import TrainableSubgraph
+from edge_dit.planning.plan import model_of
 from edge_dit.reference.eager import adapted_subgraph
 from edge_dit.reference.evaluate import adapted
 
@@ -33,7 +33,7 @@ from edge_dit.reference.evaluate import adapted
 def tensors(road):
     """A trained-looking adapter: B is not zero."""
     rng = np.random.default_rng(0)
-    subgraph, _ = adapted_subgraph(road.plan)
+    subgraph, _ = adapted_subgraph(road.plan, model_of(road.plan))
     return {
         name: rng.normal(0, 0.1, tuple(p.shape)).astype(np.float32)
         for name, p in subgraph.lora_parameters().items()
@@ -50,13 +50,13 @@ def folder(road, tensors, tmp_path):
 def test_peft_copy_loads_too(road, tensors, folder):
     """Every key, at the right scale: alpha is twice the rank in this job."""
     assert road.plan.alpha != road.plan.rank
-    subgraph, batch = adapted_subgraph(road.plan)
+    subgraph, batch = adapted_subgraph(road.plan, model_of(road.plan))
     for name, parameter in subgraph.lora_parameters().items():
         parameter.data.copy_(torch.from_numpy(tensors[name]))
-    model = Checkpoint(FAMILY, road.plan.model).model(range(road.plan.layers))
+    model = model_of(road.plan).checkpoint().model(range(road.plan.layers))
     loaded = PeftModel.from_pretrained(model, folder / "peft").get_base_model()
     plan = road.plan
-    same = TrainableSubgraph(loaded, plan.family, plan.trained, plan.grid)
+    same = TrainableSubgraph(loaded, FAMILY, plan.trained, plan.grid)
     batch = {name: torch.randn(value.shape) for name, value in batch.items()}
     with torch.no_grad():
         found, expected = same.predict(batch), subgraph.predict(batch)

@@ -28,14 +28,16 @@ from edge_dit.cli import main
 from edge_dit.contract.adapter import DIFFUSERS_FILE, PEFT_FILE, write_adapter_folder
 from edge_dit.contract.bank import Bank
 from edge_dit.errors import BadInput, ManyFaults
-from edge_dit.models.checkpoint import INDEX, SINGLE, Checkpoint
+from edge_dit.models.checkpoint import INDEX, SINGLE
 from edge_dit.models.families import PEFT_ONLY, PIPELINE_FAMILY, family_of
 from edge_dit.models.families.family import Family, scheduler_config
+from edge_dit.models.model import open_model
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.pictures.images import Captioned, read_folder
 from edge_dit.pictures.patch_sampler import PatchSampler
 from edge_dit.planning.job import read_job
-from edge_dit.planning.plan import Plan, make_plan
+from edge_dit.planning.make import make_plan
+from edge_dit.planning.plan import Plan, model_of
 from edge_dit.reference.eager import adapted_subgraph
 from edge_dit.reference.evaluate import adapted, encode_whole, heldout_loss
 from edge_dit.reference.precompute import precompute
@@ -72,7 +74,7 @@ class Stock:
     @property
     def grid(self) -> tuple[int, int]:
         """Token rows and columns at `SIZE`."""
-        multiple = self.family.facts(self.folder).multiple
+        multiple = open_model(self.folder).multiple
         return SIZE[0] // multiple, SIZE[1] // multiple
 
 
@@ -630,7 +632,7 @@ def test_what_is_trained_loads_into_the_stock_pipeline(road, name, run, tmp_path
     assert hasattr(pipeline, "load_lora_weights") != peft_only
     model = pipeline.transformer.get_base_model() if peft_only else pipeline.transformer
 
-    subgraph, _ = adapted_subgraph(plan)
+    subgraph, _ = adapted_subgraph(plan, model_of(plan))
     ours = subgraph.lora_parameters()
     with_trained(subgraph, model, facts["tensors"])
     assert any(p.abs().max() > 1e-3 for k, p in ours.items() if "lora_B" in k)
@@ -670,7 +672,7 @@ def with_trained(subgraph: Any, model: Any, tensors: int) -> None:
     ours = subgraph.lora_parameters()
     assert len(layers) == tensors / 2
     assert loaded.keys() == ours.keys()
-    everything = family_of(subgraph.family.name).blocks(model)
+    everything = subgraph.family.blocks(model)
     carrying = [name for name in everything if any(k.startswith(f"{name}.") for k in layers)]
     assert carrying == list(everything)[1:3]
     for name, value in loaded.items():
@@ -682,9 +684,10 @@ def test_an_adapter_comes_and_goes(road, tmp_path):
     for name in ("flux-dev", "pixart-sigma"):
         made = road(name)
         plan, pipeline = made.plan, made.stock.pipeline
-        images = encode_whole(plan, pipeline, made.images[:1])
-        before = heldout_loss(plan, pipeline, images)
-        subgraph, _ = adapted_subgraph(plan)
+        model = model_of(plan)
+        images = encode_whole(plan, model, pipeline, made.images[:1])
+        before = heldout_loss(model, pipeline, images)
+        subgraph, _ = adapted_subgraph(plan, model)
         rng = np.random.default_rng(0)
         tensors = {
             key: rng.normal(0, 0.3, tuple(value.shape)).astype(np.float32)
@@ -694,8 +697,8 @@ def test_an_adapter_comes_and_goes(road, tmp_path):
             folder = tmp_path / f"{name}-{peft_only}"
             write_adapter_folder(folder, tensors, plan.rank, plan.alpha, "model", peft_only)
             with adapted(pipeline, folder):
-                assert abs(heldout_loss(plan, pipeline, images) - before) > 1e-4
-            assert heldout_loss(plan, pipeline, images) == before
+                assert abs(heldout_loss(model, pipeline, images) - before) > 1e-4
+            assert heldout_loss(model, pipeline, images) == before
             assert not any(isinstance(m, BaseTunerLayer) for m in pipeline.transformer.modules())
 
 
@@ -766,7 +769,7 @@ def test_shards_give_the_same_bank_as_one_file(road, name, tmp_path):
     shutil.copytree(made.stock.folder, tmp_path / "model")
     reshard(tmp_path / "model")
     folder = tmp_path / "model"
-    whole, sharded = (Checkpoint(made.stock.family, f) for f in (made.stock.folder, folder))
+    whole, sharded = (open_model(f).checkpoint() for f in (made.stock.folder, folder))
     numbers = range(len(whole.names))
     one, other = (checkpoint.model(numbers).state_dict() for checkpoint in (whole, sharded))
     stock_state = made.stock.pipeline.transformer.state_dict()
@@ -783,7 +786,7 @@ def test_half_precision_on_disk_is_float32_in_use(stock, name, tmp_path):
     half = DiffusionPipeline.from_pretrained(made.folder, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "model")
     pipeline = load_pipeline(tmp_path / "model")
-    checkpoint = Checkpoint(made.family, tmp_path / "model")
+    checkpoint = open_model(tmp_path / "model").checkpoint()
     found = checkpoint.model(range(len(checkpoint.names))).state_dict()
     for key, value in pipeline.transformer.state_dict().items():
         assert found[key].dtype == value.dtype == torch.float32, key
@@ -950,7 +953,7 @@ def test_pixart_as_it_was_published(stock, road, tmp_path):
     index = folder / "model_index.json"
     named = json.loads(index.read_text())
     index.write_text(json.dumps({**named, "transformer": ["diffusers", "Transformer2DModel"]}))
-    skeleton = Checkpoint(made.stock.family, folder).skeleton()
+    skeleton = open_model(folder).checkpoint().skeleton()
     assert type(skeleton).__name__ == "PixArtTransformer2DModel"
     pipeline = load_pipeline(folder, transformer=skeleton)
     encoded = made.stock.family.encode_prompts(pipeline, [SHORT], 8)[0]

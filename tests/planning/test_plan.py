@@ -13,20 +13,22 @@ from edge_dit.contract.bundle import open_bundle
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.families import family_of
 from edge_dit.planning.job import read_job
-from edge_dit.planning.plan import Plan, check_model, make_plan, read_plan, split
+from edge_dit.planning.make import make_plan
+from edge_dit.planning.plan import Plan, model_of, read_plan
+from edge_dit.planning.split import SplitRequest, split_by_ratio
 from tiny import JOB, write_job
 
 
 @given(st.integers(1, 80), st.floats(0, 1, exclude_max=True))
 def test_split_skips_the_asked_share_with_more_at_the_front(layers, ratio):
-    head, tail = split(layers, ratio)
+    head, tail = split_by_ratio(layers, ratio)
     assert head + tail == round(layers * ratio)
     assert head >= tail >= 0
 
 
 def test_papers_ratios_on_flux():
-    assert split(57, 0.5) == (19, 9)
-    assert split(12, 0.5) == (4, 2)
+    assert split_by_ratio(57, 0.5) == (19, 9)
+    assert split_by_ratio(12, 0.5) == (4, 2)
 
 
 def test_plan_from_a_job(workplace):
@@ -38,14 +40,14 @@ def test_plan_from_a_job(workplace):
 
 def test_options_override_the_job(workplace):
     job = read_job(workplace / "job.toml")
-    assert make_plan(job, skip_ratio=0.75).trained == [2]
-    assert make_plan(job, head_skip=0, tail_skip=0).trained == [0, 1, 2, 3]
+    assert make_plan(job, SplitRequest(skip_ratio=0.75)).trained == [2]
+    assert make_plan(job, SplitRequest(head_skip=0, tail_skip=0)).trained == [0, 1, 2, 3]
 
 
 def test_runs_between_trained_blocks(workplace):
     inner = "inner_skips = [[1, 3]]"
     path = write_job(workplace, ("head_skip = 1", "head_skip = 0"), ("tail_skip = 1", inner))
-    plan = make_plan(read_job(path), tail_skip=None)
+    plan = make_plan(read_job(path), SplitRequest())
     assert plan.trained == [0, 3]
     assert plan_in_words(plan)[1].startswith("  train blocks 0, 3;")
     assert plan.identity() != plan.model_copy(update={"inner_skips": []}).identity()
@@ -114,13 +116,13 @@ def test_changed_weights_are_noticed(workplace, tmp_path):
     plan = make_plan(read_job(workplace / "job.toml"))
     copy = tmp_path / "model"
     shutil.copytree(workplace / "model", copy)
-    check_model(plan.model_copy(update={"model": copy}))
+    assert model_of(plan.model_copy(update={"model": copy})).folder == copy
     weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(BadInput, match="other weights"):
-        check_model(plan.model_copy(update={"model": copy}))
+        model_of(plan.model_copy(update={"model": copy}))
 
 
 def test_plan_file_round_trip_and_refusals(workplace, tmp_path):

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edge_dit.reference import kinks, lora_tensors
-from edge_dit.reference.kinks import step_aside
+from edge_dit.reference import kinks
+from edge_dit.reference.eager import lora_tensors
+from edge_dit.reference.kinks import nudge_from_kinks
 from tiny import TARGETS, eager, subgraph
 from variants import VARIANTS, case, with_lora
 from variants import subgraph as subgraph_of
@@ -46,7 +47,7 @@ def test_no_value_is_left_close_to_zero(seed, margin):
     before = lora_tensors(sub)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kinks, "MARGIN", margin)
-        rows = step_aside(sub, arrays(batch))
+        rows = nudge_from_kinks(sub, arrays(batch))
     assert nearest(sub, batch) >= 0.99 * margin
     after = lora_tensors(sub)
     for name, value in after.items():
@@ -78,7 +79,7 @@ def test_gradients_that_rounding_decides_are_settled():
 
     assert nearest(sub, batch) < 1e-6
     assert disagreement() > 1e-3
-    rows = step_aside(sub, arrays(batch))
+    rows = nudge_from_kinks(sub, arrays(batch))
     assert [list(numbers) for numbers, _ in rows.values()] == [[0]]
     assert disagreement() < 1e-4
 
@@ -87,7 +88,7 @@ def test_without_lora_there_the_adapter_stays_as_it_was(monkeypatch):
     monkeypatch.setattr(kinks, "MARGIN", 0.05)
     sub, batch = subgraph(targets=tuple(t for t in TARGETS if t != "attn1.to_k"))
     before = lora_tensors(sub)
-    assert step_aside(sub, arrays(batch)) is None
+    assert nudge_from_kinks(sub, arrays(batch)) is None
     after = lora_tensors(sub)
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
@@ -122,4 +123,4 @@ def test_families_name_what_lies_before_their_relus(variant):
         sub.predict(batch)
     ends = tuple(f".{name}" for name in made.family.before_relu)
     assert len(counted) == sum(name.endswith(ends) for name, _ in sub.named_modules())
-    assert step_aside(sub, arrays(batch)) is not None
+    assert nudge_from_kinks(sub, arrays(batch)) is not None

@@ -12,6 +12,7 @@ from edge_dit.models.families.sana import FAMILY
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.pictures.images import read_folder
 from edge_dit.planning.job import read_job
+from edge_dit.planning.plan import model_of
 from edge_dit.reference.eager import adapted_subgraph
 from edge_dit.reference.precompute import precompute
 
@@ -92,10 +93,10 @@ def test_a_run_between_trained_blocks_has_a_residual_of_its_own(road, images, tm
     stored = Bank(tmp_path / "bank", plan.identity())[0]
     whole = Bank(road.bank)[0]
     assert stored["residual.1"].shape == stored["entry"].shape
-    subgraph, blank = adapted_subgraph(plan)
+    subgraph, blank = adapted_subgraph(plan, model_of(plan))
     assert blank.keys() == stored.keys()
     every = road.plan.model_copy(update={"head_skip": 0, "tail_skip": 0})
-    unskipped, _ = adapted_subgraph(every)
+    unskipped, _ = adapted_subgraph(every, model_of(every))
     with torch.no_grad():
         found = subgraph.predict({name: torch.from_numpy(v) for name, v in stored.items()})
         expected = unskipped.predict({name: torch.from_numpy(v) for name, v in stored.items()})

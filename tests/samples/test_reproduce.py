@@ -70,13 +70,13 @@ def test_runs_side_by_side_are_those_of_eager_sessions(trained: tuple[int, ...])
         generator = torch.Generator().manual_seed(number)
         layer.b.data.normal_(std=0.05, generator=generator)
     begun = [(layer.a.detach().clone(), layer.b.detach().clone()) for layer in layers]
-    many = ManySessions(TrainableSubgraph(model, "sana", trained, tiny.GRID), layers, ADAMW)
+    many = ManySessions(TrainableSubgraph(model, tiny.FAMILY, trained, tiny.GRID), layers, ADAMW)
     together = [many.step(batch, ADAMW.lr) for batch in draws]
 
     for run in range(runs):
         model = tiny.transformer()
         add_lora(model, modules, RANK, ALPHA, seed=0)
-        session = EagerSession(TrainableSubgraph(model, "sana", trained, tiny.GRID), ADAMW)
+        session = EagerSession(TrainableSubgraph(model, tiny.FAMILY, trained, tiny.GRID), ADAMW)
         for name, tensors in zip(modules, begun, strict=True):
             for part, tensor in zip("AB", tensors, strict=True):
                 parameter = session.parameters[lora_name(f"{name}.lora_{part}.default.weight")]

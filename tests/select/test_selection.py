@@ -14,12 +14,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 import pipelines
 from edge_dit.contract.adapter import write_adapter_folder
 from edge_dit.errors import BadInput
-from edge_dit.models.families import family_of
+from edge_dit.models.families.sana import FAMILY
+from edge_dit.models.model import Model, open_model
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.models.subgraph import TrainableSubgraph, as_batch, difference, inner_runs
 from edge_dit.pictures.images import Captioned, read_folder
 from edge_dit.planning.job import read_job
-from edge_dit.planning.plan import make_plan, model_hash, trained_blocks
+from edge_dit.planning.make import make_plan
+from edge_dit.planning.plan import model_of, trained_blocks
 from edge_dit.planning.selection import (
     NAME,
     Selection,
@@ -28,8 +30,8 @@ from edge_dit.planning.selection import (
     read_selection,
     write_selection,
 )
-from edge_dit.reference.eager import objective_of
-from edge_dit.reference.evaluate import adapted, encode_whole, train_full_lora, whole_loss
+from edge_dit.reference.evaluate import adapted, encode_whole, whole_loss
+from edge_dit.reference.full_lora import train_full_lora
 from edge_dit.select import selectors
 from edge_dit.select.embedding import distance, embedder
 from edge_dit.select.masking import text_masked
@@ -128,7 +130,7 @@ def test_the_shipped_selections_are_read(path):
     found = [read_selection(file) for file in SAMPLES.glob(path)]
     assert found
     assert {(one.layers, one.model_hash) for one in found} == {
-        (12, model_hash(SAMPLES / "tiny-sana"))
+        (12, open_model(SAMPLES / "tiny-sana").hash)
     }
 
 
@@ -254,9 +256,9 @@ def test_without_xdg_it_lies_in_the_home_folder(monkeypatch, tmp_path):
 def test_a_selection_in_the_models_folder_does_not_change_the_model(tmp_path):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text("{}")
-    before = model_hash(tmp_path)
+    before = Model(FAMILY, tmp_path, {}).hash
     write_selection(selection(), tmp_path / NAME)
-    assert model_hash(tmp_path) == before
+    assert Model(FAMILY, tmp_path, {}).hash == before
 
 
 # ---------------------------------------------------------------- measuring
@@ -267,6 +269,11 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def plan(workplace):
     return make_plan(read_job(workplace / "job.toml"))
+
+
+@pytest.fixture(scope="module")
+def model(plan):
+    return model_of(plan)
 
 
 @pytest.fixture(scope="module")
@@ -287,22 +294,22 @@ def drawn(plan, toys, work):
 
 
 @torch.no_grad()
-def loss_of(plan, model, image, number, level):
+def loss_of(model, transformer, image, number, level):
     sigma = (level + 0.5) / selectors.LEVELS
     seed = selectors.UNSEEN + selectors.LEVELS * number + level
-    family = family_of(plan.family)
-    return float(whole_loss(family, objective_of(plan), model, image, sigma, seed))
+    return float(whole_loss(model, transformer, image, sigma, seed))
 
 
 @pytest.fixture(scope="module")
-def tuned(plan, toys, tmp_path_factory):
+def tuned(plan, model, toys, tmp_path_factory):
     """The second subject's LoRA in the stock pipeline's own way, and its encoded picture."""
     folder = tmp_path_factory.mktemp("lora")
     pipeline = load_pipeline(plan.model)
-    tensors = train_full_lora(plan, pipeline, encode_whole(plan, pipeline, toys[1].images), STEPS)
+    images = encode_whole(plan, model, pipeline, toys[1].images)
+    tensors = train_full_lora(plan, model, pipeline, images, STEPS)
     write_adapter_folder(folder, tensors, plan.rank, plan.alpha, base_model=str(plan.model))
     pipeline = load_pipeline(plan.model)
-    (seen,) = encode_whole(plan, pipeline, toys[1].heldout)
+    (seen,) = encode_whole(plan, model, pipeline, toys[1].heldout)
     with adapted(pipeline, folder):
         yield pipeline, seen
 
@@ -316,7 +323,7 @@ def test_generation_measures_the_distance_of_masked_pictures(plan, toys, work, d
     assert min(drawn.head[1:] + drawn.tail[1:]) > 1e-5
     alone = select_by_generation(plan, toys[1:], work, steps=STEPS, prompts=1, seeds=[4])
     pipeline, _ = tuned
-    family, embed = family_of(plan.family), embedder(None, pipeline)
+    family, embed = FAMILY, embedder(None, pipeline)
 
     def pictures(blocks):
         with text_masked(family, pipeline.transformer, blocks):
@@ -326,23 +333,22 @@ def test_generation_measures_the_distance_of_masked_pictures(plan, toys, work, d
         assert distance(pictures([]), pictures(blocks)) == pytest.approx(expected, abs=1e-5)
 
 
-def test_masked_loss_is_what_the_mask_adds(plan, toys, work, tuned):
+def test_masked_loss_is_what_the_mask_adds(plan, model, toys, work, tuned):
     found = select_by_loss(plan, toys[1:], work, frozen=False, steps=STEPS)
     assert (found.method, found.over, found.draws) == ("loss-masked", "held-out images", 8)
     pipeline, seen = tuned
-    family = family_of(plan.family)
 
     def loss(blocks):
-        with text_masked(family, pipeline.transformer, blocks):
-            return np.mean([loss_of(plan, pipeline.transformer, seen, 0, n) for n in range(8)])
+        with text_masked(FAMILY, pipeline.transformer, blocks):
+            return np.mean([loss_of(model, pipeline.transformer, seen, 0, n) for n in range(8)])
 
     for blocks, value in (([0, 1], found.head[2]), ([3], found.tail[1]), (range(4), found.head[4])):
         assert loss(blocks) - loss([]) == pytest.approx(value, abs=1e-6)
         assert abs(value) > 1e-6
 
 
-def switch(model, plan, numbers, on):
-    blocks = list(family_of(plan.family).blocks(model).values())
+def switch(transformer, numbers, on):
+    blocks = list(FAMILY.blocks(transformer).values())
     for number in numbers:
         for module in blocks[number].modules():
             if isinstance(module, BaseTunerLayer):
@@ -350,46 +356,46 @@ def switch(model, plan, numbers, on):
 
 
 @torch.no_grad()
-def replayed(plan, model, seen, trained, draw):
+def replayed(model, transformer, seen, trained, draw):
     """The loss of the trainable sub-graph with the base model's residuals."""
-    family, objective = family_of(plan.family), objective_of(plan)
-    blocks = list(family.blocks(model).values())
+    family, objective = model.family, model.objective
+    blocks = list(family.blocks(transformer).values())
     sigma, seed = (draw % 8 + 0.5) / 8, selectors.UNSEEN + draw
     noise = torch.randn(seen.clean.shape, generator=torch.Generator().manual_seed(seed))
     noised = objective.noised(seen.clean, noise, sigma)
-    inputs = family.inputs(model, noised, objective.timestep(sigma), seen.prompt, seen.grid)
-    entry, cond = family.begin(model, inputs)
-    switch(model, plan, range(4), False)
+    inputs = family.inputs(transformer, noised, objective.timestep(sigma), seen.prompt, seen.grid)
+    entry, cond = family.begin(transformer, inputs)
+    switch(transformer, range(4), False)
     states = [entry]
     for block in blocks:
         states.append(family.run_block(block, states[-1], cond, seen.grid))
-    switch(model, plan, range(4), True)
+    switch(transformer, range(4), True)
     residual = states[4].image - states[trained[-1] + 1].image
     inner = {
         first: difference(states[behind], states[first])
         for behind, first in inner_runs(trained).items()
     }
-    sub = TrainableSubgraph(model, plan.family, trained, seen.grid)
+    sub = TrainableSubgraph(transformer, family, trained, seen.grid)
     batch = as_batch(
         states[trained[0]], residual, cond, objective.target(seen.clean, noise), inner=inner
     )
     return float(sub(batch))
 
 
-def test_a_run_between_is_measured_against_the_best_head_and_tail(plan, toys, work, tuned):
+def test_a_run_between_is_measured_against_the_best_head_and_tail(plan, model, toys, work, tuned):
     """With the trainable sub-graph, of both pictures that are measured."""
     unseen = [toys[1].heldout[0], toys[0].images[0]]
     toy = replace(toys[1], heldout=unseen)
     found = select_by_loss(plan, [toy], work, steps=STEPS)
     assert [split.skipped for split in found.between] == [1, 2]
     pipeline, _ = tuned
-    images = encode_whole(plan, load_pipeline(plan.model), unseen)
+    images = encode_whole(plan, model, load_pipeline(plan.model), unseen)
     for split in found.between:
 
         def lost(head, tail, *inner):
             trained = trained_blocks(4, head, tail, inner)
             draws = [
-                replayed(plan, pipeline.transformer, image, trained, 8 * number + level)
+                replayed(model, pipeline.transformer, image, trained, 8 * number + level)
                 for number, image in enumerate(images)
                 for level in range(8)
             ]
@@ -417,24 +423,25 @@ def test_only_runs_that_leave_the_same_kinds_of_blocks_are_candidates():
     assert all(len([s for s in alike if s.skipped == k]) <= selectors.SHORTLIST for k in range(6))
 
 
-def test_frozen_loss_is_what_skipping_loses(plan, toys, work, tuned):
+def test_frozen_loss_is_what_skipping_loses(plan, model, toys, work, tuned):
     """Against the stock forward with LoRA switched off in the head's blocks, and against the
     trainable sub-graph with the base model's tail residual.
     """
     found = select_by_loss(plan, toys[1:], work, steps=STEPS)
     pipeline, seen = tuned
-    model = pipeline.transformer
+    transformer = pipeline.transformer
 
     def headless(n):
-        switch(model, plan, range(n), False)
-        found = np.mean([loss_of(plan, model, seen, 0, level) for level in range(8)])
-        switch(model, plan, range(n), True)
+        switch(transformer, range(n), False)
+        found = np.mean([loss_of(model, transformer, seen, 0, level) for level in range(8)])
+        switch(transformer, range(n), True)
         return found
 
     whole = headless(0)
     for n in range(1, 4):
         assert headless(n) - whole == pytest.approx(found.head[n], abs=1e-6)
-        tail = np.mean([replayed(plan, model, seen, range(4 - n), draw) for draw in range(8)])
+        draws = range(8)
+        tail = np.mean([replayed(model, transformer, seen, range(4 - n), d) for d in draws])
         assert tail - whole == pytest.approx(found.tail[n], abs=1e-6)
     assert headless(4) - whole == pytest.approx(found.head[4], abs=1e-6)
     assert found.head[4] == pytest.approx(found.tail[4], abs=1e-6)

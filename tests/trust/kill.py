@@ -71,7 +71,7 @@ def make_world(folder: Path) -> None:
     import tiny
     from edge_dit.pictures.images import read_folder
     from edge_dit.planning.job import read_job
-    from edge_dit.planning.plan import make_plan
+    from edge_dit.planning.make import make_plan
     from edge_dit.reference.precompute import precompute
     from edge_dit_export.export import export
 
@@ -99,8 +99,7 @@ def run_precompute(world: World, out: Path) -> None:
     plan_index = module.plan_index
 
     def small_shards(*arguments: Any) -> Any:
-        index, objective = plan_index(*arguments)
-        return replace(index, shard=SHARD), objective
+        return replace(plan_index(*arguments), shard=SHARD)
 
     module.plan_index = small_shards
     job, plan = read_job(world.path("job.toml")), read_plan(world.path("plan.json"))

@@ -25,7 +25,7 @@ from edge_dit.contract.bundle import ADAPTER, Bundle, FileSpec, open_bundle, wri
 from edge_dit.contract.certificate import Draws, TargetResult
 from edge_dit.contract.integrity import content_faults
 from edge_dit.contract.targets import TARGETS
-from edge_dit.planning.plan import Plan
+from edge_dit.planning.plan import Plan, model_of
 from edge_dit.store.files import sha256
 from edge_dit.store.tensors import TensorFile, write_tensors
 from edge_dit_runtime.measure import Point, measure
@@ -440,7 +440,8 @@ class Truth:
 def eager_session(bundle: Bundle) -> Any:
     from edge_dit.reference.eager import EagerSession, adapted_subgraph
 
-    subgraph, _ = adapted_subgraph(Plan.model_validate(bundle.manifest.plan))
+    plan = Plan.model_validate(bundle.manifest.plan)
+    subgraph, _ = adapted_subgraph(plan, model_of(plan))
     return EagerSession(subgraph, bundle.manifest.optimizer)
 
 

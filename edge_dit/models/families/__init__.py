@@ -1,6 +1,6 @@
-"""What edge-dit knows of each Diffusion Transformer: one small module a family.
+"""What edge-dit knows of each kind of Diffusion Transformer: one small module per family.
 
-`family.Family` is the interface; this package finds the one that fits a folder.
+`family.Family` is their interface. `detect` finds the family of a pipeline folder.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ FAMILIES = {
 """Family module -> pipeline classes in model_index.json."""
 PIPELINE_FAMILY = {pipeline: name for name, pipelines in FAMILIES.items() for pipeline in pipelines}
 PEFT_ONLY = ("pixart",)
-"""Families whose pipeline has no ``load_lora_weights``: their adapters are PEFT folders."""
+"""Families whose pipeline has no ``load_lora_weights``; their adapters are PEFT folders."""
 UNSUPPORTED = {
     "HunyuanDiTPipeline": "its blocks have long skips, so a run of blocks is no residual",
     "HiDreamImagePipeline": "every block takes another text layer",
     "FluxKontextPipeline": "its training pairs an image with another one",
     "PixArtAlphaPipeline": "only PixArt-Sigma is supported",
 }
-"""Why some well-known pipelines are left out."""
+"""Why some well-known pipelines are not supported."""
 
 
 @cache

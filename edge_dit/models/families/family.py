@@ -1,13 +1,13 @@
 """The interface between edge-dit and a kind of Diffusion Transformer.
 
-A model is an ordered list of blocks between a beginning (embeddings) and a head. Between blocks
-flows a `State`; all blocks read the same conditioning tensors; the head reads image tokens only,
-so a tail residual is image tokens only.
+A model is an ordered list of blocks between a beginning (embeddings) and a head. A `State` flows
+from block to block, and all blocks read the same conditioning tensors. The head reads image tokens
+only, so a tail residual covers image tokens only.
 
-Nothing of a model's forward is repeated here: the beginning is the stock forward itself with
-stand-ins for its blocks, which note what the first block is called with; blocks are the model's own
-modules. Only the few lines after the last block (`Family.head`) are written out, and the tests hold
-them against the stock forward to the bit.
+edge-dit does not copy a model's forward. The beginning is the stock forward itself, run with
+stand-ins in place of the blocks; they record what the first block is called with. Blocks are the
+model's own modules. Only the few lines after the last block (`Family.head`) are written again, and
+tests compare them with the stock forward bit by bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,31 +29,23 @@ from edge_dit.models.pipeline import check_vocabulary, quiet
 Grid = tuple[int, int]
 """Token rows and columns."""
 Prompt = dict[str, Tensor]
-"""An encoded prompt: arguments of the stock forward that depend on the text alone."""
+"""An encoded prompt: the arguments of the stock forward that depend on the text alone."""
 Conditioning = dict[str, Tensor]
-"""What every block and the head read besides the state, by name."""
+"""Tensors that every block and the head read besides the state, by name."""
 INCOMPLETE = "the folder is not a whole pipeline; save or download it again"
 
 
 class State(NamedTuple):
-    """What flows between blocks: image tokens [1, N, D], and in joint-attention families text
-    tokens [1, L, D].
+    """What flows from block to block: image tokens [1, N, D] and, in joint-attention families,
+    text tokens [1, L, D].
     """
 
     image: Tensor
     text: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a plan must know of a checkpoint: number of blocks, and pixels per token side."""
-
-    layers: int
-    multiple: int
-
-
 class _StandIn(nn.Module):
-    """Takes the place of a block of class ``kind``: notes its call, changes nothing."""
+    """Takes the place of a block of class ``kind``: records its call and changes nothing."""
 
     def __init__(self, kind: type, joint: bool, call: dict[str, Any]) -> None:
         super().__init__()
@@ -62,7 +53,7 @@ class _StandIn(nn.Module):
         self.joint, self.call = joint, call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The state it was called with."""
+        """Return the state it was called with."""
         bound = self.signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         if not self.call:
@@ -72,7 +63,7 @@ class _StandIn(nn.Module):
 
 
 class Family:
-    """One kind of Diffusion Transformer. A sub-class fills in what differs."""
+    """One kind of Diffusion Transformer. A subclass fills in what differs."""
 
     name: ClassVar[str]
     transformer: ClassVar[str]
@@ -80,49 +71,53 @@ class Family:
     autoencoder: ClassVar[str]
     """Class of the autoencoder in diffusers."""
     containers: ClassVar[dict[str, str]] = {"transformer_blocks": "num_layers"}
-    """Block containers of the model in order of execution -> configuration key of their length."""
+    """Attributes of the model that hold blocks, in order of execution -> configuration key of their
+    length.
+    """
     joint: ClassVar[bool] = False
-    """Whether text tokens flow through the blocks beside the image's."""
+    """Whether text tokens flow through the blocks beside the image tokens."""
     watched: ClassVar[str] = ""
-    """A sub-module of the model whose output `conditioning` needs."""
+    """Submodule of the model whose output `conditioning` needs."""
     head_modules: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
     """Attributes of the model that `head` reads."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Modules within a block that carry LoRA by default, as in the stock training script."""
     text_output: ClassVar[tuple[str, ...]] = ()
-    """Modules that only feed a block's text output: behind the last trained block nothing that is
-    trained reads it, so they carry no LoRA there.
+    """Modules that only feed a block's text output. They carry no LoRA in the last trained block:
+    nothing that is trained reads that output.
     """
     before_relu: ClassVar[tuple[str, ...]] = ()
-    """Modules within a block whose output meets a ReLU, or a norm and then a ReLU: where it is zero
-    the gradient jumps.
+    """Modules within a block whose output goes into a ReLU, directly or through a norm. The
+    gradient jumps where that output is zero.
     """
     per_prompt: ClassVar[tuple[str, ...]]
-    """Conditioning that the prompt alone decides: a bank stores it once per prompt."""
-    sample_options: ClassVar[dict[str, Any]] = {}
-    """How `sample` calls the pipeline."""
+    """Conditioning that depends on the prompt alone: a bank stores it once per prompt."""
 
     # ---------------------------------------------------------------- configuration
 
-    def facts(self, folder: Path) -> Facts:
-        """Read a pipeline folder's configurations; no weights are loaded.
+    def config(self, folder: Path) -> dict[str, Any]:
+        """The transformer's configuration, read from a pipeline folder.
 
         Raises:
-            BadInput: a part is missing or of another class.
+            BadInput: it is missing or of another class.
         """
-        config = self.config(folder)
-        return Facts(len(self.block_names(config)), self.multiple(config, self.vae_config(folder)))
-
-    def config(self, folder: Path) -> dict[str, Any]:
-        """The transformer's configuration."""
         return read_config(folder / "transformer" / "config.json", self.transformer)
 
     def vae_config(self, folder: Path) -> dict[str, Any]:
-        """The autoencoder's configuration."""
+        """The autoencoder's configuration, read from a pipeline folder.
+
+        Raises:
+            BadInput: it is missing or of another class.
+        """
         return read_config(folder / "vae" / "config.json", self.autoencoder)
 
     def multiple(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
-        """Pixels per side of a token: the autoencoder's downsampling times the patch size."""
+        """Pixels per side of a token: the autoencoder's downsampling factor times the patch size.
+
+        Args:
+            config: of the transformer.
+            vae: configuration of the autoencoder.
+        """
         return 2 ** (len(vae["block_out_channels"]) - 1) * config["patch_size"]
 
     def block_names(self, config: Mapping[str, Any]) -> list[str]:
@@ -134,14 +129,14 @@ class Family:
         ]
 
     def objective(self, scheduler: Mapping[str, Any]) -> Objective:
-        """What the model is trained to predict, from the scheduler's configuration."""
+        """What the model is trained to predict, by the scheduler's configuration."""
         raise NotImplementedError
 
     def text_tokens(self, folder: Path, prompts: list[str]) -> int:
-        """Length of the text of a job with these prompts, in tokens.
+        """Number of text tokens that fits all of ``prompts``.
 
         Raises:
-            BadInput: a prompt the pipeline would cut off.
+            BadInput: a prompt is so long that the pipeline would cut it off.
         """
         raise NotImplementedError
 
@@ -158,42 +153,51 @@ class Family:
     def inputs(
         self, model: Any, latents: Tensor, timestep: float, prompt: Prompt, grid: Grid
     ) -> dict[str, Any]:
-        """Arguments of the stock forward, as the pipeline's loop passes them.
+        """Arguments of the stock forward, as the pipeline's denoising loop passes them.
 
         Args:
             model: the transformer; only its configuration is read.
-            latents: noised latents as `encode_image` shapes them.
-            timestep: as `Objective.timestep` gives it.
-            prompt: as `encode_prompts` gives it.
+            latents: noised latents, shaped as `encode_image` shapes them.
+            timestep: from `Objective.timestep`.
+            prompt: from `encode_prompts`.
             grid: token rows and columns.
         """
         raise NotImplementedError
 
     def conditioning(self, call: Mapping[str, Any]) -> Conditioning:
-        """Conditioning tensors from the arguments of a block and the output of `watched`."""
+        """Conditioning tensors by name.
+
+        Args:
+            call: the arguments of the first block and, under its name, the output of `watched`.
+        """
         raise NotImplementedError
 
     def arguments(self, cond: Mapping[str, Tensor], grid: Grid) -> dict[str, Any]:
-        """Arguments of a block besides the state: the way back from `conditioning`."""
+        """Arguments of a block besides the state; the inverse of `conditioning`."""
         raise NotImplementedError
 
     def head(self, model: Any, image: Tensor, cond: Mapping[str, Tensor], grid: Grid) -> Tensor:
-        """From the last image tokens [1, N, D] to the stock forward's output; ``model`` needs only
-        `head_modules` and ``config``.
+        """The stock forward's output, computed from the last image tokens.
+
+        Args:
+            model: the transformer; only `head_modules` and ``config`` are read.
+            image: tokens after the last block, [1, N, D].
+            cond: conditioning.
+            grid: token rows and columns.
         """
         raise NotImplementedError
 
     def learned(self, prediction: Tensor) -> Tensor:
-        """The part of the model's output that the loss is about."""
+        """The part of the model's output that is compared with the target."""
         return prediction
 
     @torch.no_grad()
     def begin(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[State, Conditioning]:
-        """The state entering the first block, and the conditioning of all.
+        """The state that enters the first block, and the conditioning of all blocks.
 
         Args:
-            model: the transformer; its blocks do not run, they may lie on the meta device.
-            inputs: as `inputs` gives them.
+            model: the transformer; its blocks do not run and may lie on the meta device.
+            inputs: from `inputs`.
         """
         call: dict[str, Any] = {}
         seen: list[Any] = []
@@ -216,7 +220,7 @@ class Family:
     def _without_blocks(self, model: nn.Module, call: dict[str, Any]) -> Iterator[None]:
         kept = {name: getattr(model, name) for name in self.containers}
         for name, blocks in kept.items():
-            # As many as there are blocks, for a forward may look at positions.
+            # As many as there are blocks, because a forward may use a block's position.
             stand_ins = [_StandIn(type(block), self.joint, call) for block in blocks]
             setattr(model, name, nn.ModuleList(stand_ins))
         try:
@@ -228,7 +232,7 @@ class Family:
     def run_block(
         self, block: nn.Module, state: State, cond: Mapping[str, Tensor], grid: Grid
     ) -> State:
-        """One block."""
+        """The state after ``block``."""
         arguments = self.arguments(cond, grid)
         if not self.joint:
             return State(block(hidden_states=state.image, **arguments))
@@ -238,62 +242,85 @@ class Family:
         return State(image, text)
 
     def traceable(self) -> AbstractContextManager[None]:
-        """While it is open, `run_block` keeps to operations that every target has."""
+        """A context in which `run_block` uses only operations that every target has."""
         return nullcontext()
 
     def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
-        """Latents and a prompt of the right shapes.
+        """Latents and a prompt of the right shapes; their values mean nothing.
 
         Args:
             model: the transformer; only its configuration is read.
             grid: token rows and columns.
-            text: text tokens.
+            text: number of text tokens.
         """
         raise NotImplementedError
 
     # ---------------------------------------------------------------- pipeline
 
     def encode_image(self, vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """Clean latents of pixels [1, 3, H, W] in [-1, 1], scaled (and packed) as the pipeline's
-        transformer takes them.
+        """Clean latents, scaled (and packed) as the transformer takes them.
 
         Args:
             vae: the autoencoder.
-            pixels: sides are multiples of `Facts.multiple`.
-            generator: draws from the posterior, where the stock training script does.
+            pixels: [1, 3, H, W] float32 in [-1, 1]; sides are multiples of `multiple`.
+            generator: samples the posterior, in families whose training script does so.
         """
         raise NotImplementedError
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
-        """Each prompt, exactly as the pipeline samples with it, ``tokens`` long.
+        """Each prompt as the pipeline encodes it for sampling.
 
         Args:
-            pipeline: its transformer needs only a configuration.
+            pipeline: only the configuration of its transformer is read.
             prompts: texts.
-            tokens: as `text_tokens` gives it.
+            tokens: length of the encoded text, from `text_tokens`.
+
+        Raises:
+            BadInput: a prompt has more tokens.
+        """
+        raise NotImplementedError
+
+    def sample_options(self, pipeline: Any, pictures: int) -> dict[str, Any]:
+        """Arguments of the pipeline's call besides prompts, size and generators.
+
+        Args:
+            pipeline: that is called.
+            pictures: number of pictures in the call.
         """
         raise NotImplementedError
 
     def sample(self, pipeline: Any, prompt: str, side: int, seeds: list[int]) -> list[Any]:
-        """Square pictures of ``side`` pixels (PIL), one a seed, by the stock pipeline."""
+        """Square pictures (PIL) of a prompt by the stock pipeline, one per seed.
+
+        Args:
+            pipeline: that draws.
+            prompt: text.
+            side: of a picture, in pixels.
+            seeds: of the starting noise.
+        """
         return pipeline(
             [prompt] * len(seeds),
             height=side,
             width=side,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            **self.sample_options,
+            **self.sample_options(pipeline, len(seeds)),
         ).images
 
 
 def read_config(path: Path, expected: str, *aliases: str) -> dict[str, Any]:
-    """A part's config.json, of class ``expected`` or one of its other names.
+    """The configuration of a part of a pipeline.
+
+    Args:
+        path: of its config.json.
+        expected: class it must name.
+        aliases: other names of that class.
 
     Raises:
         BadInput: unreadable, or of another class.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        found = config["_class_name"]
+        named = config["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
             path,
@@ -301,8 +328,8 @@ def read_config(path: Path, expected: str, *aliases: str) -> dict[str, Any]:
             expected=f"the configuration of a {expected}",
             remedy=INCOMPLETE,
         ) from None
-    if found not in (expected, *aliases):
-        raise BadInput(path, found=f"class {found}", expected=expected, remedy=INCOMPLETE)
+    if named not in (expected, *aliases):
+        raise BadInput(path, found=f"class {named}", expected=expected, remedy=INCOMPLETE)
     return config
 
 
@@ -350,7 +377,7 @@ def longest(lengths: Mapping[str, int], limit: int) -> int:
 
     Args:
         lengths: tokens of each prompt.
-        limit: what the pipeline takes.
+        limit: most tokens that the pipeline takes.
 
     Raises:
         BadInput: a prompt is longer than ``limit``.
@@ -367,12 +394,12 @@ def longest(lengths: Mapping[str, int], limit: int) -> int:
 
 
 def cut(prompt: Prompt, name: str, mask: str, tokens: int) -> Prompt:
-    """A masked prompt cut to ``tokens``; nothing but padding may be lost.
+    """A masked prompt cut to ``tokens``; only padding is removed.
 
     Args:
-        prompt: with tensors ``name`` [1, L, D] and ``mask`` [1, L].
-        name: the embeddings.
-        mask: 1 for a token, 0 for padding.
+        prompt: encoded, with padding.
+        name: of the embeddings, [1, L, D].
+        mask: name of the mask [1, L], 1 for a token and 0 for padding.
         tokens: length to cut to.
 
     Raises:
@@ -388,6 +415,65 @@ def cut(prompt: Prompt, name: str, mask: str, tokens: int) -> Prompt:
     return {**prompt, name: prompt[name][:, :tokens], mask: prompt[mask][:, :tokens]}
 
 
+# ---------------------------------------------------------------- shared by several families
+
+CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask", "timestep")
+"""Block arguments of SANA and PixArt that are conditioning under the same name."""
+
+
+def modulated_conditioning(call: Mapping[str, Any], embedder: str) -> Conditioning:
+    """Conditioning of families with text in cross-attention and an embedded timestep in the head.
+
+    Args:
+        call: as `Family.conditioning` gets it.
+        embedder: name of the submodule that returns (modulation, embedded timestep).
+    """
+    named = {name: call[name] for name in CROSS_ATTENTION}
+    return {**named, "embedded_timestep": call[embedder][1]}
+
+
+def masked_prompt(embeds: Tensor, mask: Tensor, tokens: int) -> Prompt:
+    """A prompt of families with text in cross-attention, cut to ``tokens``.
+
+    Args:
+        embeds: [1, L, D].
+        mask: [1, L], 1 for a token and 0 for padding.
+        tokens: length to cut to.
+
+    Raises:
+        BadInput: the prompt has more tokens.
+    """
+    prompt = {"encoder_hidden_states": embeds.float(), "encoder_attention_mask": mask.float()}
+    return cut(prompt, "encoder_hidden_states", "encoder_attention_mask", tokens)
+
+
+def blank_caption(config: Any, text: int) -> Prompt:
+    """A `masked_prompt` of ``text`` tokens, zeros without padding."""
+    return {
+        "encoder_hidden_states": torch.zeros(1, text, config.caption_channels),
+        "encoder_attention_mask": torch.ones(1, text),
+    }
+
+
+def pooled_prompt(embeds: Tensor, pooled: Tensor) -> Prompt:
+    """A prompt of families with pooled text: [1, L, D] and [1, P]."""
+    return {"encoder_hidden_states": embeds.float(), "pooled_projections": pooled.float()}
+
+
+def blank_pooled(config: Any, text: int) -> Prompt:
+    """A `pooled_prompt` of ``text`` tokens, zeros."""
+    return pooled_prompt(
+        torch.zeros(1, text, config.joint_attention_dim),
+        torch.zeros(1, config.pooled_projection_dim),
+    )
+
+
+def blank_latents(config: Any, grid: Grid) -> Tensor:
+    """Latents [1, C, rows patch, columns patch] of families that do not pack them, zeros."""
+    rows, columns = (side * config.patch_size for side in grid)
+    return torch.zeros(1, config.in_channels, rows, columns)
+
+
 def unpatchify(tokens: Tensor, grid: Grid, patch: int) -> Tensor:
     """Tokens [1, N, patch^2 C] to an image [1, C, rows patch, columns patch]."""
     rows, columns = grid
@@ -396,7 +482,7 @@ def unpatchify(tokens: Tensor, grid: Grid, patch: int) -> Tensor:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Latents [1, C, h, w] to tokens [1, h w / 4, 4 C], as FLUX's and Qwen's pipelines pack."""
+    """Latents [1, C, h, w] to tokens [1, h w / 4, 4 C], as FLUX's and Qwen's pipelines do."""
     _, channels, height, width = latents.shape
     latents = latents.reshape(1, channels, height // 2, 2, width // 2, 2)
     return latents.permute(0, 2, 4, 1, 3, 5).reshape(1, height * width // 4, channels * 4)

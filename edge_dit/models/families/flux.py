@@ -1,12 +1,12 @@
 """FLUX.1 dev and schnell: FluxTransformer2DModel.
 
-Double-stream blocks, then single-stream blocks; text and image tokens attend jointly in both, and
-both kinds take and return the pair (text, image). FLUX masks no text: padding takes part, so text
-always has the pipeline's full length.
+Double-stream blocks, then single-stream blocks. Text and image tokens attend jointly in both, and
+both kinds take and return the pair (text, image). FLUX masks no text: padding takes part in
+attention, so text always has the pipeline's full length.
 
 Conditioning (D = width, S = text and image tokens together, d = head width):
 
-    temb                 [1, D]   of timestep, pooled text and, in dev, guidance
+    temb                 [1, D]   embedding of timestep, pooled text and, in dev, guidance
     rope_cos, rope_sin   [S, d]   positions, the same for every draw
 """
 
@@ -24,8 +24,10 @@ from edge_dit.models.families.family import (
     Family,
     Grid,
     Prompt,
+    blank_pooled,
     longest,
     pack,
+    pooled_prompt,
     tokenizer_of,
 )
 from edge_dit.models.objective import FlowMatching, flow_sigmas
@@ -33,11 +35,11 @@ from edge_dit.models.objective import FlowMatching, flow_sigmas
 MAX_TEXT_TOKENS = 512
 """FluxPipeline's max_sequence_length."""
 GUIDANCE = 3.5
-"""Guidance that dev is trained with by diffusers' train_dreambooth_lora_flux.py."""
+"""Guidance with which diffusers' train_dreambooth_lora_flux.py trains dev."""
 
 
 class Flux(Family):
-    """See the module."""
+    """FLUX.1 dev and schnell."""
 
     name = "flux"
     transformer = "FluxTransformer2DModel"
@@ -60,17 +62,13 @@ class Flux(Family):
         "ff_context.net.2",
     )
     per_prompt = ("rope_cos", "rope_sin")
-    sample_options: ClassVar[dict[str, Any]] = {
-        "num_inference_steps": 20,
-        "guidance_scale": GUIDANCE,
-    }
 
     def multiple(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
-        """See `Family.multiple`: the pipeline packs 2 x 2 latents into a token."""
+        """Pixels per side of a token; the pipeline packs 2 x 2 latents into one."""
         return 2 ** (len(vae["block_out_channels"]) - 1) * 2
 
     def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
-        """See `Family.objective`."""
+        """The velocity, noise levels drawn evenly."""
         return FlowMatching(flow_sigmas(scheduler))
 
     def text_tokens(self, folder: Path, prompts: list[str]) -> int:
@@ -83,7 +81,7 @@ class Flux(Family):
     def inputs(
         self, model: Any, latents: Tensor, timestep: float, prompt: Prompt, grid: Grid
     ) -> dict[str, Any]:
-        """See `Family.inputs`; latents [1, N, C], packed."""
+        """Arguments of the stock forward; latents [1, N, C], packed."""
         rows, columns = grid
         places = torch.zeros(rows, columns, 3)
         places[..., 1] = torch.arange(rows)[:, None]
@@ -99,56 +97,48 @@ class Flux(Family):
         }
 
     def conditioning(self, call: Mapping[str, Any]) -> Conditioning:
-        """See `Family.conditioning`."""
+        """The tensors of the module's table."""
         cos, sin = call["image_rotary_emb"]
         return {"temb": call["temb"], "rope_cos": cos, "rope_sin": sin}
 
     def arguments(self, cond: Mapping[str, Tensor], grid: Grid) -> dict[str, Any]:
-        """See `Family.arguments`."""
+        """Temb and the rotary embedding as a pair (cos, sin)."""
         return {"temb": cond["temb"], "image_rotary_emb": (cond["rope_cos"], cond["rope_sin"])}
 
     def head(self, model: Any, image: Tensor, cond: Mapping[str, Tensor], grid: Grid) -> Tensor:
-        """See `Family.head`; the velocity [1, N, C], packed."""
+        """The velocity [1, N, C], packed."""
         return model.proj_out(model.norm_out(image, cond["temb"]))
 
     def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
-        """See `Family.blank`."""
-        config = model.config
-        prompt = {
-            "encoder_hidden_states": torch.zeros(1, text, config.joint_attention_dim),
-            "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
-        }
-        return torch.zeros(1, grid[0] * grid[1], config.in_channels), prompt
+        """Latents [1, N, C], packed, and a prompt of ``text`` tokens."""
+        latents = torch.zeros(1, grid[0] * grid[1], model.config.in_channels)
+        return latents, blank_pooled(model.config, text)
 
     @torch.no_grad()
     def encode_image(self, vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """See `Family.encode_image`."""
+        """Latents [1, N, C], packed."""
         latents = vae.encode(pixels).latent_dist.sample(generator)
         return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
-        """See `Family.encode_prompts`."""
+        """Text [1, tokens, D] and pooled text [1, P] of each prompt."""
         encoded = []
         for prompt in prompts:
             embeds, pooled, _ = pipeline.encode_prompt(
                 prompt, None, device=torch.device("cpu"), max_sequence_length=tokens
             )
-            named = {"encoder_hidden_states": embeds.float(), "pooled_projections": pooled.float()}
-            encoded.append(named)
+            encoded.append(pooled_prompt(embeds, pooled))
         return encoded
 
-    def sample(self, pipeline: Any, prompt: str, side: int, seeds: list[int]) -> list[Any]:
-        """See `Family.sample`."""
+    def sample_options(self, pipeline: Any, pictures: int) -> dict[str, Any]:
+        """20 steps with the guidance and the text length of training."""
         limit = min(MAX_TEXT_TOKENS, pipeline.tokenizer_2.model_max_length)
-        return pipeline(
-            [prompt] * len(seeds),
-            height=side,
-            width=side,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            max_sequence_length=limit,
-            **self.sample_options,
-        ).images
+        return {
+            "num_inference_steps": 20,
+            "guidance_scale": GUIDANCE,
+            "max_sequence_length": limit,
+        }
 
 
 FAMILY = Flux()

@@ -10,28 +10,32 @@ Conditioning (D = width, L = text tokens):
     timestep                [1, 6 D]    modulation of the blocks
     embedded_timestep       [1, D]      modulation of the head
 
-Padding has exactly no weight, so text is cut to the longest prompt of a job. The pipeline has no
-``load_lora_weights``: adapters are PEFT folders.
+Padding has a weight of exactly 0, so text is cut to the longest prompt of a job. The pipeline has
+no ``load_lora_weights``, so adapters are PEFT folders.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from edge_dit.errors import BadInput
 from edge_dit.models.families.family import (
+    CROSS_ATTENTION,
     INCOMPLETE,
     Conditioning,
     Family,
     Grid,
     Prompt,
-    cut,
+    blank_caption,
+    blank_latents,
     longest,
+    masked_prompt,
+    modulated_conditioning,
     read_config,
     tokenizer_of,
     unpatchify,
@@ -43,7 +47,7 @@ MAX_TEXT_TOKENS = 300
 
 
 class PixArt(Family):
-    """See the module."""
+    """PixArt-Sigma."""
 
     name = "pixart"
     transformer = "PixArtTransformer2DModel"
@@ -57,16 +61,17 @@ class PixArt(Family):
         "ff.net.2",
     )
     per_prompt = ("encoder_hidden_states", "encoder_attention_mask")
-    sample_options: ClassVar[dict[str, Any]] = {
-        "num_inference_steps": 20,
-        "use_resolution_binning": False,
-    }
 
     def config(self, folder: Path) -> dict[str, Any]:
-        """See `Family.config`. Published checkpoints call the class Transformer2DModel; diffusers
-        takes it for PixArtTransformer2DModel (models/modeling_utils.py, LegacyModelMixin). None of
-        Sigma has micro-conditions: PixArtSigmaPipeline passes none, though the class expects them
-        by default at sample_size 128.
+        """The transformer's configuration.
+
+        Published checkpoints name the class Transformer2DModel; diffusers loads it as
+        PixArtTransformer2DModel (models/modeling_utils.py, LegacyModelMixin). Sigma has no
+        micro-conditions: PixArtSigmaPipeline passes none, though the class expects them by default
+        at sample_size 128.
+
+        Raises:
+            BadInput: it is missing, of another class, or has micro-conditions.
         """
         path = folder / "transformer" / "config.json"
         config = read_config(path, self.transformer, "Transformer2DModel")
@@ -80,7 +85,11 @@ class PixArt(Family):
         return {**config, "_class_name": self.transformer, "use_additional_conditions": False}
 
     def objective(self, scheduler: Mapping[str, Any]) -> EpsilonPrediction:
-        """See `Family.objective`."""
+        """Noise.
+
+        Raises:
+            BadInput: the scheduler has another prediction type.
+        """
         predicted = scheduler.get("prediction_type", "epsilon")
         if predicted != "epsilon":
             raise BadInput(
@@ -92,15 +101,16 @@ class PixArt(Family):
         return EpsilonPrediction(alphas_cumprod(scheduler))
 
     def text_tokens(self, folder: Path, prompts: list[str]) -> int:
-        """Length of the longest prompt; the pipeline lowercases and strips before it tokenises."""
+        """Length of the longest prompt."""
         tokenizer = tokenizer_of(folder)
+        # The pipeline lowercases and strips before it tokenises.
         lengths = {prompt: len(tokenizer.encode(prompt.lower().strip())) for prompt in prompts}
         return longest(lengths, MAX_TEXT_TOKENS)
 
     def inputs(
         self, model: Any, latents: Tensor, timestep: float, prompt: Prompt, grid: Grid
     ) -> dict[str, Any]:
-        """See `Family.inputs`; latents [1, C, h, w]."""
+        """Arguments of the stock forward; latents [1, C, h, w]."""
         return {
             "hidden_states": latents,
             **prompt,
@@ -109,44 +119,36 @@ class PixArt(Family):
         }
 
     def conditioning(self, call: Mapping[str, Any]) -> Conditioning:
-        """See `Family.conditioning`."""
-        names = ("encoder_hidden_states", "encoder_attention_mask", "timestep")
-        return {name: call[name] for name in names} | {"embedded_timestep": call["adaln_single"][1]}
+        """The tensors of the module's table."""
+        return modulated_conditioning(call, self.watched)
 
     def arguments(self, cond: Mapping[str, Tensor], grid: Grid) -> dict[str, Any]:
-        """See `Family.arguments`."""
-        names = ("encoder_hidden_states", "encoder_attention_mask", "timestep")
-        return {name: cond[name] for name in names}
+        """Text, its mask and the modulation of the blocks."""
+        return {name: cond[name] for name in CROSS_ATTENTION}
 
     def head(self, model: Any, image: Tensor, cond: Mapping[str, Tensor], grid: Grid) -> Tensor:
-        """See `Family.head`; noise and variance [1, 2 C, h, w]."""
+        """Noise and variance [1, 2 C, h, w]."""
         modulation = model.scale_shift_table[None] + cond["embedded_timestep"][:, None]
         shift, scale = modulation.chunk(2, dim=1)
         image = model.proj_out(model.norm_out(image) * (1 + scale) + shift)
         return unpatchify(image, grid, model.config.patch_size)
 
     def learned(self, prediction: Tensor) -> Tensor:
-        """The noise, without the variance."""
+        """The noise [1, C, h, w], without the variance."""
         return prediction.chunk(2, dim=1)[0]
 
     def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
-        """See `Family.blank`."""
-        config = model.config
-        rows, columns = (side * config.patch_size for side in grid)
-        prompt = {
-            "encoder_hidden_states": torch.zeros(1, text, config.caption_channels),
-            "encoder_attention_mask": torch.ones(1, text),
-        }
-        return torch.zeros(1, config.in_channels, rows, columns), prompt
+        """Latents [1, C, h, w] and a prompt of ``text`` tokens."""
+        return blank_latents(model.config, grid), blank_caption(model.config, text)
 
     @torch.no_grad()
     def encode_image(self, vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """See `Family.encode_image`."""
+        """Latents [1, C, h, w]."""
         return vae.encode(pixels).latent_dist.sample(generator) * vae.config.scaling_factor
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
-        """See `Family.encode_prompts`."""
+        """Text [1, tokens, D] and mask [1, tokens] of each prompt."""
         encoded = []
         for prompt in prompts:
             embeds, mask, _, _ = pipeline.encode_prompt(
@@ -155,12 +157,12 @@ class PixArt(Family):
                 device=torch.device("cpu"),
                 max_sequence_length=MAX_TEXT_TOKENS,
             )
-            named = {
-                "encoder_hidden_states": embeds.float(),
-                "encoder_attention_mask": mask.float(),
-            }
-            encoded.append(cut(named, "encoder_hidden_states", "encoder_attention_mask", tokens))
+            encoded.append(masked_prompt(embeds, mask, tokens))
         return encoded
+
+    def sample_options(self, pipeline: Any, pictures: int) -> dict[str, Any]:
+        """20 steps at the size that is asked for."""
+        return {"num_inference_steps": 20, "use_resolution_binning": False}
 
 
 FAMILY = PixArt()

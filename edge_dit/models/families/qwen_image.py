@@ -1,11 +1,11 @@
 """Qwen-Image (arXiv 2508.02324): QwenImageTransformer2DModel.
 
-Double-stream blocks; text and image tokens attend jointly, padding is masked. Positions turn query
-and key as complex numbers.
+Double-stream blocks. Text and image tokens attend jointly, and padding is masked. Positions rotate
+queries and keys as complex numbers.
 
 Conditioning (D = width, N = image tokens, L = text tokens, d = head width):
 
-    temb                        [1, D]          of the timestep
+    temb                        [1, D]          embedding of the timestep
     encoder_hidden_states_mask  [1, L]          1 for a token, 0 for padding
     rope_image                  [N, d / 2, 2]   real and imaginary parts, the same for every draw
     rope_text                   [L, d / 2, 2]
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ MAX_TEXT_TOKENS = 512
 
 
 class QwenImage(Family):
-    """See the module."""
+    """Qwen-Image."""
 
     name = "qwen_image"
     transformer = "QwenImageTransformer2DModel"
@@ -50,25 +50,23 @@ class QwenImage(Family):
     lora_targets = tuple(f"attn.{proj}" for proj in ("to_q", "to_k", "to_v", "to_out.0"))
     text_output = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     per_prompt = ("encoder_hidden_states_mask", "rope_image", "rope_text")
-    sample_options: ClassVar[dict[str, Any]] = {
-        "num_inference_steps": 20,
-        "true_cfg_scale": 4.0,
-        "max_sequence_length": MAX_TEXT_TOKENS,
-    }
 
     def __init__(self) -> None:
         self._real_rope = False
 
     def multiple(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
-        """See `Family.multiple`."""
+        """Pixels per side of a token."""
         return 2 ** len(vae["temperal_downsample"]) * config["patch_size"]
 
     def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
-        """See `Family.objective`."""
+        """The velocity, noise levels drawn evenly."""
         return FlowMatching(flow_sigmas(scheduler))
 
     def text_tokens(self, folder: Path, prompts: list[str]) -> int:
-        """Length of the longest prompt within the pipeline's template, whose head it drops."""
+        """Length of the longest prompt within the pipeline's template.
+
+        The pipeline drops the first tokens of the template after it has encoded them.
+        """
         with quiet():
             from diffusers import QwenImagePipeline
         bare: Any = QwenImagePipeline(None, None, None, None, None)  # type: ignore[arg-type]
@@ -82,7 +80,7 @@ class QwenImage(Family):
     def inputs(
         self, model: Any, latents: Tensor, timestep: float, prompt: Prompt, grid: Grid
     ) -> dict[str, Any]:
-        """See `Family.inputs`; latents [1, N, C], packed."""
+        """Arguments of the stock forward; latents [1, N, C], packed."""
         return {
             "hidden_states": latents,
             **prompt,
@@ -91,7 +89,7 @@ class QwenImage(Family):
         }
 
     def conditioning(self, call: Mapping[str, Any]) -> Conditioning:
-        """See `Family.conditioning`."""
+        """The tensors of the module's table."""
         image, text = call["image_rotary_emb"]
         return {
             "temb": call["temb"],
@@ -101,7 +99,7 @@ class QwenImage(Family):
         }
 
     def arguments(self, cond: Mapping[str, Tensor], grid: Grid) -> dict[str, Any]:
-        """See `Family.arguments`."""
+        """Temb, the mask as bool, and the rotary embeddings, complex unless `traceable`."""
         rope = cond["rope_image"], cond["rope_text"]
         if not self._real_rope:
             rope = torch.view_as_complex(rope[0]), torch.view_as_complex(rope[1])
@@ -113,9 +111,7 @@ class QwenImage(Family):
 
     @contextmanager
     def traceable(self) -> Iterator[None]:
-        """See `Family.traceable`: no target has complex numbers, so the rotation is written out in
-        real ones.
-        """
+        """A context in which positions rotate by real numbers: no target has complex ones."""
         from diffusers.models.transformers import transformer_qwenimage as stock
 
         kept = stock.apply_rotary_emb_qwen
@@ -128,11 +124,11 @@ class QwenImage(Family):
             self._real_rope = False
 
     def head(self, model: Any, image: Tensor, cond: Mapping[str, Tensor], grid: Grid) -> Tensor:
-        """See `Family.head`; the velocity [1, N, C], packed."""
+        """The velocity [1, N, C], packed."""
         return model.proj_out(model.norm_out(image, cond["temb"]))
 
     def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
-        """See `Family.blank`."""
+        """Latents [1, N, C], packed, and a prompt of ``text`` tokens."""
         config = model.config
         prompt = {
             "encoder_hidden_states": torch.zeros(1, text, config.joint_attention_dim),
@@ -142,7 +138,7 @@ class QwenImage(Family):
 
     @torch.no_grad()
     def encode_image(self, vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """See `Family.encode_image`; to the autoencoder an image is a film of one frame."""
+        """Latents [1, N, C], packed; to the autoencoder an image is a film of one frame."""
         latents = vae.encode(pixels.unsqueeze(2)).latent_dist.sample(generator)
         mean, std = (
             torch.tensor(values).reshape(1, -1, 1, 1, 1)
@@ -152,12 +148,13 @@ class QwenImage(Family):
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
-        """See `Family.encode_prompts`; shorter prompts are padded with zeros, as the pipeline pads
-        the shorter ones of a batch.
+        """Text [1, tokens, D] and mask [1, tokens] of each prompt.
+
+        Shorter prompts are padded with zeros, as the pipeline pads the shorter ones of a batch.
         """
         encoded = []
         for prompt in prompts:
-            # The mask it returns is None: one prompt has no padding.
+            # The mask it returns is None because a single prompt has no padding.
             embeds, _ = pipeline.encode_prompt(
                 prompt, device=torch.device("cpu"), max_sequence_length=MAX_TEXT_TOKENS
             )
@@ -172,20 +169,21 @@ class QwenImage(Family):
             )
         return encoded
 
-    def sample(self, pipeline: Any, prompt: str, side: int, seeds: list[int]) -> list[Any]:
-        """See `Family.sample`; the pipeline takes as many negative prompts as prompts."""
-        return pipeline(
-            [prompt] * len(seeds),
-            negative_prompt=[" "] * len(seeds),
-            height=side,
-            width=side,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            **self.sample_options,
-        ).images
+    def sample_options(self, pipeline: Any, pictures: int) -> dict[str, Any]:
+        """20 guided steps; the pipeline takes as many negative prompts as prompts."""
+        return {
+            "negative_prompt": [" "] * pictures,
+            "num_inference_steps": 20,
+            "true_cfg_scale": 4.0,
+            "max_sequence_length": MAX_TEXT_TOKENS,
+        }
 
 
 def _rotate(x: Tensor, freqs: Tensor, use_real: bool = True) -> Tensor:
-    """Turn query or key [B, S, H, d] by freqs [S, d / 2, 2]: (a + b i)(c + d i) in real numbers."""
+    """Rotate query or key [B, S, H, d] by ``freqs`` [S, d / 2, 2].
+
+    This is (a + b i)(c + d i), written out in real numbers.
+    """
     real, imaginary = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
     cos, sin = freqs.unsqueeze(1).unbind(-1)
     turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)

@@ -1,7 +1,7 @@
 """SANA (arXiv 2410.10629), SANA-1.5 and SANA-Sprint: SanaTransformer2DModel.
 
-One stream of image tokens; text enters by cross-attention (attn2); linear self-attention (attn1);
-a convolutional feed-forward that needs the latent's height and width.
+One stream of image tokens. Self-attention is linear (attn1), text enters by cross-attention
+(attn2), and the convolutional feed-forward needs the latent's height and width.
 
 Conditioning (D = width, L = text tokens):
 
@@ -10,12 +10,12 @@ Conditioning (D = width, L = text tokens):
     timestep                [1, 6 D]    modulation of the blocks
     embedded_timestep       [1, D]      modulation of the head
 
-Padding has exactly no weight (exp(-10000) is 0 in float32), so text is cut to the longest prompt of
-a job without changing any value.
+Padding has a weight of exactly 0 (exp(-10000) is 0 in float32), so cutting text to the longest
+prompt of a job changes no value.
 
-SANA-Sprint samples along a trigonometric path, but its network predicts the same velocity in the
-same x_t (SanaSprintPipeline converts it at every step), so it is tuned by flow matching too; its
-timestep is sigma itself and its guidance is an input.
+SANA-Sprint samples along a trigonometric path. Its network still predicts the same velocity from
+the same x_t (SanaSprintPipeline converts it at every step), so it is tuned by flow matching too.
+Its timestep is sigma itself, and its guidance is an input.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ import torch
 from torch import Tensor
 
 from edge_dit.models.families.family import (
+    CROSS_ATTENTION,
     Conditioning,
     Family,
     Grid,
     Prompt,
-    cut,
+    blank_caption,
+    blank_latents,
     longest,
+    masked_prompt,
+    modulated_conditioning,
     tokenizer_of,
     unpatchify,
 )
@@ -48,7 +52,7 @@ SPRINT_GUIDANCE = 4.5
 
 
 class Sana(Family):
-    """See the module."""
+    """SANA, SANA-1.5 and SANA-Sprint."""
 
     name = "sana"
     transformer = "SanaTransformer2DModel"
@@ -63,17 +67,17 @@ class Sana(Family):
     per_prompt = ("encoder_hidden_states", "encoder_attention_mask")
 
     def multiple(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
-        """See `Family.multiple`."""
+        """Pixels per side of a token."""
         return 2 ** (len(vae["encoder_block_out_channels"]) - 1) * config["patch_size"]
 
     def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
-        """See `Family.objective`."""
+        """The velocity, noise levels drawn evenly."""
         return FlowMatching(flow_sigmas(scheduler))
 
     def text_tokens(self, folder: Path, prompts: list[str]) -> int:
-        """Length of the longest prompt, as `encode_prompts` would mask it.
+        """Length of the longest prompt.
 
-        The pipeline encodes instruction + prompt, then keeps the first token and the last
+        The pipeline encodes the instruction and the prompt, then keeps the first token and the last
         `MAX_TEXT_TOKENS` - 1 positions (SanaPipeline.encode_prompt).
         """
         tokenizer = tokenizer_of(folder)
@@ -91,7 +95,7 @@ class Sana(Family):
     def inputs(
         self, model: Any, latents: Tensor, timestep: float, prompt: Prompt, grid: Grid
     ) -> dict[str, Any]:
-        """See `Family.inputs`; latents [1, C, h, w]."""
+        """Arguments of the stock forward; latents [1, C, h, w]."""
         config = model.config
         if config.guidance_embeds:
             extra = {
@@ -103,46 +107,35 @@ class Sana(Family):
         return {"hidden_states": latents, **prompt, **extra}
 
     def conditioning(self, call: Mapping[str, Any]) -> Conditioning:
-        """See `Family.conditioning`."""
-        names = ("encoder_hidden_states", "encoder_attention_mask", "timestep")
-        return {name: call[name] for name in names} | {"embedded_timestep": call["time_embed"][1]}
+        """The tensors of the module's table."""
+        return modulated_conditioning(call, self.watched)
 
     def arguments(self, cond: Mapping[str, Tensor], grid: Grid) -> dict[str, Any]:
-        """See `Family.arguments`."""
-        names = ("encoder_hidden_states", "encoder_attention_mask", "timestep")
-        return {name: cond[name] for name in names} | {"height": grid[0], "width": grid[1]}
+        """Text, its mask, the modulation of the blocks, and the token grid."""
+        named = {name: cond[name] for name in CROSS_ATTENTION}
+        return {**named, "height": grid[0], "width": grid[1]}
 
     def head(self, model: Any, image: Tensor, cond: Mapping[str, Tensor], grid: Grid) -> Tensor:
-        """See `Family.head`; the velocity [1, C, h, w]."""
+        """The velocity [1, C, h, w]."""
         image = model.norm_out(image, cond["embedded_timestep"], model.scale_shift_table)
         return unpatchify(model.proj_out(image), grid, model.config.patch_size)
 
     def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
-        """See `Family.blank`."""
-        config = model.config
-        rows, columns = (side * config.patch_size for side in grid)
-        prompt = {
-            "encoder_hidden_states": torch.zeros(1, text, config.caption_channels),
-            "encoder_attention_mask": torch.ones(1, text),
-        }
-        return torch.zeros(1, config.in_channels, rows, columns), prompt
+        """Latents [1, C, h, w] and a prompt of ``text`` tokens."""
+        return blank_latents(model.config, grid), blank_caption(model.config, text)
 
     @torch.no_grad()
     def encode_image(self, vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """See `Family.encode_image`; the autoencoder is deterministic."""
+        """Latents [1, C, h, w]; the autoencoder is deterministic."""
         return vae.encode(pixels).latent * vae.config.scaling_factor
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
-        """See `Family.encode_prompts`."""
+        """Text [1, tokens, D] and mask [1, tokens] of each prompt."""
+        # SanaSprintPipeline has no negative prompt and returns two values, not four.
+        options = {} if is_sprint(pipeline) else {"do_classifier_free_guidance": False}
         encoded = []
         for prompt in prompts:
-            # SanaSprintPipeline, which knows no negative prompt, returns two values, not four.
-            options: dict[str, Any] = (
-                {}
-                if type(pipeline).__name__ == "SanaSprintPipeline"
-                else {"do_classifier_free_guidance": False}
-            )
             embeds, mask, *_ = pipeline.encode_prompt(
                 prompt,
                 device=torch.device("cpu"),
@@ -150,25 +143,18 @@ class Sana(Family):
                 complex_human_instruction=instruction(type(pipeline)),
                 **options,
             )
-            named = {
-                "encoder_hidden_states": embeds.float(),
-                "encoder_attention_mask": mask.float(),
-            }
-            encoded.append(cut(named, "encoder_hidden_states", "encoder_attention_mask", tokens))
+            encoded.append(masked_prompt(embeds, mask, tokens))
         return encoded
 
-    def sample(self, pipeline: Any, prompt: str, side: int, seeds: list[int]) -> list[Any]:
-        """See `Family.sample`."""
-        sprint = type(pipeline).__name__ == "SanaSprintPipeline"
-        options = {} if sprint else {"num_inference_steps": 20, "guidance_scale": 2.0}
-        return pipeline(
-            [prompt] * len(seeds),
-            height=side,
-            width=side,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            use_resolution_binning=False,
-            **options,
-        ).images
+    def sample_options(self, pipeline: Any, pictures: int) -> dict[str, Any]:
+        """20 guided steps at the size that is asked for; Sprint's own few steps for Sprint."""
+        options = {} if is_sprint(pipeline) else {"num_inference_steps": 20, "guidance_scale": 2.0}
+        return {"use_resolution_binning": False, **options}
+
+
+def is_sprint(pipeline: Any) -> bool:
+    """Whether a pipeline is SANA-Sprint's."""
+    return type(pipeline).__name__ == "SanaSprintPipeline"
 
 
 def instruction(pipeline_class: type) -> list[str]:

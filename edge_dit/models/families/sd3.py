@@ -1,19 +1,19 @@
 """Stable Diffusion 3 and 3.5: SD3Transformer2DModel.
 
-Text (77 CLIP tokens, then T5's) and image tokens attend jointly; some blocks of SD3.5-medium attend
-over the image a second time (attn2). The last block returns no text. No text is masked: padding
-takes part, so text always has its full length.
+Text tokens (77 of CLIP, then those of T5) and image tokens attend jointly. Some blocks of
+SD3.5-medium attend over the image a second time (attn2). The last block returns no text. No text is
+masked: padding takes part in attention, so text always has its full length.
 
 Conditioning (D = width):
 
-    temb   [1, D]   of timestep and pooled text
+    temb   [1, D]   embedding of timestep and pooled text
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,10 @@ from edge_dit.models.families.family import (
     Family,
     Grid,
     Prompt,
+    blank_latents,
+    blank_pooled,
     longest,
+    pooled_prompt,
     tokenizer_of,
     unpatchify,
 )
@@ -34,7 +37,7 @@ T5_TOKENS = 77
 
 
 class SD3(Family):
-    """See the module."""
+    """Stable Diffusion 3 and 3.5."""
 
     name = "sd3"
     transformer = "SD3Transformer2DModel"
@@ -52,21 +55,18 @@ class SD3(Family):
         "ff_context.net.2",
     )
     per_prompt = ()
-    sample_options: ClassVar[dict[str, Any]] = {
-        "num_inference_steps": 28,
-        "max_sequence_length": T5_TOKENS,
-    }
 
     def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
-        """See `Family.objective`: the stock script draws noise levels logit-normally and takes the
-        loss of the predicted image (precondition_outputs, after sec. 5 of arXiv 2206.00364).
+        """The velocity. The stock script draws noise levels logit-normally and takes the loss of
+        the predicted image (precondition_outputs, after sec. 5 of arXiv 2206.00364).
         """
         return FlowMatching(flow_sigmas(scheduler), logit_normal=True, precondition=True)
 
     def text_tokens(self, folder: Path, prompts: list[str]) -> int:
-        """The full text length, whatever the prompts: padding takes part in attention. CLIP sees
-        the first 77 tokens of a longer prompt, as in the pipeline; T5 must see all. Without T5 the
-        pipeline puts zeros in its place, and CLIP must see all.
+        """The full text length, whatever the prompts: padding takes part in attention.
+
+        CLIP may see only the first 77 tokens of a prompt, as in the pipeline, but T5 must see all.
+        Without T5 the pipeline passes zeros instead, and CLIP must see all.
         """
         clip = tokenizer_of(folder)
         tokenizer, limit = clip, clip.model_max_length
@@ -78,41 +78,35 @@ class SD3(Family):
     def inputs(
         self, model: Any, latents: Tensor, timestep: float, prompt: Prompt, grid: Grid
     ) -> dict[str, Any]:
-        """See `Family.inputs`; latents [1, C, h, w]."""
+        """Arguments of the stock forward; latents [1, C, h, w]."""
         return {"hidden_states": latents, **prompt, "timestep": torch.tensor([timestep])}
 
     def conditioning(self, call: Mapping[str, Any]) -> Conditioning:
-        """See `Family.conditioning`."""
+        """Temb [1, D]."""
         return {"temb": call["temb"]}
 
     def arguments(self, cond: Mapping[str, Tensor], grid: Grid) -> dict[str, Any]:
-        """See `Family.arguments`."""
+        """Temb [1, D]."""
         return {"temb": cond["temb"]}
 
     def head(self, model: Any, image: Tensor, cond: Mapping[str, Tensor], grid: Grid) -> Tensor:
-        """See `Family.head`; the velocity [1, C, h, w]."""
+        """The velocity [1, C, h, w]."""
         image = model.proj_out(model.norm_out(image, cond["temb"]))
         return unpatchify(image, grid, model.config.patch_size)
 
     def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
-        """See `Family.blank`."""
-        config = model.config
-        rows, columns = (side * config.patch_size for side in grid)
-        prompt = {
-            "encoder_hidden_states": torch.zeros(1, text, config.joint_attention_dim),
-            "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
-        }
-        return torch.zeros(1, config.in_channels, rows, columns), prompt
+        """Latents [1, C, h, w] and a prompt of ``text`` tokens."""
+        return blank_latents(model.config, grid), blank_pooled(model.config, text)
 
     @torch.no_grad()
     def encode_image(self, vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """See `Family.encode_image`; the inverse of what StableDiffusion3Pipeline decodes."""
+        """Latents [1, C, h, w]; the inverse of what StableDiffusion3Pipeline decodes."""
         latents = vae.encode(pixels).latent_dist.sample(generator)
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
-        """See `Family.encode_prompts`."""
+        """Text [1, tokens, D] and pooled text [1, P] of each prompt."""
         encoded = []
         for prompt in prompts:
             embeds, _, pooled, _ = pipeline.encode_prompt(
@@ -123,9 +117,12 @@ class SD3(Family):
                 do_classifier_free_guidance=False,
                 max_sequence_length=T5_TOKENS,
             )
-            named = {"encoder_hidden_states": embeds.float(), "pooled_projections": pooled.float()}
-            encoded.append(named)
+            encoded.append(pooled_prompt(embeds, pooled))
         return encoded
+
+    def sample_options(self, pipeline: Any, pictures: int) -> dict[str, Any]:
+        """28 steps with as much text as is trained on."""
+        return {"num_inference_steps": 28, "max_sequence_length": T5_TOKENS}
 
 
 FAMILY = SD3()

@@ -1,0 +1,110 @@
+"""A diffusers pipeline folder, opened: which family it is, and its configurations.
+
+A stage opens its model once and hands it on. Weights stay on disk until `Model.checkpoint` reads
+them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_dit.errors import require
+from edge_dit.models.families import detect, family_of
+from edge_dit.store.files import sha256
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edge_dit.models.checkpoint import Checkpoint
+    from edge_dit.models.families.family import Family
+    from edge_dit.models.objective import Objective
+
+HASHED = ("transformer", "vae", "text_encoder*", "tokenizer*", "scheduler")
+"""Parts of a pipeline folder that decide the bytes of a bank."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline folder of a supported family. What is not needed is not read.
+
+    Attributes:
+        family: what edge-dit knows of this kind of transformer.
+        folder: the diffusers folder.
+        config: configuration of the transformer.
+    """
+
+    family: Family
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def layers(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.family.block_names(self.config))
+
+    @cached_property
+    def multiple(self) -> int:
+        """Pixels per side of a token.
+
+        Raises:
+            BadInput: the autoencoder's configuration is missing or of another class.
+        """
+        return self.family.multiple(self.config, self.family.vae_config(self.folder))
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What the transformer is trained to predict, by the scheduler's configuration.
+
+        Raises:
+            BadInput: the scheduler's configuration is missing or does not fit the family.
+        """
+        from edge_dit.models.families.family import scheduler_config
+
+        return self.family.objective(scheduler_config(self.folder))
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over the configurations and weights of all `HASHED` parts, hexadecimal."""
+        digest = hashlib.sha256()
+        for folder in (f for part in HASHED for f in sorted(self.folder.glob(part))):
+            for file in sorted(folder.glob("*")):
+                if file.suffix in (".json", ".safetensors"):
+                    digest.update(f"{folder.name}/{file.name} {sha256(file)}\n".encode())
+        return digest.hexdigest()
+
+    def meta(self) -> nn.Module:
+        """The transformer on the meta device: it has shapes and takes no memory.
+
+        Raises:
+            BadInput: diffusers cannot build it.
+        """
+        from edge_dit.models.checkpoint import meta_model
+
+        return meta_model(self.family, self.config)
+
+    def checkpoint(self) -> Checkpoint:
+        """The transformer's weights, read block by block.
+
+        Raises:
+            BadInput: weights are missing, damaged, or not the configuration's.
+        """
+        from edge_dit.models.checkpoint import Checkpoint
+
+        return Checkpoint(self.family, self.folder / "transformer", self.config)
+
+
+def open_model(folder: Path) -> Model:
+    """Open a diffusers pipeline folder (imports torch).
+
+    Raises:
+        BadInput: it is not such a folder, no family supports its pipeline, or the transformer's
+            configuration is missing or of another class.
+    """
+    name = detect(folder)
+    require("torch", "reading a model")
+    family = family_of(name)
+    return Model(family, folder, family.config(folder))

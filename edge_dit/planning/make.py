@@ -1,0 +1,120 @@
+"""A job -> its plan: open the model, choose the split, check everything, fill in the plan."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from edge_dit.contract.adamw import AdamW
+from edge_dit.errors import BadInput, ManyFaults
+from edge_dit.models.model import Model, open_model
+from edge_dit.pictures.images import captions, image_files
+from edge_dit.planning.job import Job
+from edge_dit.planning.plan import Plan
+from edge_dit.planning.selection import find_selection
+from edge_dit.planning.split import Split, SplitRequest, choose_split, requested, size_faults
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def make_plan(job: Job, request: SplitRequest | None = None) -> Plan:
+    """Plan a job.
+
+    Where only a ratio of skipped blocks is asked for, the model's selection decides which ones
+    (`edge_dit.planning.selection.find_selection`), if it has one.
+
+    Args:
+        job: from job.toml.
+        request: a split that overrides the job's.
+
+    Raises:
+        BadInput: all faults between job, model and images, together.
+    """
+    model = open_model(job.model.path)
+    selection, _ = find_selection(model.folder, model.hash)
+    split = choose_split(model.layers, requested(job.plan, request), selection)
+    sizes = {"train.patch": job.train.patch, "train.resolution": job.train.resolution}
+    faults = [*split.faults, *size_faults(sizes, model.multiple)]
+    faults += lora_faults(model, split, job.train.lora_targets)
+    prompts = captions(image_files(job.data.images), job.data.prompt)
+    if faults:
+        raise faults[0] if len(faults) == 1 else ManyFaults("job", faults)
+    return Plan(
+        family=model.family.name,
+        model=model.folder,
+        model_hash=model.hash,
+        layers=model.layers,
+        head_skip=split.head_skip,
+        tail_skip=split.tail_skip,
+        inner_skips=list(split.inner_skips),
+        s_min=job.train.patch,
+        s_max=job.train.resolution,
+        multiple=model.multiple,
+        text_tokens=model.family.text_tokens(model.folder, sorted(set(prompts))),
+        rank=job.train.rank,
+        alpha=float(job.train.rank) if job.train.alpha is None else job.train.alpha,
+        lora_targets=list(dict.fromkeys(job.train.lora_targets or model.family.lora_targets)),
+        optimizer=AdamW(lr=job.train.lr),
+        steps=job.train.steps,
+        draws=job.train.draws,
+        seed=job.train.seed,
+        targets=list(dict.fromkeys(job.export.targets)),
+        weights=job.export.weights,
+        recompute=job.export.recompute,
+        bank_dtype=job.train.bank,
+    )
+
+
+def lora_faults(model: Model, split: Split, asked: list[str] | None) -> list[BadInput]:
+    """What is wrong with the modules that should carry LoRA.
+
+    Args:
+        model: of the job.
+        split: which blocks train; if it has faults, only the names are checked.
+        asked: modules within a block; None for the family's default, which need not be in every
+            model of the family.
+    """
+    from edge_dit.models.subgraph import lora_modules
+
+    transformer = model.meta()
+    known = _modules_within_a_block(model, transformer)
+    faults = [
+        _unknown(target, known) for target in dict.fromkeys(asked or ()) if target not in known
+    ]
+    if faults or split.faults:
+        return faults
+    trained = split.trained
+    if not lora_modules(model.family, transformer, trained, asked or model.family.lora_targets):
+        faults.append(
+            BadInput(
+                "train.lora_targets",
+                found="none of them is in a trained block, or all feed only its text output",
+                expected=f"a module that blocks {trained[0]} to {trained[-1]} train",
+                remedy="name other modules, or skip other blocks",
+            )
+        )
+    return faults
+
+
+def _modules_within_a_block(model: Model, transformer: nn.Module) -> list[str]:
+    """Names of all modules that can carry LoRA, in order of appearance."""
+    from edge_dit.models.subgraph import can_carry_lora
+
+    names = dict.fromkeys(
+        name
+        for block in model.family.blocks(transformer).values()
+        for name, module in block.named_modules()
+        if can_carry_lora(module)
+    )
+    return list(names)
+
+
+def _unknown(target: str, known: list[str]) -> BadInput:
+    near = difflib.get_close_matches(target, known)
+    return BadInput(
+        "train.lora_targets",
+        found=f"no module {target!r} in a block",
+        expected=f"some of {', '.join(known)}",
+        remedy=f"did you mean {' or '.join(near)}?" if near else "",
+    )
