@@ -1,21 +1,76 @@
 """edge-dit: personalise Diffusion Transformers on the device their user owns.
 
-The host side. Importing this package needs neither torch nor onnx nor executorch; each module that
-needs one imports it itself.
+    import edge_dit as ed
+    import edge_dit_runtime as er
 
-    errors      what goes wrong, said once and clearly
-    job         job.toml
-    plan        which blocks to train, at which sizes
-    sampler     crop geometry of the dynamic patch (numpy); patch_sampler: the same in torch
-    images      image folders and captions
-    bank        stored draws
-    bundle      the exported folder and its manifest
-    families    what is known of each Diffusion Transformer
-    subgraph    the trainable middle of a model, as a torch module
-    precompute  fills a bank
-    adapter     LoRA files
-    reference   PyTorch's own training step, what exports are held against
-    evaluate    held-out loss and pictures; quickstart: the whole road
+    job = ed.read_job("job.toml")
+    plan = ed.plan(job, ram="3GiB")
+    ed.precompute(plan, ed.read_pictures(job, plan), "bank")
+    ed.export(plan, "bundle", ["onnx"])
+    print(ed.verify("bundle", "bank").passed)     # compares it with PyTorch
+    er.train("bundle", "bank", "run")             # this line needs no torch
+    er.save_lora("run", "lora")                   # pipe.load_lora_weights("lora")
+
+Names are imported when they are first used: importing this package needs neither torch nor onnx,
+and takes no time. docs/architecture.md says what lies where.
 """
 
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge_dit.app.api import export as export
+    from edge_dit.app.api import plan as plan
+    from edge_dit.app.api import precompute as precompute
+    from edge_dit.app.api import read_job as read_job
+    from edge_dit.app.api import read_pictures as read_pictures
+    from edge_dit.app.api import verify as verify
+    from edge_dit.contract.bank import Bank as Bank
+    from edge_dit.contract.bundle import Bundle as Bundle
+    from edge_dit.contract.bundle import open_bundle as open_bundle
+    from edge_dit.contract.certificate import Certificate as Certificate
+    from edge_dit.errors import BadInput as BadInput
+    from edge_dit.errors import CheckFailed as CheckFailed
+    from edge_dit.planning.job import Job as Job
+    from edge_dit.planning.plan import Plan as Plan
+
 __version__ = "0.1.0"
+
+# Threads that wait for others spin otherwise, in torch and in this package's child processes: on a
+# machine that does anything else, a step takes many times as long (docs/performance.md). It must be
+# said before torch is imported; what the user says stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+_HOME = {
+    "read_job": "app.api",
+    "plan": "app.api",
+    "read_pictures": "app.api",
+    "precompute": "app.api",
+    "export": "app.api",
+    "verify": "app.api",
+    "Job": "planning.job",
+    "Plan": "planning.plan",
+    "Bank": "contract.bank",
+    "Bundle": "contract.bundle",
+    "open_bundle": "contract.bundle",
+    "Certificate": "contract.certificate",
+    "BadInput": "errors",
+    "CheckFailed": "errors",
+}
+"""Name of the API -> module that has it."""
+__all__ = [*_HOME]  # noqa: PLE0604 - names of the table above
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -354,7 +354,7 @@ def train(
     from edge_dit.contract.bundle import open_bundle
     from edge_dit.contract.integrity import check_bundle
     from edge_dit.contract.targets import variant_of
-    from edge_dit_runtime.train import train as run
+    from edge_dit_runtime.training import train as run
 
     name = variant_of(target).target if target else None
     if verify_hashes:

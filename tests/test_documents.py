@@ -15,7 +15,7 @@ from edge_dit.cli import app
 from edge_dit.contract.bank import Draw, Index
 from edge_dit.contract.bundle import FileSpec, Manifest, TensorSpec
 from edge_dit.planning.selection import Between, Selection
-from edge_dit_runtime.train import Run
+from edge_dit_runtime.training import Run
 from test_layout import MAY_IMPORT
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -159,14 +159,14 @@ def test_import_needs_nothing_heavy():
         "import edge_dit, edge_dit.cli, edge_dit.contract.bank, edge_dit.planning.plan,"
         "edge_dit.planning.job, edge_dit.pictures.images, edge_dit.app.doctor,"
         "edge_dit.app.describe\n"
-        "import edge_dit_runtime, edge_dit_runtime.train",
+        "import edge_dit_runtime, edge_dit_runtime.training",
     )
 
 
 def test_trains_the_onnx_target_without_torch_or_any_host_module(road, tmp_path):
     code = (
         "from pathlib import Path\n"
-        "from edge_dit_runtime.train import train\n"
+        "from edge_dit_runtime.training import train\n"
         f"run = train(Path({str(road.bundle)!r}), Path({str(road.bank)!r}), "
         f"Path({str(tmp_path / 'run')!r}), target='onnx', steps=3)\n"
         "print(run.done, 'torch' in sys.modules)"

@@ -1,31 +1,29 @@
-"""The whole road on the shipped sample, with pictures before and after."""
+"""The road of `edge_dit.app.run` on the shipped sample, with pictures before and after."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_dit.app.describe import plan_in_words
-from edge_dit.app.planner import plan_job
-from edge_dit.contract.adapter import write_adapter_folder
-from edge_dit.contract.bundle import open_bundle
-from edge_dit.errors import BadInput, CheckFailed
-from edge_dit.models.families import PEFT_ONLY
+from edge_dit.app import api
+from edge_dit.app.run import Road, Say, begin, export_and_verify, train
+from edge_dit.contract.adapter import PEFT_ONLY, write_adapter_folder
+from edge_dit.contract.targets import variant_of
+from edge_dit.errors import BadInput
+from edge_dit.models.model import Model
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.pictures.images import Captioned, read_folder
-from edge_dit.planning.job import read_job
-from edge_dit.planning.plan import Plan, model_of, write_plan
-from edge_dit.reference.contact_sheet import contact_sheet
-from edge_dit.reference.evaluate import adapted, encode_whole, heldout_loss
-from edge_dit.reference.full_lora import train_full_lora
-from edge_dit.reference.precompute import precompute
+from edge_dit.planning.plan import model_of
 from edge_dit.store.files import write_atomic, write_json
 
 SEEDS = [1, 2, 3, 4]
 PROMPTS = 4
 """Prompts of a contact sheet."""
+HELD_OUT = "heldout"
+"""Folder of held-out pictures, beside that of a job's pictures."""
+BEFORE, FULL_LORA = "before", "full LoRA"
 
 
 def samples_folder() -> Path:
@@ -34,8 +32,9 @@ def samples_folder() -> Path:
     Raises:
         BadInput: edge-dit was installed without them.
     """
-    folder = Path(__file__).resolve().parents[2] / "samples"
-    if not (folder / "sana.toml").is_file():
+    above = Path(__file__).resolve().parents
+    folder = next((p / "samples" for p in above if (p / "pyproject.toml").is_file()), None)
+    if folder is None or not (folder / "sana.toml").is_file():
         raise BadInput(
             "quickstart",
             found="the samples are not here",
@@ -45,149 +44,139 @@ def samples_folder() -> Path:
     return folder
 
 
-def quickstart(job_path: Path, out: Path, target: str | None, say: Callable[[Any], None]) -> Path:
-    """Run the whole road into ``out``; the path of the loss table.
+@dataclass(frozen=True)
+class Judged:
+    """What adapters are judged by.
+
+    Attributes:
+        model: of the job.
+        pipeline: the base model, whole.
+        pictures: held-out ones, or else the job's own; their captions are drawn.
+        measured: what their loss is called.
+    """
+
+    model: Model
+    pipeline: Any
+    pictures: list[Captioned]
+    measured: str
+
+
+def quickstart(
+    job_path: Path, out: Path, target: str | None, say: Say, compare: bool = False
+) -> dict[str, Any]:
+    """Walk the road into ``out`` and draw pictures before and after; what was measured.
 
     A quickstart of the same job that was stopped goes on where it was.
 
     Args:
-        job_path: a job file; held-out images are looked for in ``heldout`` beside its images
-            folder, else the loss table is over the training images.
-        out: folder for plan, bank, bundle, runs, adapters, pictures and loss table.
-        target: train this target only; default: all of the job's, one after the other.
-        say: prints a line or a table to the user.
+        job_path: a job file; held-out pictures are looked for in ``heldout`` beside its pictures,
+            else the losses are over the training pictures.
+        out: folder of everything.
+        target: the one to train; default the job's first, with ``compare`` all of the job's.
+        say: prints to the user.
+        compare: also train the job's other targets, and LoRA on all blocks at full resolution in
+            PyTorch: what users do today.
 
     Raises:
         BadInput: see the stages.
         CheckFailed: a target does not compute what PyTorch computes.
     """
     started = time.monotonic()
-    job = read_job(job_path)
-    plan = plan_job(job).plan
-    targets = [target] if target else plan.targets
-    images = read_folder(job.data.images, job.data.prompt, plan.s_max)
-    beside = job.data.images.parent / "heldout"
-    unseen = read_folder(beside, job.data.prompt, plan.s_max) if beside.is_dir() else images
-    write_plan(plan, out / "plan.json")
-    for line in plan_in_words(plan):
-        say(line)
-
-    precompute(plan, images, out / "bank")
-    export_and_verify(plan, targets, out, say)
-    adapters = {name: train_target(plan, name, out) for name in targets}
-    pipeline = load_pipeline(plan.model)
-    adapters["full LoRA"] = out / "adapter-full-lora"
-    model = model_of(plan, check=False)  # precompute has checked it
-    encoded = encode_whole(plan, model, pipeline, images)
-    tensors = train_full_lora(plan, model, pipeline, encoded, plan.steps)
-    write_lora(plan, tensors, adapters["full LoRA"])
-
-    sheets = {"before": "before.png", targets[0]: "after.png", "full LoRA": "full-lora.png"}
-    losses = compare(plan, pipeline, {"before": None, **adapters}, unseen, sheets, out)
-    measured = "held-out loss" if beside.is_dir() else "loss on the training images"
-    table = loss_table(losses, plan.steps, measured)
-    write_atomic(out / "losses.md", table)
-    write_json(out / "losses.json", losses)
-    say(table)
-    say(f"done in {time.monotonic() - started:.0f} s: look at {out / 'before.png'} and after.png")
-    return out / "losses.md"
+    road = begin(job_path, out, None, say)
+    targets = [target] if target else road.plan.targets if compare else road.plan.targets[:1]
+    api.precompute(road.plan, road.pictures, road.bank)
+    export_and_verify(road, [variant_of(name).target for name in targets], say)
+    arms: dict[str, Path | None] = {BEFORE: None}
+    arms |= {name: train(road, name) for name in targets}
+    judged = _judged(road)
+    if compare:
+        arms[FULL_LORA] = _full_lora(road, judged)
+    sheets = {BEFORE: "before.png", targets[0]: "after.png", FULL_LORA: "full-lora.png"}
+    losses = judge(road, judged, arms, sheets)
+    words = loss_table(losses, road.plan.steps, judged.measured)
+    facts = {
+        "losses": losses,
+        "measured": judged.measured,
+        "steps": road.plan.steps,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    write_atomic(out / "losses.md", words)
+    write_json(out / "losses.json", facts)
+    say(words)
+    say(f"done in {facts['seconds']:.0f} s: look at {out / 'before.png'} and after.png")
+    return facts
 
 
-def export_and_verify(
-    plan: Plan, targets: list[str], out: Path, say: Callable[[Any], None]
-) -> None:
-    """Make ``out/bundle`` unless it is there, and certify it."""
-    from edge_dit.app.verify import table, verify, why_failed
-    from edge_dit_export.export import export
-
-    if not is_bundle_of(plan, out / "bundle", targets):
-        export(plan, out / "bundle", targets)
-    certificate = verify(out / "bundle", out / "bank")
-    say(table(certificate))
-    if not certificate.passed:
-        raise CheckFailed(why_failed(certificate))
+def _judged(road: Road) -> Judged:
+    beside = road.job.data.images.parent / HELD_OUT
+    pictures, measured = road.pictures, "loss on the training pictures"
+    if beside.is_dir():
+        pictures = read_folder(beside, road.job.data.prompt, road.plan.s_max)
+        measured = "held-out loss"
+    return Judged(model_of(road.plan), load_pipeline(road.plan.model), pictures, measured)
 
 
-def train_target(plan: Plan, target: str, out: Path) -> Path:
-    """Train one target, or finish its run; the folder of its LoRA."""
-    from edge_dit_runtime.run_folder import RunFolder
-    from edge_dit_runtime.train import train
+def _full_lora(road: Road, judged: Judged) -> Path:
+    """Train LoRA on all blocks in PyTorch, unless that was done; the folder of the adapter."""
+    from edge_dit.reference.evaluate import encode_whole
+    from edge_dit.reference.full_lora import train_full_lora
 
-    run, folder = out / f"run-{target}", out / f"adapter-{target}"
-    train(
-        out / "bundle",
-        out / "bank",
-        run,
-        target=target,
-        resume=(run / "run.json").is_file(),
-    )
-    tensors, state = RunFolder(run).adapter()
-    if state.done < state.steps:
-        raise KeyboardInterrupt  # train stops at the first Ctrl-C; so does the rest of the road
-    write_lora(plan, tensors, folder)
+    plan, folder = road.plan, road.out / "lora-full"
+    if not folder.is_dir():
+        encoded = encode_whole(plan, judged.model, judged.pipeline, road.pictures)
+        tensors = train_full_lora(plan, judged.model, judged.pipeline, encoded, plan.steps)
+        base, peft_only = str(plan.model), plan.family in PEFT_ONLY
+        write_adapter_folder(folder, tensors, plan.rank, plan.alpha, base, peft_only)
     return folder
 
 
-def write_lora(plan: Plan, tensors: dict[str, Any], folder: Path) -> None:
-    """Write an adapter of the plan's model as a user would want it."""
-    write_adapter_folder(
-        folder,
-        tensors,
-        plan.rank,
-        plan.alpha,
-        base_model=str(plan.model),
-        peft_only=plan.family in PEFT_ONLY,
-    )
-
-
-def compare(
-    plan: Plan,
-    pipeline: Any,
-    arms: dict[str, Path | None],
-    unseen: list[Captioned],
-    sheets: dict[str, str],
-    out: Path,
+def judge(
+    road: Road, judged: Judged, arms: dict[str, Path | None], sheets: dict[str, str]
 ) -> dict[str, float]:
-    """Held-out loss of every arm, and a contact sheet of some.
+    """Loss of every arm, and a contact sheet of some.
 
     Args:
-        plan: of the job.
-        pipeline: the base model.
+        road: of the job.
+        judged: what the arms are judged by.
         arms: folder of each arm's LoRA; None is the base model.
-        unseen: held-out images; their captions are the prompts of the sheets.
         sheets: file name of the sheet of an arm.
-        out: where the sheets go.
     """
-    prompts = list(dict.fromkeys(image.caption for image in unseen))[:PROMPTS]
-    model = model_of(plan, check=False)
-    encoded = encode_whole(plan, model, pipeline, unseen)
+    from edge_dit.reference.contact_sheet import contact_sheet
+    from edge_dit.reference.evaluate import adapted, encode_whole, heldout_loss
+
+    plan, model, pipeline = road.plan, judged.model, judged.pipeline
+    prompts = list(dict.fromkeys(picture.caption for picture in judged.pictures))[:PROMPTS]
+    encoded = encode_whole(plan, model, pipeline, judged.pictures)
     losses = {}
     for name, folder in arms.items():
         with adapted(pipeline, folder):
             losses[name] = heldout_loss(model, pipeline, encoded)
             if name in sheets:
-                picture = contact_sheet(model.family, pipeline, prompts, SEEDS, plan.s_max, name)
-                picture.save(out / sheets[name])
+                picture = contact_sheet(
+                    model.family, pipeline, prompts, SEEDS, plan.s_max, name
+                )
+                picture.save(road.out / sheets[name])
     return losses
 
 
-def is_bundle_of(plan: Plan, folder: Path, targets: list[str]) -> bool:
-    """Whether ``folder`` holds the bundle of exactly this plan, with these targets."""
-    try:
-        manifest = open_bundle(folder).manifest
-    except BadInput:
-        return False
-    return manifest.plan == plan.model_dump(mode="json") and list(manifest.targets) == targets
+def loss_table(losses: dict[str, float], steps: int, measured: str) -> str:
+    """Losses as Markdown, and how much of full LoRA's improvement each arm has, where it was
+    trained.
 
-
-def loss_table(rows: dict[str, float], steps: int, measured: str) -> str:
-    """Losses as Markdown, headed ``measured``; the share of full LoRA's improvement of each arm."""
-    base, best = rows["before"], rows["full LoRA"]
-    lines = [
-        f"| adapter, {steps} steps | {measured} | of full LoRA's improvement |",
-        "|---|---|---|",
-    ]
-    for name, loss in rows.items():
-        share = (base - loss) / (base - best) if base != best else float("nan")
-        lines.append(f"| {name} | {loss:.4f} | {share:.0%} |")
+    Args:
+        losses: by arm; `BEFORE` is among them.
+        steps: of training.
+        measured: what the losses are of.
+    """
+    base, best = losses[BEFORE], losses.get(FULL_LORA)
+    headings, rule = f"| adapter, {steps} steps | {measured} |", "|---|---|"
+    if best is not None:
+        headings, rule = f"{headings} of full LoRA's improvement |", f"{rule}---|"
+    lines = [headings, rule]
+    for name, loss in losses.items():
+        share = ""
+        if best is not None:
+            part = (base - loss) / (base - best) if base != best else float("nan")
+            share = f" {part:.0%} |"
+        lines.append(f"| {name} | {loss:.4f} |{share}")
     return "\n".join(lines) + "\n"

@@ -41,7 +41,7 @@ from edge_dit.planning.plan import Plan, model_of
 from edge_dit.progress import bar
 from edge_dit.store.tensors import TensorFile
 from edge_dit_runtime.measure import Point, Task, measure, patches, write_points
-from edge_dit_runtime.train import draw_order
+from edge_dit_runtime.training import draw_order
 
 if TYPE_CHECKING:
     from edge_dit.models.subgraph import TrainableSubgraph

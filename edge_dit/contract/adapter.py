@@ -24,6 +24,8 @@ PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 PREFIX = "transformer."
 """diffusers' prefix of the transformer's LoRA; without it nothing loads, with a mere warning."""
+PEFT_ONLY = ("pixart",)
+"""Families whose pipeline has no ``load_lora_weights``: their adapters are PEFT folders."""
 Rows = dict[str, tuple[np.ndarray, np.ndarray]]
 """LoRA name -> numbers of some of its rows (int64), and what they are to hold (float32)."""
 
@@ -135,7 +137,7 @@ def write_adapter_folder(
         alpha: lora_alpha.
         base_model: the diffusers folder the adapter is for.
         peft_only: for a pipeline without ``load_lora_weights``
-            (`edge_dit.models.families.PEFT_ONLY`): the folder is a plain PEFT folder.
+            (`PEFT_ONLY`): the folder is a plain PEFT folder.
     """
     with whole_folder(folder, PEFT_CONFIG if peft_only else DIFFUSERS_FILE) as building:
         peft = building

@@ -16,9 +16,9 @@ RATIO = 0.5
 HEAD_SHARE = 2 / 3
 """Share of the skipped blocks taken from the front when only a ratio is asked for.
 
-The state that enters the trained blocks is exact, the tail residual is not (docs/method.md, Eq. 3). Of the
-paper's one-sided ablations, skipping the front is by far the milder (Table 2: DINO 0.6651 against
-0.4808). So the front gives more, and both ends give something.
+The state that enters the trained blocks is exact, the tail residual is not (docs/method.md, Eq. 3).
+Of the paper's one-sided ablations, skipping the front is by far the milder: DINO 0.6651 against
+0.4808 (docs/method.md, Tables 2 and 4). So the front gives more, and both ends give something.
 """
 Run = tuple[int, int]
 """Blocks [first, end)."""

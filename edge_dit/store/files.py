@@ -23,6 +23,8 @@ from platformdirs import user_cache_path
 from edge_dit.errors import BadInput
 from edge_dit.store.locks import locked
 
+StrPath = str | os.PathLike[str]
+"""A path as users of the API may give it."""
 REMEDIES = {
     errno.ENOSPC: "free some space, then run the same command again",
     errno.EDQUOT: "free some of your quota, then run the same command again",

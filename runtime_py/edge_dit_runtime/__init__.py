@@ -2,14 +2,52 @@
 
     import edge_dit_runtime as er
 
-    bundle = er.open(Path("bundle"))
-    run = er.train(Path("bundle"), Path("bank"), Path("run"))
-    er.save_lora(Path("run"), Path("lora"))
+    session = er.open("bundle")                     # to step it yourself
+    run = er.train("bundle", "bank", "run")         # Ctrl-C stops it; resume=True goes on
+    er.save_lora("run", "lora")                     # pipe.load_lora_weights("lora")
 
-Names are imported when they are first used: importing this package costs nothing.
+Names are imported when they are first used: importing this package takes no time.
 
     session      opens a target: a `Session` that steps, and the patch sampler
-    train        the loop over a bank: progress, checkpoints, resume
+    sessions/    one module a target, and what they share
+    training     the loop over a bank: progress, checkpoints, resume
     run_folder   what a run keeps on disk; loss_plot: its picture
     measure      what parity compares, in a process of its own
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Before anything of onnxruntime's or torch's: it sets how their threads wait.
+import edge_dit  # noqa: F401
+
+if TYPE_CHECKING:
+    from edge_dit_runtime.run_folder import Run as Run
+    from edge_dit_runtime.run_folder import save_lora as save_lora
+    from edge_dit_runtime.session import open as open  # noqa: A004
+    from edge_dit_runtime.sessions.trainer import Session as Session
+    from edge_dit_runtime.training import train as train
+
+_HOME = {
+    "open": "session",
+    "train": "training",
+    "save_lora": "run_folder",
+    "Run": "run_folder",
+    "Session": "sessions.trainer",
+}
+"""Name of the API -> module that has it."""
+__all__ = [*_HOME]  # noqa: PLE0604 - names of the table above
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

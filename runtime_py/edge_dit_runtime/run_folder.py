@@ -22,13 +22,19 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, TypeAdapter
 
-from edge_dit.contract.adapter import write_adapter
+from edge_dit.contract.adapter import (
+    DIFFUSERS_FILE,
+    PEFT_FILE,
+    PEFT_ONLY,
+    write_adapter,
+    write_adapter_folder,
+)
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import ADAPTER
 from edge_dit.contract.names import ADAPTED
 from edge_dit.errors import BadInput
 from edge_dit.store.documents import STRICT, parse_json, read_document, validated, write_document
-from edge_dit.store.files import cannot_write, write_atomic
+from edge_dit.store.files import StrPath, cannot_write, write_atomic
 from edge_dit.store.locks import locked
 from edge_dit.store.tensors import TensorFile, write_tensors
 from edge_dit_runtime.loss_plot import plot_losses
@@ -273,6 +279,31 @@ class RunFolder:
             raise ValueError("it does not say what it belongs to")
         raw = parse_json(file.header.metadata[RUN_KEY].encode())
         return file, TypeAdapter(Run).validate_python(raw)  # its ValidationError is a ValueError
+
+
+def save_lora(run: StrPath, folder: StrPath) -> Path:
+    """Write the LoRA of a run as a folder for ``pipe.load_lora_weights``, with a PEFT copy in
+    ``peft/``; for a pipeline that has no ``load_lora_weights`` as a PEFT folder.
+
+    Args:
+        run: a run folder; it may be unfinished.
+        folder: where the LoRA goes; put in place whole, or not at all.
+
+    Returns:
+        The safetensors file.
+
+    Raises:
+        BadInput: not a run, nothing saved in it yet, or ``folder`` holds something else.
+
+    Example:
+        >>> er.save_lora("run", "lora").name
+        'pytorch_lora_weights.safetensors'
+    """
+    tensors, saved = RunFolder(Path(run)).adapter()
+    peft_only = saved.family in PEFT_ONLY
+    out = Path(folder)
+    write_adapter_folder(out, tensors, saved.rank, saved.alpha, saved.base_model, peft_only)
+    return out / (PEFT_FILE if peft_only else DIFFUSERS_FILE)
 
 
 def all_finite(tensors: Mapping[str, np.ndarray]) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edge_dit.contract.bundle import Bundle
+from edge_dit.contract.bundle import Bundle, open_bundle
+from edge_dit.contract.integrity import check_bundle
 from edge_dit.contract.targets import TARGETS
+from edge_dit.store.files import StrPath
 from edge_dit_runtime.sessions.trainer import Session
 
 
@@ -26,6 +29,30 @@ def open_session(bundle: Bundle, target: str, layout: str | None = None) -> Sess
     """
     chosen = bundle.layout(target, layout)
     return _module(target).open_session(bundle, chosen)
+
+
+def open(bundle: StrPath, target: str | None = None) -> Session:  # noqa: A001 - er.open
+    """Open a bundle to step it yourself; its files are checked first.
+
+    Args:
+        bundle: folder of the bundle.
+        target: "onnx", or with a layout "onnx:streamed"; default the bundle's first target.
+
+    Raises:
+        BadInput: the bundle is damaged, lacks the target or layout, or the target's runtime is not
+            installed.
+
+    Example:
+        >>> session = er.open("bundle")
+        >>> loss = session.step(bank[0])
+        >>> loss > 0
+        True
+    """
+    opened = open_bundle(Path(bundle))
+    name, _, layout = (target or next(iter(opened.manifest.targets), "onnx")).partition(":")
+    opened.layout(name, layout or None)
+    check_bundle(opened, name)
+    return open_session(opened, name, layout or None)
 
 
 def open_sampler(bundle: Bundle, target: str) -> Callable[..., np.ndarray]:

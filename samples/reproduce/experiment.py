@@ -44,7 +44,7 @@ from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import NAME, Selection, read_selection
 from edge_dit.planning.split import split_by_ratio
 from edge_dit.reference.evaluate import LEVELS, Whole, encode_whole
-from edge_dit_runtime.train import draw_order
+from edge_dit_runtime.training import draw_order
 from training import Progress
 
 GENERATION: dict[str, dict[str, Any]] = {

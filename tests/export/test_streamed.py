@@ -102,7 +102,7 @@ def small_road(road, tmp_path_factory):
 
 
 def test_a_bundle_with_int8_weights_is_certified_and_trains(road, small_road, tmp_path):
-    from edge_dit_runtime.train import train
+    from edge_dit_runtime.training import train
 
     folder = small_road.folder
     assert small_road.layouts("onnx") == ["streamed"]
@@ -121,7 +121,7 @@ def test_a_layout_that_is_not_there_is_refused(small_road):
 
 
 def test_a_run_goes_on_in_the_layout_it_was_started_with(road, tmp_path):
-    from edge_dit_runtime.train import train
+    from edge_dit_runtime.training import train
 
     folder = tmp_path / "run"
     stop = lambda done, _: done == 2  # noqa: E731

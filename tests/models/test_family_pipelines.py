@@ -29,7 +29,8 @@ from edge_dit.contract.adapter import DIFFUSERS_FILE, PEFT_FILE, write_adapter_f
 from edge_dit.contract.bank import Bank
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.checkpoint import INDEX, SINGLE
-from edge_dit.models.families import PEFT_ONLY, PIPELINE_FAMILY, family_of
+from edge_dit.contract.adapter import PEFT_ONLY
+from edge_dit.models.families import PIPELINE_FAMILY, family_of
 from edge_dit.models.families.family import Family, scheduler_config
 from edge_dit.models.model import open_model
 from edge_dit.models.pipeline import load_pipeline

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from edge_dit.contract.adapter import read_adapter
 from edge_dit.errors import BadInput
 from edge_dit_runtime.run_folder import RunFolder
-from edge_dit_runtime.train import draw_order, train
+from edge_dit_runtime.training import draw_order, train
 
 STEPS = 12
 
@@ -64,7 +64,7 @@ def test_interrupt_ends_the_step_and_leaves_a_checkpoint(road, whole, tmp_path):
 
 def test_killed_between_checkpoints_goes_on_from_the_last(road, whole, tmp_path, monkeypatch):
     """The process dies without a chance to save: steps since the checkpoint are repeated."""
-    monkeypatch.setattr("edge_dit_runtime.train.SAVE_EVERY", 4)
+    monkeypatch.setattr("edge_dit_runtime.training.SAVE_EVERY", 4)
     target, reference = whole
     run = tmp_path / "run"
 

@@ -42,7 +42,7 @@ IMPORTED = (
     "edge_dit_export.export",
     "edge_dit_export.targets.onnx",
     "edge_dit_runtime.sessions.onnx",
-    "edge_dit_runtime.train",
+    "edge_dit_runtime.training",
 )
 """What the stages take seconds to import."""
 
@@ -108,7 +108,7 @@ def run_precompute(world: World, out: Path) -> None:
 
 
 def run_train(world: World, out: Path) -> None:
-    import edge_dit_runtime.train as module
+    import edge_dit_runtime.training as module
     from edge_dit_runtime import run_folder
 
     module.SAVE_EVERY = SAVE_EVERY

@@ -35,7 +35,7 @@ from edge_dit.store.files import write_atomic, write_json
 from edge_dit.store.locks import locked
 from edge_dit.store.tensors import TensorFile
 from edge_dit_runtime.run_folder import RunFolder
-from edge_dit_runtime.train import MOST_SKIPPED, train
+from edge_dit_runtime.training import MOST_SKIPPED, train
 
 STEPS = 12
 
@@ -43,8 +43,8 @@ STEPS = 12
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """bank/ and bundle/ of a few numbers, trained by `small.SmallSession`."""
-    monkeypatch.setattr("edge_dit_runtime.train.open_session", small.open_small)
-    monkeypatch.setattr("edge_dit_runtime.train.SAVE_EVERY", 5)
+    monkeypatch.setattr("edge_dit_runtime.training.open_session", small.open_small)
+    monkeypatch.setattr("edge_dit_runtime.training.SAVE_EVERY", 5)
     monkeypatch.setattr("edge_dit_runtime.run_folder.plot_losses", lambda *_: None)
     small.write_bank(tmp_path / "bank")
     small.write_bundle(tmp_path / "bundle")
@@ -585,7 +585,7 @@ class Poisoned(small.SmallSession):
 def poisoned(world, monkeypatch):
     Poisoned.numbers = [draw["entry"].tobytes() for draw in Bank(world / "bank")]
     monkeypatch.setattr(
-        "edge_dit_runtime.train.open_session", lambda bundle, *_: Poisoned(bundle.manifest)
+        "edge_dit_runtime.training.open_session", lambda bundle, *_: Poisoned(bundle.manifest)
     )
     return monkeypatch
 

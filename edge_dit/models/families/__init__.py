@@ -25,8 +25,6 @@ FAMILIES = {
 }
 """Family module -> pipeline classes in model_index.json."""
 PIPELINE_FAMILY = {pipeline: name for name, pipelines in FAMILIES.items() for pipeline in pipelines}
-PEFT_ONLY = ("pixart",)
-"""Families whose pipeline has no ``load_lora_weights``; their adapters are PEFT folders."""
 UNSUPPORTED = {
     "HunyuanDiTPipeline": "its blocks have long skips, so a run of blocks is no residual",
     "HiDreamImagePipeline": "every block takes another text layer",

@@ -1,7 +1,7 @@
 """The training loop: a session over a bank, stoppable at any moment.
 
-    train(Path("bundle"), Path("bank"), Path("run"))        # Ctrl-C stops it with a checkpoint
-    train(Path("bundle"), Path("bank"), Path("run"), resume=True)
+    train("bundle", "bank", "run")        # Ctrl-C stops it with a checkpoint
+    train("bundle", "bank", "run", resume=True)
 
 What a run keeps is in `edge_dit_runtime.run_folder`.
 """
@@ -27,6 +27,7 @@ from edge_dit.contract.integrity import check_bundle
 from edge_dit.errors import BadInput
 from edge_dit.progress import bar, warn
 from edge_dit.store.documents import validated
+from edge_dit.store.files import StrPath
 from edge_dit_runtime.run_folder import Losses, Run, RunFolder, all_finite
 from edge_dit_runtime.session import open_session
 from edge_dit_runtime.sessions.state import check_draw
@@ -77,9 +78,9 @@ def draw_order(step: int, draws: int, seed: int) -> int:
 
 
 def train(
-    bundle: Path,
-    bank: Path,
-    folder: Path,
+    bundle: StrPath,
+    bank: StrPath,
+    folder: StrPath,
     *,
     target: str | None = None,
     steps: int | None = None,
@@ -102,12 +103,17 @@ def train(
         BadInput: bundle, bank or run do not fit together or are damaged; the run exists and
             ``resume`` is off; another process trains into it; it cannot be written; or
             `MOST_SKIPPED` steps in a row had no finite loss and gradients.
+
+    Example:
+        >>> run = er.train("bundle", "bank", "run", steps=3)
+        >>> run.done, run.target
+        (3, 'onnx')
     """
-    opened = open_bundle(bundle)
-    draws = Bank(bank, opened.manifest.plan_hash)
-    kept = RunFolder(folder)
+    opened = open_bundle(Path(bundle))
+    draws = Bank(Path(bank), opened.manifest.plan_hash)
+    kept = RunFolder(Path(folder))
     kept.previous(resume)  # before the folder is touched
-    planned = validated(bundle, TypeAdapter(_Planned), opened.manifest.plan, "export it again")
+    planned = validated(opened.folder, TypeAdapter(_Planned), opened.manifest.plan, "export it again")
     with kept.occupied():
         previous = kept.previous(resume)
         name, layout = _way(opened, target, previous, planned.layout)

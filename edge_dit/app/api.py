@@ -1,0 +1,181 @@
+"""The Python API of the host: what ``import edge_dit as ed`` shows, and what the commands call.
+
+Every function takes paths as text or `Path`. docs/api.md walks from a job to an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_dit.budget.limits import Limits
+from edge_dit.contract.bank import Bank
+from edge_dit.contract.targets import check_targets
+from edge_dit.errors import require
+from edge_dit.planning.job import Job, bytes_of
+from edge_dit.planning.job import read_job as _read_job
+from edge_dit.planning.plan import Plan
+from edge_dit.planning.split import SplitRequest
+from edge_dit.progress import warn
+from edge_dit.store.files import StrPath
+from edge_dit.text import seconds_of
+
+if TYPE_CHECKING:
+    from edge_dit.contract.bundle import Bundle
+    from edge_dit.contract.certificate import Certificate
+    from edge_dit.pictures.images import Captioned
+
+
+def read_job(path: StrPath) -> Job:
+    """Read a job file (docs/jobs.md).
+
+    Raises:
+        BadInput: unreadable, not TOML, or (as `ManyFaults`) every fault with its line.
+
+    Example:
+        >>> job = ed.read_job("job.toml")
+        >>> job.train.patch
+        32
+    """
+    return _read_job(Path(path))
+
+
+def plan(
+    job: Job,
+    *,
+    ram: str | None = None,
+    flash: str | None = None,
+    step_time: str | None = None,
+    skip_ratio: float | None = None,
+    targets: Sequence[str] = (),
+) -> Plan:
+    """Choose which blocks to train, at which sizes.
+
+    Without a budget the job decides. With one - of these arguments, else of the job - the best plan
+    that fits is taken (docs/selection.md).
+
+    Args:
+        job: from `read_job`.
+        ram: most memory of a training process, "3GiB".
+        flash: most storage of bundle and bank, "2GiB".
+        step_time: longest training step, "5s".
+        skip_ratio: share of blocks to skip, in [0, 1); not beside a budget.
+        targets: to choose from, or their layouts ("onnx:streamed"); default the job's.
+
+    Raises:
+        BadInput: faults of job, model and pictures, together; or nothing fits the budget.
+        ValueError: a size or time that is none.
+
+    Example:
+        >>> plan = ed.plan(job)
+        >>> plan.trained
+        [1, 2]
+        >>> ed.plan(job, ram="1GiB", targets=["onnx"]).targets
+        ['onnx']
+    """
+    from edge_dit.app.planner import plan_job
+
+    limits = None
+    if ram or flash or step_time:
+        limits = Limits(
+            bytes_of(ram) if ram else inf,
+            bytes_of(flash) if flash else inf,
+            seconds_of(step_time) if step_time else inf,
+        )
+    request = SplitRequest(skip_ratio=skip_ratio)
+    return plan_job(job, request, limits=limits, targets=targets).plan
+
+
+def read_pictures(job: Job, plan: Plan) -> list[Captioned]:
+    """Read a job's pictures in the size of its plan, with captions; warns of enlarged ones.
+
+    Raises:
+        BadInput: every unreadable picture and missing caption, together.
+
+    Example:
+        >>> pictures = ed.read_pictures(job, plan)
+        >>> len(pictures), pictures[0].pixels.shape
+        (3, (3, 64, 64))
+    """
+    from edge_dit.pictures.images import read_folder
+
+    pictures = read_folder(job.data.images, job.data.prompt, plan.s_max)
+    for picture in pictures:
+        if picture.upscaled:
+            warn(f"{picture.name} is smaller than {plan.s_max} px and was enlarged")
+    return pictures
+
+
+def precompute(plan: Plan, pictures: list[Captioned], folder: StrPath) -> Bank:
+    """Store what the frozen blocks contribute to every draw, or finish a bank that was stopped.
+
+    Args:
+        plan: from `plan`.
+        pictures: from `read_pictures`.
+        folder: where the bank goes.
+
+    Raises:
+        BadInput: the folder holds another bank; the model changed since the plan, or is damaged;
+            torch is not installed.
+
+    Example:
+        >>> bank = ed.precompute(plan, pictures, "bank")
+        >>> len(bank), bank[0]["entry"].dtype
+        (10, dtype('float32'))
+    """
+    require("torch", "precompute")
+    from edge_dit.reference.precompute import precompute
+
+    precompute(plan, pictures, Path(folder))
+    return Bank(Path(folder), plan.identity())
+
+
+def export(plan: Plan, folder: StrPath, targets: Sequence[str] | None = None) -> Bundle:
+    """Write the trainable sub-graph, the optimizer and the patch sampler for every target.
+
+    Args:
+        plan: from `plan`.
+        folder: where the bundle goes; put in place whole, or not at all.
+        targets: some of "onnx", "ort-training" and "executorch"; default the plan's.
+
+    Raises:
+        BadInput: a target's packages are missing, the model changed, ``folder`` holds something
+            else.
+
+    Example:
+        >>> bundle = ed.export(plan, "bundle", ["onnx"])
+        >>> bundle.layouts("onnx")
+        ['fused', 'streamed']
+    """
+    check_targets(list(targets or []))
+    require("torch", "export")
+    from edge_dit_export.export import export
+
+    return export(plan, Path(folder), list(targets or plan.targets))
+
+
+def verify(
+    bundle: StrPath, bank: StrPath, *, steps: int = 20, targets: Sequence[str] | None = None
+) -> Certificate:
+    """Compare every target of a bundle with PyTorch; the certificate is written into the bundle.
+
+    Args:
+        bundle: from `export`.
+        bank: its bank.
+        steps: length of the training trajectory that is compared.
+        targets: some of the bundle's; default all.
+
+    Raises:
+        BadInput: bundle and bank do not fit, the model is gone, or torch is missing.
+        CheckFailed: too few draws can be compared.
+
+    Example:
+        >>> certificate = ed.verify("bundle", "bank", steps=2)
+        >>> certificate.passed, sorted(certificate.targets)
+        (True, ['onnx', 'onnx (streamed)'])
+    """
+    from edge_dit.app.verify import verify
+
+    return verify(Path(bundle), Path(bank), steps, targets)

@@ -1,0 +1,204 @@
+"""The whole road for one person's own pictures: a job -> an adapter.
+
+    OUT/job.json    the job as it was when the run began
+    OUT/plan.json   which blocks train, at which sizes
+    OUT/bank        what the frozen blocks contribute to each draw
+    OUT/bundle      the exported sub-graph, and its certificate
+    OUT/run         the training run: losses, checkpoints
+    OUT/lora        the adapter, for ``pipe.load_lora_weights``
+
+Each stage is skipped where it was done already, so the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_dit.app import api
+from edge_dit.app.describe import plan_in_words
+from edge_dit.app.planner import plan_job
+from edge_dit.app.verify import table, why_failed
+from edge_dit.contract.adapter import DIFFUSERS_FILE, PEFT_CONFIG, loading_hint
+from edge_dit.contract.bundle import MANIFEST, open_bundle
+from edge_dit.contract.certificate import read_certificate
+from edge_dit.contract.targets import variant_of
+from edge_dit.errors import BadInput, CheckFailed
+from edge_dit.pictures.images import Captioned
+from edge_dit.planning.job import Job, read_job
+from edge_dit.planning.plan import Plan, read_plan, write_plan
+from edge_dit.store.documents import read_document, write_document
+from edge_dit.store.files import cannot_write
+
+Say = Callable[[Any], None]
+"""Prints a line or a table to the user."""
+
+
+@dataclass(frozen=True)
+class Road:
+    """The folder of a run and what lies where in it.
+
+    Attributes:
+        out: the folder.
+        job: what was asked for.
+        plan: what was planned for it.
+        pictures: of the job, in the plan's size.
+    """
+
+    out: Path
+    job: Job
+    plan: Plan
+    pictures: list[Captioned]
+
+    @property
+    def bank(self) -> Path:
+        """Folder of the bank."""
+        return self.out / "bank"
+
+    @property
+    def bundle(self) -> Path:
+        """Folder of the bundle."""
+        return self.out / "bundle"
+
+    def run(self, target: str) -> Path:
+        """Folder of a target's training run; the plan's first target has the plain name."""
+        return self.out / self._name("run", target)
+
+    def lora(self, target: str) -> Path:
+        """Folder of a target's adapter."""
+        return self.out / self._name("lora", target)
+
+    def _name(self, what: str, target: str) -> str:
+        first = self.plan.targets[0]
+        return what if target == first else f"{what}-{target.replace(':', '-')}"
+
+
+def run(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
+    """Walk the road of a job, or go on with it.
+
+    Args:
+        job_path: the job file.
+        out: folder of everything; new, or that of the same job.
+        target: the one to train, "onnx" or "onnx:streamed"; default the plan's first.
+        say: prints to the user.
+
+    Raises:
+        BadInput: see the stages; or ``out`` belongs to another job, or to one that has changed.
+        CheckFailed: the target does not compute what PyTorch computes.
+        KeyboardInterrupt: training was stopped; the same command continues it.
+    """
+    road = begin(job_path, out, target, say)
+    target = target or road.plan.targets[0]
+    api.precompute(road.plan, road.pictures, road.bank)
+    export_and_verify(road, [variant_of(target).target], say)
+    lora = train(road, target)
+    say(f"the adapter: {lora}")
+    say(f"load it: {loading_hint(lora, (lora / PEFT_CONFIG).is_file())}")
+    return road
+
+
+def begin(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
+    """Plan the job, or take the plan of the run that is there.
+
+    Raises:
+        BadInput: faults of the job; or ``out`` belongs to another job, or to one that has changed.
+    """
+    job = read_job(job_path)
+    asked = {**job.model_dump(mode="json"), "target": target or ""}
+    stored = out / "job.json"
+    if stored.is_file():
+        _check_same(stored, asked)
+    elif out.exists() and (not out.is_dir() or any(p.name[0] != "." for p in out.iterdir())):
+        raise BadInput(
+            out,
+            found="not empty, and not the folder of a run",
+            expected="a new or empty folder, or that of the same job",
+            remedy="choose another -o",
+        )
+    if (out / "plan.json").is_file() and stored.is_file():
+        plan = read_plan(out / "plan.json")
+    else:
+        planned = plan_job(job, targets=[target] if target else [])
+        plan = planned.plan
+        if target:
+            plan = plan.model_copy(update={"targets": [variant_of(target).target]})
+        for line in planned.in_words():
+            say(line)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(out, error) from error
+        write_document(stored, asked)
+        write_plan(plan, out / "plan.json")
+    for line in plan_in_words(plan):
+        say(line)
+    return Road(out, job, plan, api.read_pictures(job, plan))
+
+
+def _check_same(stored: Path, asked: dict[str, Any]) -> None:
+    """Raise `BadInput` where the job is not the one that the folder was made for."""
+    before = read_document(stored, "the folder of a run", "choose another -o")
+    changed = [
+        f"{section}.{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        if isinstance(old, dict) and isinstance(new, dict)
+        else f"{section}: {old!r} -> {new!r}"
+        for section, new in asked.items()
+        for old in [before.get(section)]
+        if old != new
+        for key in (
+            [k for k in {**old, **new} if old.get(k) != new.get(k)]
+            if isinstance(old, dict) and isinstance(new, dict)
+            else [""]
+        )
+    ]
+    if changed:
+        raise BadInput(
+            stored.parent,
+            found=f"the folder of a run of another job ({'; '.join(changed)})",
+            expected="the job that it was begun with",
+            remedy="choose another -o, or undo the change",
+        )
+
+
+def export_and_verify(road: Road, targets: list[str], say: Say) -> None:
+    """Make the bundle unless it is there, and certify it unless it is certified.
+
+    Raises:
+        CheckFailed: a target does not compute what PyTorch computes.
+    """
+    bundle = None
+    if (road.bundle / MANIFEST).is_file():
+        bundle = open_bundle(road.bundle)
+        same = bundle.manifest.plan == road.plan.model_dump(mode="json")
+        bundle = bundle if same and set(targets) <= set(bundle.manifest.targets) else None
+    bundle = bundle or api.export(road.plan, road.bundle, targets)
+    certificate = read_certificate(bundle)
+    titles = {bundle.titled(t, layout) for t in targets for layout in bundle.layouts(t)}
+    if certificate is None or not titles <= set(certificate.targets) or not certificate.passed:
+        certificate = api.verify(road.bundle, road.bank)
+    say(table(certificate))
+    if not certificate.passed:
+        raise CheckFailed(why_failed(certificate))
+
+
+def train(road: Road, target: str) -> Path:
+    """Train one target, or finish its run; the folder of its LoRA.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C stopped it, with a checkpoint.
+    """
+    import edge_dit_runtime as er
+    from edge_dit_runtime.run_folder import RUN
+
+    run = road.run(target)
+    done = er.train(
+        road.bundle, road.bank, run, target=target, resume=(run / RUN).is_file()
+    )
+    if done.done < done.steps:
+        raise KeyboardInterrupt  # training stops at the first Ctrl-C; so does the rest of the road
+    lora = road.lora(target)
+    if not (lora / DIFFUSERS_FILE).is_file() and not (lora / PEFT_CONFIG).is_file():
+        er.save_lora(run, lora)
+    return lora
