@@ -61,7 +61,7 @@ _HOME = {
     "CheckFailed": "errors",
 }
 """Name of the API -> module that has it."""
-__all__ = [*_HOME]  # noqa: PLE0604 - names of the table above
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,6 @@ takes) and `edge_dit.budget.search` (what fits).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from edge_dit.budget.footprint import Footprint, Profile
     from edge_dit.budget.search import Choice
 
-MEASURED = Path(__file__).with_name("measured.json")
-"""Predictions beside measurements, written by tests/benchmarks/footprint.py."""
 HELD_OUT = "heldout"
 """Folder beside a subject's training images with those that measure; as quickstart has it."""
 
@@ -96,7 +93,7 @@ def plan_job(
         BadInput: faults of the job; a ratio beside a budget; or nothing fits the budget.
     """
     from edge_dit.budget.footprint import calibrated
-    from edge_dit.budget.search import plan_within, variants_of
+    from edge_dit.budget.search import bounds_of, plan_within, variants_of
 
     asked = job.plan
     if limits is None and (asked.ram or asked.flash or asked.step_time) and skip_ratio is None:
@@ -122,8 +119,9 @@ def plan_job(
     if faults := choose_split(whole.layers, request).faults:
         raise faults[0]
     ways = variants_of(targets or whole.targets)
-    plan, choice = plan_within(whole, limits, profile, ways, selection, head, tail)
-    footprints = {str(choice.best.option.execution): choice.best.footprint}
+    bounds = bounds_of(whole, head, tail)
+    plan, choice = plan_within(whole, bounds, limits, profile, ways, selection)
+    footprints = {str(choice.best.option.variant): choice.best.footprint}
     return Planned(plan, selection, source, choice, limits, footprints)
 
 
@@ -152,21 +150,21 @@ def config_within(
     rank: int = 16,
     draws: int = 256,
 ) -> tuple[dict[str, Any], list[str]]:
-    """What would fit a budget of a public checkpoint: facts, and lines for people.
+    """The best plan of a public checkpoint within a budget: facts for JSON, and lines for people.
 
     Args:
         name: key of `edge_dit.models.public_configs.CONFIGS`.
         limits: the budget.
         profile: of the device.
         targets: to choose from; default all.
-        patch: largest s_min in pixels; default the paper's, else half the resolution.
-        rank: largest of the LoRA.
-        draws: in the bank.
+        patch: largest s_min in pixels; default the paper's, or half the resolution.
+        rank: largest LoRA rank.
+        draws: number of draws in the bank.
 
     Raises:
-        BadInput: an unknown name, a patch that does not divide, or nothing fits.
+        BadInput: the name is unknown, the patch does not divide, or no plan fits.
     """
-    from edge_dit.budget.search import Asked, choose, space_of, variants_of
+    from edge_dit.budget.search import Bounds, choose, space_of, variants_of
     from edge_dit.contract.bundle import TARGETS
     from edge_dit.models.families import family_of
     from edge_dit.models.public_configs import public_config
@@ -175,18 +173,27 @@ def config_within(
     side = public.patch if patch is None else patch
     if faults := size_faults({"--patch": side}, public.multiple):
         raise faults[0]
-    asked = Asked(side, public.resolution, public.multiple, public.text_tokens, rank, draws)
+    bounds = Bounds(
+        s_min=side,
+        s_max=public.resolution,
+        multiple=public.multiple,
+        text_tokens=public.text_tokens,
+        rank=rank,
+        draws=draws,
+    )
     ways = variants_of(targets or list(TARGETS))
-    space = space_of(family_of(public.family), public.config, asked, profile, ways)
+    space = space_of(family_of(public.family), public.config, bounds, profile, ways)
     choice = choose(space, limits)
     option = choice.best.option
     facts = {
         "config": name,
         "layers": space.layers,
-        **{key: value for key, value in vars(option).items() if key != "execution"},
-        **vars(option.execution),
+        **{key: value for key, value in vars(option).items() if key != "variant"},
+        **vars(option.variant),
         "footprint": vars(choice.best.footprint),
-        "quality": choice.best.quality,
+        "compared": choice.compared,
+        "fitting": choice.fitting,
+        "reasons": choice.in_words(),
     }
     return facts, [f"{name}, {space.layers} blocks", *choice.in_words()]
 
@@ -200,6 +207,7 @@ def report_on(job: Job, planned: Planned, path: Path) -> None:
         path: of the page.
     """
     from edge_dit.app import report
+    from edge_dit.budget.footprint import read_measured
 
     plan = planned.plan
     images = read_folder(job.data.images, job.data.prompt, plan.s_max)
@@ -207,9 +215,7 @@ def report_on(job: Job, planned: Planned, path: Path) -> None:
         report.Expected(name, f.anonymous, f.file, f.bundle + plan.draws * f.draw, f.seconds)
         for name, f in planned.footprints.items()
     ]
-    measured: dict[str, Any] = {"machine": "", "rows": []}
-    if MEASURED.is_file():
-        measured = json.loads(MEASURED.read_text())
+    machine, measured = read_measured()
     page = report.Page(
         model=plan.model.name,
         plan=plan,
@@ -218,8 +224,8 @@ def report_on(job: Job, planned: Planned, path: Path) -> None:
         reasons=[line.strip() for line in planned.in_words()],
         selection=planned.selection,
         memory=report.memory_by_role(plan, planned.selection),
-        measured=[report.Measured(**row) for row in measured["rows"]],
-        machine=measured["machine"],
+        measured=measured,
+        machine=machine,
         samples=report.sample_patches(plan, images),
     )
     report.write_report(path, page)

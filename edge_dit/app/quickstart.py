@@ -152,9 +152,7 @@ def judge(
         with adapted(pipeline, folder):
             losses[name] = heldout_loss(model, pipeline, encoded)
             if name in sheets:
-                picture = contact_sheet(
-                    model.family, pipeline, prompts, SEEDS, plan.s_max, name
-                )
+                picture = contact_sheet(model.family, pipeline, prompts, SEEDS, plan.s_max, name)
                 picture.save(road.out / sheets[name])
     return losses
 

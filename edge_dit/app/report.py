@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor, inf, isfinite, log10
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -28,6 +28,9 @@ from edge_dit.planning.selection import Selection
 from edge_dit.planning.split import SplitRequest, choose_split
 from edge_dit.store.files import write_atomic
 from edge_dit.text import size
+
+if TYPE_CHECKING:
+    from edge_dit.budget.footprint import Measured
 
 TEMPLATE = "report.html.j2"
 ROLES = ("frozen weights", "LoRA", "optimizer", "activations", "other")
@@ -74,29 +77,6 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A prediction and what was measured.
-
-    Attributes:
-        case: name of the configuration.
-        trained: blocks.
-        execution: as `edge_dit.contract.targets.TargetVariant` in words.
-        anonymous, file, seconds: measured peak bytes of a training process, and time of a step.
-        predicted_anonymous, predicted_file, predicted_seconds: the same, predicted.
-    """
-
-    case: str
-    trained: int
-    execution: str
-    anonymous: float
-    predicted_anonymous: float
-    file: float
-    predicted_file: float
-    seconds: float
-    predicted_seconds: float
-
-
-@dataclass(frozen=True)
 class Patch:
     """What a training step sees of an image.
 
@@ -135,7 +115,7 @@ class Page:
         plan: of the job.
         expected: of every way to train that the plan leaves open.
         budget: what the plan had to fit.
-        reasons: sentences: why this plan, what was given up, what more memory would buy.
+        reasons: sentences: why this plan, what was given up, what more memory would allow.
         selection: that decided the split, or None.
         memory: title and bytes by role (`ROLES`) of each bar, see `memory_by_role`.
         memory_note: a sentence on what the bars count.

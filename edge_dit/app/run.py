@@ -193,9 +193,7 @@ def train(road: Road, target: str) -> Path:
     from edge_dit_runtime.run_folder import RUN
 
     run = road.run(target)
-    done = er.train(
-        road.bundle, road.bank, run, target=target, resume=(run / RUN).is_file()
-    )
+    done = er.train(road.bundle, road.bank, run, target=target, resume=(run / RUN).is_file())
     if done.done < done.steps:
         raise KeyboardInterrupt  # training stops at the first Ctrl-C; so does the rest of the road
     lora = road.lora(target)

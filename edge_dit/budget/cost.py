@@ -1,8 +1,11 @@
-"""What training a sub-graph takes, from shapes alone: the model lies on the meta device.
+"""Parameters, bytes and operations of one training step, computed from shapes alone.
 
-Activations are what autograd keeps of one forward pass with attention in its math form, as the
-exported graphs compute it; operations are counted over forward and backward. Blocks of one kind
-take the same, so each kind is measured once and a sub-graph is a sum: a planner may ask for many.
+The model lies on the meta device, so no weights are needed. Activations are the tensors that
+autograd saves in one forward pass; attention runs in its math form, because the exported graphs
+compute it so. Operations are counted over the forward and the backward pass.
+
+Blocks with the same parameter shapes cost the same. So each kind of block is measured once, and the
+cost of a sub-graph is a sum. A search can therefore ask for thousands of sub-graphs.
 """
 
 from __future__ import annotations
@@ -36,27 +39,28 @@ from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.split import SplitRequest, choose_split, size_faults
 
 FLOAT = 4
-"""Bytes of a float32."""
+"""Bytes of a float32 element."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training step with batch 1, float32.
+    """Cost of one training step with batch 1 in float32.
 
     Attributes:
-        blocks: trained blocks.
-        parameters: of these blocks and the head, frozen, without LoRA.
+        blocks: number of trained blocks.
+        parameters: frozen parameters of the trained blocks and the head.
         lora: LoRA parameters.
-        frozen_bytes: of the frozen parameters.
-        lora_bytes: of the LoRA parameters and their gradients.
-        optimizer_bytes: of AdamW's two moments.
-        activation_bytes: kept for the backward pass.
-        largest_bytes: of the largest tensor among those.
-        turned_bytes: of frozen weights that gradients pass, and are multiplied with once more.
-        widest_bytes: of the largest of those.
-        matrix_bytes: of the blocks' largest frozen tensor.
-        bank_bytes: of one stored draw; what a bank stores once per prompt is not counted.
-        flops: forward and backward, a multiply-add counting as two.
+        frozen_bytes: bytes of the frozen parameters.
+        lora_bytes: bytes of the LoRA parameters and their gradients.
+        optimizer_bytes: bytes of AdamW's two moments.
+        activation_bytes: bytes that autograd saves for the backward pass.
+        largest_activation_bytes: bytes of the largest of these tensors.
+        transposed_bytes: bytes of the frozen weights that a gradient passes through. The backward
+            pass multiplies by their transposes.
+        largest_transposed_bytes: bytes of the largest of these weights.
+        largest_weight_bytes: bytes of the largest frozen tensor of the trained blocks.
+        bank_bytes: bytes of one stored draw, without what a bank stores once for each prompt.
+        flops: floating-point operations of both passes. A multiply-add counts as two.
     """
 
     blocks: int
@@ -66,45 +70,50 @@ class Cost:
     lora_bytes: int
     optimizer_bytes: int
     activation_bytes: int
-    largest_bytes: int
-    turned_bytes: int
-    widest_bytes: int
-    matrix_bytes: int
+    largest_activation_bytes: int
+    transposed_bytes: int
+    largest_transposed_bytes: int
+    largest_weight_bytes: int
     bank_bytes: int
     flops: int
 
     @property
     def total_bytes(self) -> int:
-        """What a training step needs in memory at least; the bank stays on disk."""
+        """Least memory of a training step, bytes. The bank is not counted: it stays on disk."""
         return self.frozen_bytes + self.lora_bytes + self.optimizer_bytes + self.activation_bytes
 
 
 class _Step(NamedTuple):
-    """Of a step: bytes kept for the backward pass, operations of both passes, elements of frozen
-    weights that gradients pass, bytes of the largest kept tensor, elements of the largest of those
-    weights.
+    """One training step, as `_measure` ran it on the meta device.
+
+    Attributes:
+        saved: bytes that autograd saves for the backward pass.
+        flops: operations of both passes.
+        transposed: elements of the frozen weights that a gradient passes through.
+        largest_saved: bytes of the largest saved tensor.
+        largest_transposed: elements of the largest of these weights.
     """
 
-    kept: int
+    saved: int
     flops: int
-    turned: int
-    largest: int
-    widest: int
+    transposed: int
+    largest_saved: int
+    largest_transposed: int
 
 
 def parameters(family: Family, config: dict[str, Any]) -> int:
-    """Parameters of the whole transformer."""
+    """Number of parameters of the whole transformer."""
     return sum(p.numel() for p in meta_model(family, config).parameters())
 
 
 class Shapes:
-    """A model's shapes, and what any choice of trained blocks takes.
+    """The shapes of a model at one patch size; gives the cost of any choice of trained blocks.
 
     Args:
-        family: of the model.
-        config: of the transformer.
+        family: the model's family.
+        config: the transformer's configuration.
         grid: token rows and columns of a patch.
-        text: text tokens.
+        text: number of text tokens.
         targets: modules within a block that carry LoRA; default the family's.
     """
 
@@ -126,16 +135,16 @@ class Shapes:
             self.entry, self.cond = family.begin(self.model, inputs)
         kinds: dict[Any, int] = {}
         self.kinds = [kinds.setdefault(_kind(block), len(kinds)) for block in self.blocks]
-        """Number of each block's kind."""
+        """The kind of each block, by block number. Blocks of one kind have the same shapes."""
         self._measured: dict[tuple[int, ...], _Step] = {}
         self._lora: dict[tuple[int, bool], int] = {}
 
     def cost(self, trained: Sequence[int], rank: int) -> Cost:
-        """What training some blocks takes.
+        """Cost of a training step.
 
         Args:
-            trained: their numbers, ascending.
-            rank: of the LoRA.
+            trained: numbers of the trained blocks, ascending.
+            rank: LoRA rank.
         """
         lora = rank * self._lora_sides(trained)
         frozen = self._head_parameters + sum(self._parameters[number] for number in trained)
@@ -148,23 +157,23 @@ class Shapes:
             frozen_bytes=FLOAT * frozen,
             lora_bytes=2 * FLOAT * lora,
             optimizer_bytes=2 * FLOAT * lora,
-            activation_bytes=step.kept,
-            largest_bytes=step.largest,
-            turned_bytes=FLOAT * step.turned,
-            widest_bytes=FLOAT * step.widest,
-            matrix_bytes=FLOAT * max(self._matrices[number] for number in trained),
+            activation_bytes=step.saved,
+            largest_activation_bytes=step.largest_saved,
+            transposed_bytes=FLOAT * step.transposed,
+            largest_transposed_bytes=FLOAT * step.largest_transposed,
+            largest_weight_bytes=FLOAT * max(self._largest_weights[number] for number in trained),
             bank_bytes=FLOAT * stored,
             flops=step.flops,
         )
 
     @property
     def border_bytes(self) -> int:
-        """Of the state between two blocks."""
+        """Bytes of the state between two blocks."""
         return FLOAT * sum(value.numel() for value in self.entry if value is not None)
 
     @cached_property
     def _stored(self) -> int:
-        """Elements of a draw that has no residuals but the tail's."""
+        """Elements of a stored draw whose only residual is the tail's."""
         shared = {f"cond.{name}" for name in self.family.per_prompt}
         return sum(v.numel() for name, v in self._batch({}).items() if name not in shared)
 
@@ -173,23 +182,25 @@ class Shapes:
         return [sum(p.numel() for p in block.parameters()) for block in self.blocks]
 
     @cached_property
-    def _matrices(self) -> list[int]:
+    def _largest_weights(self) -> list[int]:
         return [max(p.numel() for p in block.parameters()) for block in self.blocks]
 
     @cached_property
     def _head_parameters(self) -> int:
-        found = [getattr(self.model, name) for name in self.family.head_modules]
-        tensors = [[m] if isinstance(m, Tensor) else list(m.parameters()) for m in found]
-        return sum(p.numel() for group in tensors for p in group)
+        parts = [getattr(self.model, name) for name in self.family.head_modules]
+        tensors = [[part] if isinstance(part, Tensor) else part.parameters() for part in parts]
+        return sum(tensor.numel() for group in tensors for tensor in group)
 
     def _lora_sides(self, trained: Sequence[int]) -> int:
-        """Inputs and outputs of the modules that carry LoRA: its parameters at rank 1."""
+        """Sum of in_features + out_features over the modules that carry LoRA. This is the number of
+        LoRA parameters at rank 1.
+        """
         return self._sides(trained[-1], True) + sum(self._sides(n, False) for n in trained[:-1])
 
     def _sides(self, number: int, last: bool) -> int:
         key = (self.kinds[number], last)
         if key not in self._lora:
-            # Behind any other block it is not the last.
+            # Any second block makes this one not the last.
             blocks = [number] if last else [number, (number + 1) % len(self.blocks)]
             inside = list(self.family.blocks(self.model))[number] + "."
             names = lora_modules(self.family, self.model, blocks, self.targets)
@@ -202,20 +213,28 @@ class Shapes:
         return as_batch(self.entry, residual, self.cond, target, inner=inner)
 
     def _step(self, trained: Sequence[int], rank: int) -> _Step:
-        """What a step takes.
+        """The step of a sub-graph, put together from sub-graphs of one and two blocks.
 
-        The first trained block keeps less, for no gradient leaves it; the last comes with head and
-        loss. Both show in sub-graphs of one and of two blocks, and longer ones are chains of those:
-        their sum over neighbours, less what the blocks between were counted twice.
+        The first trained block saves less, because no gradient leaves it. The last one comes with
+        the head and the loss. Both effects show in sub-graphs of one and of two blocks. So a longer
+        sub-graph is the sum over its neighbouring pairs, less each inner block once, because two
+        pairs count it.
         """
         pairs = list(pairwise(trained)) or [(trained[0],)]
         chain = [self._measure(pair, rank) for pair in pairs]
-        twice = [self._measure((number,), rank) for number in trained[1:-1]]
-        kept, flops, turned = (
-            sum(c[i] for c in chain) - sum(t[i] for t in twice) for i in (0, 1, 2)
+        counted_twice = [self._measure((number,), rank) for number in trained[1:-1]]
+
+        def total(field: str) -> int:
+            inner = sum(getattr(step, field) for step in counted_twice)
+            return sum(getattr(step, field) for step in chain) - inner
+
+        return _Step(
+            saved=total("saved"),
+            flops=total("flops"),
+            transposed=total("transposed"),
+            largest_saved=max(step.largest_saved for step in chain),
+            largest_transposed=max(step.largest_transposed for step in chain),
         )
-        largest, widest = (max(one[i] for one in chain) for i in (3, 4))
-        return _Step(kept, flops, turned, largest, widest)
 
     def _measure(self, trained: tuple[int, ...], rank: int) -> _Step:
         key = (rank, *(self.kinds[number] for number in trained))
@@ -235,19 +254,17 @@ def _kind(block: torch.nn.Module) -> tuple[Any, ...]:
 
 
 def cost_of_plan(plan: Plan) -> dict[str, Cost]:
-    """Full LoRA at full resolution, and ``plan``."""
+    """Costs of full LoRA at full resolution and of ``plan``, by their headings for `table`."""
     model = model_of(plan, check=False)
-    side = plan.s_max // plan.multiple
-    return _against_full_lora(
-        model.family,
-        model.config,
-        plan.layers,
-        plan.trained,
-        ((side, side), plan.grid),
-        plan.text_tokens,
-        plan.rank,
-        plan.lora_targets,
-    )
+
+    def shapes(side: int) -> Shapes:
+        tokens = side // plan.multiple
+        grid = (tokens, tokens)
+        return Shapes(model.family, model.config, grid, plan.text_tokens, plan.lora_targets)
+
+    patch = shapes(plan.s_min)
+    whole = patch if plan.s_max == plan.s_min else shapes(plan.s_max)
+    return _against_full_lora(whole, patch, plan.trained, plan.rank)
 
 
 def cost_of_config(
@@ -258,19 +275,22 @@ def cost_of_config(
     patch: int | None = None,
     rank: int = 16,
 ) -> tuple[dict[str, Any], dict[str, Cost]]:
-    """What a public checkpoint would take: facts with a "summary" in words, and the costs of full
-    LoRA at full resolution and of the split.
+    """Costs of training a public checkpoint. No weights are needed.
 
     Args:
         name: key of `edge_dit.models.public_configs.CONFIGS`.
-        skip_ratio: share of blocks to skip; default one half.
-        head_skip: overrides the split's n.
-        tail_skip: overrides the split's m.
-        patch: s_min in pixels; default the paper's, else half the resolution.
-        rank: of the LoRA.
+        skip_ratio: fraction of the blocks to skip; default one half.
+        head_skip: number of leading blocks to skip (n); overrides the ratio's.
+        tail_skip: number of trailing blocks to skip (m); overrides the ratio's.
+        patch: s_min in pixels; default the paper's, or half the resolution.
+        rank: LoRA rank.
+
+    Returns:
+        Facts for JSON, with a "summary" sentence, and the costs of full LoRA at full resolution and
+        of the split, by their headings for `table`.
 
     Raises:
-        BadInput: an unknown name, a patch that does not divide, or no block left to train.
+        BadInput: the name is unknown, the patch does not divide, or no block is left to train.
     """
     public = public_config(name)
     family, config = family_of(public.family), public.config
@@ -281,19 +301,19 @@ def cost_of_config(
     faults += size_faults({"--patch": patch}, public.multiple)
     if faults:
         raise faults[0] if len(faults) == 1 else ManyFaults("plan", faults)
-    whole, side = public.resolution // public.multiple, patch // public.multiple
-    grids = ((whole, whole), (side, side))
-    columns = _against_full_lora(
-        family, config, layers, range(head, layers - tail), grids, public.text_tokens, rank, None
+    whole, own = (
+        Shapes(family, config, (tokens, tokens), public.text_tokens)
+        for tokens in (public.resolution // public.multiple, patch // public.multiple)
     )
+    columns = _against_full_lora(whole, own, range(head, layers - tail), rank)
     total = parameters(family, config)
-    words = (
+    summary = (
         f"{name}: {_count(total)} parameters in {layers} blocks and the rest; train blocks "
         f"{head}..{layers - tail - 1}, patches {patch} px out of {public.resolution} px, "
         f"{public.text_tokens} text tokens, LoRA rank {rank}"
     )
     facts = {
-        "summary": words,
+        "summary": summary,
         "config": name,
         "family": public.family,
         "parameters": total,
@@ -310,45 +330,39 @@ def cost_of_config(
 
 
 def _against_full_lora(
-    family: Family,
-    config: dict[str, Any],
-    layers: int,
-    trained: Sequence[int],
-    grids: tuple[Grid, Grid],
-    text: int,
-    rank: int,
-    targets: Sequence[str] | None,
+    whole: Shapes, patch: Shapes, trained: Sequence[int], rank: int
 ) -> dict[str, Cost]:
-    whole, patch = grids
-    full = Shapes(family, config, whole, text, targets)
-    own = full if patch == whole else Shapes(family, config, patch, text, targets)
+    """Costs of LoRA on all blocks at full resolution (``whole``) and of the trained blocks at the
+    patch size (``patch``).
+    """
     return {
-        "full LoRA": full.cost(range(layers), rank),
-        "this plan": own.cost(trained, rank),
+        "full LoRA": whole.cost(range(len(whole.blocks)), rank),
+        "this plan": patch.cost(trained, rank),
     }
 
 
 def _measure(subgraph: TrainableSubgraph, batch: dict[str, Tensor]) -> _Step:
-    """A step's measures, by running it on the meta device."""
+    """Run one step on the meta device and count."""
     not_activations = [*subgraph.parameters(), *subgraph.buffers(), *batch.values()]
     known = {_storage(tensor) for tensor in not_activations}
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if _storage(tensor) not in known:
-            kept[_storage(tensor)] = tensor
+            saved[_storage(tensor)] = tensor
         return tensor
 
-    turned: dict[int, int] = {}
+    transposed: dict[int, int] = {}
 
-    def passed(module: torch.nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
+    def note_weight(module: torch.nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() < 2 or weight.requires_grad:
             return
         if inputs[0].requires_grad:
-            turned[id(module)] = weight.numel()
+            transposed[id(module)] = weight.numel()
 
-    hooks = [m.register_forward_hook(passed) for m in subgraph.modules() if not [*m.children()]]
+    leaves = [module for module in subgraph.modules() if not [*module.children()]]
+    hooks = [module.register_forward_hook(note_weight) for module in leaves]
     counter = FlopCounterMode(display=False)
     with counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -356,9 +370,14 @@ def _measure(subgraph: TrainableSubgraph, batch: dict[str, Tensor]) -> _Step:
         loss.backward()
     for hook in hooks:
         hook.remove()
-    sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
-    flops, weights = counter.get_total_flops(), list(turned.values())
-    return _Step(sum(sizes), flops, sum(weights), max(sizes), max(weights, default=0))
+    sizes = [tensor.untyped_storage().nbytes() for tensor in saved.values()]
+    return _Step(
+        saved=sum(sizes),
+        flops=counter.get_total_flops(),
+        transposed=sum(transposed.values()),
+        largest_saved=max(sizes),
+        largest_transposed=max(transposed.values(), default=0),
+    )
 
 
 def _storage(tensor: Tensor) -> int:
@@ -366,10 +385,10 @@ def _storage(tensor: Tensor) -> int:
 
 
 def table(columns: dict[str, Cost]) -> list[str]:
-    """The costs side by side, as lines of text.
+    """Lines of a text table, one column for each cost.
 
     Args:
-        columns: heading -> cost; the last is compared with the first.
+        columns: heading -> cost. The last line compares the last cost with the first.
     """
     rows: list[tuple[str, list[str]]] = [
         ("trained blocks", [str(c.blocks) for c in columns.values()]),

@@ -1,69 +1,88 @@
-"""What training takes on a device: memory, storage and time of each target and layout.
+"""Memory, storage and time that training takes on a device, for each target and layout.
 
-Predicted from the shapes of a plan (`edge_dit.budget.cost`) and a device profile. Memory is what a
-training process has at its peak, batch 1:
+All figures are predicted from a sub-graph's shapes (`edge_dit.budget.cost`) and a device profile.
+Memory is the peak of a training process with batch 1. A budget in RAM counts anonymous memory and
+file pages, although a device short of memory can evict file pages and read them again:
 
-    anonymous = the runtime's own
-              + what is kept for the backward pass    fused: of all trained blocks
-                                                      recompute, streamed: borders, and of one block
-              + what else a graph runtime holds until then: a block's largest tensor or two,
-                transposed say, for every block whose step is in the graph
-              + transients while a gradient is computed: a share of what one block keeps, and some
-                tensors as large as its largest (the scores of softmax attention, say)
-              + LoRA, gradients, two moments, and where the optimizer does not work in place what
-                it makes of them: copies x LoRA
-              + one draw
-              + weights that are not mapped           executorch: all, packed for each direction;
-                                                      float16 and int8: some of a block's,
-                                                      widened to float32
-    file      = the runtime's own + frozen weights mapped (streamed: of one block at a time;
-                executorch: the largest matrix, while it is packed)
+    anonymous = memory of the runtime itself
+              + activations that wait for the backward pass  one small function for each layout
+              + scratch memory of one block's backward pass  `Runtime.scratch`, `Runtime.tensors`
+              + tensors that a graph keeps for every block   `Runtime.tensors_per_block`
+              + LoRA, gradients, moments and their copies    `Runtime.lora_copies`
+              + one draw of the bank
+              + frozen weights that are not mapped           one small function for each layout
+    file      = files of the runtime itself + frozen weights that are mapped
 
-File pages can be evicted, anonymous memory cannot; a budget in RAM counts both. How well this holds
-is measured by ``tests/benchmarks/footprint.py``.
+`measured.json` holds what was measured beside what is predicted, and tests/benchmarks/footprint.py
+measures it again. Every prediction there is off by at most `MEMORY_ERROR` and `TIME_ERROR`.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from edge_dit.budget.cost import FLOAT, Cost, Shapes
-from edge_dit.contract.targets import PIECE, TargetVariant
-from edge_dit.store.documents import read_document, validated, write_document
+from edge_dit.contract.targets import PIECE, TARGETS, TargetVariant
+from edge_dit.errors import BadInput
+from edge_dit.store.documents import STRICT, read_document, validated, write_document
 
 MB = 10**6
+MEMORY_ERROR, TIME_ERROR = 0.10, 0.25
+"""Largest |predicted / measured - 1| over the rows of measured.json. Memory: anonymous memory and
+file pages, each on its own. Time: of a step."""
 BYTES_OF = {"float32": 4, "float16": 2, "int8": 1}
-"""Of a stored element of a frozen matrix."""
+"""Bytes of a stored element of a frozen matrix, by dtype."""
 WIDENED = 1.2
-"""Matrices as large as a block's largest that lie widened to float32 at once, where they are stored
-as less; of larger ones only `PIECE` bytes are."""
+"""How many copies of a block's largest matrix lie in memory as float32 at once, where weights are
+stored in a narrower dtype. Of a matrix above `PIECE` bytes only a piece of that size is widened."""
+
+
+# ---------------------------------------------------------------- the device
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a target's runtime takes for itself, and how fast it is.
+    """Memory that a target's runtime adds to what the shapes say, and its speed.
 
     Attributes:
-        anonymous, file: bytes of a process that has loaded a bundle of no size.
-        share: of what one block keeps, that is memory while a gradient is computed.
-        tensors: as large as the block's largest, that are too.
-        held: such tensors for every trained block.
-        copies: of the LoRA.
-        flops: floating-point operations per second in a training step.
+        anonymous: bytes of anonymous memory of a process that has loaded an empty bundle.
+        file: bytes of file pages of that process.
+        saved: fraction of the activations saved by autograd that this runtime saves too.
+        scratch: fraction of one block's saved activations that its backward pass holds as scratch
+            memory.
+        tensors: number of further scratch tensors, each as large as the block's largest activation
+            (the scores of softmax attention, for example).
+        tensors_per_block: number of such tensors that stay until the backward pass for every
+            trained block in the graph (a transposed activation, for example).
+        lora_copies: memory of LoRA, gradients, moments and what the optimizer makes of them, as a
+            multiple of the LoRA's own bytes.
+        flops: floating-point operations per second of a training step.
     """
 
     anonymous: int
     file: int
-    share: float
+    saved: float
+    scratch: float
     tensors: float
-    held: float
-    copies: int
+    tensors_per_block: float
+    lora_copies: int
     flops: float
+
+    __pydantic_config__ = STRICT
+
+
+def name_of(variant: TargetVariant) -> str:
+    """Key of a target and its layout: "onnx" for the default layout, else "onnx:streamed"."""
+    return str(replace(variant, dtype="float32"))
 
 
 @dataclass(frozen=True)
@@ -72,21 +91,38 @@ class Profile:
 
     Attributes:
         name: for people.
-        gemm: float32 operations per second of a large matrix product, by which rates scale.
-        runtimes: by target, and by "onnx:recompute" and "onnx:streamed" for these layouts.
+        gemm: float32 operations per second of a large matrix product. Speeds scale with it.
+        runtimes: by target ("onnx"). A layout with figures of its own has a further entry
+            ("onnx:streamed").
     """
 
     name: str
     gemm: float
     runtimes: dict[str, Runtime]
 
-    def runtime(self, execution: TargetVariant) -> Runtime:
-        """Of one way to train."""
-        own = f"{execution.target}:{execution.layout}"
-        return self.runtimes.get(own) or self.runtimes[execution.target]
+    __pydantic_config__ = STRICT
+
+    def runtime(self, variant: TargetVariant) -> Runtime:
+        """The layout's own figures, else those of its target.
+
+        Raises:
+            BadInput: the profile has neither.
+        """
+        figures = self.runtimes.get(name_of(variant)) or self.runtimes.get(variant.target)
+        if figures is None:
+            raise BadInput(
+                "device profile",
+                found=f"no figures of {variant.target} in {self.name!r}, but of "
+                f"{', '.join(self.runtimes) or 'nothing'}",
+                expected=f'a key "{variant.target}" in "runtimes"',
+                remedy="add it, or name the targets to plan for with --target",
+            )
+        return figures
 
     def at(self, gemm: float, name: str = "this machine") -> Profile:
-        """A machine of the same kind whose large matrix products run at ``gemm``."""
+        """A machine of the same kind whose large matrix products run at ``gemm`` operations per
+        second.
+        """
         faster = gemm / self.gemm
         runtimes = {kind: replace(r, flops=r.flops * faster) for kind, r in self.runtimes.items()}
         return Profile(name, gemm, runtimes)
@@ -96,18 +132,22 @@ REFERENCE = Profile(
     "a 2-core x86 machine with AVX2",
     gemm=80e9,
     runtimes={
-        "onnx": Runtime(58 * MB, 43 * MB, 0.3, 3.9, 0.96, 4, 56e9),
-        "onnx:recompute": Runtime(58 * MB, 43 * MB, 0.8, 2.6, 1.15, 4, 42e9),
-        "onnx:streamed": Runtime(61 * MB, 43 * MB, 0.5, 3.0, 0, 4, 32e9),
-        "ort-training": Runtime(54 * MB, 43 * MB, 0.0, 2.35, 0.79, 7, 54e9),
-        "executorch": Runtime(290 * MB, 93 * MB, 0.25, 2.6, 0, 8, 54e9),
+        "onnx": Runtime(58 * MB, 43 * MB, 1.0, 0.3, 3.9, 0.96, 4, 56e9),
+        "onnx:recompute": Runtime(58 * MB, 43 * MB, 1.0, 0.8, 2.6, 1.15, 4, 42e9),
+        "onnx:streamed": Runtime(61 * MB, 43 * MB, 1.0, 0.5, 3.0, 0, 4, 32e9),
+        "ort-training": Runtime(54 * MB, 43 * MB, 0.5, 0.49, 0.0, 2.78, 7, 54e9),
+        "executorch": Runtime(290 * MB, 93 * MB, 1.0, 0.25, 2.6, 0, 8, 54e9),
     },
 )
-"""Where the figures of README were measured; Python's own share is in it."""
+"""The machine of measured.json. Memory of Python itself is part of each runtime's own.
+
+The figures are fitted to what was measured. onnxruntime-training keeps about half of
+what autograd saves: with `saved` at 1 no figures come closer than 15 % over 1 to 14 blocks.
+"""
 
 
 def calibrated(seconds: float = 1.0) -> Profile:
-    """`REFERENCE` with the speed of this machine, by matrix products for about ``seconds``."""
+    """`REFERENCE` at this machine's speed, measured by matrix products for about ``seconds``."""
     one, other = np.ones((1024, 1024), np.float32), np.ones((1024, 1024), np.float32)
     best, until = np.inf, time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -117,32 +157,128 @@ def calibrated(seconds: float = 1.0) -> Profile:
     return REFERENCE.at(2 * 1024**3 / best)
 
 
+PROFILE_KEYS = (
+    'an object with "name", "gemm" (float32 operations per second of a large matrix product) and '
+    f'"runtimes", which has {", ".join(TARGETS)} or some of them, each an object with '
+    + ", ".join(f'"{field.name}"' for field in fields(Runtime))
+    + " (bytes, multiples, and operations per second)"
+)
+REMEDY = (
+    "leave --profile out to take this machine, or write a file with "
+    "edge_dit.budget.footprint.write_profile"
+)
+
+
 def read_profile(path: Path) -> Profile:
     """A device profile from a JSON file.
 
     Raises:
-        BadInput: unreadable, or not a profile.
+        BadInput: the file is unreadable, or is not a profile.
     """
-    remedy = "see edge_dit/budget/footprint.py for what a profile holds"
-    raw = read_document(path, "a device profile", remedy, sealed=False)
-    return validated(path, TypeAdapter(Profile), raw, remedy)
+    raw = read_document(path, f"a device profile: {PROFILE_KEYS}", REMEDY, sealed=False)
+    try:
+        return validated(path, TypeAdapter(Profile), raw, REMEDY)
+    except BadInput as fault:
+        raise BadInput(path, found=fault.found, expected=PROFILE_KEYS, remedy=REMEDY) from None
 
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """Write a device profile."""
+    """Write a device profile as JSON."""
     write_document(path, asdict(profile))
+
+
+# ---------------------------------------------------------------- what each layout holds
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a sub-graph from which every layout's memory follows, in float32.
+
+    Attributes:
+        cost: of the whole sub-graph.
+        borders: bytes of the states between blocks, one for each trained block.
+        block_activations: most bytes that one trained block saves for its backward pass.
+        largest_activation: bytes of the largest tensor among those.
+        block_weights: most bytes of frozen weights of one trained block, with the head's.
+    """
+
+    cost: Cost
+    borders: int
+    block_activations: int
+    largest_activation: int
+    block_weights: int
+
+
+class Held(NamedTuple):
+    """What a layout holds in memory, bytes.
+
+    Attributes:
+        activations: tensors that wait for the backward pass.
+        mapped: file pages of frozen weights.
+        unmapped: anonymous memory of frozen weights.
+    """
+
+    activations: float
+    mapped: int
+    unmapped: float = 0
+
+
+def fused(sizes: Sizes, width: int) -> Held:
+    """One graph computes the step: activations of all blocks are saved, all weights are mapped."""
+    return Held(sizes.cost.activation_bytes, _stored(sizes.cost.frozen_bytes, width))
+
+
+def recompute(sizes: Sizes, width: int) -> Held:
+    """One graph saves the states between blocks and computes each block again on its way back."""
+    activations = sizes.borders + sizes.block_activations
+    return Held(activations, _stored(sizes.cost.frozen_bytes, width))
+
+
+def streamed(sizes: Sizes, width: int) -> Held:
+    """One block is loaded at a time. Weights in a narrower dtype are widened for each product."""
+    widened = WIDENED * min(sizes.cost.largest_transposed_bytes, PIECE) if width < FLOAT else 0
+    activations = sizes.borders + sizes.block_activations
+    return Held(activations, _stored(sizes.block_weights, width), widened)
+
+
+def packed(sizes: Sizes, width: int) -> Held:
+    """All weights are copied into packed form, and those of the backward pass a second time,
+    transposed. The largest is mapped while it is packed.
+    """
+    cost = sizes.cost
+    copies = _stored(cost.frozen_bytes, width) + cost.transposed_bytes
+    return Held(cost.activation_bytes, cost.largest_weight_bytes, copies)
+
+
+def _stored(float_bytes: int, width: int) -> int:
+    return float_bytes * width // FLOAT
+
+
+LAYOUTS: dict[str, Callable[[Sizes, int], Held]] = {
+    "onnx": fused,
+    "onnx:recompute": recompute,
+    "onnx:streamed": streamed,
+    "ort-training": fused,
+    "executorch": packed,
+}
+"""What each target layout holds, by `name_of`: a function of the sizes and of the bytes of a stored
+weight element. A new target or layout adds one entry here, and one to a profile's runtimes."""
+
+
+# ---------------------------------------------------------------- the prediction
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one way to train takes.
+    """Predicted cost of one way to train.
 
     Attributes:
-        anonymous, file: peak bytes of a training process, see the module.
+        anonymous: peak bytes of anonymous memory of a training process.
+        file: peak bytes of file pages of that process.
         bundle: bytes of the target's files.
         draw: bytes of a stored draw.
         flops: operations of a step.
-        seconds: of a step.
+        seconds: time of a step.
     """
 
     anonymous: int
@@ -154,7 +290,7 @@ class Footprint:
 
     @property
     def ram(self) -> int:
-        """What a budget in RAM must hold."""
+        """Bytes that a budget in RAM must hold: anonymous memory and file pages."""
         return self.anonymous + self.file
 
 
@@ -162,63 +298,81 @@ class Footprints:
     """Footprints of a model's sub-graphs at one patch size.
 
     Args:
-        shapes: of the model.
+        shapes: of the model at that patch size.
         profile: of the device.
         bank: dtype of the bank's large tensors.
     """
 
     def __init__(self, shapes: Shapes, profile: Profile, bank: str = "float32") -> None:
         self.shapes, self.profile, self.bank = shapes, profile, bank
-        self._known: dict[tuple[range | tuple[int, ...], int], tuple[Cost, int, int, int]] = {}
+        self._sizes: dict[tuple[Sequence[int], int], Sizes] = {}
 
-    def _parts(self, trained: range | tuple[int, ...], rank: int) -> tuple[Cost, int, int, int]:
-        """Cost of the blocks; kept bytes, largest tensor and frozen bytes of the largest alone."""
-        if (trained, rank) not in self._known:
-            kinds = {self.shapes.kinds[number]: number for number in reversed(trained)}
-            alone = [self.shapes.cost((number,), rank) for number in kinds.values()]
-            self._known[trained, rank] = (
-                self.shapes.cost(trained, rank),
-                max(one.activation_bytes for one in alone),
-                max(one.largest_bytes for one in alone),
-                max(one.frozen_bytes for one in alone),
-            )
-        return self._known[trained, rank]
-
-    def of(
-        self, trained: range | tuple[int, ...], rank: int, execution: TargetVariant
-    ) -> Footprint:
-        """What training some blocks takes.
+    def of(self, trained: range | tuple[int, ...], rank: int, variant: TargetVariant) -> Footprint:
+        """Footprint of one way to train.
 
         Args:
-            trained: their numbers, ascending.
-            rank: of the LoRA.
-            execution: how.
+            trained: numbers of the trained blocks, ascending.
+            rank: LoRA rank.
+            variant: target, layout and dtype of the stored weights.
         """
-        shapes, runtime = self.shapes, self.profile.runtime(execution)
-        cost, block, largest, weights = self._parts(trained, rank)
-        width = BYTES_OF[execution.dtype]
-        stored = cost.frozen_bytes * width // FLOAT
-        borders = len(trained) * shapes.border_bytes
-        kept = {
-            "fused": cost.activation_bytes,
-            "recompute": borders + block,
-            "streamed": borders + block,
-        }[execution.layout]
-        mapped, unmapped = stored, 0
-        if execution.layout == "streamed":
-            mapped = weights * width // FLOAT
-            unmapped = WIDENED * min(cost.widest_bytes, PIECE) if width < FLOAT else 0
-        elif execution.target == "executorch":
-            mapped, unmapped = cost.matrix_bytes, stored + cost.turned_bytes
+        if (trained, rank) not in self._sizes:
+            self._sizes[trained, rank] = self._sizes_of(trained, rank)
+        sizes, runtime = self._sizes[trained, rank], self.profile.runtime(variant)
+        width = BYTES_OF[variant.dtype]
+        held, cost = LAYOUTS[name_of(variant)](sizes, width), sizes.cost
         lora = FLOAT * cost.lora
-        tensors = runtime.tensors + runtime.held * len(trained)
-        activations = kept + runtime.share * block + tensors * largest
-        held = activations + unmapped + runtime.copies * lora + cost.bank_bytes
+        tensors = runtime.tensors + runtime.tensors_per_block * len(trained)
+        scratch = runtime.scratch * sizes.block_activations + tensors * sizes.largest_activation
+        anonymous = runtime.anonymous + runtime.saved * held.activations + scratch + held.unmapped
         return Footprint(
-            anonymous=int(runtime.anonymous + held),
-            file=runtime.file + mapped,
-            bundle=stored + lora,
+            anonymous=int(anonymous + runtime.lora_copies * lora + cost.bank_bytes),
+            file=runtime.file + held.mapped,
+            bundle=_stored(cost.frozen_bytes, width) + lora,
             draw=cost.bank_bytes // (2 if self.bank == "float16" else 1),
             flops=cost.flops,
             seconds=cost.flops / runtime.flops,
         )
+
+    def _sizes_of(self, trained: range | tuple[int, ...], rank: int) -> Sizes:
+        kinds = {self.shapes.kinds[number]: number for number in reversed(trained)}
+        alone = [self.shapes.cost((number,), rank) for number in kinds.values()]
+        return Sizes(
+            cost=self.shapes.cost(trained, rank),
+            borders=len(trained) * self.shapes.border_bytes,
+            block_activations=max(cost.activation_bytes for cost in alone),
+            largest_activation=max(cost.largest_activation_bytes for cost in alone),
+            block_weights=max(cost.frozen_bytes for cost in alone),
+        )
+
+
+# ---------------------------------------------------------------- what was measured
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measurement and its prediction.
+
+    Attributes:
+        case: name of the public configuration.
+        trained: number of trained blocks, at 256 image tokens.
+        execution: the variant in words ("onnx:streamed:int8").
+        anonymous, file: measured peak bytes of a training process.
+        seconds: measured time of a step.
+        predicted_anonymous, predicted_file, predicted_seconds: the same, predicted.
+    """
+
+    case: str
+    trained: int
+    execution: str
+    anonymous: float
+    predicted_anonymous: float
+    file: float
+    predicted_file: float
+    seconds: float
+    predicted_seconds: float
+
+
+def read_measured() -> tuple[str, list[Measured]]:
+    """Name of the machine, and the rows of measured.json."""
+    raw = json.loads((files("edge_dit.budget") / "measured.json").read_text("utf-8"))
+    return raw["machine"], [Measured(**row) for row in raw["rows"]]

@@ -10,12 +10,12 @@ from edge_dit.text import size
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device has to spare.
+    """What a device has to spare for training. inf means no limit.
 
     Attributes:
-        ram: bytes of memory of a training process, anonymous and of files.
+        ram: bytes of memory of a training process: anonymous memory and file pages.
         flash: bytes of bundle and bank.
-        seconds: of a step.
+        seconds: time of a training step.
     """
 
     ram: float = inf
@@ -23,7 +23,7 @@ class Limits:
     seconds: float = inf
 
     def in_words(self) -> str:
-        """What is limited, for people."""
+        """The limits for people: "3 GiB of memory and 5 s a step"."""
         words = []
         if self.ram < inf:
             words.append(f"{size(self.ram)} of memory")

@@ -1,26 +1,30 @@
-"""The one knob: a budget in bytes, and the best plan that fits it.
+"""The best plan within a budget: every combination of skipped blocks, patch, rank and variant.
 
-Every combination of skipped blocks, patch size, rank and way to train is looked at - there are some
-ten thousand and each is a sum - so nothing better was missed. Better is what is expected to keep
-more of what LoRA on all blocks at full resolution and rank would learn:
+There are some ten thousand plans and the cost of each is a sum, so all of them are compared and no
+better one can be missed. A plan's score is a sum of what the plan gives up against LoRA on all
+blocks at full resolution:
 
-    quality = (1 - skipped) (1 - patch) (1 - rank) (1 - weights)
+    score = -(skipped + patch + rank + weights)
 
-    skipped   of a measured selection: (head[n] + tail[m]) / head[L], the share of the tuning's
-              effect that lies in the skipped blocks (`edge_dit.planning.selection`); where a run
-              between trained blocks was measured to be better, that of the best head and tail of as
-              many blocks less what was gained; without a selection:
-              1.47 (n / L)^4 + 5.49 (m / L)^4, which meets the paper's FLUX ablation at 50 %: first
-              only 9.2 %, last only 34.4 % of DINO lost, and its selected split 2.4 % (Table 2)
-    patch     0.02 (1 - s_min / s_max): 1 % at half the side (Table 2: DINO 0.7253 of 0.7324)
-    rank      0.5 % for every halving of the rank asked for: assumed
-    weights   0.1 % for float16, 0.5 % for int8: assumed
+    skipped   with a selection measured on the model (`edge_dit.planning.selection`):
+              (head[n] + tail[m]) / head[L], less the gain of a run between trained blocks;
+              without one: 1.47 (n / L)^4 + 5.49 (m / L)^4. At 50 % this meets the paper's ablation
+              of FLUX, which lost 9.2 % of DINO with the first half skipped and 34.4 % with the last
+              (docs/method.md, Table 2)
+    patch     PATCH_PENALTY (1 - s_min / s_max)
+    rank      RANK_PENALTY for every halving of the rank in `Bounds`: assumed, never measured
+    weights   WEIGHTS_PENALTY by dtype: assumed, never measured
 
-A ranking, not a promise. What a job asks for is the most that is looked at: patch and rank may
-shrink, the targets are those it names.
+PATCH_PENALTY is calibrated on samples/reproduce/results/{tiny-sana,tiny-flux}/results.json. There
+the arm `low-to-high` (s_min / s_max = 0.5, LoRA in all blocks) reaches, of the improvement in
+held-out loss that the arm `full` makes over the arm `base`, 75.4 ± 0.5 % with tiny-sana and
+83.0 ± 0.6 % with tiny-flux (mean ± standard error of 4 subjects times 2 seeds). The penalty is what
+is missing from the mean of both, divided by 1 - 0.5. The arm `low-to-high-large` (0.875, tiny-sana)
+was left out of it and agrees: 94.3 ± 0.8 % measured, 94.8 % by the formula. The paper reports far
+less for FLUX: DINO 0.7253 of 0.7324 at half the side.
 
-Predictions are off by up to a tenth in memory and a quarter in time, so a plan fits when it does
-with that much to spare (tests/benchmarks/footprint.py).
+The score orders plans. It is not a share of anything: its terms come from different measures,
+models and assumptions. So it is never printed.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from math import inf, log2
 from typing import Any
 
 from edge_dit.budget.cost import Shapes
-from edge_dit.budget.footprint import Footprint, Footprints, Profile
+from edge_dit.budget.footprint import MEMORY_ERROR, TIME_ERROR, Footprint, Footprints, Profile
 from edge_dit.budget.limits import Limits
 from edge_dit.contract.targets import VARIANTS, TargetVariant, variant_of
 from edge_dit.errors import BadInput
@@ -41,80 +45,172 @@ from edge_dit.planning.selection import Selection
 from edge_dit.text import size
 
 GIB = 2**30
-PATCH_LOSS, RANK_LOSS = 0.02, 0.005
-WEIGHTS_LOSS = {"float32": 0.0, "float16": 0.001, "int8": 0.005}
-MARGIN, TIME_MARGIN = 1.1, 1.25
-"""What is predicted times this must fit."""
+PATCH_PENALTY = 0.42
+RANK_PENALTY = 0.005
+WEIGHTS_PENALTY = {"float32": 0.0, "float16": 0.001, "int8": 0.005}
+MARGIN, TIME_MARGIN = 1 / (1 - MEMORY_ERROR), 1 / (1 - TIME_ERROR)
+"""A plan fits if its predicted memory (time) times this margin is within the limit. So a prediction
+that is too low by the largest error seen still keeps to the limit."""
 PATCHES = (1.0, 0.75, 0.5)
-"""Of the patch asked for."""
+"""Patch sides that are compared, as fractions of `Bounds.s_min`."""
 RANKS = (1.0, 0.5, 0.25)
-"""Of the rank asked for."""
+"""Ranks that are compared, as fractions of `Bounds.rank`."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Upper bounds of the search.
+
+    Attributes:
+        s_min: largest side of a patch, pixels.
+        s_max: largest side of a crop, pixels; full resolution.
+        multiple: pixels of a token's side. Sides of patches are multiples of it.
+        text_tokens: length of the text.
+        rank: largest LoRA rank.
+        draws: number of draws in the bank.
+        lora_targets: modules within a block that carry LoRA; default the family's.
+        bank_dtype: dtype of the bank's large tensors.
+        head_skip: number of leading blocks to skip, n, where the search must not choose it.
+        tail_skip: number of trailing blocks to skip, m, where the search must not choose it.
+    """
+
+    s_min: int
+    s_max: int
+    multiple: int
+    text_tokens: int
+    rank: int
+    draws: int
+    lora_targets: Sequence[str] | None = None
+    bank_dtype: str = "float32"
+    head_skip: int | None = None
+    tail_skip: int | None = None
+
+    def sides(self) -> list[int]:
+        """Sides of the patches to compare, pixels, the largest first."""
+        tokens = (max(1, int(self.s_min * share) // self.multiple) for share in PATCHES)
+        return list(dict.fromkeys(self.multiple * count for count in tokens))
+
+    def ranks(self) -> list[int]:
+        """LoRA ranks to compare, the largest first."""
+        return list(dict.fromkeys(max(1, round(self.rank * share)) for share in RANKS))
+
+
+def bounds_of(plan: Plan, head_skip: int | None = None, tail_skip: int | None = None) -> Bounds:
+    """The sizes of a plan as upper bounds.
+
+    Args:
+        plan: its split is not read.
+        head_skip: number of leading blocks to skip, if it is fixed.
+        tail_skip: number of trailing blocks to skip, if it is fixed.
+    """
+    return Bounds(
+        s_min=plan.s_min,
+        s_max=plan.s_max,
+        multiple=plan.multiple,
+        text_tokens=plan.text_tokens,
+        rank=plan.rank,
+        draws=plan.draws,
+        lora_targets=plan.lora_targets,
+        bank_dtype=plan.bank_dtype,
+        head_skip=head_skip,
+        tail_skip=tail_skip,
+    )
 
 
 @dataclass(frozen=True)
 class Option:
-    """One plan that could be made.
+    """A point of the search space.
 
     Attributes:
-        head_skip, tail_skip: n and m.
-        s_min: pixels.
-        rank: of the LoRA.
-        execution: how it would train.
-        inner_skips: runs [first, end) skipped between trained blocks.
+        head_skip: number of leading blocks to skip, n.
+        tail_skip: number of trailing blocks to skip, m.
+        s_min: side of a patch, pixels.
+        rank: LoRA rank.
+        variant: target, layout and dtype of the stored weights.
+        inner_skips: runs [first, end) of blocks to skip between trained ones.
     """
 
     head_skip: int
     tail_skip: int
     s_min: int
     rank: int
-    execution: TargetVariant
+    variant: TargetVariant
     inner_skips: tuple[tuple[int, int], ...] = ()
+
+    def applied_to(self, plan: Plan) -> Plan:
+        """``plan`` with this option's split, sizes and variant. alpha / rank stays."""
+        update = {
+            "head_skip": self.head_skip,
+            "tail_skip": self.tail_skip,
+            "inner_skips": list(self.inner_skips),
+            "s_min": self.s_min,
+            "rank": self.rank,
+            "alpha": plan.alpha * self.rank / plan.rank,
+            "targets": [self.variant.target],
+            "layout": self.variant.layout,
+            "weights": self.variant.dtype,
+            "recompute": self.variant.layout == "recompute",
+        }
+        return plan.model_copy(update=update)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An option, what it takes and what is expected of it."""
+    """An option with its predicted footprint and its score.
+
+    Attributes:
+        option: the point of the search space.
+        footprint: what training it takes.
+        score: 0 for a plan that gives nothing up, less for others. Only the order of scores means
+            anything; see the module.
+    """
 
     option: Option
     footprint: Footprint
-    quality: float
+    score: float
 
     def storage(self, draws: int) -> int:
         """Bytes of bundle and bank.
 
         Args:
-            draws: in the bank.
+            draws: number of draws in the bank.
         """
         return self.footprint.bundle + draws * self.footprint.draw
+
+    def in_words(self) -> str:
+        """The option and its footprint for people."""
+        option, footprint = self.option, self.footprint
+        between = "".join(f", [{first}, {end}) between" for first, end in option.inner_skips)
+        return (
+            f"{option.variant}, skip {option.head_skip} before and {option.tail_skip} after"
+            f"{between}, patch {option.s_min} px, rank {option.rank}: "
+            f"{size(footprint.anonymous)} anonymous and {size(footprint.file)} of files, "
+            f"{footprint.seconds:.3g} s a step"
+        )
 
 
 @dataclass(frozen=True)
 class Space:
-    """What may be chosen from.
+    """The plans to compare.
 
     Attributes:
-        layers: blocks of the model, L.
-        s_max: pixels.
-        patches: s_min -> footprints at that size.
-        ranks: of the LoRA, the one asked for first.
-        executions: ways to train.
-        draws: size of the bank.
-        selection: measured, or None.
-        head, tail: n and m where they are given.
+        layers: number of the model's blocks, L.
+        bounds: upper bounds.
+        patches: footprints by s_min, in pixels.
+        variants: variants to compare.
+        selection: measured on the model, or None.
     """
 
     layers: int
-    s_max: int
+    bounds: Bounds
     patches: dict[int, Footprints]
-    ranks: Sequence[int]
-    executions: Sequence[TargetVariant]
-    draws: int
+    variants: Sequence[TargetVariant]
     selection: Selection | None = None
-    head: int | None = None
-    tail: int | None = None
 
     def splits(self) -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
-        """Every (n, m), and those with a run between that were measured to be better."""
+        """Every (head_skip, tail_skip, inner_skips): all (n, m), and those with a run between
+        trained blocks that was measured to be better.
+        """
         for head in range(self.layers):
             for tail in range(self.layers - head):
                 yield head, tail, ()
@@ -122,125 +218,147 @@ class Space:
             if split.better:
                 yield split.head_skip, split.tail_skip, (split.run,)
 
-    def lost(
+    def skip_penalty(
         self, head_skip: int, tail_skip: int, inner_skips: Sequence[tuple[int, int]] = ()
     ) -> float:
-        """Share of full LoRA's effect lost with the skipped blocks, see the module."""
+        """The term "skipped" of the score; see the module."""
         if self.selection is None:
             head, tail = head_skip / self.layers, tail_skip / self.layers
             return 1.47 * head**4 + 5.49 * tail**4
-        score = self.selection.score(head_skip, tail_skip, inner_skips)
-        return min(1.0, max(0.0, score / self.selection.head[self.layers]))
+        lost = self.selection.score(head_skip, tail_skip, inner_skips)
+        return max(0.0, lost / self.selection.head[self.layers])
 
-    def quality(self, option: Option) -> float:
-        """See the module."""
-        kept = 1 - self.lost(option.head_skip, option.tail_skip, option.inner_skips)
-        patch = 1 - PATCH_LOSS * (1 - option.s_min / self.s_max)
-        rank = 1 - RANK_LOSS * log2(self.ranks[0] / option.rank)
-        return kept * patch * rank * (1 - WEIGHTS_LOSS[option.execution.dtype])
+    def score(self, option: Option) -> float:
+        """Score of an option; see the module."""
+        skipped = self.skip_penalty(option.head_skip, option.tail_skip, option.inner_skips)
+        patch = PATCH_PENALTY * (1 - option.s_min / self.bounds.s_max)
+        rank = RANK_PENALTY * log2(self.bounds.rank / option.rank)
+        return -(skipped + patch + rank + WEIGHTS_PENALTY[option.variant.dtype])
+
+    def ranked_by(self) -> str:
+        """Where the terms of the score come from, for people."""
+        source = "measured on this model" if self.selection else "from the paper's ablation of FLUX"
+        return (
+            f"blocks skipped ({source}), patch (measured on two small models), "
+            "rank and weights (assumed)"
+        )
 
     def options(self) -> Iterator[Option]:
         """Every combination."""
         for head, tail, inner in self.splits():
-            if self.head not in (None, head) or self.tail not in (None, tail):
+            if self.bounds.head_skip not in (None, head):
+                continue
+            if self.bounds.tail_skip not in (None, tail):
                 continue
             for patch in self.patches:
-                for rank in self.ranks:
-                    for execution in self.executions:
-                        yield Option(head, tail, patch, rank, execution, inner)
+                for rank in self.bounds.ranks():
+                    for variant in self.variants:
+                        yield Option(head, tail, patch, rank, variant, inner)
 
     def candidate(self, option: Option) -> Candidate:
-        """An option with its footprint and quality."""
+        """An option with its footprint and score."""
         ends = self.layers, option.head_skip, option.tail_skip
         trained = tuple(trained_blocks(*ends, option.inner_skips))
-        footprints = self.patches[option.s_min]
-        found = footprints.of(trained, option.rank, option.execution)
-        return Candidate(option, found, self.quality(option))
+        footprint = self.patches[option.s_min].of(trained, option.rank, option.variant)
+        return Candidate(option, footprint, self.score(option))
 
     def candidates(self) -> list[Candidate]:
-        """Every combination, best first: by quality, then by time, then by memory."""
-        found = [self.candidate(option) for option in self.options()]
-        order = lambda c: (-c.quality, c.footprint.seconds, c.footprint.ram)  # noqa: E731
-        return sorted(found, key=order)
+        """Every combination, best first: by score, then by time, then by memory."""
+
+        def order(candidate: Candidate) -> tuple[float, float, int]:
+            return -candidate.score, candidate.footprint.seconds, candidate.footprint.ram
+
+        return sorted(map(self.candidate, self.options()), key=order)
 
     def fits(self, candidate: Candidate, limits: Limits) -> bool:
-        """Whether a candidate keeps to all limits."""
-        found = candidate.footprint
+        """Whether a candidate keeps to all limits, with the margins to spare."""
+        footprint = candidate.footprint
         return (
-            MARGIN * found.ram <= limits.ram
-            and MARGIN * candidate.storage(self.draws) <= limits.flash
-            and TIME_MARGIN * found.seconds <= limits.seconds
+            MARGIN * footprint.ram <= limits.ram
+            and MARGIN * candidate.storage(self.bounds.draws) <= limits.flash
+            and TIME_MARGIN * footprint.seconds <= limits.seconds
         )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a budget buys.
+    """Result of a search.
 
     Attributes:
         limits: the budget.
-        best: the best candidate within it.
-        ideal: the best without any limit.
-        more: the best within one GiB of memory more, or None where that is `best`.
-        looked_at: number of candidates.
+        best: first of the candidates within it.
+        ideal: first of all candidates.
+        more: first of the candidates within one GiB of memory more; None if it is no better.
+        compared: number of candidates.
+        fitting: number of those within the budget.
+        ranked_by: where the terms of the score come from.
     """
 
     limits: Limits
     best: Candidate
     ideal: Candidate
     more: Candidate | None
-    looked_at: int
+    compared: int
+    fitting: int
+    ranked_by: str
 
     def in_words(self) -> list[str]:
-        """What was given up for the budget, and what the next GiB would buy."""
+        """The best plan, what it gives up for the budget, and what one GiB more would allow."""
+        budget = self.limits.in_words()
         lines = [
-            f"best of {self.looked_at} plans within {self.limits.in_words()}: expected to "
-            f"keep {self.best.quality:.1%} of what full LoRA learns",
-            f"  {_candidate_in_words(self.best)}",
+            f"best of {self.compared:,} plans within {budget}; {self.fitting:,} fit",
+            f"  {self.best.in_words()}",
         ]
-        given_up = differences(self.ideal.option, self.best.option)
-        if given_up:
-            words = f"  given up for it: {', '.join(given_up)}"
-            lines.append(f"{words}; without limits {self.ideal.quality:.1%}")
+        if given_up := differences(self.ideal.option, self.best.option):
+            lines.append(f"  given up for it: {', '.join(given_up)}")
         if self.more is not None:
-            gain = ", ".join(differences(self.best.option, self.more.option))
-            lines.append(f"  1 GiB more would buy {self.more.quality:.1%}: {gain}")
-        return lines
+            gained = differences(self.best.option, self.more.option)
+            lines.append(f"  1 GiB more would allow: {', '.join(gained)}")
+        return [*lines, f"  ranked by {self.ranked_by}"]
 
 
 def choose(space: Space, limits: Limits) -> Choice:
     """The best plan within ``limits``.
 
     Raises:
-        BadInput: nothing fits; says what would.
+        BadInput: no plan fits; the message names limits that some plan would fit.
     """
     everything = space.candidates()
-    fitting = (c for c in everything if space.fits(c, limits))
-    best = next(fitting, None)
-    if best is None:
+    fitting = [candidate for candidate in everything if space.fits(candidate, limits)]
+    if not fitting:
         raise _nothing_fits(space, everything, limits)
+    best = fitting[0]
     wider = replace(limits, ram=limits.ram + GIB)
-    more = next(c for c in everything if space.fits(c, wider))
-    gained = more if more.quality > best.quality else None
-    return Choice(limits, best, everything[0], gained, len(everything))
+    more = next(candidate for candidate in everything if space.fits(candidate, wider))
+    return Choice(
+        limits=limits,
+        best=best,
+        ideal=everything[0],
+        more=more if more.score > best.score else None,
+        compared=len(everything),
+        fitting=len(fitting),
+        ranked_by=space.ranked_by(),
+    )
 
 
 def _nothing_fits(space: Space, everything: list[Candidate], limits: Limits) -> BadInput:
-    """Names the least that each limit would have to be, the others as they are."""
+    """The error that names, for each limit, the least value with which some plan would fit while
+    the other limits stay.
+    """
     needs = {
         "ram": lambda c: MARGIN * c.footprint.ram,
-        "flash": lambda c: MARGIN * c.storage(space.draws),
+        "flash": lambda c: MARGIN * c.storage(space.bounds.draws),
         "seconds": lambda c: TIME_MARGIN * c.footprint.seconds,
     }
     remedies = []
     for name, need in needs.items():
         without = replace(limits, **{name: inf})
-        enough = [c for c in everything if space.fits(c, without)]
+        enough = [candidate for candidate in everything if space.fits(candidate, without)]
         if enough:
             least = min(enough, key=need)
             amount = need(least)
-            said = f"{amount:.2g} s a step" if name == "seconds" else f"{size(amount)} of {name}"
-            remedies.append(f"{said} ({_candidate_in_words(least)})")
+            words = f"{amount:.3g} s a step" if name == "seconds" else f"{size(amount)} of {name}"
+            remedies.append(f"{words} ({least.in_words()})")
     return BadInput(
         "budget",
         found=f"no plan fits {limits.in_words()}",
@@ -251,13 +369,13 @@ def _nothing_fits(space: Space, everything: list[Candidate], limits: Limits) -> 
 
 def differences(one: Option, other: Option) -> list[str]:
     """What changes from one option to the other, in words."""
-    told = (
+    rows = (
         ("blocks skipped", _skipped(one), _skipped(other)),
         ("patch", f"{one.s_min} px", f"{other.s_min} px"),
         ("rank", str(one.rank), str(other.rank)),
-        ("run as", str(one.execution), str(other.execution)),
+        ("run as", str(one.variant), str(other.variant)),
     )
-    return [f"{name} {before} -> {after}" for name, before, after in told if before != after]
+    return [f"{name} {before} -> {after}" for name, before, after in rows if before != after]
 
 
 def _skipped(option: Option) -> str:
@@ -266,140 +384,68 @@ def _skipped(option: Option) -> str:
     )
 
 
-def _candidate_in_words(candidate: Candidate) -> str:
-    option, found = candidate.option, candidate.footprint
-    between = "".join(f", [{first}, {end}) between" for first, end in option.inner_skips)
-    return (
-        f"{option.execution}, skip {option.head_skip} before and {option.tail_skip} after{between}"
-        f", patch {option.s_min} px, rank {option.rank}: {size(found.anonymous)} anonymous and "
-        f"{size(found.file)} of files, {found.seconds:.2g} s a step"
-    )
-
-
 def space_of(
     family: Family,
     config: dict[str, Any],
-    asked: Asked,
+    bounds: Bounds,
     profile: Profile,
-    executions: Sequence[TargetVariant] = VARIANTS,
+    variants: Sequence[TargetVariant] = VARIANTS,
     selection: Selection | None = None,
 ) -> Space:
-    """What may be chosen from for a model.
+    """The plans of a model that are to be compared.
 
     Args:
-        family: of the model.
-        config: of the transformer.
-        asked: the most that is looked at.
+        family: the model's family.
+        config: the transformer's configuration.
+        bounds: upper bounds of the search.
         profile: of the device.
-        executions: ways to train.
-        selection: of the model, if it was measured.
+        variants: variants to compare.
+        selection: measured on the model, if there is one.
     """
-    sides = {
-        max(1, int(asked.s_min * share) // asked.multiple) * asked.multiple: None
-        for share in PATCHES
-    }
     patches = {}
-    for side in sides:
-        tokens = side // asked.multiple
-        shapes = Shapes(family, config, (tokens, tokens), asked.text_tokens, asked.lora_targets)
-        patches[side] = Footprints(shapes, profile, asked.bank)
-    ranks = dict.fromkeys(max(1, round(asked.rank * share)) for share in RANKS)
-    return Space(
-        layers=len(family.block_names(config)),
-        s_max=asked.s_max,
-        patches=patches,
-        ranks=list(ranks),
-        executions=executions,
-        draws=asked.draws,
-        selection=selection,
-        head=asked.head_skip,
-        tail=asked.tail_skip,
-    )
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The most that is looked at, see `edge_dit.planning.plan.Plan` for the fields.
-
-    Attributes:
-        head_skip, tail_skip: where they are not to be chosen.
-        lora_targets: default the family's.
-        bank: dtype of the bank's large tensors.
-    """
-
-    s_min: int
-    s_max: int
-    multiple: int
-    text_tokens: int
-    rank: int
-    draws: int
-    lora_targets: Sequence[str] | None = None
-    bank: str = "float32"
-    head_skip: int | None = None
-    tail_skip: int | None = None
+    for side in bounds.sides():
+        grid = (side // bounds.multiple, side // bounds.multiple)
+        shapes = Shapes(family, config, grid, bounds.text_tokens, bounds.lora_targets)
+        patches[side] = Footprints(shapes, profile, bounds.bank_dtype)
+    layers = len(family.block_names(config))
+    return Space(layers, bounds, patches, variants, selection)
 
 
 def plan_within(
     plan: Plan,
+    bounds: Bounds,
     limits: Limits,
     profile: Profile,
-    executions: Sequence[TargetVariant],
+    variants: Sequence[TargetVariant],
     selection: Selection | None = None,
-    head_skip: int | None = None,
-    tail_skip: int | None = None,
 ) -> tuple[Plan, Choice]:
     """The best plan within ``limits``, and why.
 
     Args:
-        plan: of the job, without a budget: the most that is looked at. alpha shrinks with the rank.
+        plan: gives the model and all that a budget does not decide (optimizer, steps, seed).
+        bounds: upper bounds of the search, see `bounds_of`.
         limits: the budget.
         profile: of the device.
-        executions: ways to train.
-        selection: of the model, if it was measured.
-        head_skip, tail_skip: where they are not to be chosen.
+        variants: variants to compare.
+        selection: measured on the model, if there is one.
 
     Raises:
-        BadInput: nothing fits; says what would.
+        BadInput: no plan fits; the message names limits that some plan would fit.
     """
     model = model_of(plan, check=False)
-    asked = Asked(
-        s_min=plan.s_min,
-        s_max=plan.s_max,
-        multiple=plan.multiple,
-        text_tokens=plan.text_tokens,
-        rank=plan.rank,
-        draws=plan.draws,
-        lora_targets=plan.lora_targets,
-        bank=plan.bank_dtype,
-        head_skip=head_skip,
-        tail_skip=tail_skip,
-    )
-    space = space_of(model.family, model.config, asked, profile, executions, selection)
+    space = space_of(model.family, model.config, bounds, profile, variants, selection)
     choice = choose(space, limits)
-    option = choice.best.option
-    update = {
-        "head_skip": option.head_skip,
-        "tail_skip": option.tail_skip,
-        "inner_skips": list(option.inner_skips),
-        "s_min": option.s_min,
-        "rank": option.rank,
-        "alpha": plan.alpha * option.rank / plan.rank,
-        "targets": [option.execution.target],
-        "layout": option.execution.layout,
-        "weights": option.execution.dtype,
-        "recompute": option.execution.layout == "recompute",
-    }
-    return plan.model_copy(update=update), choice
+    return choice.best.option.applied_to(plan), choice
 
 
 def variants_of(targets: Sequence[str]) -> list[TargetVariant]:
-    """Every way to train on some targets, or on their layouts ("onnx:streamed").
+    """Every variant of some targets ("onnx") or layouts ("onnx:streamed").
 
     Raises:
-        BadInput: an unknown target, or a layout it has not.
+        BadInput: an unknown target, or a layout that the target does not have.
     """
-    found = []
+    chosen = []
     for name in targets:
-        every = [execution for execution in VARIANTS if execution.target == name]
-        found += every or [variant_of(name)]
-    return list(dict.fromkeys(found))
+        every = [variant for variant in VARIANTS if variant.target == name]
+        chosen += every or [variant_of(name)]
+    return list(dict.fromkeys(chosen))

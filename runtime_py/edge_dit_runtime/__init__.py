@@ -26,7 +26,7 @@ import edge_dit  # noqa: F401
 if TYPE_CHECKING:
     from edge_dit_runtime.run_folder import Run as Run
     from edge_dit_runtime.run_folder import save_lora as save_lora
-    from edge_dit_runtime.session import open as open  # noqa: A004
+    from edge_dit_runtime.session import open as open
     from edge_dit_runtime.sessions.trainer import Session as Session
     from edge_dit_runtime.training import train as train
 
@@ -38,7 +38,7 @@ _HOME = {
     "Session": "sessions.trainer",
 }
 """Name of the API -> module that has it."""
-__all__ = [*_HOME]  # noqa: PLE0604 - names of the table above
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -31,7 +31,7 @@ def open_session(bundle: Bundle, target: str, layout: str | None = None) -> Sess
     return _module(target).open_session(bundle, chosen)
 
 
-def open(bundle: StrPath, target: str | None = None) -> Session:  # noqa: A001 - er.open
+def open(bundle: StrPath, target: str | None = None) -> Session:
     """Open a bundle to step it yourself; its files are checked first.
 
     Args:

@@ -113,7 +113,9 @@ def train(
     draws = Bank(Path(bank), opened.manifest.plan_hash)
     kept = RunFolder(Path(folder))
     kept.previous(resume)  # before the folder is touched
-    planned = validated(opened.folder, TypeAdapter(_Planned), opened.manifest.plan, "export it again")
+    planned = validated(
+        opened.folder, TypeAdapter(_Planned), opened.manifest.plan, "export it again"
+    )
     with kept.occupied():
         previous = kept.previous(resume)
         name, layout = _way(opened, target, previous, planned.layout)

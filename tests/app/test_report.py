@@ -18,13 +18,13 @@ from edge_dit.app.report import (
     SIGMAS,
     Expected,
     Limits,
-    Measured,
     Page,
     memory_by_role,
     render,
     sample_patches,
     write_report,
 )
+from edge_dit.budget.footprint import Measured
 from edge_dit.contract.adamw import AdamW
 from edge_dit.errors import BadInput
 from edge_dit.pictures.images import Captioned
@@ -89,7 +89,7 @@ def page() -> Page:
         plan=PLAN,
         expected=[Expected("onnx:streamed:int8", 70 * MIB, 45 * MIB, 250 * MIB, 1.5)],
         budget=Limits(ram=200 * MIB),
-        reasons=["given up for it: rank 16 -> 6", "1 GiB more would buy 97.1%"],
+        reasons=["given up for it: rank 16 -> 6", "1 GiB more would allow: rank 6 -> 16"],
         selection=SELECTION,
         memory=[
             ("full LoRA", dict(zip(ROLES, (9 * MIB, MIB, MIB, 20 * MIB, MIB), strict=True))),
@@ -255,7 +255,7 @@ def test_tells_the_plan(read):
         "onnx:streamed:int8 115 MiB 70 MiB 45 MiB 250 MiB 1.5 s",
         "budget 200 MiB any any",
         "given up for it: rank 16 -> 6",
-        "1 GiB more would buy 97.1%",
+        "1 GiB more would allow: rank 6 -> 16",
     ):
         assert words in read.text, words
 

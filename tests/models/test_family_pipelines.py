@@ -25,11 +25,10 @@ from torch import Tensor
 
 import pipelines
 from edge_dit.cli import main
-from edge_dit.contract.adapter import DIFFUSERS_FILE, PEFT_FILE, write_adapter_folder
+from edge_dit.contract.adapter import DIFFUSERS_FILE, PEFT_FILE, PEFT_ONLY, write_adapter_folder
 from edge_dit.contract.bank import Bank
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.checkpoint import INDEX, SINGLE
-from edge_dit.contract.adapter import PEFT_ONLY
 from edge_dit.models.families import PIPELINE_FAMILY, family_of
 from edge_dit.models.families.family import Family, scheduler_config
 from edge_dit.models.model import open_model

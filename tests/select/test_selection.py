@@ -24,7 +24,6 @@ from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import model_of, trained_blocks
 from edge_dit.planning.selection import (
     NAME,
-    Selection,
     cache_file,
     find_selection,
     read_selection,
@@ -37,29 +36,9 @@ from edge_dit.select.embedding import distance, embedder
 from edge_dit.select.masking import text_masked
 from edge_dit.select.selectors import Subject, select_by_generation, select_by_loss
 from edge_dit.store.documents import write_document
+from selections import HASH, between, selection
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
-HASH = "0123456789abcdef" * 4
-
-
-def selection(head=(0, 0.1, 0.5, 0.9), tail=(0, 0.2, 0.3, 0.9), **changes):
-    told = {
-        "model_hash": HASH,
-        "layers": len(head) - 1,
-        "method": "generation",
-        "embedding": "VAE latents",
-        "subjects": ["toy"],
-        "steps": 3,
-        "prompts": ["a sks toy"],
-        "seeds": [1],
-        "draws": 1,
-        "over": "generated pictures",
-        "head": [float(value) for value in head],
-        "tail": [float(value) for value in tail],
-        "seconds": 1.5,
-    }
-    return Selection(**{**told, **changes})
-
 
 # ---------------------------------------------------------------- the choice
 
@@ -83,10 +62,6 @@ def test_best_is_the_smallest_score_and_of_ties_the_longest_head(found, data):
         score = found.head[head] + found.tail[skipped - head]
         assert score >= found.score(n, m)
         assert score > found.score(n, m) or head <= n
-
-
-def between(head=0, run=(1, 2), tail=0, gain=0.2, error=0.05):
-    return {"head_skip": head, "tail_skip": tail, "run": run, "gain": gain, "error": error}
 
 
 def test_a_run_between_is_proposed_where_it_is_better_by_two_errors():
