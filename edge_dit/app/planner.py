@@ -20,7 +20,7 @@ from edge_dit.planning.job import Job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import Selection, cache_file, find_selection, write_selection
-from edge_dit.planning.split import SplitRequest, choose_split, size_faults
+from edge_dit.planning.split import SplitRequest, choose_split
 from edge_dit.text import size
 
 if TYPE_CHECKING:
@@ -71,9 +71,7 @@ class Planned:
 
 def plan_job(
     job: Job,
-    skip_ratio: float | None = None,
-    head_skip: int | None = None,
-    tail_skip: int | None = None,
+    request: SplitRequest | None = None,
     *,
     limits: Limits | None = None,
     targets: Sequence[str] = (),
@@ -82,47 +80,64 @@ def plan_job(
     """Plan a job.
 
     Args:
-        job: as read from job.toml.
-        skip_ratio: overrides the job's.
-        head_skip, tail_skip: override the job's; with a budget they are kept to.
-        limits: a budget; default the job's, if it has one.
+        job: from job.toml.
+        request: a split that overrides the job's; beside a budget its head and tail are kept to.
+        limits: a budget; default the job's, if it has one and ``request`` no ratio.
         targets: to choose from, or their layouts ("onnx:streamed"); default the job's.
-        profile: of the device; default this machine.
+        profile: of the device; default this machine, measured for a second.
 
     Raises:
         BadInput: faults of the job; a ratio beside a budget; or nothing fits the budget.
     """
     from edge_dit.budget.footprint import calibrated
-    from edge_dit.budget.search import bounds_of, plan_within, variants_of
+    from edge_dit.budget.search import variants_of
 
-    asked = job.plan
-    if limits is None and (asked.ram or asked.flash or asked.step_time) and skip_ratio is None:
-        limits = Limits(asked.ram or inf, asked.flash or inf, asked.step_time or inf)
-    if limits is not None and skip_ratio is not None:
+    asked = request or SplitRequest()
+    if asked.skip_ratio is not None and not 0 <= asked.skip_ratio < 1:
+        raise BadInput("skip_ratio", found=str(asked.skip_ratio), expected="a share in [0, 1)")
+    if limits is None and asked.skip_ratio is None:
+        limits = limits_of(job)
+    if limits is not None and asked.skip_ratio is not None:
         raise BadInput(
-            "--skip-ratio",
+            "skip_ratio",
             found="beside a budget",
             expected="either how many blocks to skip, or a budget that decides it",
-            remedy="leave one out; --head-skip and --tail-skip may stay beside a budget",
+            remedy="leave one out; a head and tail to skip may stay beside a budget",
         )
     profile = profile or calibrated()
-    if limits is None:
-        plan = make_plan(job, SplitRequest(skip_ratio, head_skip, tail_skip))
-        selection, source = find_selection(plan.model, plan.model_hash)
-        ways = variants_of(targets or plan.targets)
-        return Planned(plan, selection, source, None, None, _footprints(plan, profile, ways))
+    if limits is not None:
+        return _plan_within(job, asked, limits, targets, profile)
+    plan = make_plan(job, asked)
+    selection, source = find_selection(plan.model, plan.model_hash)
+    found = _footprints(plan, profile, variants_of(targets or plan.targets))
+    return Planned(plan, selection, source, None, None, found)
+
+
+def limits_of(job: Job) -> Limits | None:
+    """The job's budget, if it has one."""
+    asked = job.plan
+    if not (asked.ram or asked.flash or asked.step_time):
+        return None
+    return Limits(asked.ram or inf, asked.flash or inf, asked.step_time or inf)
+
+
+def _plan_within(
+    job: Job, asked: SplitRequest, limits: Limits, targets: Sequence[str], profile: Profile
+) -> Planned:
+    from edge_dit.budget.search import bounds_of, plan_within, variants_of
+
     whole = make_plan(job, SplitRequest(skip_ratio=0.0))
     selection, source = find_selection(whole.model, whole.model_hash)
-    head = asked.head_skip if head_skip is None else head_skip
-    tail = asked.tail_skip if tail_skip is None else tail_skip
-    request = SplitRequest(head_skip=head or 0, tail_skip=tail or 0)
-    if faults := choose_split(whole.layers, request).faults:
+    head = job.plan.head_skip if asked.head_skip is None else asked.head_skip
+    tail = job.plan.tail_skip if asked.tail_skip is None else asked.tail_skip
+    kept = SplitRequest(head_skip=head or 0, tail_skip=tail or 0)
+    if faults := choose_split(whole.layers, kept).faults:
         raise faults[0]
-    ways = variants_of(targets or whole.targets)
+    variants = variants_of(targets or whole.targets)
     bounds = bounds_of(whole, head, tail)
-    plan, choice = plan_within(whole, bounds, limits, profile, ways, selection)
-    footprints = {str(choice.best.option.variant): choice.best.footprint}
-    return Planned(plan, selection, source, choice, limits, footprints)
+    plan, choice = plan_within(whole, bounds, limits, profile, variants, selection)
+    found = {str(choice.best.option.variant): choice.best.footprint}
+    return Planned(plan, selection, source, choice, limits, found)
 
 
 def _footprints(plan: Plan, profile: Profile, ways: Sequence[Any]) -> dict[str, Footprint]:
@@ -139,63 +154,6 @@ def _footprints(plan: Plan, profile: Profile, ways: Sequence[Any]) -> dict[str, 
         if way.dtype == (plan.weights if way.target == "onnx" else "float32")
         and (way.layout != "recompute" or plan.recompute)
     }
-
-
-def config_within(
-    name: str,
-    limits: Limits,
-    profile: Profile,
-    targets: Sequence[str] = (),
-    patch: int | None = None,
-    rank: int = 16,
-    draws: int = 256,
-) -> tuple[dict[str, Any], list[str]]:
-    """The best plan of a public checkpoint within a budget: facts for JSON, and lines for people.
-
-    Args:
-        name: key of `edge_dit.models.public_configs.CONFIGS`.
-        limits: the budget.
-        profile: of the device.
-        targets: to choose from; default all.
-        patch: largest s_min in pixels; default the paper's, or half the resolution.
-        rank: largest LoRA rank.
-        draws: number of draws in the bank.
-
-    Raises:
-        BadInput: the name is unknown, the patch does not divide, or no plan fits.
-    """
-    from edge_dit.budget.search import Bounds, choose, space_of, variants_of
-    from edge_dit.contract.bundle import TARGETS
-    from edge_dit.models.families import family_of
-    from edge_dit.models.public_configs import public_config
-
-    public = public_config(name)
-    side = public.patch if patch is None else patch
-    if faults := size_faults({"--patch": side}, public.multiple):
-        raise faults[0]
-    bounds = Bounds(
-        s_min=side,
-        s_max=public.resolution,
-        multiple=public.multiple,
-        text_tokens=public.text_tokens,
-        rank=rank,
-        draws=draws,
-    )
-    ways = variants_of(targets or list(TARGETS))
-    space = space_of(family_of(public.family), public.config, bounds, profile, ways)
-    choice = choose(space, limits)
-    option = choice.best.option
-    facts = {
-        "config": name,
-        "layers": space.layers,
-        **{key: value for key, value in vars(option).items() if key != "variant"},
-        **vars(option.variant),
-        "footprint": vars(choice.best.footprint),
-        "compared": choice.compared,
-        "fitting": choice.fitting,
-        "reasons": choice.in_words(),
-    }
-    return facts, [f"{name}, {space.layers} blocks", *choice.in_words()]
 
 
 def report_on(job: Job, planned: Planned, path: Path) -> None:

@@ -22,11 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from edge_dit import text as plain
-from edge_dit.errors import ManyFaults
 from edge_dit.models.checkpoint import meta_model
-from edge_dit.models.families import family_of
 from edge_dit.models.families.family import Family, Grid, State
-from edge_dit.models.public_configs import public_config
+from edge_dit.models.public_configs import PublicConfig
 from edge_dit.models.subgraph import (
     TrainableSubgraph,
     add_lora,
@@ -36,7 +34,6 @@ from edge_dit.models.subgraph import (
     remove_lora,
 )
 from edge_dit.planning.plan import Plan, model_of
-from edge_dit.planning.split import SplitRequest, choose_split, size_faults
 
 FLOAT = 4
 """Bytes of a float32 element."""
@@ -267,66 +264,24 @@ def cost_of_plan(plan: Plan) -> dict[str, Cost]:
     return _against_full_lora(whole, patch, plan.trained, plan.rank)
 
 
-def cost_of_config(
-    name: str,
-    skip_ratio: float | None = None,
-    head_skip: int | None = None,
-    tail_skip: int | None = None,
-    patch: int | None = None,
-    rank: int = 16,
-) -> tuple[dict[str, Any], dict[str, Cost]]:
-    """Costs of training a public checkpoint. No weights are needed.
+def cost_of_public(
+    public: PublicConfig, trained: Sequence[int], patch: int, rank: int
+) -> tuple[int, dict[str, Cost]]:
+    """Parameters of a public checkpoint's transformer, and the costs of full LoRA at full
+    resolution and of some trained blocks, by their headings for `table`.
 
     Args:
-        name: key of `edge_dit.models.public_configs.CONFIGS`.
-        skip_ratio: fraction of the blocks to skip; default one half.
-        head_skip: number of leading blocks to skip (n); overrides the ratio's.
-        tail_skip: number of trailing blocks to skip (m); overrides the ratio's.
-        patch: s_min in pixels; default the paper's, or half the resolution.
+        public: the checkpoint.
+        trained: numbers of the trained blocks, ascending.
+        patch: s_min in pixels, a multiple of the checkpoint's.
         rank: LoRA rank.
-
-    Returns:
-        Facts for JSON, with a "summary" sentence, and the costs of full LoRA at full resolution and
-        of the split, by their headings for `table`.
-
-    Raises:
-        BadInput: the name is unknown, the patch does not divide, or no block is left to train.
     """
-    public = public_config(name)
-    family, config = family_of(public.family), public.config
-    layers = len(family.block_names(config))
-    split = choose_split(layers, SplitRequest(skip_ratio, head_skip, tail_skip))
-    head, tail, faults = split.head_skip, split.tail_skip, split.faults
-    patch = public.patch if patch is None else patch
-    faults += size_faults({"--patch": patch}, public.multiple)
-    if faults:
-        raise faults[0] if len(faults) == 1 else ManyFaults("plan", faults)
+    family, config = public.resolved(), public.config
     whole, own = (
         Shapes(family, config, (tokens, tokens), public.text_tokens)
         for tokens in (public.resolution // public.multiple, patch // public.multiple)
     )
-    columns = _against_full_lora(whole, own, range(head, layers - tail), rank)
-    total = parameters(family, config)
-    summary = (
-        f"{name}: {_count(total)} parameters in {layers} blocks and the rest; train blocks "
-        f"{head}..{layers - tail - 1}, patches {patch} px out of {public.resolution} px, "
-        f"{public.text_tokens} text tokens, LoRA rank {rank}"
-    )
-    facts = {
-        "summary": summary,
-        "config": name,
-        "family": public.family,
-        "parameters": total,
-        "layers": layers,
-        "head_skip": head,
-        "tail_skip": tail,
-        "patch": patch,
-        "resolution": public.resolution,
-        "text_tokens": public.text_tokens,
-        "rank": rank,
-        "cost": {heading: vars(column) for heading, column in columns.items()},
-    }
-    return facts, columns
+    return parameters(family, config), _against_full_lora(whole, own, trained, rank)
 
 
 def _against_full_lora(
@@ -392,8 +347,8 @@ def table(columns: dict[str, Cost]) -> list[str]:
     """
     rows: list[tuple[str, list[str]]] = [
         ("trained blocks", [str(c.blocks) for c in columns.values()]),
-        ("parameters kept", [_count(c.parameters) for c in columns.values()]),
-        ("LoRA parameters", [_count(c.lora) for c in columns.values()]),
+        ("parameters kept", [count_in_words(c.parameters) for c in columns.values()]),
+        ("LoRA parameters", [count_in_words(c.lora) for c in columns.values()]),
         ("frozen weights", [_bytes(c.frozen_bytes) for c in columns.values()]),
         ("LoRA and gradients", [_bytes(c.lora_bytes) for c in columns.values()]),
         ("optimizer", [_bytes(c.optimizer_bytes) for c in columns.values()]),
@@ -411,7 +366,8 @@ def table(columns: dict[str, Cost]) -> list[str]:
     return lines
 
 
-def _count(number: int) -> str:
+def count_in_words(number: int) -> str:
+    """A number of parameters, in billions or millions."""
     return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 

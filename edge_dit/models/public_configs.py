@@ -7,9 +7,13 @@ where it gives them (docs/method.md, Eq. 1), else the full resolution and half o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_dit.errors import BadInput
+from edge_dit.models.families import family_of
+
+if TYPE_CHECKING:
+    from edge_dit.models.families.family import Family
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,15 @@ class PublicConfig:
     text_tokens: int
     resolution: int
     patch: int
+
+    def resolved(self) -> Family:
+        """The family (imports torch)."""
+        return family_of(self.family)
+
+    @property
+    def layers(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.resolved().block_names(self.config))
 
 
 def _flux(guidance: bool) -> PublicConfig:
@@ -142,6 +155,6 @@ def public_config(name: str) -> PublicConfig:
     """
     if name not in CONFIGS:
         raise BadInput(
-            "--config", found=f"unknown configuration {name!r}", expected=", ".join(CONFIGS)
+            "CONFIG", found=f"unknown configuration {name!r}", expected=", ".join(CONFIGS)
         )
     return CONFIGS[name]
