@@ -422,20 +422,31 @@ def bench(
     work: Annotated[
         Path, typer.Option(help="Folder for the random model and the bundles; used again.")
     ] = Path("bench"),
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Also write all numbers and the machine, as JSON."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure speed and memory on random weights, against torch eager in the same run."""
-    from edge_dit.app.bench import CONTENDERS, Case, in_words
+    from dataclasses import asdict
+
+    from edge_dit.app.bench import DEFAULT_VARIANTS, in_words
     from edge_dit.app.bench import bench as run
+    from edge_dit.app.bench_model import Case
     from edge_dit.contract.targets import variant_of
     from edge_dit.models.public_configs import public_config
+    from edge_dit.store.files import write_json
 
     public = public_config(config)
     blocks = [int(part) for part in trained.split("+") if part.isdigit()]
-    contenders = [variant_of(name) for name in target] if target else list(CONTENDERS)
+    variants = [variant_of(name) for name in target] if target else list(DEFAULT_VARIANTS)
     case = Case(config, blocks, tokens, text or public.text_tokens, rank, steps, full_lora)
-    found = run(case, contenders, work, lambda line: err.print(line, markup=False))
-    report(as_json, found, *in_words(found))
+    measured = run(case, variants, work, lambda line: err.print(line, markup=False))
+    facts = asdict(measured)
+    report(as_json, facts, *in_words(measured.rows))
+    if output:  # last: a path that cannot be written costs no measurement
+        write_json(output, facts)
 
 
 @app.command()

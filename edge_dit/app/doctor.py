@@ -37,14 +37,20 @@ NEEDS = {
 """Modules that each piece of work imports."""
 
 
-def examine() -> dict[str, Any]:
-    """Versions of packages (None: not installed) and, for each piece of work, what is missing."""
+def package_versions() -> dict[str, str | None]:
+    """Package -> installed version; None for a package that is not installed."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    return versions
+
+
+def examine() -> dict[str, Any]:
+    """Versions of packages (None: not installed) and, for each piece of work, what is missing."""
+    versions = package_versions()
     work = {}
     for name, modules in NEEDS.items():
         missing = [module for module in modules if not is_installed(module)]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_selection import between, selection
 
-from edge_dit.app.bench import Case
+from edge_dit.app.bench_model import Case
 from edge_dit.app.planner import plan_job
 from edge_dit.budget.cost import Shapes
 from edge_dit.budget.footprint import (
