@@ -65,7 +65,9 @@ def _bench(file: Path) -> str:
     found = json.loads(file.read_text())
     case, rows = found["case"], found["rows"]
     trained = "+".join(map(str, case["trained"]))
-    machine = ", ".join(f"{key} {value}" for key, value in found.get("machine", {}).items())
+    facts = dict(found.get("machine", {}))
+    facts |= {package: v for package, v in facts.pop("versions", {}).items() if v}
+    machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
     headings = [
         "",
         "step, ms",

@@ -1,4 +1,4 @@
-"""The command line: the one place that knows all parts.
+"""The command line: options in, calls of `edge_dit.app`, words or JSON out.
 
 Heavy parts are imported by the command that needs them, so `--help` is instant.
 """
@@ -30,11 +30,31 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 # typer carries its own copy of click in newer releases and exports only this child of its errors.
 UsageError: Any = typer.BadParameter.__base__
 
+MOVED = {
+    ("plan", "--config"): "edge-dit cost CONFIG",
+    ("plan", "--patch"): "edge-dit cost CONFIG --patch PIXELS, or [train] patch in the job",
+    ("plan", "--rank"): "edge-dit cost CONFIG --rank RANK, or [train] rank in the job",
+    ("plan", "--select"): "edge-dit select JOB --method METHOD, then edge-dit plan JOB",
+    ("plan", "--subjects"): "edge-dit select JOB --subjects DIR",
+    ("plan", "--embedding"): "edge-dit select JOB --embedding FOLDER",
+    ("train", "--layout"): "edge-dit train ... --target onnx:LAYOUT",
+}
+"""(command, flag) -> where the flag went."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 JobFile = Annotated[Path, typer.Argument(help="job.toml, see samples/sana.toml.")]
 PlanFile = Annotated[Path, typer.Option("--plan", help="plan.json, made by edge-dit plan.")]
 Bundle = Annotated[Path, typer.Argument(help="Bundle folder, made by edge-dit export.")]
 BankFolder = Annotated[Path, typer.Option("--bank", help="Bank, made by edge-dit precompute.")]
+Ram = Annotated[str | None, typer.Option(help="Budget of memory, e.g. 3GiB: the best that fits.")]
+Flash = Annotated[
+    str | None, typer.Option(help="Budget of storage for bundle and bank, e.g. 2GiB.")
+]
+StepTime = Annotated[str | None, typer.Option(help="Longest training step, e.g. 5s.")]
+Profile = Annotated[Path | None, typer.Option(help="Device profile (JSON); default this machine.")]
+SkipRatio = Annotated[float | None, typer.Option(help="Share of blocks to skip, in [0, 1).")]
+HeadSkip = Annotated[int | None, typer.Option(min=0, help="Leading blocks to skip (n).")]
+TailSkip = Annotated[int | None, typer.Option(min=0, help="Trailing blocks to skip (m).")]
 OneTarget = Annotated[
     str | None,
     typer.Option("--target", help="onnx, ort-training, executorch; or a layout, onnx:streamed."),
@@ -42,6 +62,10 @@ OneTarget = Annotated[
 Targets = Annotated[
     list[str] | None,
     typer.Option("--target", help="onnx, ort-training or executorch; may be repeated."),
+]
+TargetsOrLayouts = Annotated[
+    list[str] | None,
+    typer.Option("--target", help="A target, or a layout (onnx:streamed); may be repeated."),
 ]
 
 
@@ -52,6 +76,15 @@ def report(as_json: bool, facts: dict[str, Any], *lines: str) -> None:
         return
     for line in lines:
         out.print(line, markup=False)
+
+
+def sayer(as_json: bool) -> Any:
+    """Prints a line or a table; beside JSON on standard error."""
+
+    def say(what: Any) -> None:
+        (err if as_json else out).print(what, markup=False)
+
+    return say
 
 
 @app.callback()
@@ -83,74 +116,59 @@ def quickstart(
     ),
     target: OneTarget = None,
     job: Annotated[Path | None, typer.Option("--job", help="Another job file.")] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Train the job's other targets too, and full LoRA in torch."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """The whole road on the shipped sample, with pictures before and after."""
     from edge_dit.app.quickstart import quickstart as run
     from edge_dit.app.quickstart import samples_folder
+    from edge_dit.contract.targets import variant_of
 
-    def say(what: Any) -> None:
-        (err if as_json else out).print(what, markup=False)
-
-    from edge_dit.contract.targets import check_targets
-
-    check_targets([target] if target else None)
-    table = run(job or samples_folder() / "sana.toml", folder, target, say)
+    if target:
+        variant_of(target)
+    facts = run(job or samples_folder() / "sana.toml", folder, target, sayer(as_json), compare)
     if as_json:
-        print(
-            json.dumps(
-                {"out": str(folder), "losses": json.loads(table.with_suffix(".json").read_text())}
-            )
-        )
+        print(json.dumps({"out": str(folder), **facts}))
+
+
+@app.command()
+def run(
+    job: JobFile,
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Where everything goes.")],
+    target: OneTarget = None,
+    as_json: Json = False,
+) -> None:
+    """Plan, precompute, export, verify, train, write the adapter. Goes on where it stopped."""
+    from edge_dit.app.run import run as walk
+    from edge_dit.contract.targets import variant_of
+
+    if target:
+        variant_of(target)
+    road = walk(job, folder, target, sayer(as_json))
+    if as_json:
+        lora = road.lora(target or road.plan.targets[0])
+        print(json.dumps({"out": str(folder), "lora": str(lora)}))
 
 
 @app.command()
 def plan(
-    job: Annotated[
-        Path | None, typer.Argument(help="job.toml, see samples/sana.toml; or give --config.")
-    ] = None,
+    job: JobFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path(
         "plan.json"
     ),
-    skip_ratio: Annotated[
-        float | None, typer.Option(help="Share of blocks to skip, in [0, 1).")
-    ] = None,
-    head_skip: Annotated[int | None, typer.Option(help="Leading blocks to skip (n).")] = None,
-    tail_skip: Annotated[int | None, typer.Option(help="Trailing blocks to skip (m).")] = None,
-    ram: Annotated[
-        str | None, typer.Option(help="Budget of memory, e.g. 3GiB: the best plan that fits.")
-    ] = None,
-    flash: Annotated[
-        str | None, typer.Option(help="Budget of storage for bundle and bank, e.g. 2GiB.")
-    ] = None,
-    step_time: Annotated[str | None, typer.Option(help="Longest training step, e.g. 5s.")] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="Target to plan for, or its layout (onnx:streamed); may be repeated."),
-    ] = None,
-    profile: Annotated[
-        Path | None, typer.Option(help="Device profile (JSON); default this machine.")
-    ] = None,
-    select: Annotated[
-        str | None,
-        typer.Option(help="First measure which blocks may be skipped: generation or loss. Long."),
-    ] = None,
-    subjects: Annotated[
-        Path | None,
-        typer.Option(help="With --select: folder with a folder of images a subject."),
-    ] = None,
-    embedding: Annotated[
-        str | None,
-        typer.Option(help="With --select generation: DINO or CLIP, folder or hub id."),
-    ] = None,
-    config: Annotated[
-        str | None,
-        typer.Option(help="What a public checkpoint would take (flux.1-dev, ...); no weights."),
-    ] = None,
-    patch: Annotated[
-        int | None, typer.Option(min=1, help="With --config: side of a patch (s_min), pixels.")
-    ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="With --config: rank of the LoRA.")] = 16,
+    skip_ratio: SkipRatio = None,
+    head_skip: HeadSkip = None,
+    tail_skip: TailSkip = None,
+    ram: Ram = None,
+    flash: Flash = None,
+    step_time: StepTime = None,
+    target: TargetsOrLayouts = None,
+    profile: Profile = None,
     page: Annotated[
         Path | None, typer.Option("--report", help="Also write the plan as a page, plan.html.")
     ] = None,
@@ -159,78 +177,84 @@ def plan(
     """Choose which blocks to train, at which sizes, and say what that takes."""
     from edge_dit.app import planner
     from edge_dit.app.describe import plan_in_words
-    from edge_dit.budget.cost import cost_of_config, cost_of_plan, table
-    from edge_dit.budget.footprint import calibrated, read_profile
+    from edge_dit.budget.cost import cost_of_plan, table
+    from edge_dit.budget.footprint import read_profile
     from edge_dit.planning.job import read_job
     from edge_dit.planning.plan import write_plan
+    from edge_dit.planning.split import SplitRequest
 
-    if skip_ratio is not None and not 0 <= skip_ratio < 1:
-        raise BadInput("--skip-ratio", found=str(skip_ratio), expected="a share in [0, 1)")
-    for name, value in (("--head-skip", head_skip), ("--tail-skip", tail_skip)):
-        if value is not None and value < 0:
-            raise BadInput(name, found=str(value), expected="0 or more blocks")
-    if (job is None) == (config is None):
-        raise BadInput(
-            "plan",
-            found="both a job file and --config" if job else "neither a job file nor --config",
-            expected="one of them",
-            remedy="edge-dit plan JOB -o plan.json, or edge-dit plan --config flux.1-dev",
-        )
-    if select is None and (subjects or embedding):
-        raise BadInput(
-            "--subjects" if subjects else "--embedding",
-            found="without --select",
-            remedy="say how to measure: --select generation, or --select loss",
-        )
-    if page is not None and config is not None:
-        raise BadInput("--report", found="with --config", remedy="name a job file instead")
     limits = budget(ram, flash, step_time)
     device = read_profile(profile) if profile else None
-    if config is not None:
-        if select:
-            raise BadInput("--select", found="with --config", remedy="name a job file instead")
-        if limits:
-            facts, lines = planner.config_within(
-                config, limits, device or calibrated(), target or [], patch, rank
-            )
-            report(as_json, facts, *lines)
-            return
-        facts, columns = cost_of_config(config, skip_ratio, head_skip, tail_skip, patch, rank)
-        report(as_json, facts, facts["summary"], *table(columns))
-        return
-    assert job is not None
-    if patch is not None:
-        raise BadInput("--patch", found="with a job file", remedy="set [train] patch in the job")
-    read = read_job(job)
-    if select:
-        err.print(f"selection: {planner.select(read, select, subjects, embedding)}", markup=False)
-    planned = planner.plan_job(
-        read,
-        skip_ratio,
-        head_skip,
-        tail_skip,
-        limits=limits,
-        targets=target or [],
-        profile=device,
-    )
+    read, asked = read_job(job), SplitRequest(skip_ratio, head_skip, tail_skip)
+    planned = planner.plan_job(read, asked, limits=limits, targets=target or [], profile=device)
     made = planned.plan
     columns = cost_of_plan(made)
     if page is not None:
         planner.report_on(read, planned, page)
     write_plan(made, output)
-    report(
-        as_json,
-        {
-            **made.model_dump(mode="json"),
-            "cost": {k: vars(v) for k, v in columns.items()},
-            "footprints": {k: vars(v) for k, v in planned.footprints.items()},
-            "reasons": planned.in_words(),
-        },
-        *plan_in_words(made),
-        *table(columns),
-        *planned.in_words(),
-        f"written to {output}" + (f" and {page}" if page else ""),
-    )
+    facts = {
+        **made.model_dump(mode="json"),
+        "cost": {k: vars(v) for k, v in columns.items()},
+        "footprints": {k: vars(v) for k, v in planned.footprints.items()},
+        "reasons": planned.in_words(),
+    }
+    written = f"written to {output}" + (f" and {page}" if page else "")
+    report(as_json, facts, *plan_in_words(made), *table(columns), *planned.in_words(), written)
+
+
+@app.command()
+def cost(
+    config: Annotated[str, typer.Argument(help="A public checkpoint: flux.1-dev, sana-0.6b, ...")],
+    skip_ratio: SkipRatio = None,
+    head_skip: HeadSkip = None,
+    tail_skip: TailSkip = None,
+    ram: Ram = None,
+    flash: Flash = None,
+    step_time: StepTime = None,
+    target: TargetsOrLayouts = None,
+    profile: Profile = None,
+    patch: Annotated[
+        int | None, typer.Option(min=1, help="Side of a patch (s_min), pixels.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """What a public checkpoint would take, or the best that fits a budget; no weights needed."""
+    from edge_dit.app.public_plan import PublicRequest, best_within, cost_of
+    from edge_dit.budget.footprint import read_profile
+    from edge_dit.planning.split import SplitRequest
+
+    limits = budget(ram, flash, step_time)
+    split = SplitRequest(skip_ratio, head_skip, tail_skip)
+    request = PublicRequest(config, split, patch, rank, target or [])
+    if limits is None:
+        facts, lines = cost_of(request)
+    else:
+        device = read_profile(profile) if profile else None
+        facts, lines = best_within(request, limits, device)
+    report(as_json, facts, *lines)
+
+
+@app.command()
+def select(
+    job: JobFile,
+    method: Annotated[
+        str, typer.Option(help="loss, or the paper's generation, which draws pictures.")
+    ] = "loss",
+    subjects: Annotated[
+        Path | None, typer.Option(help="Folder with a folder of images a subject.")
+    ] = None,
+    embedding: Annotated[
+        str | None, typer.Option(help="Of generation: DINO or CLIP, folder or hub id.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure which blocks may be skipped; later plans of the model follow it. Long; resumes."""
+    from edge_dit.app.planner import select as measure
+    from edge_dit.planning.job import read_job
+
+    path = measure(read_job(job), method, subjects, embedding)
+    report(as_json, {"selection": str(path)}, f"{path}: plans of this model follow it now")
 
 
 def budget(ram: str | None, flash: str | None, step_time: str | None) -> Any:
@@ -244,14 +268,14 @@ def budget(ram: str | None, flash: str | None, step_time: str | None) -> Any:
         "flash": ("--flash", flash, bytes_of),
         "seconds": ("--step-time", step_time, seconds_of),
     }
-    found = {}
+    limits = {}
     for name, (option, text, read) in asked.items():
         if text is not None:
             try:
-                found[name] = read(text)
+                limits[name] = read(text)
             except ValueError as error:
                 raise BadInput(option, found=repr(text), expected=str(error)) from None
-    return Limits(**found) if found else None
+    return Limits(**limits) if limits else None
 
 
 @app.command()
@@ -262,24 +286,12 @@ def precompute(
     as_json: Json = False,
 ) -> None:
     """Store the entry state and tail residual of every draw. Goes on where it stopped."""
+    from edge_dit.app import api
     from edge_dit.app.describe import bank_in_words
-    from edge_dit.errors import require
-    from edge_dit.pictures.images import read_folder
-    from edge_dit.planning.job import read_job
     from edge_dit.planning.plan import read_plan
 
-    read, made = read_job(job), read_plan(plan_file)
-    require("torch", "precompute")
-    from edge_dit.reference.precompute import precompute as run
-
-    images = read_folder(read.data.images, read.data.prompt, made.s_max)
-    for image in images:
-        if image.upscaled:
-            err.print(
-                f"warning: {image.name} is smaller than {made.s_max} px and was enlarged",
-                style="yellow",
-            )
-    index = run(made, images, output)
+    read, made = api.read_job(job), read_plan(plan_file)
+    index = api.precompute(made, api.read_pictures(read, made), output).index
     facts = {"draws": len(index.draws), "images": len(index.images), "prompts": index.prompts}
     report(as_json, facts, *bank_in_words(output))
 
@@ -293,19 +305,12 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the trainable sub-graph and the patch sampler for every target."""
+    from edge_dit.app import api
     from edge_dit.app.describe import bundle_in_words
-    from edge_dit.contract.targets import check_targets
-    from edge_dit.errors import require
-    from edge_dit.planning.job import read_job
     from edge_dit.planning.plan import read_plan
 
-    check_targets(target)
-    read_job(job)
-    made = read_plan(plan_file)
-    require("torch", "export")
-    from edge_dit_export.export import export as run
-
-    bundle = run(made, output, target or made.targets)
+    api.read_job(job)
+    bundle = api.export(read_plan(plan_file), output, target)
     manifest = bundle.manifest
     facts = {"targets": manifest.targets, "bytes": sum(file.bytes for file in manifest.files)}
     report(as_json, facts, *bundle_in_words(bundle))
@@ -320,15 +325,15 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare every target with PyTorch; exit code 1 when one fails."""
+    from edge_dit.app import api
     from edge_dit.app.verify import table, why_failed
-    from edge_dit.app.verify import verify as run
     from edge_dit.contract.bundle import open_bundle
     from edge_dit.contract.targets import check_targets
 
     check_targets(target)
     for name in target or []:
         open_bundle(bundle).facts(name)
-    certificate = run(bundle, bank, steps, target)
+    certificate = api.verify(bundle, bank, steps=steps, targets=target)
     if as_json:
         print(json.dumps(certificate.as_json()))
     else:
@@ -351,17 +356,17 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a bundle over its bank. Ctrl-C stops it with a checkpoint."""
+    import edge_dit_runtime as er
     from edge_dit.contract.bundle import open_bundle
     from edge_dit.contract.integrity import check_bundle
     from edge_dit.contract.targets import variant_of
-    from edge_dit_runtime.training import train as run
 
     name = variant_of(target).target if target else None
     if verify_hashes:
         opened = open_bundle(bundle)
         for each in [name] if name else opened.manifest.targets:
             check_bundle(opened, each, verify_hashes=True)
-    done = run(bundle, bank, output, target=target, steps=steps, resume=resume)
+    done = er.train(bundle, bank, output, target=target, steps=steps, resume=resume)
     stopped = "" if done.done == done.steps else "; stopped early, --resume continues"
     words = f"{output}: {done.done} of {done.steps} steps on {done.target}{stopped}"
     report(as_json, {"done": done.done, "steps": done.steps, "target": done.target}, words)
@@ -378,28 +383,17 @@ def adapter(
     """Write the trained LoRA as a folder for pipe.load_lora_weights, with a PEFT copy in peft/; for
     a pipeline that has no load_lora_weights as a PEFT folder.
     """
-    from edge_dit.contract.adapter import (
-        DIFFUSERS_FILE,
-        PEFT_FILE,
-        loading_hint,
-        write_adapter_folder,
-    )
-    from edge_dit.models.families import PEFT_ONLY
+    import edge_dit_runtime as er
+    from edge_dit.contract.adapter import PEFT_ONLY, loading_hint
     from edge_dit_runtime.run_folder import RunFolder
 
+    path = er.save_lora(run, output)
     tensors, read = RunFolder(run).adapter()
-    peft_only = read.family in PEFT_ONLY
-    write_adapter_folder(output, tensors, read.rank, read.alpha, read.base_model, peft_only)
-    path = output / (PEFT_FILE if peft_only else DIFFUSERS_FILE)
-    hint = loading_hint(output, peft_only)
+    hint = loading_hint(output, read.family in PEFT_ONLY)
     facts = {"path": str(path), "tensors": len(tensors), "steps": read.done, "load": hint}
     unfinished = "" if read.done == read.steps else f" (unfinished: {read.done} of {read.steps})"
-    report(
-        as_json,
-        facts,
-        f"{output}: {len(tensors)} LoRA tensors{unfinished}",
-        f"load it: {hint}",
-    )
+    words = f"{output}: {len(tensors)} LoRA tensors{unfinished}"
+    report(as_json, facts, words, f"load it: {hint}")
 
 
 @app.command()
@@ -422,20 +416,31 @@ def bench(
     work: Annotated[
         Path, typer.Option(help="Folder for the random model and the bundles; used again.")
     ] = Path("bench"),
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Also write all numbers and the machine, as JSON."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure speed and memory on random weights, against torch eager in the same run."""
-    from edge_dit.app.bench import CONTENDERS, Case, in_words
+    from dataclasses import asdict
+
+    from edge_dit.app.bench import DEFAULT_VARIANTS, in_words
     from edge_dit.app.bench import bench as run
+    from edge_dit.app.bench_model import Case
     from edge_dit.contract.targets import variant_of
     from edge_dit.models.public_configs import public_config
+    from edge_dit.store.files import write_json
 
     public = public_config(config)
     blocks = [int(part) for part in trained.split("+") if part.isdigit()]
-    contenders = [variant_of(name) for name in target] if target else list(CONTENDERS)
+    variants = [variant_of(name) for name in target] if target else list(DEFAULT_VARIANTS)
     case = Case(config, blocks, tokens, text or public.text_tokens, rank, steps, full_lora)
-    found = run(case, contenders, work, lambda line: err.print(line, markup=False))
-    report(as_json, found, *in_words(found))
+    measured = run(case, variants, work, lambda line: err.print(line, markup=False))
+    facts = asdict(measured)
+    report(as_json, facts, *in_words(measured.rows))
+    if output:  # last: a path that cannot be written costs no measurement
+        write_json(output, facts)
 
 
 @app.command()
@@ -448,6 +453,16 @@ def inspect(
 
     facts, lines = look(path)
     report(as_json, facts, *lines)
+
+
+def moved(error: Any) -> BadInput | None:
+    """Where a flag went that the command no longer has."""
+    context = getattr(error, "ctx", None)
+    command, flag = context.info_name if context else "", str(getattr(error, "option_name", ""))
+    if (command, flag) not in MOVED:
+        return None
+    where = f"edge-dit {command} {flag}"
+    return BadInput(where, found="this flag has moved", remedy=MOVED[command, flag])
 
 
 def main() -> None:
@@ -463,7 +478,10 @@ def main() -> None:
         err.print(f"edge-dit: {error}", style="red", markup=False)
         sys.exit(1 if isinstance(error, CheckFailed) else 2)
     except UsageError as error:
-        error.show()
+        if answer := moved(error):
+            err.print(f"edge-dit: {answer}", style="red", markup=False)
+        else:
+            error.show()
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted; the same command continues where it can")

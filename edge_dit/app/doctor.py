@@ -8,6 +8,7 @@ import platform
 import sys
 from typing import Any
 
+from edge_dit.contract.targets import TARGETS
 from edge_dit.errors import EXTRA_OF, is_installed
 
 PACKAGES = (
@@ -26,25 +27,27 @@ PACKAGES = (
 )
 NEEDS = {
     "plan, precompute": ("torch", "diffusers", "peft", "transformers"),
-    "export onnx": ("torch", "peft", "onnx", "onnxscript"),
-    "export ort-training": ("torch", "peft", "onnx", "onnxscript", "onnxruntime.training"),
-    "export executorch": ("torch", "peft", "executorch"),
-    "train onnx": ("onnxruntime",),
-    "train ort-training": ("onnxruntime.training",),
-    "train executorch": ("torch", "executorch"),
+    **{f"export {t.name}": ("torch", "peft", *t.needs_to_export) for t in TARGETS.values()},
+    **{f"train {t.name}": t.needs_to_train for t in TARGETS.values()},
     "verify": ("torch", "diffusers", "peft"),
 }
 """Modules that each piece of work imports."""
 
 
-def examine() -> dict[str, Any]:
-    """Versions of packages (None: not installed) and, for each piece of work, what is missing."""
+def package_versions() -> dict[str, str | None]:
+    """Package -> installed version; None for a package that is not installed."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    return versions
+
+
+def examine() -> dict[str, Any]:
+    """Versions of packages (None: not installed) and, for each piece of work, what is missing."""
+    versions = package_versions()
     work = {}
     for name, modules in NEEDS.items():
         missing = [module for module in modules if not is_installed(module)]

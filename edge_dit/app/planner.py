@@ -20,7 +20,7 @@ from edge_dit.planning.job import Job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import Selection, cache_file, find_selection, write_selection
-from edge_dit.planning.split import SplitRequest, choose_split
+from edge_dit.planning.split import RATIO_PLACE, SplitRequest, choose_split
 from edge_dit.text import size
 
 if TYPE_CHECKING:
@@ -93,13 +93,11 @@ def plan_job(
     from edge_dit.budget.search import variants_of
 
     asked = request or SplitRequest()
-    if asked.skip_ratio is not None and not 0 <= asked.skip_ratio < 1:
-        raise BadInput("skip_ratio", found=str(asked.skip_ratio), expected="a share in [0, 1)")
     if limits is None and asked.skip_ratio is None:
         limits = limits_of(job)
     if limits is not None and asked.skip_ratio is not None:
         raise BadInput(
-            "skip_ratio",
+            RATIO_PLACE,
             found="beside a budget",
             expected="either how many blocks to skip, or a budget that decides it",
             remedy="leave one out; a head and tail to skip may stay beside a budget",
@@ -213,9 +211,9 @@ def select(
     from edge_dit.select.selectors import Subject, select_by_generation, select_by_loss
 
     if method not in ("generation", "loss"):
-        raise BadInput("--select", found=method, expected="generation or loss")
+        raise BadInput("--method", found=method, expected="generation or loss")
     if embedding is not None and method != "generation":
-        raise BadInput("--embedding", found=f"with --select {method}", expected="generation")
+        raise BadInput("--embedding", found=f"with --method {method}", expected="generation")
     plan = make_plan(job, SplitRequest(skip_ratio=0.0))
     folders = {job.data.images.parent.name: job.data.images}
     if subjects is not None:

@@ -13,6 +13,8 @@ from edge_dit.planning.selection import Selection
 
 RATIO = 0.5
 """Share of blocks that is skipped where nothing is asked for."""
+RATIO_PLACE = "skip_ratio (--skip-ratio)"
+"""Where a share of blocks is asked for, for messages."""
 HEAD_SHARE = 2 / 3
 """Share of the skipped blocks taken from the front when only a ratio is asked for.
 
@@ -93,6 +95,9 @@ def choose_split(layers: int, request: SplitRequest, selection: Selection | None
             between trained blocks where neither end and no run is asked for.
     """
     ratio = RATIO if request.skip_ratio is None else request.skip_ratio
+    if not 0 <= ratio < 1:
+        fault = BadInput(RATIO_PLACE, found=str(ratio), expected="a share in [0, 1)")
+        return Split(layers, 0, 0, faults=[fault])
     skipped, inner = round(layers * ratio), request.inner_skips
     if selection is not None and skipped < layers:
         head, tail = selection.best(skipped)

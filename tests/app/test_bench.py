@@ -1,12 +1,60 @@
-"""bench removes nothing that is not its own, and says what it does not know."""
+"""bench: the tasks of its processes, its numbers as JSON, and the work folder it may empty."""
 
+import json
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
 import pytest
+from pydantic import TypeAdapter
+from safetensors.numpy import load_file
 
-from edge_dit.app.bench import MARKER, Case, bench, in_words, random_model
-from edge_dit.contract.targets import VARIANTS, variant_of
+from edge_dit.app import bench as bench_module
+from edge_dit.app.bench import METRICS, Process, Report, Row, bench, in_words
+from edge_dit.app.bench_child import (
+    TASK,
+    EagerTask,
+    ExportTask,
+    FullLoraTask,
+    ReferenceTask,
+    SessionTask,
+    adapter_file,
+    read_task,
+)
+from edge_dit.app.bench_machine import busy_warning, this_machine
+from edge_dit.app.bench_model import MARKER, Case, random_model
+from edge_dit.cli import main
+from edge_dit.contract.targets import VARIANTS, TargetVariant, variant_of
 from edge_dit.errors import BadInput
+from edge_dit.models.public_configs import public_config
 
 SMALL = Case("sana-0.6b", [1], 4, 4, rank=2)
+STREAMED = TargetVariant("onnx", "streamed")
+ROW = Row(
+    target="onnx",
+    layout="streamed",
+    dtype="int8",
+    trained_blocks=2,
+    step_ms=1500.5,
+    eager_ms=1000.0,
+    ratio_to_eager=1.5005,
+    full_lora_ms=None,
+    ratio_to_full_lora=None,
+    rss_anon_mb=60.5,
+    rss_file_mb=124.0,
+    eager_rss_mb=680.0,
+    full_lora_rss_mb=None,
+    artifact_bytes=83158151,
+    export_s=27.0,
+    export_rss_mb=752.0,
+    max_grad_rel_error=1.4e-06,
+    eager_grad_rel_error=1.0e-06,
+)
+
+
+# ---------------------------------------------------------------- the work folder
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
@@ -20,23 +68,167 @@ def test_another_case_replaces_the_model_and_the_same_case_keeps_it(tmp_path):
     work = tmp_path / "bench"
     random_model(SMALL, work)
     (work / "draw.safetensors").write_bytes(b"of this case")
-    random_model(SMALL, work)
+    random_model(replace(SMALL, steps=9), work)
     assert (work / "draw.safetensors").is_file()
-    random_model(Case("sana-0.6b", [1], 9, 4, rank=2), work)
+    random_model(replace(SMALL, tokens=9), work)
     assert not (work / "draw.safetensors").exists()
     assert (work / MARKER).is_file()
 
 
-def test_executions_by_name():
-    assert [variant_of(str(execution)) for execution in VARIANTS] == list(VARIANTS)
+def test_bundles_of_other_package_versions_are_not_used_again(tmp_path, monkeypatch):
+    work = tmp_path / "bench"
+    random_model(SMALL, work)
+    (work / "draw.safetensors").write_bytes(b"of these versions")
+    monkeypatch.setattr("edge_dit.app.bench_model.package_versions", lambda: {"torch": "9.9"})
+    random_model(SMALL, work)
+    assert not (work / "draw.safetensors").exists()
+
+
+def test_variants_by_name():
+    assert [variant_of(str(variant)) for variant in VARIANTS] == list(VARIANTS)
 
 
 @pytest.mark.parametrize(
     "name", ["", "onnx:int8", "onnx:fused:int8", "executorch:streamed", "a:b:c:d"]
 )
-def test_an_unknown_execution_is_refused(name):
+def test_an_unknown_variant_is_refused(name):
     with pytest.raises(BadInput, match="onnx:streamed:int8"):
         variant_of(name)
+
+
+# ---------------------------------------------------------------- tasks and processes
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        ReferenceTask(Path("work"), "int8"),
+        EagerTask(Path("work"), "float32", 5),
+        FullLoraTask(SMALL),
+        ExportTask(Path("work"), STREAMED, Path("work/bundle")),
+        SessionTask(Path("work"), STREAMED, Path("work/bundle"), 5, Path("gradients")),
+    ],
+    ids=lambda task: task.kind,
+)
+def test_a_task_arrives_as_it_was_sent(task):
+    assert read_task(TASK.dump_json(task).decode()) == task
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "EOF"),
+        ("[]", "task: Input should be an object"),
+        ('{"dtype": "int8"}', "'kind'"),
+        ('{"kind": "quantum", "work": "w"}', "'quantum'"),
+        ('{"kind": "eager", "work": "w", "dtype": "int8"}', "eager.steps: Field required"),
+        ('{"kind": "eager", "work": "w", "dtype": "int8", "steps": "x"}', "eager.steps: .*integer"),
+        ('{"kind": "reference", "work": "w", "dtype": "int8", "step": 1}', "reference.step: "),
+    ],
+)
+def test_a_bad_task_is_refused_with_its_fault(text, words):
+    with pytest.raises(BadInput, match=words):
+        read_task(text)
+
+
+def test_a_process_with_a_bad_task_ends_with_one_line_and_code_2():
+    child = subprocess.run(
+        [sys.executable, "-m", "edge_dit.app.bench_child"],
+        input='{"kind": "quantum"}',
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 2
+    assert child.stdout == ""
+    (line,) = child.stderr.splitlines()
+    assert "'quantum'" in line
+    assert "expected: one task as a JSON object" in line
+
+
+def test_a_fault_in_a_process_reaches_the_user(tmp_path):
+    task = SessionTask(tmp_path, STREAMED, tmp_path / "nothing", 1, tmp_path / "gradients")
+    with pytest.raises(BadInput, match=r"bench session: .*nothing: no manifest\.json in it"):
+        bench_module._run(task)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_a_report_is_the_same_after_json():
+    report = Report(SMALL, this_machine(), [ROW])
+    text = json.dumps(asdict(report))
+    assert list(json.loads(text)) == ["case", "machine", "rows"]
+    assert TypeAdapter(Report).validate_json(text) == report
+
+
+def test_the_table_shows_numbers_of_the_row_and_what_was_not_measured():
+    assert METRICS.keys() <= {field.name for field in fields(Row)}
+    lines = in_words([ROW, replace(ROW, dtype="float32", full_lora_ms=3000.0)])
+    assert lines[0].split() == ["onnx:streamed:int8", "onnx:streamed"]
+    table = {line[:22].strip(): line[22:].split() for line in lines[1:]}
+    assert table["step, ms"][0] == "1,500"
+    assert table["of eager"][0] == "1.500"
+    assert table["of full LoRA"] == ["-", "-"]
+    assert table["gradient error"][0] == "1.4e-06"
+
+
+@pytest.mark.parametrize(("load", "warns"), [(None, False), (1.0, False), (1.1, True)])
+def test_other_work_on_the_machine_makes_one_warning(load, warns):
+    warning = busy_warning(replace(this_machine(), cores=2, load_average=load))
+    assert bool(warning) == warns
+    assert not warns or ("1.1 on 2 cores" in warning and "\n" not in warning)
+
+
+def test_this_machine_has_a_name_and_versions():
+    machine = this_machine()
+    assert machine.processor
+    assert machine.versions["torch"]
+    assert "onnxruntime" in machine.versions
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Tasks run here on a model of width 32, which saves starting and importing torch each time."""
+    narrow = {"num_attention_heads": 2, "attention_head_dim": 16, "num_cross_attention_heads": 2}
+    narrow |= {"cross_attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 24}
+    narrow |= {"in_channels": 4, "out_channels": 4, "num_layers": 2}
+
+    def small(name: str):
+        public = public_config(name)
+        return replace(public, config={**public.config, **narrow}, resolution=128)
+
+    def run(task):
+        return Process(read_task(TASK.dump_json(task).decode()).run(), anon_mb=2.0, file_mb=1.0)
+
+    monkeypatch.setattr("edge_dit.app.bench_model.public_config", small)
+    monkeypatch.setattr("edge_dit.app.bench_child.public_config", small)
+    monkeypatch.setattr(bench_module, "_run", run)
+
+
+def test_the_command_writes_every_number(in_this_process, tmp_path, monkeypatch, capsys):
+    work, output = tmp_path / "bench", tmp_path / "results" / "bench.json"
+    arguments = ["--trained", "1", "--tokens", "16", "--text", "8", "--rank", "2", "--steps", "1"]
+    targets = ["--target", "onnx", "--target", "onnx:streamed"]
+    command = ["edge-dit", "bench", *arguments, *targets, "--work", work, "-o", output]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    report = TypeAdapter(Report).validate_json(output.read_bytes())
+    assert report.case == Case("sana-0.6b", [1], 16, 8, rank=2, steps=1)
+    assert [row.layout for row in report.rows] == ["fused", "streamed"]
+    table = capsys.readouterr().out.splitlines()
+    assert table == in_words(report.rows)
+    for row in report.rows:
+        assert 0 < row.max_grad_rel_error < 1e-4
+        assert 0 < row.eager_grad_rel_error < 1e-4
+        assert row.ratio_to_eager == row.step_ms / row.eager_ms > 0
+        assert row.ratio_to_full_lora == row.step_ms / row.full_lora_ms > 0
+        assert row.eager_rss_mb == 3.0
+        assert row.artifact_bytes > 0
+    adapter = load_file(adapter_file(work, "float32"))
+    assert all(np.abs(value).max() > 0 for value in adapter.values())
 
 
 @pytest.mark.slow
@@ -45,9 +237,9 @@ def test_an_unknown_execution_is_refused(name):
 )
 def test_a_target_is_compared_with_exact_gradients(tmp_path, config, trained):
     case = Case(config, trained, 16, 8, rank=2, steps=1, full_lora=False)
-    (row,) = bench(case, [variant_of("onnx:streamed")], tmp_path / "bench", print)["rows"]
-    assert 0 < row["max_grad_rel_error"] < 1e-4
-    assert 0 < row["eager_grad_rel_error"] < 1e-4
-    assert row["ratio_to_eager"] == row["step_ms"] / row["eager_ms"] > 0
-    assert min(row["rss_anon_mb"], row["rss_file_mb"], row["export_s"]) > 0
-    assert in_words({"rows": [row]})
+    (row,) = bench(case, [STREAMED], tmp_path / "bench", print).rows
+    assert 0 < row.max_grad_rel_error < 1e-4
+    assert 0 < row.eager_grad_rel_error < 1e-4
+    assert row.ratio_to_eager == row.step_ms / row.eager_ms > 0
+    assert min(row.rss_anon_mb, row.rss_file_mb, row.export_s) > 0
+    assert in_words([row])

@@ -12,16 +12,16 @@ from edge_dit.app.quickstart import loss_table, quickstart
 def test_quickstart_leaves_everything_and_can_be_repeated(road, tmp_path):
     out = tmp_path / "out"
     for _ in range(2):
-        quickstart(road.job, out, "onnx", print)
+        quickstart(road.job, out, "onnx", print, compare=True)
     assert json.loads((out / "bundle" / "parity.json").read_text())["passed"]
     for name in ("before.png", "after.png", "full-lora.png"):
         with Image.open(out / name) as sheet:
             assert sheet.width > 0
-    assert (out / "adapter-onnx" / "pytorch_lora_weights.safetensors").is_file()
-    losses = json.loads((out / "losses.json").read_text())
+    assert (out / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    losses = json.loads((out / "losses.json").read_text())["losses"]
     assert losses["onnx"] != losses["before"]
     # There is no folder of held-out images beside this job's.
-    assert "loss on the training images" in (out / "losses.md").read_text()
+    assert "loss on the training pictures" in (out / "losses.md").read_text()
 
 
 def test_loss_table_gives_the_share_of_full_lora():

@@ -209,7 +209,7 @@ def test_escapes_every_name(page):
 
 def test_says_what_is_missing():
     read = Reader(render(Page("tiny", PLAN)))
-    assert "edge-dit plan JOB --select generation" in read.text
+    assert "edge-dit select JOB --method generation" in read.text
     assert "edge-dit bench" in read.text
     assert "No image was given" in read.text
     assert "Memory was not counted" in read.text

@@ -19,7 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edge_dit.app.bench import CONTENDERS, Case, bench
+from edge_dit.app.bench import DEFAULT_VARIANTS, bench
+from edge_dit.app.bench_model import Case
 from edge_dit.budget.cost import Shapes
 from edge_dit.budget.footprint import (
     MEMORY_ERROR,
@@ -52,11 +53,12 @@ def measured(case: Case, work: Path, name: str, again: str | None) -> list[dict[
     record = work / f"{name}.json"
     rows = json.loads(record.read_text())["rows"] if record.is_file() else []
     kept = [row for row in rows if row["target"] != again]
-    missing = [c for c in CONTENDERS if asdict(c) not in [_execution(row) for row in kept]]
+    there = [_execution(row) for row in kept]
+    missing = [variant for variant in DEFAULT_VARIANTS if asdict(variant) not in there]
     if missing:
         speed = {"gemm": calibrated(3.0).gemm}
-        found = bench(case, missing, work / name, print)["rows"]
-        kept += [{**row, **speed} for row in found]
+        report = bench(case, missing, work / name, print)
+        kept += [{**asdict(row), **speed} for row in report.rows]
         write_json(record, {"rows": kept})
     return kept
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_dit.app.planner import config_within, plan_job
+from edge_dit.app.planner import plan_job
 from edge_dit.budget.footprint import REFERENCE
 from edge_dit.budget.limits import Limits
 from edge_dit.budget.search import (
@@ -370,7 +370,7 @@ def test_the_command_line(run, workplace, tmp_path):
     code, said, _ = run("plan", job, "--ram", "160MiB", "--json", "-o", out)
     assert code == 0
     assert json.loads(said)["reasons"]
-    code, said, err = run("plan", "--config", "pixart-sigma-xl", "--ram", "2GiB")
+    code, said, err = run("cost", "pixart-sigma-xl", "--ram", "2GiB")
     assert code == 0, err
     assert "28 blocks" in said
 
@@ -385,10 +385,10 @@ def test_the_command_line(run, workplace, tmp_path):
         (("--ram", "1GiB", "--target", "coreml"), "coreml"),
         (("--ram", "1GiB", "--head-skip", "3"), "no block to train"),
         (("--profile", "nowhere.json"), "nowhere.json"),
-        (("--subjects", "."), "without --select"),
-        (("--select", "guess"), "generation or loss"),
-        (("--select", "loss", "--embedding", "x"), "--embedding"),
-        (("--select", "loss", "--subjects", "nowhere"), "no such folder"),
+        (("--subjects", "."), "edge-dit select JOB --subjects"),
+        (("--select", "loss"), "edge-dit select JOB --method"),
+        (("--config", "sana-0.6b"), "edge-dit cost CONFIG"),
+        (("--patch", "64"), "edge-dit cost CONFIG --patch"),
     ],
 )
 def test_bad_input_leaves_no_plan(run, workplace, tmp_path, arguments, words):
@@ -400,7 +400,35 @@ def test_bad_input_leaves_no_plan(run, workplace, tmp_path, arguments, words):
     assert not out.exists()
 
 
-def test_a_page_needs_a_job(run, tmp_path):
-    code, _, err = run("plan", "--config", "sana-0.6b", "--report", tmp_path / "x.html")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--method", "guess"), "generation or loss"),
+        (("--method", "loss", "--embedding", "x"), "--embedding"),
+        (("--method", "loss", "--subjects", "nowhere"), "no such folder"),
+    ],
+)
+def test_bad_input_selects_nothing(run, workplace, arguments, words):
+    code, _, err = run("select", workplace / "job.toml", *arguments)
     assert code == 2
-    assert "--report" in err
+    assert words in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nowhere-1b",), "flux.1-dev"),
+        (("sana-0.6b", "--patch", "100"), "96 or 128"),
+        (("sana-0.6b", "--head-skip", "20", "--tail-skip", "8"), "no block to train"),
+        (("sana-0.6b", "--skip-ratio", "-0.5"), "[0, 1)"),
+        (("sana-0.6b", "--ram", "1MiB"), "no plan fits"),
+        (("sana-0.6b", "--ram", "1GiB", "--skip-ratio", "0.5"), "beside a budget"),
+        (("sana-0.6b", "--report", "x.html"), "No such option"),
+    ],
+)
+def test_bad_input_costs_nothing(run, arguments, words):
+    code, out, err = run("cost", *arguments)
+    assert code == 2
+    assert words in err
+    assert not out
