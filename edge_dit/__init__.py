@@ -61,7 +61,22 @@ _HOME = {
     "CheckFailed": "errors",
 }
 """Name of the API -> module that has it."""
-__all__ = [*_HOME]
+__all__ = [
+    "BadInput",
+    "Bank",
+    "Bundle",
+    "Certificate",
+    "CheckFailed",
+    "Job",
+    "Plan",
+    "export",
+    "open_bundle",
+    "plan",
+    "precompute",
+    "read_job",
+    "read_pictures",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -38,7 +38,7 @@ _HOME = {
     "Session": "sessions.trainer",
 }
 """Name of the API -> module that has it."""
-__all__ = [*_HOME]
+__all__ = ["Run", "Session", "open", "save_lora", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_dit.app.planner import plan_job
+from edge_dit.app.public_plan import PublicRequest, best_within
 from edge_dit.budget.footprint import REFERENCE
 from edge_dit.budget.limits import Limits
 from edge_dit.budget.search import (
@@ -222,7 +223,7 @@ def test_no_share_is_printed(space, gib, measured):
 
 
 def test_facts_of_a_public_checkpoint_hold_no_score():
-    facts, lines = config_within("pixart-sigma-xl", Limits(ram=2 * GIB), REFERENCE)
+    facts, lines = best_within(PublicRequest("pixart-sigma-xl"), Limits(ram=2 * GIB), REFERENCE)
     assert facts["fitting"] < facts["compared"]
     assert f"best of {facts['compared']:,} plans within 2 GiB of memory" in lines[1]
     assert not facts.keys() & {"quality", "score"}
