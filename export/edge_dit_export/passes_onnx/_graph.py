@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import onnx
-from onnx import numpy_helper
+import onnx_ir as ir
 
 
-def shapes_of(model: onnx.ModelProto) -> dict[str, list[int]]:
-    """Shape of every value that has one, by name; an unknown side is 0."""
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    constants = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-    values = {
-        value.name: [side.dim_value for side in value.type.tensor_type.shape.dim]
-        for value in [*graph.input, *graph.value_info, *graph.output]
-        if value.type.tensor_type.HasField("shape")
-    }
-    return constants | values
+def sides(value: ir.Value | None) -> tuple[int, ...]:
+    """Shape of ``value``; () where a side of it, or all of it, is unknown."""
+    shape = value.shape if value is not None else None
+    return shape.numpy() if shape is not None and shape.is_static() else ()
 
 
-def replace_nodes(
-    model: onnx.ModelProto, replacement: Callable[[onnx.NodeProto], Sequence[onnx.NodeProto] | None]
-) -> int:
-    """Put what ``replacement`` returns in the place of each node, in place; None keeps a node.
-
-    Returns:
-        Number of nodes replaced.
-    """
-    nodes, count = [], 0
-    for node in model.graph.node:
-        found = replacement(node)
-        nodes += [node] if found is None else found
-        count += found is not None
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return count
-
-
-def add_int64(model: onnx.ModelProto, name: str, values: Sequence[int]) -> str:
-    """Add a constant, int64 [len(values)]; its name."""
-    model.graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
-    return name
+def constant(graph: ir.Graph, values: np.ndarray | Sequence[int]) -> ir.Value:
+    """An initialiser, shared by all that ask for the same values; a list becomes int64."""
+    array = values if isinstance(values, np.ndarray) else np.array(values, np.int64)
+    name = f"constant.{array.dtype}.{array.tolist()}".replace(" ", "")
+    if name not in graph.initializers:
+        ir.tape.Tape(graph).initializer(ir.tensor(array, name=name))
+    return graph.initializers[name]

@@ -11,39 +11,39 @@ name (..._grad)", microsoft/onnxruntime issue 19427).
 from __future__ import annotations
 
 import numpy as np
-import onnx
-from onnx import numpy_helper
+import onnx_ir as ir
+
+from edge_dit_export.passes_onnx._graph import sides
 
 
-def complete_layer_norm(model: onnx.ModelProto) -> None:
-    """Complete every LayerNormalization of ``model`` in place; its values do not change."""
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    for number, node in enumerate(n for n in graph.node if n.op_type == "LayerNormalization"):
+def complete_layer_norm(model: ir.Model) -> None:
+    """Complete every LayerNormalization of ``model`` in place; its values do not change.
+
+    Raises:
+        ValueError: the shape of a scale is not known.
+    """
+    norms = [node for node in model.graph if node.op_type == "LayerNormalization"]
+    for number, node in enumerate(norms):
         prefix = f"layer_norm_{number}"
-        scale = constants.get(node.input[1])
-        if scale is None:
-            # A frozen weight that is a graph input belongs to one node already.
-            shape = _input_shape(graph, node.input[1])
-        else:
-            own = onnx.TensorProto()
-            own.CopyFrom(scale)
-            own.name = node.input[1] = f"{prefix}.scale"
-            graph.initializer.append(own)
-            shape = tuple(scale.dims)
-        if len(node.input) < 3:
-            bias = numpy_helper.from_array(np.zeros(shape, np.float32), f"{prefix}.bias")
-            graph.initializer.append(bias)
-            node.input.append(bias.name)
-        statistics = [f"{prefix}.mean", f"{prefix}.inverse_std"]
-        node.output.extend(statistics[len(node.output) - 1 :])
-    used = {name for node in graph.node for name in node.input}
-    for name in constants.keys() - used:
-        graph.initializer.remove(constants[name])
+        _own_scale_and_bias(model.graph, node, prefix)
+        node.resize_outputs(3)
+        for value, name in zip(node.outputs[1:], ("mean", "inverse_std"), strict=True):
+            value.name = value.name or f"{prefix}.{name}"
 
 
-def _input_shape(graph: onnx.GraphProto, name: str) -> tuple[int, ...]:
-    for value in graph.input:
-        if value.name == name:
-            return tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
-    raise ValueError(f"{name}: scale of a LayerNormalization, neither a constant nor an input")
+def _own_scale_and_bias(graph: ir.Graph, node: ir.Node, prefix: str) -> None:
+    tape = ir.tape.Tape(graph)
+    scale = node.inputs[1]
+    shape = sides(scale)
+    if scale is None or not shape:
+        raise ValueError(f"{node.name}: a LayerNormalization whose scale has no known shape")
+    # A frozen weight that is a graph input belongs to one node already.
+    if scale.is_initializer() and scale.const_value is not None:
+        own = ir.tensor(scale.const_value.numpy(), name=f"{prefix}.scale")
+        node.replace_input_with(1, tape.initializer(own))
+        if not scale.uses():
+            del graph.initializers[str(scale.name)]
+    if len(node.inputs) < 3:
+        node.resize_inputs(3)
+        zeros = ir.tensor(np.zeros(shape, np.float32), name=f"{prefix}.bias")
+        node.replace_input_with(2, tape.initializer(zeros))

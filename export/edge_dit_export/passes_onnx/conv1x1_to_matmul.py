@@ -3,61 +3,62 @@
     Conv(x, W, b)  -> Reshape(MatMul(Reshape(W), Reshape(x)) + Reshape(b))
     x [1, C, H, W], W [O, C, 1, 1]       W [O, C], x [C, H W], b [O, 1]
 
-The weights of onnxruntime-training's graphs are inputs, for which its convolution has no fast way,
-and its ConvGrad is slower still: with SANA-0.6B's convolutions, two of a block 1x1 and one
-depthwise, both took half of the time in kernels.
+The weights of onnxruntime-training's graphs are inputs, for which the convolution of its release
+1.19.2 has no fast way, and its ConvGrad is slower still: with SANA-0.6B's convolutions, two of a
+block 1x1 and one depthwise, both took half of the time in kernels.
 """
 
 from __future__ import annotations
 
-import onnx
-from onnx import helper
+import onnx_ir as ir
 
-from edge_dit_export.passes_onnx._graph import add_int64, replace_nodes, shapes_of
+from edge_dit_export.passes_onnx._graph import constant, sides
 
 
-def conv1x1_to_matmul(model: onnx.ModelProto) -> int:
+def conv1x1_to_matmul(model: ir.Model) -> int:
     """Rewrite every 1x1 convolution of one group, stride 1 and one image, in place.
+
+    Args:
+        model: a convolution of an unknown shape stays: infer shapes first.
 
     Returns:
         Number of nodes rewritten.
     """
-    shapes = shapes_of(model)
-
-    def reshaped(value: str, sides: list[int], output: str) -> onnx.NodeProto:
-        shape = add_int64(model, f"{output}.shape", sides)
-        return helper.make_node("Reshape", [value, shape], [output], output)
-
-    def product(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
-        if not _is_product(node, shapes):
-            return None
-        x, weight, *bias = node.input
-        _, channels, rows, columns = shapes[x]
-        outputs, y = shapes[weight][0], node.output[0]
-        flat, matrix, result = f"{y}.flat", f"{y}.matrix", f"{y}.product"
-        nodes = [
-            reshaped(x, [channels, rows * columns], flat),
-            reshaped(weight, [outputs, channels], matrix),
-            helper.make_node("MatMul", [matrix, flat], [result], result),
-        ]
-        if bias:
-            column, total = f"{y}.column", f"{y}.sum"
-            nodes.append(reshaped(bias[0], [outputs, 1], column))
-            nodes.append(helper.make_node("Add", [result, column], [total], total))
-            result = total
-        return [*nodes, reshaped(result, [1, outputs, rows, columns], y)]
-
-    return replace_nodes(model, product)
+    convolutions = [node for node in model.graph if _is_product(node)]
+    for node in convolutions:
+        tape = ir.tape.Tape()
+        result = _product(tape, model.graph, node)
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], tape.nodes, node.outputs, [result]
+        )
+    return len(convolutions)
 
 
-def _is_product(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> bool:
+def _product(tape: ir.tape.Tape, graph: ir.Graph, node: ir.Node) -> ir.Value:
+    """Write the product of a convolution onto ``tape``; its result [1, O, H, W]."""
+    x, weight, *bias = node.inputs
+    _, channels, rows, columns = sides(x)
+    outputs, y = sides(weight)[0], node.outputs[0].name
+
+    def reshaped(value: ir.Value | None, shape: list[int], name: str) -> ir.Value:
+        return tape.op("Reshape", [value, constant(graph, shape)], output=ir.val(f"{y}.{name}"))
+
+    flat = reshaped(x, [channels, rows * columns], "flat")
+    matrix = reshaped(weight, [outputs, channels], "matrix")
+    result = tape.op("MatMul", [matrix, flat], output=ir.val(f"{y}.product"))
+    if bias:
+        column = reshaped(bias[0], [outputs, 1], "column")
+        result = tape.op("Add", [result, column], output=ir.val(f"{y}.sum"))
+    return reshaped(result, [1, outputs, rows, columns], "image")
+
+
+def _is_product(node: ir.Node) -> bool:
     if node.op_type != "Conv":
         return False
-    x, weight = (shapes.get(name, []) for name in node.input[:2])
+    x, weight = (sides(value) for value in node.inputs[:2])
+    allowed = {"pads": {0}, "strides": {1}, "dilations": {1}}
     plain = all(
-        set(helper.get_attribute_value(a)) <= {0 if a.name == "pads" else 1}
-        for a in node.attribute
-        if a.name in ("pads", "strides", "dilations")
+        set(node.attributes.get_ints(name, ())) <= numbers for name, numbers in allowed.items()
     )
-    group = next((a.i for a in node.attribute if a.name == "group"), 1)
-    return plain and group == 1 and len(x) == 4 and x[0] == 1 and all(x) and weight[2:] == [1, 1]
+    group = node.attributes.get_int("group", 1)
+    return plain and group == 1 and len(x) == 4 and x[0] == 1 and weight[2:] == (1, 1)

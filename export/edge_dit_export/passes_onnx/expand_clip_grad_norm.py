@@ -7,16 +7,17 @@ run, was not reproducible. Here the sums of squares are sorted before they are a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import helper, numpy_helper
+import onnx_ir as ir
 
 from edge_dit.contract.adamw import CLIP_EPS
+from edge_dit_export.passes_onnx._graph import constant
 
 
-def expand_clip_grad_norm(model: onnx.ModelProto, count: int) -> None:
+def expand_clip_grad_norm(model: ir.Model, count: int) -> None:
     """Rewrite the InplaceClipGradNorm of an optimizer_model.onnx, in place:
 
         squares = sort([sum(g^2) for g in gradients])
@@ -27,40 +28,31 @@ def expand_clip_grad_norm(model: onnx.ModelProto, count: int) -> None:
         count: length of that sequence.
     """
     graph = model.graph
-    place, clip = next(
-        (i, n) for i, n in enumerate(graph.node) if n.op_type == "InplaceClipGradNorm"
-    )
-    max_norm = next(a.f for a in clip.attribute if a.name == "max_norm")
-    constants = {
-        "clip.count": np.array([count], np.int64),
-        "clip.flat": np.array([-1], np.int64),
-        "clip.eps": np.array([CLIP_EPS], np.float32),
-        "clip.max_norm": np.array([max_norm], np.float32),
-        "clip.one": np.array([1], np.float32),
-        **{f"clip.index_{i}": np.array(i, np.int64) for i in range(count)},
-    }
-    nodes = []
+    clip = next(node for node in graph if node.op_type == "InplaceClipGradNorm")
+    tape = ir.tape.Tape()
 
-    def add(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        outputs = [output, f"{output}.order"] if kind == "TopK" else [output]
-        nodes.append(helper.make_node(kind, inputs, outputs, name=output, **attributes))
-        return output
+    def add(kind: str, inputs: Sequence[ir.Value | None], name: str, **settings: Any) -> ir.Value:
+        return tape.op(kind, inputs, settings, output=ir.val(f"clip.{name}"))
+
+    def number(value: float) -> ir.Value:
+        return constant(graph, np.array([value], np.float32))
 
     gradients, squares = [], []
     for i in range(count):
-        at = [clip.input[0], f"clip.index_{i}"]
-        gradients.append(add("SequenceAt", at, f"clip.gradient_{i}"))
-        square = add("ReduceSumSquare", [gradients[i]], f"clip.sum_{i}", keepdims=0)
-        squares.append(add("Reshape", [square, "clip.flat"], f"clip.square_{i}"))
-    joined = add("Concat", squares, "clip.squares", axis=0)
-    ordered = add("TopK", [joined, "clip.count"], "clip.sorted")
-    norm = add("Sqrt", [add("ReduceSum", [ordered], "clip.square")], "clip.norm")
-    ratio = add("Div", ["clip.max_norm", add("Add", [norm, "clip.eps"], "clip.sum")], "clip.ratio")
-    factor = add("Min", [ratio, "clip.one"], "clip.factor")
-    clipped = [add("Mul", [g, factor], f"{g}.clipped") for g in gradients]
-    add("SequenceConstruct", clipped, clip.output[0])
-
-    kept = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*kept[:place], *nodes, *kept[place + 1 :]])
-    graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in constants.items())
+        at = [clip.inputs[0], constant(graph, np.array(i, np.int64))]
+        gradients.append(add("SequenceAt", at, f"gradient_{i}"))
+        square = add("ReduceSumSquare", [gradients[i]], f"sum_{i}", keepdims=0)
+        squares.append(add("Reshape", [square, constant(graph, [-1])], f"square_{i}"))
+    joined = add("Concat", squares, "squares", axis=0)
+    ordered, _ = tape.op_multi_out(
+        "TopK",
+        [joined, constant(graph, [count])],
+        outputs=[ir.val("clip.sorted"), ir.val("clip.order")],
+    )
+    norm = add("Sqrt", [add("ReduceSum", [ordered], "square")], "norm")
+    max_norm = number(clip.attributes["max_norm"].as_float())
+    ratio = add("Div", [max_norm, add("Add", [norm, number(CLIP_EPS)], "sum")], "ratio")
+    factor = add("Min", [ratio, number(1)], "factor")
+    clipped = [add("Mul", [g, factor], f"clipped_{i}") for i, g in enumerate(gradients)]
+    result = add("SequenceConstruct", clipped, "result")
+    ir.convenience.replace_nodes_and_values(graph, clip, [clip], tape.nodes, clip.outputs, [result])

@@ -9,16 +9,14 @@ out a part without one: the result is too small.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from itertools import accumulate
 
-import numpy as np
-import onnx
-from onnx import helper, numpy_helper
+import onnx_ir as ir
 
-from edge_dit_export.passes_onnx._graph import add_int64, replace_nodes, shapes_of
+from edge_dit_export.passes_onnx._graph import constant, sides
 
 
-def partial_split_to_slice(model: onnx.ModelProto) -> int:
+def partial_split_to_slice(model: ir.Model) -> int:
     """Rewrite every Split of which not all parts are used, in place.
 
     Args:
@@ -30,39 +28,32 @@ def partial_split_to_slice(model: onnx.ModelProto) -> int:
     Raises:
         ValueError: the sizes of such a Split are not known.
     """
-    graph = model.graph
-    used = {name for node in graph.node for name in node.input} | {v.name for v in graph.output}
-    sides = shapes_of(model)
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-
-    def slices(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
-        if node.op_type != "Split" or all(name in used for name in node.output):
-            return None
-        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-        ends = np.cumsum(_sizes(node, axis, sides, constants))
-        nodes = []
-        for name, start, end in zip(node.output, [0, *ends[:-1]], ends, strict=True):
-            if name and name in used:
-                bounds = {"start": start, "end": end, "axis": axis}
-                names = [add_int64(model, f"{name}.{n}", [value]) for n, value in bounds.items()]
-                inputs = [node.input[0], *names]
-                nodes.append(helper.make_node("Slice", inputs, [name], f"{name}.slice"))
-        return nodes
-
-    return replace_nodes(model, slices)
+    graph, count = model.graph, 0
+    for node in graph:
+        used = [bool(part.uses()) or part.is_graph_output() for part in node.outputs]
+        if node.op_type != "Split" or all(used):
+            continue
+        axis = node.attributes.get_int("axis", 0)
+        ends = list(accumulate(_sizes(node, axis)))
+        bounds = zip([0, *ends[:-1]], ends, strict=True)
+        tape = ir.tape.Tape()
+        for place in (bound for bound, is_used in zip(bounds, used, strict=True) if is_used):
+            tape.op("Slice", [node.inputs[0], *(constant(graph, [n]) for n in (*place, axis))])
+        slices = [piece.outputs[0] for piece in tape.nodes]
+        parts = [part for part, is_used in zip(node.outputs, used, strict=True) if is_used]
+        ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, parts, slices)
+        count += 1
+    return count
 
 
-def _sizes(
-    node: onnx.NodeProto,
-    axis: int,
-    sides: Mapping[str, list[int]],
-    constants: Mapping[str, np.ndarray],
-) -> list[int]:
+def _sizes(node: ir.Node, axis: int) -> list[int]:
     """Sizes of a Split's parts along ``axis``."""
-    if len(node.input) == 2 and node.input[1] in constants:
-        return constants[node.input[1]].tolist()
-    if len(node.input) == 1 and sides.get(node.input[0], [0])[axis]:
-        side, count = sides[node.input[0]][axis], len(node.output)
-        size = -(-side // count)  # the last part is smaller if need be
-        return [*[size] * (count - 1), side - size * (count - 1)]
+    x, sizes = (*node.inputs, None)[:2]
+    known = ir.convenience.get_const_tensor(sizes) if sizes is not None else None
+    if known is not None:
+        return known.numpy().tolist()
+    shape, count = sides(x), len(node.outputs)
+    if sizes is None and shape:
+        size = -(-shape[axis] // count)  # the last part is smaller if need be
+        return [*[size] * (count - 1), shape[axis] - size * (count - 1)]
     raise ValueError(f"{node.name}: a Split whose sizes are not known")

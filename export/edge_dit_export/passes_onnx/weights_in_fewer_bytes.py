@@ -1,4 +1,12 @@
-"""Inputs that are weights in float16 or int8 instead of float32."""
+"""Inputs that are weights in float16 or int8 instead of float32.
+
+    MatMul(x, W)  -> MatMul(x, Cast(W))                        W in float16
+    MatMul(x, W)  -> MatMul(x, DequantizeLinear(W, scale))     W in int8
+
+onnxruntime 1.19.2 runs every DequantizeLinear of weights before the first product, so that a whole
+block would lie in float32. Here each reader widens its own weight, int8 only once the other factor
+is known.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_dit.contract.targets import PIECE
+from edge_dit_export.passes_onnx._graph import constant
 
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
@@ -17,10 +26,9 @@ def weights_in_fewer_bytes(model: ir.Model, names: Iterable[str], dtype: str) ->
     """Let inputs come in fewer bytes and widen them in the graph, in place.
 
     float16 goes through Cast; int8 through DequantizeLinear with one scale per output channel,
-    which becomes the input "<name>.scale" behind all others. Each reader widens the weight for
-    itself, and int8 only once the other factor is known: a runtime that runs nodes as soon as it
-    can would else hold the whole block in float32. A product with a large weight is made in pieces
-    of its output channels, one after the other: FLUX.1-dev's largest is 189 MB in float32.
+    which becomes the input "<name>.scale" after all others. A product with a large weight is made
+    in pieces of its output channels, one after the other: FLUX.1-dev's largest is 189 MB in
+    float32.
 
     Args:
         model: its inputs ``names`` are float32.
@@ -169,7 +177,7 @@ def _slice(value: ir.Value, axis: int, part: tuple[int, int], before: ir.Node) -
     graph = before.graph
     assert isinstance(graph, ir.Graph)
     assert value.shape is not None
-    bounds = [_constant(graph, np.array([n], np.int64)) for n in (*part, axis)]
+    bounds = [constant(graph, [n]) for n in (*part, axis)]
     node = ir.Node("", "Slice", [value, *bounds])
     graph.insert_before(before, node)
     sides = list(value.shape)
@@ -197,25 +205,14 @@ def _after(known: ir.Value | None, scale: ir.Value, before: ir.Node) -> ir.Value
         return scale
     graph, rank = before.graph, len(known.shape)
     assert isinstance(graph, ir.Graph)
-    zeros, ones = (_constant(graph, np.full(rank, n, np.int64)) for n in (0, 1))
-    axes = _constant(graph, np.arange(rank))
+    zeros, ones = (constant(graph, [n] * rank) for n in (0, 1))
+    axes = constant(graph, range(rank))
     first = ir.Node("", "Slice", [known, zeros, ones, axes])
-    flat = ir.Node("", "Reshape", [first.outputs[0], _constant(graph, np.ones(1, np.int64))])
-    none = _constant(graph, np.zeros(1, np.float32))
+    flat = ir.Node("", "Reshape", [first.outputs[0], constant(graph, [1])])
+    none = constant(graph, np.zeros(1, np.float32))
     zero = ir.Node("", "Mul", [flat.outputs[0], none])
     late = ir.Node("", "Add", [scale, zero.outputs[0]])
     for node in (first, flat, zero, late):
         graph.insert_before(before, node)
     late.outputs[0].shape, late.outputs[0].type = scale.shape, FLOAT
     return late.outputs[0]
-
-
-def _constant(graph: ir.Graph, array: np.ndarray) -> ir.Value:
-    """An initialiser, shared by all that ask for the same values."""
-    name = f"widen.{array.dtype}.{'.'.join(map(str, array.tolist()))}"
-    if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        kind = ir.TensorType(tensor.dtype)
-        shape = ir.Shape(array.shape)
-        graph.register_initializer(ir.Value(name=name, shape=shape, type=kind, const_value=tensor))
-    return graph.initializers[name]

@@ -20,9 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
-from onnx import numpy_helper
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -85,27 +84,30 @@ def _forward_model(
     batch: dict[str, Tensor],
     lora: dict[str, Tensor],
     frozen: dict[str, Tensor],
-) -> onnx.ModelProto:
+) -> ir.Model:
     """The loss, with LoRA tensors as initialisers and all others as inputs."""
     own = {id(parameter): name for name, parameter in subgraph.named_parameters()}
     parameters = [own[id(parameter)] for parameter in subgraph.lora_parameters().values()]
     forward = _Forward(subgraph, list(batch), [*parameters, *frozen])
     with subgraph.family.traceable():
-        model = ir.to_proto(onnx_model(forward, {**batch, **lora, **frozen}, [LOSS]))
-    inputs = [value for value in model.graph.input if value.name not in lora]
-    del model.graph.input[:]
-    model.graph.input.extend(inputs)
-    model.graph.initializer.extend(
-        numpy_helper.from_array(tensor.numpy(), name) for name, tensor in lora.items()
-    )
+        model = onnx_model(forward, {**batch, **lora, **frozen}, [LOSS])
+    inputs = {value.name: value for value in model.graph.inputs}
+    for name, tensor in lora.items():
+        model.graph.inputs.remove(inputs[name])
+        inputs[name].const_value = ir.tensor(tensor, name=name)
+        model.graph.register_initializer(inputs[name])
+    # The exporter leaves out half of the shapes.
+    ShapeInferencePass(check_type=False, strict_mode=False)(model)
     cast_like_to_cast(model)
     conv1x1_to_matmul(model)
     partial_split_to_slice(model)
+    # Before the last rewrite: it would take the statistics away, which nothing reads yet.
+    RemoveUnusedNodesPass()(model)
     complete_layer_norm(model)
     return model
 
 
-def _make_artifacts(model: onnx.ModelProto, lora: list[str], adamw: AdamW, directory: Path) -> None:
+def _make_artifacts(model: ir.Model, lora: list[str], adamw: AdamW, directory: Path) -> None:
     from onnxruntime.training import artifacts, onnxblock
 
     optimizer = onnxblock.optim.AdamW(
@@ -116,22 +118,25 @@ def _make_artifacts(model: onnx.ModelProto, lora: list[str], adamw: AdamW, direc
     )
     with _quiet():
         artifacts.generate_artifacts(
-            model, requires_grad=lora, optimizer=optimizer, artifact_directory=directory
+            ir.to_proto(model),
+            requires_grad=lora,
+            optimizer=optimizer,
+            artifact_directory=directory,
         )
     path = directory / TRAINING_MODEL
-    written = onnx.load(path)
+    written = ir.load(path)
     if depthwise_grad_to_conv(written):
-        onnx.save(written, path)
+        ir.save(written, path)
     path = directory / OPTIMIZER_MODEL
-    written = onnx.load(path)
+    written = ir.load(path)
     # generate_artifacts stamps the installed onnx's IR version, which its own runtime refuses.
     written.ir_version = min(written.ir_version, IR)
     expand_clip_grad_norm(written, len(lora))
-    for node in written.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "adam_mode":
-                attribute.i = 0  # decay before the step, as torch.optim.AdamW; 1 is after it
-    onnx.save(written, path)
+    for node in written.graph:
+        if "adam_mode" in node.attributes:
+            # Decay before the step, as torch.optim.AdamW; 1 is after it.
+            node.attributes.add(ir.AttrInt64("adam_mode", 0))
+    ir.save(written, path)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 import numpy as np
-import onnx_ir as ir
-import onnxruntime
 import torch
+from onnx_graphs import kinds, run
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edge_dit_export.passes_onnx.transposes_to_gemm import transposes_to_gemm
@@ -21,16 +20,7 @@ def exported():
         "bias": torch.randn(3, generator=generator),
     }
     model = onnx_model(Products(), inputs, ["forward", "gram", "linear", "batched"])
-    return model, {name: tensor.numpy() for name, tensor in inputs.items()}
-
-
-def run(model, inputs):
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
-    return session.run(None, inputs)
-
-
-def kinds(model):
-    return [node.op_type for node in model.graph]
+    return model, inputs
 
 
 def test_values_stay_and_transposes_go():

@@ -1,11 +1,8 @@
 from itertools import product
 
 import numpy as np
-import onnx
-import onnx_ir as ir
-import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx_graphs import kinds, parsed, run
 
 from edge_dit_export.passes_onnx import weights_in_fewer_bytes as module
 
@@ -24,31 +21,18 @@ def made(place, turned, other_turned, addend):
     if addend:
         shapes["b"] = {"row": (sides[1],), "column": (sides[0], 1), "all": tuple(sides)}[addend]
         inputs.append("b")
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        [
-            helper.make_node("Neg", ["x"], ["minus"]),
-            helper.make_node(
-                "Gemm",
-                ["minus" if name == "x" else name for name in inputs],
-                ["y"],
-                transA=flags[0],
-                transB=flags[1],
-            ),
-        ],
-        "g",
-        [value(n, TensorProto.FLOAT, s) for n, s in shapes.items()],
-        [value("y", TensorProto.FLOAT, sides)],
-        value_info=[value("minus", TensorProto.FLOAT, shapes["x"])],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    typed = [f"float{list(shape)} {name}" for name, shape in shapes.items()]
+    factors = ", ".join("minus" if name == "x" else name for name in inputs)
+    model = parsed(f"""
+        g ({", ".join(typed)}) => (float{sides} y)
+        <float{list(shapes["x"])} minus>
+        {{
+            minus = Neg (x)
+            y = Gemm <transA = {flags[0]}, transB = {flags[1]}> ({factors})
+        }}
+    """)
     feeds = {n: RNG.normal(size=s).astype(np.float32) for n, s in shapes.items()}
     return model, feeds
-
-
-def run(model, feeds):
-    onnx.checker.check_model(model, full_check=True)
-    return onnxruntime.InferenceSession(model.SerializeToString()).run(None, feeds)[0]
 
 
 def quantised(weight):
@@ -73,23 +57,19 @@ def test_a_product_in_pieces_is_the_product(
     else:
         small["weight"] = feeds["weight"].astype(np.float16)
         stored = small["weight"].astype(np.float32)
-    want = run(model, {**feeds, "weight": stored})
-    rewritten = ir.from_proto(model)
-    assert module.weights_in_fewer_bytes(rewritten, ["weight"], dtype) == 1
-    after = ir.to_proto(rewritten)
-    kinds = [node.op_type for node in after.graph.node]
-    assert kinds.count("Gemm") == 3
-    assert kinds.count("Concat") == (1 if turned == place else 0)
-    np.testing.assert_allclose(run(after, small), want, rtol=1e-5, atol=1e-6)
+    want = run(model, {**feeds, "weight": stored})[0]
+    assert kinds(model) == ["Neg", "Gemm"]
+    assert module.weights_in_fewer_bytes(model, ["weight"], dtype) == 1
+    assert kinds(model).count("Gemm") == 3
+    assert kinds(model).count("Concat") == (1 if turned == place else 0)
+    np.testing.assert_allclose(run(model, small)[0], want, rtol=1e-5, atol=1e-6)
 
 
 def test_small_weights_stay_whole():
     model, feeds = made(1, 1, 0, "row")
-    rewritten = ir.from_proto(model)
-    module.weights_in_fewer_bytes(rewritten, ["weight"], "int8")
-    after = ir.to_proto(rewritten)
-    assert [node.op_type for node in after.graph.node].count("Gemm") == 1
     weight, scale = quantised(feeds["weight"])
-    want = run(model, {**feeds, "weight": weight * scale[:, None]})
-    have = run(after, {**feeds, "weight": weight, "weight.scale": scale})
+    want = run(model, {**feeds, "weight": weight * scale[:, None]})[0]
+    module.weights_in_fewer_bytes(model, ["weight"], "int8")
+    assert kinds(model).count("Gemm") == 1
+    have = run(model, {**feeds, "weight": weight, "weight.scale": scale})[0]
     np.testing.assert_allclose(have, want, rtol=1e-6)
