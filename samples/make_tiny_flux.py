@@ -26,9 +26,9 @@ import argparse
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -37,7 +37,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
@@ -49,15 +49,21 @@ from transformers import (
     T5Tokenizer,
 )
 
-from scenes import SIDE, random_scene
+from scenes import SIDE
 from training import (
+    LATENTS,
     SEED,
+    TRANSFORMER,
+    Schedule,
     batch_kind,
+    encoded_scenes,
     mixed_batch,
     noisy_batch,
     picture_loss,
-    scene_batches,
+    save_latents,
+    save_pipeline,
     train,
+    vocabulary_captions,
 )
 
 SCENES = 8_000
@@ -220,11 +226,7 @@ def train_autoencoder(work: Path) -> AutoencoderKL:
         vae,
         loss_at,
         work,
-        steps=AUTOENCODER_STEPS,
-        peak=8e-4,
-        decay=0.6,
-        weight_decay=1e-4,
-        save_every=300,
+        Schedule(AUTOENCODER_STEPS, peak=8e-4, decay=0.6, weight_decay=1e-4, save_every=300),
     )
 
 
@@ -252,21 +254,14 @@ def make_latents(work: Path, pipe: FluxPipeline) -> dict:
     if done.exists():
         return load_file(done)
 
-    captions, parts = [], {"whole": [], "small": [], "crop": [], "crop_side": []}
-    for some, whole, small, crops, side in scene_batches(SCENES):
-        captions += some
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            for name, pixels in (("whole", whole), ("small", small), ("crop", crops)):
-                parts[name].append(pipe.vae.encode(pixels).latent_dist.mode().float())
-        parts["crop_side"].append(side)
-    data = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    captions, data = encoded_scenes(SCENES, lambda x: pipe.vae.encode(x).latent_dist.mode())
     shift, scale = data["whole"].mean(), data["whole"].std()
-    for name in ("whole", "small", "crop"):
+    for name in LATENTS:
         data[name] = ((data[name] - shift) / scale).half()
     data["text"], data["pooled"] = encode_captions(pipe, captions)
     data["empty"], data["empty_pooled"] = encode_captions(pipe, [""])
     data |= {"shift": shift, "scale": scale}
-    save_file({k: v.contiguous() for k, v in data.items()}, done)
+    save_latents(data, done)
     return data
 
 
@@ -329,12 +324,7 @@ def train_transformer(work: Path, data: dict) -> FluxTransformer2DModel:
         model,
         loss_at,
         work,
-        steps=sum(TRANSFORMER_STEPS),
-        peak=1e-3,
-        decay=0.35,
-        weight_decay=0.01,
-        averaged=True,
-        save_every=200,
+        replace(TRANSFORMER, steps=sum(TRANSFORMER_STEPS)),
     )
 
 
@@ -364,11 +354,7 @@ def distil_guidance(
         model,
         loss_at,
         work,
-        steps=GUIDANCE_STEPS,
-        peak=6e-4,
-        decay=0.6,
-        weight_decay=0.01,
-        save_every=50,
+        Schedule(GUIDANCE_STEPS, peak=6e-4, decay=0.6, weight_decay=0.01, save_every=50),
     )
 
 
@@ -398,8 +384,7 @@ def main() -> None:
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
 
-    rng = np.random.default_rng(SEED)
-    captions = [random_scene(rng).caption() for _ in range(5_000)]
+    captions = vocabulary_captions()
     tokenizer, tokenizer_2 = make_tokenizer(captions), make_tokenizer_2(captions)
     pipe = FluxPipeline(
         make_scheduler(),
@@ -419,9 +404,7 @@ def main() -> None:
     else:
         pipe.transformer = distil_guidance(work, data, train_transformer(work, data))
     pipe.vae.to(memory_format=torch.contiguous_format)
-    pipe.to(torch.float16).save_pretrained(arguments.out)
-    size = sum(file.stat().st_size for file in arguments.out.rglob("*") if file.is_file())
-    print(f"{arguments.out}: {size / 1e6:.1f} MB")
+    save_pipeline(pipe.to(torch.float16), arguments.out)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -31,13 +31,27 @@ from diffusers import (
     SanaPipeline,
     SanaTransformer2DModel,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
-from scenes import SIDE, random_scene
-from training import SEED, batch_kind, mixed_batch, noisy_batch, picture_loss, scene_batches, train
+from scenes import SIDE
+from training import (
+    LATENTS,
+    SEED,
+    TRANSFORMER,
+    Schedule,
+    batch_kind,
+    encoded_scenes,
+    mixed_batch,
+    noisy_batch,
+    picture_loss,
+    save_latents,
+    save_pipeline,
+    train,
+    vocabulary_captions,
+)
 
 SCENES = 8_000
 TOKENS = 20  # the longest caption has 15
@@ -166,11 +180,7 @@ def train_autoencoder(work: Path) -> AutoencoderDC:
         vae,
         loss_at,
         work,
-        steps=AUTOENCODER_STEPS,
-        peak=1.5e-3,
-        decay=0.6,
-        weight_decay=1e-4,
-        save_every=500,
+        Schedule(AUTOENCODER_STEPS, peak=1.5e-3, decay=0.6, weight_decay=1e-4, save_every=500),
     )
 
 
@@ -208,16 +218,9 @@ def make_latents(work: Path, vae: AutoencoderDC, tokenizer, text_encoder) -> dic
     if done.exists():
         return load_file(done)
 
-    captions, parts = [], {"whole": [], "small": [], "crop": [], "crop_side": []}
-    for some, whole, small, crops, side in scene_batches(SCENES):
-        captions += some
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            for name, pixels in (("whole", whole), ("small", small), ("crop", crops)):
-                parts[name].append(vae.encode(pixels).latent.float())
-        parts["crop_side"].append(side)
-    data = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    captions, data = encoded_scenes(SCENES, lambda pixels: vae.encode(pixels).latent)
     scale = data["whole"].std()
-    for name in ("whole", "small", "crop"):
+    for name in LATENTS:
         data[name] = (data[name] / scale).half()
 
     pipe = SanaPipeline(tokenizer, text_encoder, vae, make_transformer(), make_scheduler())
@@ -231,7 +234,7 @@ def make_latents(work: Path, vae: AutoencoderDC, tokenizer, text_encoder) -> dic
         "empty_mask": empty_mask,
         "scale": scale,
     }
-    save_file({k: v.contiguous() for k, v in data.items()}, done)
+    save_latents(data, done)
     return data
 
 
@@ -262,12 +265,7 @@ def train_transformer(work: Path, data: dict) -> SanaTransformer2DModel:
         model,
         loss_at,
         work,
-        steps=sum(TRANSFORMER_STEPS),
-        peak=1e-3,
-        decay=0.35,
-        weight_decay=0.01,
-        averaged=True,
-        save_every=200,
+        replace(TRANSFORMER, steps=sum(TRANSFORMER_STEPS)),
     )
 
 
@@ -284,17 +282,14 @@ def main() -> None:
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
 
-    rng = np.random.default_rng(SEED)
-    tokenizer = make_tokenizer([random_scene(rng).caption() for _ in range(5_000)])
+    tokenizer = make_tokenizer(vocabulary_captions())
     text_encoder = make_text_encoder(len(tokenizer))
     vae = train_autoencoder(work)
     data = make_latents(work, vae, tokenizer, text_encoder)
     vae.register_to_config(scaling_factor=1 / data["scale"].item())
     transformer = train_transformer(work, data).to(memory_format=torch.contiguous_format)
     pipe = SanaPipeline(tokenizer, text_encoder, vae, transformer, make_scheduler())
-    pipe.save_pretrained(arguments.out)
-    size = sum(file.stat().st_size for file in arguments.out.rglob("*") if file.is_file())
-    print(f"{arguments.out}: {size / 1e6:.1f} MB")
+    save_pipeline(pipe, arguments.out)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from scenes import SIDE, draw, random_scene
 
 SEED = 20260320
 PATCH = 64  # pixels, side of the small training pictures
+LATENTS = ("whole", "small", "crop")
+"""Kinds of pictures of a scene that a transformer is trained on."""
 
 
 # ---------------------------------------------------------------- pictures
@@ -121,6 +125,12 @@ def mixed_batch(step: int, whole: bool = False) -> torch.Tensor:
     return torch.cat([crops, shrink(pixels[8:], PATCH)])
 
 
+def vocabulary_captions() -> list[str]:
+    """Captions of 5,000 scenes: the texts that a tokenizer learns its words from."""
+    rng = np.random.default_rng(SEED)
+    return [random_scene(rng).caption() for _ in range(5_000)]
+
+
 def scene_batches(count: int) -> Iterator[tuple]:
     """Captioned scenes as a transformer is trained on them, 100 at a time:
 
@@ -145,6 +155,28 @@ def scene_batches(count: int) -> Iterator[tuple]:
         if (i + 100) % 1000 == 0:
             left_s = (time.time() - begun) / (i + 100) * (count - i - 100)
             print(f"latents {i + 100}/{count}  {left_s / 60:.1f} min to go", flush=True)
+
+
+def encoded_scenes(
+    count: int, encode: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """Captions of scenes, and by name of `LATENTS` the latents [count, channels, h, w] of their
+    pictures, float32; "crop_side" [count] is the side of each crop in pixels.
+
+    encode: pixels [N, 3, H, W] to latents, run in bfloat16 where autocast allows.
+    """
+    captions, parts = [], {name: [] for name in (*LATENTS, "crop_side")}
+    for some, *pictures, side in scene_batches(count):
+        captions += some
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for name, pixels in zip(LATENTS, pictures, strict=True):
+                parts[name].append(encode(pixels).float())
+        parts["crop_side"].append(side)
+    return captions, {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def save_latents(data: dict[str, torch.Tensor], path: Path) -> None:
+    save_file({name: value.contiguous() for name, value in data.items()}, path)
 
 
 def batch_kind(step: int, first: int, chance: float) -> tuple[str, int]:
@@ -214,23 +246,38 @@ def learning_rate(step: int, steps: int, peak: float, decay: float) -> float:
     return peak * min(1.0, (step + 1) / 200, max(0.02, (steps - step) / (decay * steps)))
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How a model is trained.
+
+    peak, decay: as `learning_rate` takes them.
+    save_every: steps between checkpoints.
+    averaged: keep the exponential mean of the weights over about 500 steps.
+    """
+
+    steps: int
+    peak: float
+    decay: float
+    weight_decay: float
+    save_every: int
+    averaged: bool = False
+
+
+TRANSFORMER = Schedule(
+    steps=0, peak=1e-3, decay=0.35, weight_decay=0.01, save_every=200, averaged=True
+)
+"""Of a sample's transformer, but for the number of steps."""
+
+
 def train(
     name: str,
     model: torch.nn.Module,
     loss_at: Callable[[int], torch.Tensor],
     work: Path,
-    *,
-    steps: int,
-    peak: float,
-    decay: float,
-    weight_decay: float,
-    averaged: bool = False,
-    save_every: int,
+    schedule: Schedule,
 ) -> torch.nn.Module:
-    """Trains `model` on `loss_at(step)`, or loads it when `work` already has it.
-
-    averaged: what is kept is the exponential mean of the weights, over about 500 steps.
-    """
+    """Trains `model` on `loss_at(step)`, or loads it when `work` already has it."""
+    steps, averaged = schedule.steps, schedule.averaged
     mean = copy.deepcopy(model).requires_grad_(False) if averaged else model
     done, checkpoint = work / f"{name}.safetensors", work / f"{name}.pt"
     if done.exists():
@@ -238,7 +285,7 @@ def train(
         return mean.eval()
 
     optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+        model.parameters(), betas=(0.9, 0.99), weight_decay=schedule.weight_decay, fused=True
     )
     start = 0
     if checkpoint.exists():
@@ -251,7 +298,7 @@ def train(
     progress = Progress(name, start, steps)
     for step in range(start, steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak, decay)
+            group["lr"] = learning_rate(step, steps, schedule.peak, schedule.decay)
         loss = loss_at(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -262,7 +309,7 @@ def train(
             with torch.no_grad():
                 torch._foreach_lerp_(list(mean.parameters()), list(model.parameters()), 1 - keep)
         progress.add(step + 1, loss.item())
-        if (step + 1) % save_every == 0:
+        if (step + 1) % schedule.save_every == 0:
             part = checkpoint.with_suffix(".part")
             torch.save(
                 {
@@ -276,3 +323,10 @@ def train(
             part.replace(checkpoint)
     save_file({k: v.contiguous() for k, v in mean.state_dict().items()}, done)
     return mean.eval()
+
+
+def save_pipeline(pipe: Any, folder: Path) -> None:
+    """Write the sample's folder and say how large it is."""
+    pipe.save_pretrained(folder)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{folder}: {size / 1e6:.1f} MB")

@@ -156,7 +156,7 @@ def run_without(blocked: tuple[str, ...], code: str) -> str:
 def test_import_needs_nothing_heavy():
     run_without(
         (*HEAVY, "onnxruntime"),
-        "import edge_dit, edge_dit.cli, edge_dit.contract.bank, edge_dit.planning.plan,"
+        "import edge_dit, edge_dit.cli, edge_dit.contract.bank, edge_dit.planning.make,"
         "edge_dit.planning.job, edge_dit.pictures.images, edge_dit.app.doctor,"
         "edge_dit.app.describe\n"
         "import edge_dit_runtime, edge_dit_runtime.training",

@@ -1,1 +1,1 @@
-"""Pictures in, draws out: reading, the dynamic crop of Eq. 1, which draws a bank holds."""
+"""From pictures to draws: read images, crop them by Eq. 1, choose the draws of a bank."""

@@ -1,6 +1,6 @@
 """The crop of the timestep-aware dynamic patch (docs/method.md, Eq. 1), in numpy.
 
-`edge_dit.pictures.patch_sampler` is the same geometry as a torch module, the one that is exported.
+`edge_dit.pictures.patch_sampler` computes the same crop in torch, and is what is exported.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from edge_dit.contract.bank import Crop
 
 @dataclass(frozen=True)
 class CropRule:
-    """How large a crop is at a noise level, and where it lies.
+    """Size and place of a crop at a noise level.
 
     Attributes:
-        s_min: smallest crop side, and side of the patch that a crop is resized to, in pixels.
+        s_min: smallest crop side in pixels; every crop is resized to a patch of this side.
         s_max: largest crop side, in pixels.
         multiple: crop sides are multiples of this many pixels: the autoencoder's downsampling
             factor times the transformer's patch size.
@@ -28,24 +28,24 @@ class CropRule:
     multiple: int
 
     def side(self, sigma: float) -> int:
-        """Side in pixels of the crop at noise level ``sigma`` in [0, 1]: Eq. 1 of the paper,
+        """Side in pixels of the crop at noise level ``sigma`` in [0, 1], by Eq. 1 of the paper:
 
-            s(sigma) = s_min + sigma (s_max - s_min),
+            s(sigma) = s_min + sigma (s_max - s_min)
 
-        rounded (half to even) to ``multiple``. Computed in float32, as the exported graphs do.
+        It is rounded to ``multiple`` (half to even) and computed in float32, as the exported graphs
+        do.
         """
         side = np.float32(self.s_min) + np.float32(sigma) * np.float32(self.s_max - self.s_min)
         return int(np.round(side / np.float32(self.multiple))) * self.multiple
 
     def crop(self, sigma: float, u: float, v: float, height: int, width: int) -> Crop:
-        """The crop of a draw.
+        """The crop of a draw, in pixels.
 
         Args:
             sigma: noise level in [0, 1].
             u: horizontal position in [0, 1]; 0 is the leftmost crop, 1 the rightmost.
             v: vertical position in [0, 1]; 0 is the topmost crop, 1 the lowest.
-            height: of the image in pixels, at least s_max.
-            width: of the image in pixels, at least s_max.
+            height, width: of the image in pixels, at least s_max.
         """
         side = self.side(sigma)
 

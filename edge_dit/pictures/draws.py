@@ -1,4 +1,4 @@
-"""Which draws a bank holds: everything about them follows from one seed."""
+"""Which draws a bank holds. One seed decides everything about them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from edge_dit.contract.bank import Draw
 from edge_dit.pictures.crop import CropRule
 
 GOLDEN = (5**0.5 - 1) / 2
-"""Step of the additive recurrence that spreads the noise levels: any prefix of the draws covers
-(0, 1) evenly (H. Weyl; Roberts, "The unreasonable effectiveness of quasirandom sequences")."""
+"""Step of the additive recurrence that spreads noise levels. Any prefix of it covers (0, 1) evenly
+(H. Weyl; Roberts, "The unreasonable effectiveness of quasirandom sequences").
+"""
 
 
 def plan_draws(
@@ -22,17 +23,17 @@ def plan_draws(
     sizes: list[tuple[int, int]],
     rule: CropRule,
 ) -> list[Draw]:
-    """All draws of a bank, from the seed alone.
+    """All draws of a bank.
 
-    Images take turns; noise levels are spread evenly over the training density by the golden-ratio
-    sequence; crop position and noise are pseudo-random.
+    Images take turns. The golden-ratio sequence spreads noise levels evenly over the training
+    density. Crop position and noise are pseudo-random.
 
     Args:
         count: number of draws.
-        seed: of the whole bank.
-        level: noise level at a share in [0, 1) of the training density
+        seed: of the bank.
+        level: share in [0, 1) of the training density -> noise level
             (`edge_dit.models.objective.FlowMatching.level`).
-        prompt_of_image: prompt number of each image.
+        prompt_of_image: number of each image's prompt.
         sizes: height and width of each image in pixels.
         rule: of the crops.
     """
@@ -41,7 +42,7 @@ def plan_draws(
     for number in range(count):
         draw_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
         u, v = map(float, np.random.default_rng(draw_seed).random(2, dtype=np.float32))
-        # One image's draws, not only all draws together, must cover the noise levels.
+        # The draws of each single image must cover the noise levels too.
         turn, image = divmod(number, len(sizes))
         sigma = level((offset + turn * GOLDEN + image / len(sizes)) % 1.0)
         crop = rule.crop(sigma, u, v, *sizes[image])

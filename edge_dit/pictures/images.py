@@ -1,4 +1,4 @@
-"""Image folders: every odd image handled right or refused by name."""
+"""Read a folder of images and captions; an image that cannot be used is refused by name."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Captioned:
     Attributes:
         name: file name within the folder.
         sha256: of the file's bytes.
-        caption: side-car .txt of the same stem, else the job's prompt.
-        pixels: [3, H, W] float32 in [-1, 1]; the shorter side is the resolution.
-        upscaled: the file was smaller than the resolution and was enlarged.
+        caption: from the .txt file of the same stem, else the job's prompt.
+        pixels: [3, H, W] float32 in [-1, 1]; the shorter side is the job's resolution.
+        upscaled: whether the file was smaller than that and was enlarged.
     """
 
     name: str
@@ -35,7 +35,11 @@ class Captioned:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, upright: EXIF rotation applied, 16-bit scaled down, transparency put on white."""
+    """Convert to upright 8-bit RGB.
+
+    The EXIF rotation is applied, 16-bit values are scaled down, and transparent pixels are put on
+    white.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit, or 32-bit holding 16-bit values (PNG)
         values = np.asarray(image, dtype=np.float64)
@@ -52,11 +56,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_image(path: Path, resolution: int) -> tuple[np.ndarray, bool]:
-    """Pixels [3, H, W] float32 in [-1, 1] with the shorter side resized to ``resolution``, and
-    whether that meant enlarging.
+    """Read an image and resize its shorter side to ``resolution`` pixels.
+
+    Returns:
+        Pixels [3, H, W] float32 in [-1, 1], and whether the image was enlarged.
 
     Raises:
-        BadInput: not an image, truncated, or unreadable.
+        BadInput: the file is not an image, truncated, unreadable, or huge.
     """
     try:
         with warnings.catch_warnings():
@@ -82,10 +88,10 @@ def read_image(path: Path, resolution: int) -> tuple[np.ndarray, bool]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files of a folder, by name.
+    """The image files of a folder, sorted by name.
 
     Raises:
-        BadInput: no such folder, or no image in it.
+        BadInput: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise BadInput(folder, found="no such folder", expected="a folder of images")
@@ -101,12 +107,12 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def captions(files: list[Path], prompt: str | None) -> list[str]:
-    """The caption of each image: its side-car .txt, else ``prompt``.
+    """The caption of each image: the .txt file beside it, else ``prompt``.
 
     Raises:
-        BadInput: an image has neither, or its side-car is empty or not text.
+        BadInput: an image has neither, or its .txt file is empty or not text; all faults together.
     """
-    found, faults = [], []
+    texts, faults = [], []
     for path in files:
         side_car = path.with_suffix(".txt")
         caption = prompt
@@ -125,14 +131,24 @@ def captions(files: list[Path], prompt: str | None) -> list[str]:
                 )
             )
             continue
-        found.append(caption)
+        texts.append(caption)
     if faults:
         raise faults[0] if len(faults) == 1 else ManyFaults(files[0].parent, faults)
-    return found
+    return texts
 
 
 def read_folder(folder: Path, prompt: str | None, resolution: int) -> list[Captioned]:
-    """All images of a folder with captions; every fault of every file is reported together."""
+    """Read all images of a folder with their captions.
+
+    Args:
+        folder: with the images.
+        prompt: caption of images without a .txt file; None if each must have one.
+        resolution: length of every image's shorter side after reading, in pixels.
+
+    Raises:
+        BadInput: no such folder, no image in it, faults of captions or, if they are right, of
+            images; all of a kind together.
+    """
     files = image_files(folder)
     texts = captions(files, prompt)
     images, faults = [], []

@@ -1,8 +1,8 @@
-"""The dynamic patch sampler as a torch module, shared by host and exported bundles.
+"""The dynamic patch sampler as a torch module; host and exported bundles use the same one.
 
-Crop and antialiased bilinear resize are two small interpolation matrices times the image, so the
-graph has no data-dependent shape and no Resize. Equals
-``interpolate(crop, size=s_min, mode="bilinear", antialias=True)``.
+It equals ``interpolate(crop, size=s_min, mode="bilinear", antialias=True)``. Crop and resize are
+two small interpolation matrices around the image, so the exported graph has no shape that depends
+on data and no Resize operator.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ class PatchSampler(nn.Module):
         return rows @ image @ columns.transpose(0, 1)
 
     def _matrix(self, size: int, side: Tensor, position: Tensor) -> Tensor:
-        """Interpolation weights [s_min, size] of one axis: triangles of half-width
-        max(1, side / s_min) around each output pixel's centre, zero outside the crop, each row
-        summing to 1.
+        """Interpolation weights [s_min, size] of one axis.
+
+        Each row is a triangle of half-width max(1, side / s_min) around the centre of an output
+        pixel, zero outside the crop, normalised to sum 1.
         """
         free = size - side
         start = torch.minimum(torch.floor(position * (free + 1)), free)

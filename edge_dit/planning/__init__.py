@@ -1,1 +1,1 @@
-"""From what a job asks for to what every later stage agrees on: job.toml and the plan."""
+"""From job.toml, what a user asks for, to the plan that every later stage reads."""

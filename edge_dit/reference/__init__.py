@@ -1,1 +1,1 @@
-"""torch on the host: PyTorch's own training step, precompute, held-out loss, full LoRA."""
+"""torch on the host: precompute, PyTorch's own training step, held-out loss, full LoRA."""

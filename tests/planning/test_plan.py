@@ -15,20 +15,8 @@ from edge_dit.models.families import family_of
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan, model_of, read_plan
-from edge_dit.planning.split import SplitRequest, split_by_ratio
+from edge_dit.planning.split import SplitRequest
 from tiny import JOB, write_job
-
-
-@given(st.integers(1, 80), st.floats(0, 1, exclude_max=True))
-def test_split_skips_the_asked_share_with_more_at_the_front(layers, ratio):
-    head, tail = split_by_ratio(layers, ratio)
-    assert head + tail == round(layers * ratio)
-    assert head >= tail >= 0
-
-
-def test_papers_ratios_on_flux():
-    assert split_by_ratio(57, 0.5) == (19, 9)
-    assert split_by_ratio(12, 0.5) == (4, 2)
 
 
 def test_plan_from_a_job(workplace):
