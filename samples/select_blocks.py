@@ -21,7 +21,8 @@ from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan
 from edge_dit.planning.selection import NAME, Selection, write_selection
-from edge_dit.select.selectors import Subject, select_by_generation, select_by_loss
+from edge_dit.select.selectors import select_by_generation, select_by_loss
+from edge_dit.select.subjects import Subject
 
 ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT / "reproduce"))

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from edge_dit.budget.footprint import Footprint, Profile
     from edge_dit.budget.search import Choice
 
-HELD_OUT = "heldout"
-"""Folder beside a subject's training images with those that measure; as quickstart has it."""
 
 
 @dataclass(frozen=True)
@@ -193,51 +191,41 @@ def select(
     subjects: Path | None = None,
     embedding: str | None = None,
 ) -> Path:
-    """Measure which blocks of a job's model may be skipped; where the selection was written.
+    """Measure which blocks of a job's model may be skipped, and write the selection.
 
-    A stopped measurement goes on where it was.
+    A measurement that was stopped continues where it was.
 
     Args:
-        job: its model, LoRA and optimizer are used; its images are the subject unless ``subjects``
-            is given.
-        method: "generation", the paper's; or "loss", which draws no pictures.
-        subjects: a folder with a folder of images for each subject - or with its ``train`` and
-            ``heldout`` in it.
-        embedding: see `edge_dit.select.embedding.embedder`.
+        job: its model, LoRA and optimizer are used.
+        method: "generation", the paper's; or "loss", which generates no pictures.
+        subjects: folder with a folder of images for each subject, see
+            `edge_dit.select.subjects.read_subjects`; default the job's images as the only subject.
+        embedding: with "generation", folder or hub id of DINO, DINOv2 or CLIP; default the model's
+            own autoencoder.
+
+    Returns:
+        The file that the selection was written to; plans of this model find it there.
 
     Raises:
         BadInput: no images, an unknown method, or an embedding that cannot be loaded.
     """
-    from edge_dit.select.selectors import Subject, select_by_generation, select_by_loss
+    from edge_dit.select.selectors import select_by_generation, select_by_loss
+    from edge_dit.select.subjects import read_subject, read_subjects
 
     if method not in ("generation", "loss"):
         raise BadInput("--method", found=method, expected="generation or loss")
     if embedding is not None and method != "generation":
         raise BadInput("--embedding", found=f"with --method {method}", expected="generation")
     plan = make_plan(job, SplitRequest(skip_ratio=0.0))
-    folders = {job.data.images.parent.name: job.data.images}
-    if subjects is not None:
-        if not subjects.is_dir():
-            raise BadInput(subjects, found="no such folder", expected="a folder of subjects")
-        folders = {
-            folder.name: folder / "train" if (folder / "train").is_dir() else folder
-            for folder in sorted(subjects.iterdir())
-            if folder.is_dir()
-        }
-    measured = []
-    for name, folder in folders.items():
-        unseen = folder.parent / HELD_OUT
-        measured.append(
-            Subject(
-                name,
-                read_folder(folder, job.data.prompt, plan.s_max),
-                read_folder(unseen, job.data.prompt, plan.s_max) if unseen.is_dir() else [],
-            )
-        )
+    images, prompt = job.data.images, job.data.prompt
+    if subjects is None:
+        chosen = [read_subject(images.parent.name, images, prompt, plan.s_max)]
+    else:
+        chosen = read_subjects(subjects, prompt, plan.s_max)
     path = cache_file(plan.model_hash)
     work = path.with_suffix("")
     if method == "generation":
-        found = select_by_generation(plan, measured, work, embedding=embedding)
+        found = select_by_generation(plan, chosen, work, embedding=embedding)
     else:
-        found = select_by_loss(plan, measured, work)
+        found = select_by_loss(plan, chosen, work)
     return write_selection(found, path)

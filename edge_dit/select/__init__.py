@@ -1,1 +1,1 @@
-"""Which blocks may be skipped: measured on tuned models (docs/method.md)."""
+"""Measures which blocks of a model may be skipped; docs/selection.md says how to use it."""

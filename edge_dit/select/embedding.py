@@ -1,12 +1,15 @@
-"""Pictures as vectors, so that D(x, y) = 1 - cos(embed(x), embed(y)) says how far two are apart
+"""Embeds pictures, so that D(x, y) = 1 - cos(embed(x), embed(y)) tells how far two are apart
 (docs/method.md, Eq. 2).
 
-The paper embeds with DINO or CLIP; either is taken from a folder or hub id, as transformers stores
-it. Without one the pipeline's own autoencoder serves: the latents of a picture, as the transformer
-sees them, flattened. They are not centred: pipelines shift and scale latents to mean 0, so that
-unrelated pictures are near a right angle already (tiny-sana: cosines of one toy at other places on
-other backgrounds are 0.0 to 0.4, and the same after subtracting a grey picture's latents). Latents
-compare layout and colour, place by place; two pictures of one seed, not two views of a subject.
+The paper embeds with DINO or CLIP. Either is loaded from a folder or hub id, as transformers saves
+it. The default is the pipeline's own autoencoder: a picture's latents, as the transformer reads
+them, flattened.
+
+Latents compare layout and colour, place by place. They suit two pictures of one seed, not two views
+of a subject. They are not centred, because pipelines already shift and scale latents to mean 0, so
+unrelated pictures are nearly at a right angle. Measured on tiny-sana: the cosine of pictures of one
+toy at other places on other backgrounds is 0.0 to 0.4, and subtracting a grey picture's latents
+does not change that.
 """
 
 from __future__ import annotations
@@ -33,17 +36,19 @@ KINDS = {
     "clip": "CLIP",
     "clip_vision_model": "CLIP",
 }
-"""``model_type`` of a configuration -> its name; DINO's first version is stored as a ViT."""
+"""``model_type`` of a configuration -> name for people. DINO's first version is saved as a ViT."""
 
 
 @dataclass(frozen=True)
 class Embedder:
-    """Calling it turns N pictures (PIL, of one size) into unit vectors, float32 [N, D].
+    """Turns N pictures of one size into unit vectors, float32 [N, D], when it is called.
+
+        vectors = embedder("facebook/dinov2-small", pipeline)([picture, other])
 
     Attributes:
-        name: for people and files: "DINOv2 (folder)", "CLIP (openai/...)", "VAE latents".
+        name: shown and written to files: "DINOv2 (folder)", "CLIP (openai/...)", "VAE latents".
         where: folder or hub id that it was loaded from; empty for the pipeline's own autoencoder.
-        features: pictures to vectors [N, D] of any length.
+        features: makes vectors [N, D] of any length from pictures.
     """
 
     name: str
@@ -52,28 +57,31 @@ class Embedder:
 
     @torch.no_grad()
     def __call__(self, pictures: list[Image.Image]) -> Tensor:
-        """Embed pictures; see the class."""
+        """Embed N pictures of one size as unit vectors, float32 [N, D]."""
         return torch.nn.functional.normalize(self.features(pictures).float(), dim=1)
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """Mean of D over pairs of unit vectors [N, D]: 0 for equal pictures, 1 for unrelated ones.
+    """Mean of D over N pairs of unit vectors: 0 for equal pictures, 1 for unrelated ones.
 
-    1 - cos is half the squared difference of unit vectors; computed so, pictures that are nearly
-    equal keep their distance, where 1 - cos would round to 0.
+    1 - cos is half the squared difference of unit vectors. It is computed that way because 1 - cos
+    rounds to 0 for pictures that are nearly equal.
+
+    Args:
+        one, other: float32 [N, D].
     """
     return float((one - other).square().sum(dim=1).mean() / 2)
 
 
 def embedder(where: str | None, pipeline: Any) -> Embedder:
-    """DINO, DINOv2 or CLIP from ``where``, else the pipeline's autoencoder.
+    """Load DINO, DINOv2 or CLIP, or take the pipeline's autoencoder.
 
     Args:
         where: folder, or id on the Hugging Face hub; None for the autoencoder.
         pipeline: of a supported family.
 
     Raises:
-        BadInput: it cannot be loaded, or is another kind of model.
+        BadInput: the model cannot be loaded, or is of another kind.
     """
     return _latents(pipeline) if where is None else _vision_model(where)
 
@@ -86,7 +94,8 @@ def _latents(pipeline: Any) -> Embedder:
         for picture in pictures:
             pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 127.5 - 1
             batch = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
-            # A posterior is sampled with the same noise every time: equal pictures, equal vectors.
+            # The same noise each time the posterior is sampled, so that equal pictures have equal
+            # vectors.
             generator = torch.Generator().manual_seed(0)
             rows.append(family.encode_image(pipeline.vae, batch, generator).flatten())
         return torch.stack(rows)
@@ -115,13 +124,13 @@ def _vision_model(where: str) -> Embedder:
         output = model(**pixels)
         if kind == "clip_vision_model":
             return output.pooler_output
-        return output.last_hidden_state[:, 0]  # the class token, which DINO's scores are made of
+        return output.last_hidden_state[:, 0]  # the class token, which DINO scores compare
 
     return Embedder(f"{KINDS[kind]} ({'folder' if local else where})", where, features)
 
 
 def _load(where: str, local: bool) -> tuple[Any, Any, list[str]]:
-    """Model, image processor, and names of weights that transformers would make up."""
+    """Model, image processor, and names of missing weights, which transformers fills at random."""
     with quiet():
         from transformers import AutoImageProcessor, AutoModel
         from transformers.utils import logging
@@ -132,7 +141,7 @@ def _load(where: str, local: bool) -> tuple[Any, Any, list[str]]:
         model, report = AutoModel.from_pretrained(
             where, dtype=torch.float32, local_files_only=local, output_loading_info=True
         )
-    # DINO is stored without the pooler that a ViT has by default; the class token needs none.
+    # DINO is saved without the pooler that a ViT has by default; the class token needs none.
     missing = sorted(n for n in report["missing_keys"] if not n.startswith("pooler."))
     return model.eval(), processor, missing
 

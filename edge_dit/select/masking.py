@@ -1,10 +1,12 @@
-"""Hiding the text from the image in some blocks, for block selection (docs/method.md, Eq. 2).
+"""Hides the text from the image in some blocks, for block selection (docs/method.md, Eq. 2).
 
-"Masked" means that in those blocks image queries see no text key. In families with cross-attention
-the whole of it is the text's contribution, so its output becomes zero: a mask of zeros would add
-one bias to every key, which softmax ignores. In joint attention the keys are masked, text queries
-and image-to-image attention stay as they are; that is done where torch computes attention, so no
-attention processor of diffusers is copied (SD3's would take no mask).
+In a masked block no image query sees a text key.
+
+- With cross-attention, all of its output comes from the text, so the output is set to zero. Masking
+  every key instead would add one bias to all of them, which softmax ignores.
+- With joint attention, text keys are masked for image queries. Text queries and attention from
+  image to image stay as they are. The mask is added where torch computes attention, so that no
+  attention processor of diffusers is copied (SD3's accepts no mask).
 """
 
 from __future__ import annotations
@@ -22,21 +24,26 @@ from edge_dit.errors import BadInput
 from edge_dit.models.families.family import Family
 
 TEXT_FIRST = {"flux": True, "sd3": False, "qwen_image": True}
-"""Whether a joint family attends over [text, image] or [image, text] (attention processors of
-diffusers 0.42)."""
+"""Joint family -> whether its sequence is [text, image], else [image, text]. Read off the attention
+processors of diffusers 0.42.
+"""
 
 
 @contextmanager
 def text_masked(family: Family, model: nn.Module, blocks: Iterable[int]) -> Iterator[None]:
-    """While it is open, image tokens get nothing from the text in ``blocks``.
+    """Mask the text from the image in some blocks of a model while a ``with`` block runs.
+
+        with text_masked(family, pipeline.transformer, range(4)):
+            pictures = family.sample(pipeline, "a sks toy", 512, [1])
 
     Args:
         family: of the model.
         model: the transformer, with or without LoRA.
-        blocks: numbers of the blocks, over all containers in order of execution.
+        blocks: numbers of the blocks, counted over all containers in order of execution.
 
     Raises:
-        BadInput: when a block runs whose attention torch does not compute.
+        BadInput: a masked block runs whose attention is not computed by torch's
+            ``scaled_dot_product_attention``.
     """
     everything = list(family.blocks(model).values())
     mask = _hide_text_keys if family.joint else _silence_cross_attention
@@ -56,18 +63,19 @@ def _silence_cross_attention(family: Family, block: nn.Module, stack: ExitStack)
 def _hide_text_keys(family: Family, block: nn.Module, stack: ExitStack) -> None:
     hiding = _HideTextKeys(TEXT_FIRST[family.name], inspect.signature(block.forward))
     before = block.register_forward_pre_hook(hiding.enter, with_kwargs=True)
-    # Also when the block raises; what torch does not count as an error, Ctrl-C, is for `leave`.
+    # always_call: also when the block raises. torch does not call it after Ctrl-C, so the mode is
+    # left once more at the end.
     after = block.register_forward_hook(hiding.exit, always_call=True)
     for undo in (hiding.leave, before.remove, after.remove):
         stack.callback(undo)
 
 
 class _HideTextKeys(TorchFunctionMode):
-    """Masks text keys from image queries in a block's joint attention; open while the block runs.
+    """Masks text keys from image queries in one block's joint attention while that block runs.
 
     Args:
-        text_first: the order of the joint sequence.
-        signature: of the block's forward.
+        text_first: whether the joint sequence is [text, image], else [image, text].
+        signature: of the block's ``forward``.
     """
 
     def __init__(self, text_first: bool, signature: inspect.Signature) -> None:
@@ -77,7 +85,7 @@ class _HideTextKeys(TorchFunctionMode):
         self.image = self.text = 0
 
     def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Before the block: count its tokens."""
+        """Start masking; called before the block, whose arguments tell the numbers of tokens."""
         call = self.signature.bind(*args, **kwargs).arguments
         self.image = call["hidden_states"].shape[1]
         self.text = call["encoder_hidden_states"].shape[1]
@@ -86,7 +94,7 @@ class _HideTextKeys(TorchFunctionMode):
         self.open = True
 
     def exit(self, block: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-        """After the block; it must have attended jointly once."""
+        """Stop masking; called after the block, which must have attended jointly once."""
         self.leave()
         if output is not None and self.masked != 1:
             raise BadInput(
@@ -97,7 +105,7 @@ class _HideTextKeys(TorchFunctionMode):
             )
 
     def leave(self) -> None:
-        """Stop, if that has not been done."""
+        """Stop masking, unless that was done before."""
         if self.open:
             self.open = False
             self.__exit__(None, None, None)
@@ -121,8 +129,15 @@ class _HideTextKeys(TorchFunctionMode):
         attn_mask: Tensor | None = None,
         **rest: Any,
     ) -> Tensor:
-        """Attention with query, key, value [B, heads, S, d], masked if S is text and image."""
-        if query.shape[-2] == self.text + self.image:  # SD3.5's attn2 is over the image alone
+        """Torch's attention, masked where the sequence is text and image together.
+
+        Args:
+            query, key, value: [B, heads, S, d].
+            attn_mask: passed by the block, [S, S] or of a shape that broadcasts to it.
+            rest: other arguments of torch's function.
+        """
+        # SD3.5 also attends over the image alone, in attn2.
+        if query.shape[-2] == self.text + self.image:
             self.masked += 1
             attn_mask = self.merged(attn_mask, query.device)
         return torch.nn.functional.scaled_dot_product_attention(
@@ -130,7 +145,16 @@ class _HideTextKeys(TorchFunctionMode):
         )
 
     def merged(self, attn_mask: Tensor | None, device: torch.device) -> Tensor:
-        """Boolean [S, S] (True: may see), or the mask that was passed with those keys hidden."""
+        """The block's own mask with text keys hidden from image queries.
+
+        Args:
+            attn_mask: bool (True: the query sees the key) or float (added to the scores); None if
+                the block passes none.
+            device: of the attention.
+
+        Returns:
+            bool [S, S] where the block passes no mask, else of the mask's dtype.
+        """
         text = torch.arange(self.text + self.image, device=device)
         text = text < self.text if self.text_first else text >= self.image
         seen = text[:, None] | ~text[None, :]

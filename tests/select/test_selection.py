@@ -17,7 +17,8 @@ from edge_dit.errors import BadInput
 from edge_dit.models.families.sana import FAMILY
 from edge_dit.models.model import Model, open_model
 from edge_dit.models.pipeline import load_pipeline
-from edge_dit.models.subgraph import TrainableSubgraph, as_batch, difference, inner_runs
+from edge_dit.models.subgraph import TrainableSubgraph, as_batch, difference
+from edge_dit.models.subgraph import inner_runs as runs_between
 from edge_dit.pictures.images import Captioned, read_folder
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
@@ -31,10 +32,12 @@ from edge_dit.planning.selection import (
 )
 from edge_dit.reference.evaluate import adapted, encode_whole, whole_loss
 from edge_dit.reference.full_lora import train_full_lora
-from edge_dit.select import selectors
+from edge_dit.select import inner_runs, selectors, subjects
 from edge_dit.select.embedding import distance, embedder
 from edge_dit.select.masking import text_masked
-from edge_dit.select.selectors import Subject, select_by_generation, select_by_loss
+from edge_dit.select.replay import LEVELS, UNSEEN
+from edge_dit.select.selectors import select_by_generation, select_by_loss
+from edge_dit.select.subjects import Subject
 from edge_dit.store.documents import write_document
 from selections import HASH, between, selection
 
@@ -270,8 +273,8 @@ def drawn(plan, toys, work):
 
 @torch.no_grad()
 def loss_of(model, transformer, image, number, level):
-    sigma = (level + 0.5) / selectors.LEVELS
-    seed = selectors.UNSEEN + selectors.LEVELS * number + level
+    sigma = (level + 0.5) / LEVELS
+    seed = UNSEEN + LEVELS * number + level
     return float(whole_loss(model, transformer, image, sigma, seed))
 
 
@@ -335,7 +338,7 @@ def replayed(model, transformer, seen, trained, draw):
     """The loss of the trainable sub-graph with the base model's residuals."""
     family, objective = model.family, model.objective
     blocks = list(family.blocks(transformer).values())
-    sigma, seed = (draw % 8 + 0.5) / 8, selectors.UNSEEN + draw
+    sigma, seed = (draw % 8 + 0.5) / 8, UNSEEN + draw
     noise = torch.randn(seen.clean.shape, generator=torch.Generator().manual_seed(seed))
     noised = objective.noised(seen.clean, noise, sigma)
     inputs = family.inputs(transformer, noised, objective.timestep(sigma), seen.prompt, seen.grid)
@@ -348,7 +351,7 @@ def replayed(model, transformer, seen, trained, draw):
     residual = states[4].image - states[trained[-1] + 1].image
     inner = {
         first: difference(states[behind], states[first])
-        for behind, first in inner_runs(trained).items()
+        for behind, first in runs_between(trained).items()
     }
     sub = TrainableSubgraph(transformer, family, trained, seen.grid)
     batch = as_batch(
@@ -385,9 +388,9 @@ def test_a_run_between_is_measured_against_the_best_head_and_tail(plan, model, t
 
 def test_only_runs_that_leave_the_same_kinds_of_blocks_are_candidates():
     found = selection((0, 1, 1, 1, 1, 1, 1), (0, 5, 5, 5, 5, 5, 5))
-    runs = {run: 0.0 for run in selectors._runs(6)}
-    mixed = selectors._candidates(found, runs, [int, int, int, str, str, str])
-    alike = selectors._candidates(found, runs, [int] * 6)
+    runs = {run: 0.0 for run in inner_runs.runs_to_measure(6)}
+    mixed = inner_runs.candidates(found, runs, [int, int, int, str, str, str])
+    alike = inner_runs.candidates(found, runs, [int] * 6)
     for split in mixed:
         blocks = [n for n in range(6) if n not in trained_blocks(6, *found.best(split.skipped))]
         kinds = sorted("int" if n < 3 else "str" for n in blocks)
@@ -395,7 +398,7 @@ def test_only_runs_that_leave_the_same_kinds_of_blocks_are_candidates():
         assert sorted("int" if n < 3 else "str" for n in range(6) if n not in own) == kinds
     assert len(mixed) < len(alike)
     assert {split.skipped for split in alike} == {1, 2, 3, 4}
-    assert all(len([s for s in alike if s.skipped == k]) <= selectors.SHORTLIST for k in range(6))
+    assert all(len([s for s in alike if s.skipped == k]) <= inner_runs.SHORTLIST for k in range(6))
 
 
 def test_frozen_loss_is_what_skipping_loses(plan, model, toys, work, tuned):
@@ -437,7 +440,7 @@ def test_losses_say_which_pictures_they_are_of(plan, toys, work):
 def test_a_stopped_selection_goes_on(plan, toys, drawn, tmp_path, monkeypatch, after):
     calls = []
 
-    def stopped(*arguments, stock=selectors.train_full_lora):
+    def stopped(*arguments, stock=subjects.train_full_lora):
         calls.append("tuned")
         if len(calls) == 2 and after == "measuring":
             raise KeyboardInterrupt
@@ -451,7 +454,7 @@ def test_a_stopped_selection_goes_on(plan, toys, drawn, tmp_path, monkeypatch, a
     def select():
         return select_by_generation(plan, toys, tmp_path, steps=STEPS, prompts=1, seeds=[4])
 
-    monkeypatch.setattr(selectors, "train_full_lora", stopped)
+    monkeypatch.setattr(subjects, "train_full_lora", stopped)
     monkeypatch.setattr(selectors, "text_masked", masked)
     with pytest.raises(KeyboardInterrupt):
         select()

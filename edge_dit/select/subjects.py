@@ -1,0 +1,219 @@
+"""Subjects to personalise to, and the model tuned to each of them in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from edge_dit.errors import BadInput
+from edge_dit.models.families import family_of
+from edge_dit.models.pipeline import load_pipeline
+from edge_dit.models.subgraph import add_lora, lora_modules, lora_name, remove_lora
+from edge_dit.pictures.images import Captioned, read_folder
+from edge_dit.planning.plan import Plan, check_model
+from edge_dit.reference.evaluate import encode_whole, train_full_lora
+from edge_dit.store.documents import digest, read_document, write_document
+from edge_dit.store.tensors import TensorFile, write_tensors
+
+TRAIN = "train"
+"""Folder of a subject with the images to tune on."""
+HELD_OUT = "heldout"
+"""Folder next to the images to tune on, with those that only measure."""
+
+Measure = Callable[["Subject", str], np.ndarray]
+"""Measures one subject while the model is tuned to it, under a progress bar of the given title.
+Returns float64 [rows, columns]; every row must be finite.
+"""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to personalise to.
+
+    Attributes:
+        name: shown in progress bars and written to the selection.
+        images: to tune on; their shorter side is ``plan.s_max`` pixels.
+        heldout: images of the same size that tuning does not see; may be empty.
+    """
+
+    name: str
+    images: list[Captioned]
+    heldout: list[Captioned] = field(default_factory=list)
+
+    @property
+    def measured(self) -> list[Captioned]:
+        """The images that losses and captions are taken from: held-out ones if there are any."""
+        return self.heldout or self.images
+
+
+def read_subject(name: str, images: Path, prompt: str | None, side: int) -> Subject:
+    """Read a subject from its folder of images, and held-out images from `HELD_OUT` next to it.
+
+    Args:
+        name: of the subject.
+        images: folder of the images to tune on.
+        prompt: caption of every image without a .txt file.
+        side: length of an image's shorter side after reading, pixels.
+
+    Raises:
+        BadInput: no images, images that cannot be read, or images without a caption.
+    """
+    heldout = images.parent / HELD_OUT
+    return Subject(
+        name,
+        read_folder(images, prompt, side),
+        read_folder(heldout, prompt, side) if heldout.is_dir() else [],
+    )
+
+
+def read_subjects(folder: Path, prompt: str | None, side: int) -> list[Subject]:
+    """Read one subject from every folder within ``folder``, in the order of their names.
+
+    A subject's folder holds images, or the folders ``train`` and ``heldout``:
+
+        DIR/cat/1.png                                   tuned on and measured
+        DIR/dog/train/1.png, DIR/dog/heldout/2.png      tuned on the first, measured on the second
+
+    Args:
+        folder: of the subjects.
+        prompt: caption of every image without a .txt file.
+        side: length of an image's shorter side after reading, pixels.
+
+    Raises:
+        BadInput: there is no such folder, or a subject cannot be read.
+    """
+    if not folder.is_dir():
+        raise BadInput(folder, found="no such folder", expected="a folder of subjects")
+    subjects = []
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if (path / TRAIN).is_dir():
+            subjects.append(read_subject(path.name, path / TRAIN, prompt, side))
+        else:
+            subjects.append(Subject(path.name, read_folder(path, prompt, side)))
+    return subjects
+
+
+class TunedSubjects:
+    """Tunes the whole model to one subject after another and measures each tuned model.
+
+        tuned = TunedSubjects(plan, [Subject("toy", images)], work, steps=300)
+        numbers, seconds = tuned.measure("mean-loss", {"levels": 8}, 1, mean_loss)
+
+    Every LoRA and every subject's numbers are kept in the folder ``work`` as soon as they are
+    finished. A selection that was stopped reads them and continues with what is missing. The names
+    of the files hold a digest of everything that decides their content.
+
+    Args:
+        plan: of the model; which blocks it skips does not matter.
+        subjects: at least one.
+        work: folder for what is finished; it is created.
+        steps: of tuning, for each subject.
+
+    Attributes:
+        pipeline: of the model. It carries a subject's LoRA only while that subject is measured.
+
+    Raises:
+        BadInput: no subject, or the model changed since the plan was made.
+    """
+
+    def __init__(self, plan: Plan, subjects: Sequence[Subject], work: Path, steps: int) -> None:
+        if not subjects:
+            raise BadInput("subjects", found="none", expected="at least one folder of images")
+        check_model(plan)
+        self.plan, self.subjects, self.work, self.steps = plan, subjects, work, steps
+        self.family = family_of(plan.family)
+        self.pipeline = load_pipeline(plan.model)
+
+    def measure(
+        self, name: str, settings: dict[str, Any], columns: int, measure: Measure
+    ) -> tuple[list[np.ndarray], float]:
+        """Measure every subject, or read what was measured of it before.
+
+        Args:
+            name: of the measurement; files of its numbers begin with it.
+            settings: JSON of all that decides the numbers besides the subject and its tuning.
+            columns: numbers in a row.
+            measure: is called without gradients, for subjects that were not measured before.
+
+        Returns:
+            float64 [rows, columns] for each subject, and the seconds that tuning and measuring all
+            of them took, earlier runs included.
+        """
+        results, total = [], 0.0
+        for number, subject in enumerate(self.subjects, 1):
+            seen = [(image.sha256, image.caption) for image in subject.measured]
+            path = self.work / f"{name}-{digest([self._tuning(subject), settings, seen])}.json"
+            kept = _read_numbers(path, columns)
+            if kept is None:
+                title = f"{subject.name} ({number} of {len(self.subjects)}), {name}"
+                kept = self._measure_one(subject, title, measure)
+                write_document(path, {"numbers": kept[0].tolist(), "seconds": kept[1]})
+            results.append(kept[0])
+            total += kept[1]
+        return results, total
+
+    def _measure_one(
+        self, subject: Subject, title: str, measure: Measure
+    ) -> tuple[np.ndarray, float]:
+        """The numbers of one subject, and the seconds that tuning and measuring took."""
+        started = time.monotonic()
+        adapter = self._adapter(subject)
+        with _lora_in_place(self.plan, self.pipeline.transformer, adapter), torch.no_grad():
+            numbers = measure(subject, title)
+        return numbers, time.monotonic() - started
+
+    def _adapter(self, subject: Subject) -> dict[str, np.ndarray]:
+        """The LoRA tuned to a subject, by diffusers names: read if it is kept, else trained."""
+        path = self.work / f"tuned-{digest(self._tuning(subject))}.safetensors"
+        if path.is_file():
+            try:
+                return TensorFile(path).read()
+            except ValueError:  # damaged: train it again
+                path.unlink()
+        images = encode_whole(self.plan, self.pipeline, subject.images)
+        adapter = train_full_lora(self.plan, self.pipeline, images, self.steps)
+        write_tensors(path, adapter)
+        return adapter
+
+    def _tuning(self, subject: Subject) -> dict[str, Any]:
+        """All that decides a subject's LoRA, as JSON."""
+        names = {"model_hash", "s_max", "rank", "alpha", "lora_targets", "optimizer", "seed"}
+        images = [(image.sha256, image.caption) for image in subject.images]
+        plan = self.plan.model_dump(mode="json", include=names)
+        return {**plan, "steps": self.steps, "images": images}
+
+
+def _read_numbers(path: Path, columns: int) -> tuple[np.ndarray, float] | None:
+    """Numbers and seconds of a finished measurement; None if the file is missing or damaged."""
+    try:
+        raw = read_document(path, "a measurement", "")
+        numbers, seconds = np.array(raw["numbers"], dtype=float), float(raw["seconds"])
+    except (BadInput, ValueError, TypeError, KeyError):
+        return None
+    whole = numbers.ndim == 2 and numbers.shape[1] == columns
+    return (numbers, seconds) if whole and np.isfinite([*numbers.flat, seconds]).all() else None
+
+
+@contextmanager
+def _lora_in_place(
+    plan: Plan, transformer: nn.Module, adapter: dict[str, np.ndarray]
+) -> Iterator[None]:
+    """Put a LoRA made by `train_full_lora` into the transformer while a block runs."""
+    family = family_of(plan.family)
+    modules = lora_modules(family, transformer, range(plan.layers), plan.lora_targets)
+    add_lora(transformer, modules, plan.rank, plan.alpha, plan.seed)
+    try:
+        for name, parameter in transformer.named_parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(torch.from_numpy(adapter[lora_name(name)]))
+        yield
+    finally:
+        remove_lora(transformer)
