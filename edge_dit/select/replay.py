@@ -120,13 +120,17 @@ class Replay:
         self.tuned = self.states_from(0, start)
 
     def of_splits(self, splits: Sequence[Sequence[int]]) -> list[float]:
-        """The loss of each split, see `losses_of_splits`."""
+        """One loss for each split: its blocks run with LoRA, the base model stands in for others.
+
+        Args:
+            splits: numbers of the blocks that run, ascending, for each split.
+        """
         with _without_lora(self.transformer):
             base = self.states_from(0, self.tuned[0])
         return [self.loss(self.last_state(split, base)) for split in splits]
 
     def with_masked_text(self) -> list[float]:
-        """The losses with masked text by head, then by tail, see `losses_with_masked_text`."""
+        """2 (L + 1) losses with the text masked in the first n blocks, then in the last m."""
         with text_masked(self.family, self.transformer, range(len(self.blocks))):
             masked = self.states_from(0, self.tuned[0])
             # With the text seen by the first k blocks and masked in those after them.
