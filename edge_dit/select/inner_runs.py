@@ -61,7 +61,8 @@ def best_inner_runs(
     trained += [_trained(ends.layers, split) for split in splits]
 
     def measure(subject: Subject, title: str) -> np.ndarray:
-        return losses_of_splits(tuned.plan, tuned.pipeline, subject.measured, trained, title)
+        images, transformer = tuned.encode(subject.measured), tuned.pipeline.transformer
+        return losses_of_splits(tuned.plan, transformer, images, trained, title)
 
     settings = {"levels": LEVELS, "splits": trained}
     results, seconds = tuned.measure("inner-runs", settings, len(trained), measure)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,10 @@ from torch import nn
 from edge_dit.models.families import family_of
 from edge_dit.models.families.family import State
 from edge_dit.models.subgraph import difference
-from edge_dit.pictures.images import Captioned
 from edge_dit.planning.plan import Plan
 from edge_dit.progress import bar
 from edge_dit.reference.eager import objective_of
-from edge_dit.reference.evaluate import LEVELS, Whole, encode_whole
+from edge_dit.reference.evaluate import LEVELS, Whole
 from edge_dit.select.masking import text_masked
 
 UNSEEN = 1_000_000
@@ -33,8 +31,8 @@ tuning never saw this noise."""
 
 def losses_of_splits(
     plan: Plan,
-    pipeline: Any,
-    images: list[Captioned],
+    transformer: nn.Module,
+    images: list[Whole],
     splits: Sequence[Sequence[int]],
     title: str,
 ) -> np.ndarray:
@@ -42,50 +40,49 @@ def losses_of_splits(
 
     Args:
         plan: of the model.
-        pipeline: with a subject's LoRA in its transformer.
-        images: of the subject.
+        transformer: with a subject's LoRA.
+        images: of the subject, encoded.
         splits: numbers of the blocks that stay, ascending, for each split.
         title: of the progress bar.
 
     Returns:
         float64 [images, splits], mean over noise levels.
     """
-    return _mean_losses(plan, pipeline, images, title, lambda replay: replay.of_splits(splits))
+    return _mean_losses(plan, transformer, images, title, lambda replay: replay.of_splits(splits))
 
 
 def losses_with_masked_text(
-    plan: Plan, pipeline: Any, images: list[Captioned], title: str
+    plan: Plan, transformer: nn.Module, images: list[Whole], title: str
 ) -> np.ndarray:
     """Losses when the text is masked from the image in the first n blocks, or in the last m.
 
     Args:
         plan: of the model.
-        pipeline: with a subject's LoRA in its transformer.
-        images: of the subject.
+        transformer: with a subject's LoRA.
+        images: of the subject, encoded.
         title: of the progress bar.
 
     Returns:
         float64 [images, 2 (L + 1)], mean over noise levels: by n = 0..L, then by m = 0..L.
     """
-    return _mean_losses(plan, pipeline, images, title, Replay.with_masked_text)
+    return _mean_losses(plan, transformer, images, title, Replay.with_masked_text)
 
 
 def _mean_losses(
     plan: Plan,
-    pipeline: Any,
-    images: list[Captioned],
+    transformer: nn.Module,
+    images: list[Whole],
     title: str,
     measure: Callable[[Replay], list[float]],
 ) -> np.ndarray:
     """Float64 [images, losses of ``measure``], mean over noise levels."""
     losses: list[float] = []
-    encoded = encode_whole(plan, pipeline, images)
     with bar(title, LEVELS * len(images)) as advance:
-        for number, image in enumerate(encoded):
+        for number, image in enumerate(images):
             for level in range(LEVELS):
                 seed = UNSEEN + LEVELS * number + level
                 sigma = (level + 0.5) / LEVELS
-                losses += measure(Replay(plan, pipeline.transformer, image, sigma, seed))
+                losses += measure(Replay(plan, transformer, image, sigma, seed))
                 advance()
     return np.array(losses).reshape(len(images), LEVELS, -1).mean(axis=1)
 

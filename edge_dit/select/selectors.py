@@ -156,7 +156,8 @@ def _select_masked(tuned: TunedSubjects) -> Selection:
     layers = tuned.plan.layers
 
     def measure(subject: Subject, title: str) -> np.ndarray:
-        return losses_with_masked_text(tuned.plan, tuned.pipeline, subject.measured, title)
+        images, transformer = tuned.encode(subject.measured), tuned.pipeline.transformer
+        return losses_with_masked_text(tuned.plan, transformer, images, title)
 
     settings, columns = {"levels": LEVELS}, len(_ends(layers))
     results, seconds = tuned.measure("loss-masked", settings, columns, measure)
@@ -178,7 +179,8 @@ def _select_frozen(tuned: TunedSubjects) -> Selection:
     splits += [trained_blocks(layers, 0, 0, [run]) for run in runs]
 
     def measure(subject: Subject, title: str) -> np.ndarray:
-        return losses_of_splits(tuned.plan, tuned.pipeline, subject.measured, splits, title)
+        images, transformer = tuned.encode(subject.measured), tuned.pipeline.transformer
+        return losses_of_splits(tuned.plan, transformer, images, splits, title)
 
     settings = {"levels": LEVELS, "splits": splits}
     results, seconds = tuned.measure("loss-frozen", settings, len(splits), measure)

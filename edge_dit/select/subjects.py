@@ -19,7 +19,7 @@ from edge_dit.models.pipeline import load_pipeline
 from edge_dit.models.subgraph import add_lora, lora_modules, lora_name, remove_lora
 from edge_dit.pictures.images import Captioned, read_folder
 from edge_dit.planning.plan import Plan, check_model
-from edge_dit.reference.evaluate import encode_whole, train_full_lora
+from edge_dit.reference.evaluate import Whole, encode_whole, train_full_lora
 from edge_dit.store.documents import digest, read_document, write_document
 from edge_dit.store.tensors import TensorFile, write_tensors
 
@@ -132,6 +132,10 @@ class TunedSubjects:
         self.family = family_of(plan.family)
         self.pipeline = load_pipeline(plan.model)
 
+    def encode(self, images: list[Captioned]) -> list[Whole]:
+        """Encode images and captions with the model, for tuning or for losses."""
+        return encode_whole(self.plan, self.pipeline, images)
+
     def measure(
         self, name: str, settings: dict[str, Any], columns: int, measure: Measure
     ) -> tuple[list[np.ndarray], float]:
@@ -178,7 +182,7 @@ class TunedSubjects:
                 return TensorFile(path).read()
             except ValueError:  # damaged: train it again
                 path.unlink()
-        images = encode_whole(self.plan, self.pipeline, subject.images)
+        images = self.encode(subject.images)
         adapter = train_full_lora(self.plan, self.pipeline, images, self.steps)
         write_tensors(path, adapter)
         return adapter
