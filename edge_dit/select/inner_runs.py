@@ -52,7 +52,7 @@ def best_inner_runs(
         seconds that measuring took. Nothing is measured on fewer than two images: a gain without a
         standard error decides nothing.
     """
-    blocks = tuned.family.blocks(tuned.pipeline.transformer).values()
+    blocks = tuned.model.family.blocks(tuned.pipeline.transformer).values()
     splits = candidates(ends, run_costs, [type(block) for block in blocks])
     if not splits or sum(len(subject.measured) for subject in tuned.subjects) < 2:
         return [], 0.0
@@ -62,7 +62,7 @@ def best_inner_runs(
 
     def measure(subject: Subject, title: str) -> np.ndarray:
         images, transformer = tuned.encode(subject.measured), tuned.pipeline.transformer
-        return losses_of_splits(tuned.plan, transformer, images, trained, title)
+        return losses_of_splits(tuned.model, transformer, images, trained, title)
 
     settings = {"levels": LEVELS, "splits": trained}
     results, seconds = tuned.measure("inner-runs", settings, len(trained), measure)

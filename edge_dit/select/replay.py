@@ -15,12 +15,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from edge_dit.models.families import family_of
 from edge_dit.models.families.family import State
+from edge_dit.models.model import Model
 from edge_dit.models.subgraph import difference
-from edge_dit.planning.plan import Plan
 from edge_dit.progress import bar
-from edge_dit.reference.eager import objective_of
 from edge_dit.reference.evaluate import LEVELS, Whole
 from edge_dit.select.masking import text_masked
 
@@ -30,7 +28,7 @@ tuning never saw this noise."""
 
 
 def losses_of_splits(
-    plan: Plan,
+    model: Model,
     transformer: nn.Module,
     images: list[Whole],
     splits: Sequence[Sequence[int]],
@@ -39,8 +37,8 @@ def losses_of_splits(
     """Losses when all blocks but those of a split are replaced by the base model's residuals.
 
     Args:
-        plan: of the model.
-        transformer: with a subject's LoRA.
+        model: that is tuned.
+        transformer: of the model, with a subject's LoRA.
         images: of the subject, encoded.
         splits: numbers of the blocks that stay, ascending, for each split.
         title: of the progress bar.
@@ -48,28 +46,28 @@ def losses_of_splits(
     Returns:
         float64 [images, splits], mean over noise levels.
     """
-    return _mean_losses(plan, transformer, images, title, lambda replay: replay.of_splits(splits))
+    return _mean_losses(model, transformer, images, title, lambda replay: replay.of_splits(splits))
 
 
 def losses_with_masked_text(
-    plan: Plan, transformer: nn.Module, images: list[Whole], title: str
+    model: Model, transformer: nn.Module, images: list[Whole], title: str
 ) -> np.ndarray:
     """Losses when the text is masked from the image in the first n blocks, or in the last m.
 
     Args:
-        plan: of the model.
-        transformer: with a subject's LoRA.
+        model: that is tuned.
+        transformer: of the model, with a subject's LoRA.
         images: of the subject, encoded.
         title: of the progress bar.
 
     Returns:
         float64 [images, 2 (L + 1)], mean over noise levels: by n = 0..L, then by m = 0..L.
     """
-    return _mean_losses(plan, transformer, images, title, Replay.with_masked_text)
+    return _mean_losses(model, transformer, images, title, Replay.with_masked_text)
 
 
 def _mean_losses(
-    plan: Plan,
+    model: Model,
     transformer: nn.Module,
     images: list[Whole],
     title: str,
@@ -82,7 +80,7 @@ def _mean_losses(
             for level in range(LEVELS):
                 seed = UNSEEN + LEVELS * number + level
                 sigma = (level + 0.5) / LEVELS
-                losses += measure(Replay(plan, transformer, image, sigma, seed))
+                losses += measure(Replay(model, transformer, image, sigma, seed))
                 advance()
     return np.array(losses).reshape(len(images), LEVELS, -1).mean(axis=1)
 
@@ -91,8 +89,8 @@ class Replay:
     """One noised image and its states on the way through the tuned model.
 
     Args:
-        plan: of the model.
-        transformer: with a subject's LoRA.
+        model: that is tuned.
+        transformer: of the model, with a subject's LoRA.
         image: encoded.
         sigma: noise level in (0, 1].
         seed: of the noise.
@@ -102,11 +100,11 @@ class Replay:
     """
 
     def __init__(
-        self, plan: Plan, transformer: nn.Module, image: Whole, sigma: float, seed: int
+        self, model: Model, transformer: nn.Module, image: Whole, sigma: float, seed: int
     ) -> None:
-        self.family, self.transformer, self.grid = family_of(plan.family), transformer, image.grid
+        self.family, self.transformer, self.grid = model.family, transformer, image.grid
         self.blocks = list(self.family.blocks(transformer).values())
-        objective = objective_of(plan)
+        objective = model.objective
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(image.clean.shape, generator=generator)
         noised = objective.noised(image.clean, noise, sigma)
@@ -188,8 +186,8 @@ def _skip(state: State, before: State, after: State) -> State:
 
 
 @contextmanager
-def _without_lora(model: nn.Module) -> Iterator[None]:
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+def _without_lora(transformer: nn.Module) -> Iterator[None]:
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -126,7 +126,7 @@ def _pictures(
     tuned: TunedSubjects, captions: list[str], seeds: Sequence[int], masked: range
 ) -> list[Image.Image]:
     """Pictures of every caption and seed, the text masked from the image in some blocks."""
-    family, pipeline, side = tuned.family, tuned.pipeline, tuned.plan.s_max
+    family, pipeline, side = tuned.model.family, tuned.pipeline, tuned.plan.s_max
     with text_masked(family, pipeline.transformer, masked):
         by_caption = [family.sample(pipeline, caption, side, list(seeds)) for caption in captions]
     return [picture for pictures in by_caption for picture in pictures]
@@ -157,7 +157,7 @@ def _select_masked(tuned: TunedSubjects) -> Selection:
 
     def measure(subject: Subject, title: str) -> np.ndarray:
         images, transformer = tuned.encode(subject.measured), tuned.pipeline.transformer
-        return losses_with_masked_text(tuned.plan, transformer, images, title)
+        return losses_with_masked_text(tuned.model, transformer, images, title)
 
     settings, columns = {"levels": LEVELS}, len(_ends(layers))
     results, seconds = tuned.measure("loss-masked", settings, columns, measure)
@@ -180,7 +180,7 @@ def _select_frozen(tuned: TunedSubjects) -> Selection:
 
     def measure(subject: Subject, title: str) -> np.ndarray:
         images, transformer = tuned.encode(subject.measured), tuned.pipeline.transformer
-        return losses_of_splits(tuned.plan, transformer, images, splits, title)
+        return losses_of_splits(tuned.model, transformer, images, splits, title)
 
     settings = {"levels": LEVELS, "splits": splits}
     results, seconds = tuned.measure("loss-frozen", settings, len(splits), measure)

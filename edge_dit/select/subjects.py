@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from edge_dit.errors import BadInput
-from edge_dit.models.families import family_of
+from edge_dit.models.model import Model
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.models.subgraph import add_lora, lora_modules, lora_name, remove_lora
 from edge_dit.pictures.images import Captioned, read_folder
-from edge_dit.planning.plan import Plan, check_model
-from edge_dit.reference.evaluate import Whole, encode_whole, train_full_lora
+from edge_dit.planning.plan import Plan, model_of
+from edge_dit.reference.evaluate import Whole, encode_whole
+from edge_dit.reference.full_lora import train_full_lora
 from edge_dit.store.documents import digest, read_document, write_document
 from edge_dit.store.tensors import TensorFile, write_tensors
 
@@ -118,6 +119,7 @@ class TunedSubjects:
         steps: of tuning, for each subject.
 
     Attributes:
+        model: of the plan.
         pipeline: of the model. It carries a subject's LoRA only while that subject is measured.
 
     Raises:
@@ -127,14 +129,13 @@ class TunedSubjects:
     def __init__(self, plan: Plan, subjects: Sequence[Subject], work: Path, steps: int) -> None:
         if not subjects:
             raise BadInput("subjects", found="none", expected="at least one folder of images")
-        check_model(plan)
+        self.model = model_of(plan)
         self.plan, self.subjects, self.work, self.steps = plan, subjects, work, steps
-        self.family = family_of(plan.family)
         self.pipeline = load_pipeline(plan.model)
 
     def encode(self, images: list[Captioned]) -> list[Whole]:
         """Encode images and captions with the model, for tuning or for losses."""
-        return encode_whole(self.plan, self.pipeline, images)
+        return encode_whole(self.plan, self.model, self.pipeline, images)
 
     def measure(
         self, name: str, settings: dict[str, Any], columns: int, measure: Measure
@@ -170,7 +171,8 @@ class TunedSubjects:
         """The numbers of one subject, and the seconds that tuning and measuring took."""
         started = time.monotonic()
         adapter = self._adapter(subject)
-        with _lora_in_place(self.plan, self.pipeline.transformer, adapter), torch.no_grad():
+        transformer = self.pipeline.transformer
+        with _lora_in_place(self.plan, self.model, transformer, adapter), torch.no_grad():
             numbers = measure(subject, title)
         return numbers, time.monotonic() - started
 
@@ -183,7 +185,7 @@ class TunedSubjects:
             except ValueError:  # damaged: train it again
                 path.unlink()
         images = self.encode(subject.images)
-        adapter = train_full_lora(self.plan, self.pipeline, images, self.steps)
+        adapter = train_full_lora(self.plan, self.model, self.pipeline, images, self.steps)
         write_tensors(path, adapter)
         return adapter
 
@@ -208,11 +210,10 @@ def _read_numbers(path: Path, columns: int) -> tuple[np.ndarray, float] | None:
 
 @contextmanager
 def _lora_in_place(
-    plan: Plan, transformer: nn.Module, adapter: dict[str, np.ndarray]
+    plan: Plan, model: Model, transformer: nn.Module, adapter: dict[str, np.ndarray]
 ) -> Iterator[None]:
     """Put a LoRA made by `train_full_lora` into the transformer while a block runs."""
-    family = family_of(plan.family)
-    modules = lora_modules(family, transformer, range(plan.layers), plan.lora_targets)
+    modules = lora_modules(model.family, transformer, range(plan.layers), plan.lora_targets)
     add_lora(transformer, modules, plan.rank, plan.alpha, plan.seed)
     try:
         for name, parameter in transformer.named_parameters():

@@ -6,8 +6,8 @@ import pytest
 
 from edge_dit.app.planner import select
 from edge_dit.errors import BadInput
+from edge_dit.models.model import open_model
 from edge_dit.planning.job import read_job
-from edge_dit.planning.plan import model_hash
 from edge_dit.planning.selection import cache_file, find_selection, read_selection
 
 
@@ -26,7 +26,7 @@ def job(workplace, tmp_path, monkeypatch):
 def test_the_jobs_own_images_are_the_subject(job):
     path = select(job, "loss")
     found = read_selection(path)
-    assert path == cache_file(model_hash(job.model.path))
+    assert path == cache_file(open_model(job.model.path).hash)
     assert (found.method, found.subjects, found.steps) == ("loss-frozen", ["pet"], 2)
     assert found.over == "training images"
     assert find_selection(job.model.path, found.model_hash) == (found, str(path))
@@ -54,4 +54,4 @@ def test_wrong_requests_are_refused(job, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(BadInput, match="at least one"):
         select(job, "loss", tmp_path / "none")
-    assert not cache_file(model_hash(job.model.path)).exists()
+    assert not cache_file(open_model(job.model.path).hash).exists()

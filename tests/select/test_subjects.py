@@ -10,8 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from edge_dit.errors import BadInput
 from edge_dit.pictures.images import read_folder
 from edge_dit.planning.job import read_job
-from edge_dit.planning.plan import make_plan
-from edge_dit.reference.evaluate import encode_whole, train_full_lora
+from edge_dit.planning.make import make_plan
+from edge_dit.reference.evaluate import encode_whole
+from edge_dit.reference.full_lora import train_full_lora
 from edge_dit.select.subjects import Subject, TunedSubjects, read_subject, read_subjects
 
 
@@ -76,8 +77,8 @@ def toy(workplace, plan):
 def test_the_model_carries_the_lora_only_while_it_is_measured(plan, toy, tmp_path):
     tuned = TunedSubjects(plan, [toy], tmp_path, steps=2)
     transformer = tuned.pipeline.transformer
-    encoded = encode_whole(plan, tuned.pipeline, toy.images)
-    expected = train_full_lora(plan, tuned.pipeline, encoded, 2)
+    encoded = encode_whole(plan, tuned.model, tuned.pipeline, toy.images)
+    expected = train_full_lora(plan, tuned.model, tuned.pipeline, encoded, 2)
 
     def layers():
         return [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
