@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from edge_dit.budget.search import Choice
 
 
-
 @dataclass(frozen=True)
 class Planned:
     """A plan and why it is this one.
