@@ -1,10 +1,15 @@
 """The promises of README and docs/bundle.md that can be run."""
 
+import os
 import re
+import shutil
 from pathlib import Path
+
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
 BUNDLE = (ROOT / "docs" / "bundle.md").read_text()
 
 
@@ -18,11 +23,24 @@ def test_the_bare_session_example_runs(road, monkeypatch):
     assert any(abs(gradient).max() > 0 for gradient in found["gradients"])
 
 
-def test_the_job_file_in_it_is_a_job(road, tmp_path):
-    from edge_dit.planning.job import read_job
+def test_the_api_example_goes_from_a_job_to_an_adapter(workplace, tmp_path, monkeypatch):
+    for name in ("model", "images"):
+        os.symlink(workplace / name, tmp_path / name)
+    shutil.copy(workplace / "job.toml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(example, {})
+    tensors = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert any(abs(value).max() > 0 for name, value in tensors.items() if "lora_B" in name)
 
-    (text,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "tiny-sana").mkdir()
-    (tmp_path / "subject" / "train").mkdir(parents=True)
-    (tmp_path / "job.toml").write_text(text)
-    assert read_job(tmp_path / "job.toml").train.resolution == 128
+
+def test_the_api_document_walks_the_same_road():
+    (whole, steps) = re.findall(r"```python\n(.*?)```", API, re.DOTALL)
+    compile(steps, "docs/api.md", "exec")
+    called = re.findall(r"\b(e[dr]\.\w+)\(", whole)
+    (readme,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert called == re.findall(r"\b(e[dr]\.\w+)\(", readme)
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 130

@@ -172,7 +172,7 @@ def left_out_by(monkeypatch, pattern):
 
 
 def test_draws_that_were_left_out_are_counted(road, bundle, monkeypatch):
-    left_out_by(monkeypatch, [False, True, False])
+    left_out_by(monkeypatch, [False, True, False, False, False])
     certificate = verify(bundle, road.bank, steps=3, targets=["onnx"])
     draws = certificate.targets["onnx"].draws
     assert (len(draws.compared), len(draws.left_out)) == (4, 1)
