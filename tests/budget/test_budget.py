@@ -293,15 +293,17 @@ def test_a_budget_in_the_job_file(workplace):
     path = write_job(workplace, ("head_skip = 1", 'ram = "160MiB"'))
     assert plan_job(read_job(path), profile=REFERENCE).plan.tail_skip == 1
     # A ratio by hand overrides it.
-    assert plan_job(read_job(path), skip_ratio=0.5, profile=REFERENCE).choice is None
+    half = SplitRequest(skip_ratio=0.5)
+    assert plan_job(read_job(path), half, profile=REFERENCE).choice is None
 
 
 def test_a_budget_beside_a_ratio(workplace):
     path = write_job(workplace, ("head_skip = 1", 'ram = "160MiB"\nskip_ratio = 0.5'))
     with pytest.raises(BadInput, match=r"plan\.skip_ratio beside plan\.ram"):
         read_job(path)
+    job = read_job(workplace / "job.toml")
     with pytest.raises(BadInput, match="--skip-ratio"):
-        plan_job(read_job(workplace / "job.toml"), skip_ratio=0.5, limits=Limits(ram=GIB))
+        plan_job(job, SplitRequest(skip_ratio=0.5), limits=Limits(ram=GIB))
 
 
 def test_what_is_no_budget_in_a_job_file(workplace):

@@ -134,7 +134,7 @@ def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
 
 
 def test_plan_of_a_public_configuration_prints_what_it_takes(monkeypatch, capsys):
-    arguments = ("plan", "--config", "sana-0.6b", "--skip-ratio", "0.5")
+    arguments = ("cost", "sana-0.6b", "--skip-ratio", "0.5")
     code, text, _ = run(monkeypatch, capsys, *arguments)
     assert code == 0
     for role in ("frozen weights", "optimizer", "activations", "bank, per draw", "operations"):
@@ -148,15 +148,16 @@ def test_plan_of_a_public_configuration_prints_what_it_takes(monkeypatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config", "flux"], "flux.1-dev"),
-        (["--config", "flux.1-dev", "--patch", "250"], "240 or 256"),
-        (["--config", "flux.1-dev", "--head-skip", "57"], "no block to train"),
-        ([], "--config"),
-        (["job.toml", "--config", "flux.1-dev"], "one of them"),
+        (["cost", "flux"], "flux.1-dev"),
+        (["cost", "flux.1-dev", "--patch", "250"], "240 or 256"),
+        (["cost", "flux.1-dev", "--head-skip", "57"], "no block to train"),
+        (["cost"], "Missing argument 'config'"),
+        (["plan"], "Missing argument 'job'"),
+        (["plan", "job.toml", "--config", "flux.1-dev"], "edge-dit cost CONFIG"),
     ],
 )
 def test_bad_input_is_one_clear_error(monkeypatch, capsys, arguments, words):
-    code, _, text = run(monkeypatch, capsys, "plan", *arguments)
+    code, _, text = run(monkeypatch, capsys, *arguments)
     assert code == 2
     assert words in text
 
