@@ -137,7 +137,16 @@ class Blocker:
             raise ImportError("blocked: " + name)
 sys.meta_path.insert(0, Blocker())
 """
-HEAVY = ("torch", "diffusers", "peft", "transformers", "onnx", "onnx_ir", "onnxscript", "executorch")
+HEAVY = (
+    "torch",
+    "diffusers",
+    "peft",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "executorch",
+)
 HOST_ONLY = (
     "edge_dit_export",
     *(f"edge_dit.{f}" for f in sorted(MAY_IMPORT.keys() - DEVICE - {"runtime", "export", "api"})),
