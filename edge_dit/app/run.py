@@ -106,7 +106,7 @@ def begin(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
         BadInput: faults of the job; or ``out`` belongs to another job, or to one that has changed.
     """
     job = read_job(job_path)
-    asked = {**job.model_dump(mode="json"), "target": target or ""}
+    asked = {**job.model_dump(mode="json"), "command": {"target": target or ""}}
     stored = out / "job.json"
     if stored.is_file():
         _check_same(stored, asked)
@@ -140,18 +140,11 @@ def begin(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
 def _check_same(stored: Path, asked: dict[str, Any]) -> None:
     """Raise `BadInput` where the job is not the one that the folder was made for."""
     before = read_document(stored, "the folder of a run", "choose another -o")
+    old, new = _flat(before), _flat(asked)
     changed = [
-        f"{section}.{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        if isinstance(old, dict) and isinstance(new, dict)
-        else f"{section}: {old!r} -> {new!r}"
-        for section, new in asked.items()
-        for old in [before.get(section)]
-        if old != new
-        for key in (
-            [k for k in {**old, **new} if old.get(k) != new.get(k)]
-            if isinstance(old, dict) and isinstance(new, dict)
-            else [""]
-        )
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
     ]
     if changed:
         raise BadInput(
@@ -160,6 +153,13 @@ def _check_same(stored: Path, asked: dict[str, Any]) -> None:
             expected="the job that it was begun with",
             remedy="choose another -o, or undo the change",
         )
+
+
+def _flat(job: dict[str, Any]) -> dict[str, Any]:
+    """Every key of a job as "section.key"."""
+    return {
+        f"{section}.{key}": value for section, keys in job.items() for key, value in keys.items()
+    }
 
 
 def export_and_verify(road: Road, targets: list[str], say: Say) -> None:

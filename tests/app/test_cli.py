@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from edge_dit.cli import main
+from edge_dit.cli import MOVED, main
 
 
 @pytest.fixture
@@ -73,6 +73,14 @@ def test_doctor_gives_the_pip_line_of_a_missing_extra(run, monkeypatch):
         (("train", "{bundle}", "--bank", "{bank}", "-o", "{new}", "--resume"), "no run to resume"),
         (("adapter", "{bank}", "-o", "{new}"), "no run.json"),
         (("inspect", "nowhere"), "no such file or folder"),
+        (("run", "nowhere.toml", "-o", "{new}"), "no such file"),
+        (("run", "{job}", "-o", "{bank}"), "not the folder of a run"),
+        (("run", "{job}", "-o", "{new}", "--target", "tpu"), "tpu"),
+        (("cost", "flux.9"), "flux.1-dev"),
+        (("select", "nowhere.toml"), "no such file"),
+        (("select", "{job}", "--method", "guess"), "generation or loss"),
+        (("quickstart", "--job", "nowhere.toml", "-o", "{new}"), "no such file"),
+        (("train", "{bundle}", "--bank", "{bank}", "-o", "{new}", "--target", "onnx:x"), "onnx:x"),
         (("train", "{bundle}"), "Missing"),
         (("fly",), "No such command"),
     ],
@@ -96,6 +104,14 @@ def test_bad_input_exits_2_with_one_message_and_writes_nothing(
     assert not out
     assert list(tmp_path.iterdir()) == []
     assert sorted(road.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("command", "flag"), MOVED)
+def test_a_flag_that_moved_says_where(run, road, command, flag):
+    code, out, err = run(command, road.job if command == "plan" else road.bundle, flag, "x")
+    assert code == 2
+    assert MOVED[command, flag] in err.replace("\n", " ")
+    assert not out
 
 
 def test_bank_of_another_plan(run, road, tmp_path):

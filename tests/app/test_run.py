@@ -1,0 +1,108 @@
+"""The whole road in one command: it ends with an adapter and goes on where it stopped."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+import edge_dit_runtime as er
+from edge_dit.app.run import run
+from edge_dit.errors import BadInput, CheckFailed
+
+
+@pytest.fixture(scope="module")
+def place(workplace, tmp_path_factory):
+    """A folder with a job of few steps, its pictures and its model."""
+    folder = tmp_path_factory.mktemp("run")
+    for name in ("model", "images"):
+        os.symlink(workplace / name, folder / name)
+    text = (workplace / "job.toml").read_text()
+    lines = [f"steps = {STEPS}" if line.startswith("steps") else line for line in text.split("\n")]
+    (folder / "job.toml").write_text("\n".join(lines))
+    return folder
+
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def walked(place):
+    """The road, walked once."""
+    said = []
+    road = run(place / "job.toml", place / "out", "onnx", said.append)
+    return road, "\n".join(map(str, said))
+
+
+def files(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_it_ends_with_an_adapter_and_says_how_to_load_it(walked):
+    road, said = walked
+    assert (road.lora("onnx") / "pytorch_lora_weights.safetensors").is_file()
+    assert f'pipe.load_lora_weights("{road.lora("onnx")}")' in said
+    assert list(road.plan.targets) == ["onnx"]
+    assert json.loads((road.bundle / "parity.json").read_text())["passed"]
+
+
+def test_nothing_is_done_twice(walked, place):
+    road, _ = walked
+    before = files(road.out)
+    run(place / "job.toml", road.out, "onnx", lambda _: None)
+    after = files(road.out)
+    redone = {p.relative_to(road.out).as_posix() for p in after if after[p] != before.get(p)}
+    assert redone <= {
+        f"run/{n}"
+        for n in ("run.json", "state.safetensors", "loss.csv", "loss.png", "adapter.safetensors")
+    }
+
+
+def test_it_goes_on_where_training_was_stopped(walked, place, tmp_path, monkeypatch):
+    road, _ = walked
+    out = tmp_path / "out"
+    shutil.copytree(road.out, out)
+    for name in ("run", "lora"):
+        shutil.rmtree(out / name)
+    real = er.train
+    stop = {"on_step": lambda done, _: done == 2}
+    monkeypatch.setattr(er, "train", lambda *a, **k: real(*a, **k, **stop))
+    with pytest.raises(KeyboardInterrupt):
+        run(place / "job.toml", out, "onnx", lambda _: None)
+    assert not (out / "lora").exists()
+    stop.clear()
+    run(place / "job.toml", out, "onnx", lambda _: None)
+    name = "lora/pytorch_lora_weights.safetensors"
+    assert (out / name).read_bytes() == (road.out / name).read_bytes()
+
+
+def test_a_job_that_changed_is_refused_and_named(walked, place, tmp_path):
+    road, _ = walked
+    other = place / "changed.toml"
+    other.write_text((place / "job.toml").read_text().replace("seed = 3", "seed = 7"))
+    before = files(road.out)
+    with pytest.raises(BadInput, match=r"train\.seed: 3 -> 7"):
+        run(other, road.out, "onnx", lambda _: None)
+    with pytest.raises(BadInput, match=r"command\.target: 'onnx' -> ''"):
+        run(place / "job.toml", road.out, None, lambda _: None)
+    assert files(road.out) == before
+
+
+def test_a_folder_of_something_else_is_left_alone(place, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(BadInput, match="not the folder of a run"):
+        run(place / "job.toml", tmp_path, "onnx", lambda _: None)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_bundle_that_does_not_match_stops_before_training(walked, place, tmp_path):
+    road, _ = walked
+    out = tmp_path / "out"
+    shutil.copytree(road.out, out)
+    for name in ("run", "lora"):
+        shutil.rmtree(out / name)
+    (out / "bundle" / "parity.json").unlink()
+    (out / "bundle" / "onnx" / "train_step.onnx").write_bytes(b"not a model")
+    with pytest.raises(CheckFailed, match="not what was exported"):
+        run(place / "job.toml", out, "onnx", lambda _: None)
+    assert not (out / "run").exists()
