@@ -234,12 +234,12 @@ def write_report(path: Path, page: Page) -> None:
 def render(page: Page) -> str:
     """The page as HTML; raises as `write_report`, which writes it."""
     try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:  # it comes with torch
         raise missing_extra("torch", "a report") from error
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=PackageLoader("edge_dit.app", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
