@@ -311,7 +311,8 @@ def attribute(name: str, value: Any) -> Callable[[Graph], None]:
 
 
 def clipped_early(graph: Graph) -> None:
-    graph.change("clip.max_norm", lambda value: value * np.float32(1e-3))
+    ratio = next(node for node in graph.proto.node if node.output[0] == "clip.ratio")
+    ratio.input[0] = graph.constant([1e-3])
 
 
 @dataclass(frozen=True)
