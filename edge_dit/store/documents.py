@@ -14,7 +14,7 @@ from edge_dit.errors import BadInput
 from edge_dit.store.files import open_regular, write_json
 
 LIMIT = 64 * 2**20
-"""Largest document read, in bytes: an index of 200,000 draws. Parsed, it is several times larger."""
+"""Largest document read, in bytes: an index of 200,000 draws. Parsed, it takes far more memory."""
 DIGEST = "sha256"
 """Key of the digest of all other keys."""
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
