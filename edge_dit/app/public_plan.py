@@ -1,4 +1,4 @@
-"""What a public checkpoint would take, by its shapes: no weights are needed."""
+"""Predicts what training a public checkpoint takes, from its shapes; no weights are needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edge_dit.budget.footprint import Profile
 
 DRAWS = 256
-"""Draws of the bank that a budget in flash counts, as a job's default."""
+"""Draws in the bank that a budget of storage counts; a job's default."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,10 @@ class PublicRequest:
 
 
 def cost_of(request: PublicRequest) -> tuple[dict[str, Any], list[str]]:
-    """What the checkpoint takes with some blocks skipped, beside full LoRA: facts for JSON, and
-    lines for people.
+    """What the checkpoint takes with some blocks skipped, compared with full LoRA.
+
+    Returns:
+        Facts for JSON, and lines for people.
 
     Raises:
         BadInput: an unknown name, a patch that does not divide, or no block left to train.
@@ -98,12 +100,15 @@ def _summary(
 def best_within(
     request: PublicRequest, limits: Limits, profile: Profile | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The best plan of the checkpoint within a budget: facts for JSON, and lines for people.
+    """The best plan of the checkpoint within a budget.
 
     Args:
         request: upper bounds of the search.
         limits: the budget.
         profile: of the device; default this machine, measured for a second.
+
+    Returns:
+        Facts for JSON, and lines for people.
 
     Raises:
         BadInput: an unknown name, a patch that does not divide, a split beside the budget, or no
