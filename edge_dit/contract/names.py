@@ -5,7 +5,7 @@ Batch tensors, which a bank stores for every draw:
     entry, entry_text        state before the first trained block; text only with joint attention
     cond.<name>              conditioning of the family
     residual.<first>, residual_text.<first>
-                             what blocks skipped between trained ones add; <first> is the first
+                             what blocks skipped between trained ones add, from block <first> on
     tail_residual            what the blocks after the last trained one add
     target                   what the prediction is compared with
     weight                   factor of the loss, where draws are weighted
