@@ -61,7 +61,7 @@ def plan(
         ram: most memory of a training process, "3GiB".
         flash: most storage of bundle and bank, "2GiB".
         step_time: longest training step, "5s".
-        skip_ratio: share of blocks to skip, in [0, 1); not beside a budget.
+        skip_ratio: share of blocks to skip, in [0, 1); not together with a budget.
         targets: to choose from, or their layouts ("onnx:streamed"); default the job's.
 
     Raises:

@@ -83,7 +83,7 @@ def plan_job(
         profile: of the device; default this machine, measured for a second.
 
     Raises:
-        BadInput: faults of the job; a ratio beside a budget; or nothing fits the budget.
+        BadInput: faults of the job; a ratio together with a budget; or nothing fits the budget.
     """
     from edge_dit.budget.footprint import calibrated
     from edge_dit.budget.search import variants_of
@@ -94,9 +94,9 @@ def plan_job(
     if limits is not None and asked.skip_ratio is not None:
         raise BadInput(
             RATIO_PLACE,
-            found="beside a budget",
+            found="given together with a budget",
             expected="either how many blocks to skip, or a budget that decides it",
-            remedy="leave one out; a head and tail to skip may stay beside a budget",
+            remedy="leave one out; a head and tail to skip may stay",
         )
     profile = profile or calibrated()
     if limits is not None:

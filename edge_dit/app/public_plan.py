@@ -25,7 +25,7 @@ class PublicRequest:
 
     Attributes:
         name: key of `edge_dit.models.public_configs.CONFIGS` ("flux.1-dev").
-        split: which blocks to skip; not beside a budget.
+        split: which blocks to skip; not together with a budget.
         patch: s_min in pixels; default the paper's, or half the resolution. With a budget its
             upper bound.
         rank: of the LoRA; with a budget its upper bound.
@@ -111,7 +111,7 @@ def best_within(
         Facts for JSON, and lines for people.
 
     Raises:
-        BadInput: an unknown name, a patch that does not divide, a split beside the budget, or no
+        BadInput: an unknown name, a patch that does not divide, a split besides the budget, or no
             plan fits.
     """
     from edge_dit.budget.footprint import calibrated
@@ -120,7 +120,7 @@ def best_within(
     if request.split != SplitRequest():
         raise BadInput(
             "--skip-ratio, --head-skip, --tail-skip",
-            found="beside a budget",
+            found="given together with a budget",
             expected="either which blocks to skip, or a budget that decides it",
             remedy="leave one out",
         )

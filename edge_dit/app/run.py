@@ -197,7 +197,7 @@ def train(road: Road, target: str) -> Path:
     run = road.run(target)
     done = er.train(road.bundle, road.bank, run, target=target, resume=(run / RUN).is_file())
     if done.done < done.steps:
-        raise KeyboardInterrupt  # training stops at the first Ctrl-C; so does the rest of the road
+        raise KeyboardInterrupt  # training stops at the first Ctrl-C, and so do the stages after it
     lora = road.lora(target)
     if not (lora / DIFFUSERS_FILE).is_file() and not (lora / PEFT_CONFIG).is_file():
         er.save_lora(run, lora)

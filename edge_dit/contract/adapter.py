@@ -94,7 +94,7 @@ def read_adapter(path: Path) -> tuple[dict[str, np.ndarray], int, float]:
     except FileNotFoundError:
         raise BadInput(path, found="no such file", expected="a LoRA file") from None
     except (OSError, KeyError, ValueError, TypeError, OverflowError) as error:
-        raise BadInput(path, found=f"not a LoRA file of ours ({error!r})") from None
+        raise BadInput(path, found=f"not a LoRA file that edge-dit wrote ({error!r})") from None
 
 
 def read_peft(folder: Path) -> tuple[dict[str, np.ndarray], int, float]:

@@ -222,7 +222,7 @@ class Bank:
             raise BadInput(
                 folder,
                 found=f"incomplete: {len(missing)} of {len(wanted)} files missing ({missing[0]})",
-                remedy="run the same edge-dit precompute again; it goes on where it stopped",
+                remedy="run the same edge-dit precompute again; it continues where it stopped",
             )
 
     def __len__(self) -> int:

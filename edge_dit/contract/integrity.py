@@ -66,7 +66,7 @@ def _check_external(path: Path) -> None:
         raise BadInput(
             path,
             found=f"its weights lie in {sorted(wrong)[0]!r:.80}",
-            expected="names of files beside it",
+            expected="names of files in the same folder",
             remedy="do not use this bundle; export one from the model",
         )
 

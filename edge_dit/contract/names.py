@@ -30,7 +30,7 @@ TAIL_RESIDUAL, TARGET, WEIGHT = "tail_residual", "target", "weight"
 LOSS, GRAD, NEW = "loss", "grad.", "new."
 """The loss; prefix of a gradient; prefix of the new value of an input."""
 ADAPTED = "adapter."
-"""Prefix of the LoRA tensors in a training state, beside `MOMENTS`."""
+"""Prefix of the LoRA tensors in a training state, besides `MOMENTS`."""
 MOMENTS = ("exp_avg.", "exp_avg_sq.")
 """Prefixes of AdamW's first and second moments, named as in torch.optim."""
 LEARNING_RATE, STEP = "lr", "step"

@@ -117,7 +117,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def whole_folder(target: Path, marker: str) -> Iterator[Path]:
-    """Build a folder beside ``target`` and put it in place when the block ends without error.
+    """Build a folder next to ``target``; rename it to ``target`` if the block ends without error.
 
     Args:
         target: the folder to make. An existing folder is replaced if it is empty, or holds

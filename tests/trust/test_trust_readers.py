@@ -464,14 +464,14 @@ def test_index_schema(tmp_path, change):
 @pytest.mark.parametrize("config", ["", "[]", "{}", '{"transformer.r": 0}', "9" * 5000])
 def test_adapter_with_a_strange_header(tmp_path, config):
     write_tensors(tmp_path / "a", TENSORS, {"lora_adapter_metadata": config})
-    with pytest.raises(BadInput, match="not a LoRA file of ours"):
+    with pytest.raises(BadInput, match="not a LoRA file that edge-dit wrote"):
         read_adapter(tmp_path / "a")
 
 
 def test_adapter_with_an_infinite_scale(tmp_path):
     for alpha in (float("inf"), float("nan"), 10**400):
         write_adapter(tmp_path / "a", {"transformer.x.lora_A.weight": TENSORS["a"]}, 4, alpha)
-        with pytest.raises(BadInput, match="not a LoRA file of ours"):
+        with pytest.raises(BadInput, match="not a LoRA file that edge-dit wrote"):
             read_adapter(tmp_path / "a")
 
 

@@ -43,7 +43,7 @@ FOR_ONNX: tuple[Pass, ...] = (relu_gradient_to_product, *_FOR_BOTH)
 """Rewrites for the plain ONNX step. Shape operations come last, because the others add some."""
 
 FOR_STORED_WEIGHTS: tuple[Pass, ...] = (*FOR_ONNX, view_frozen)
-"""Rewrites for an ONNX graph whose frozen weights lie in a file beside it."""
+"""Rewrites for an ONNX graph whose frozen weights are in a file of their own."""
 
 FOR_EXECUTORCH: tuple[Pass, ...] = (
     *_FOR_BOTH,
