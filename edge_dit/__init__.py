@@ -11,8 +11,21 @@
     er.train("bundle", "bank", "run")             # this line needs no torch
     er.save_lora("run", "lora")                   # pipe.load_lora_weights("lora")
 
+    app/        what the commands do
+    select/     which blocks may be skipped
+    budget/     what training takes, and what fits
+    reference/  torch on the host: precompute, PyTorch's own training
+    planning/   job and plan
+    pictures/   images, crops, draws
+    models/     Diffusion Transformers
+    contract/   what host and device agree on
+    store/      files on disk
+    errors, text, progress: what all of them use
+
+Two packages stand beside it: edge_dit_export writes bundles, edge_dit_runtime trains them.
+
 Names are imported when they are first used: importing this package needs neither torch nor onnx,
-and takes no time. docs/architecture.md says what lies where.
+and takes no time. docs/architecture.md walks through the folders.
 """
 
 from __future__ import annotations
@@ -39,9 +52,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Threads that wait for others spin otherwise, in torch and in this package's child processes: on a
-# machine that does anything else, a step takes many times as long (docs/performance.md). It must be
-# said before torch is imported; what the user says stays.
+# Otherwise waiting threads spin, in torch and in this package's child processes, and a step takes
+# many times as long on a machine that does anything else (docs/performance.md). It must be set
+# before torch is imported; the user's own setting stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOME = {

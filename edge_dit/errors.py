@@ -19,7 +19,7 @@ EXTRA_OF = {
     "onnxruntime": "ort",
     "onnxruntime.training": "ort-training",
 }
-"""Which extra of the distribution brings a module."""
+"""Module -> extra of the distribution that installs it."""
 
 
 class BadInput(Exception):

@@ -1,4 +1,4 @@
-"""Progress bars with an ETA, on standard error, for whatever takes more than a moment."""
+"""Progress bars with an estimated end, and warnings, on standard error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ console = Console(stderr=True)
 
 
 def warn(text: str) -> None:
-    """Say something on standard error that the user should know."""
+    """Print a warning on standard error."""
     console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -34,9 +34,9 @@ class Advance(Protocol):
 
 @contextmanager
 def bar(title: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """A bar of ``total`` steps of which ``done`` are done already.
+    """A bar of ``total`` steps, ``done`` of them done already; yields what moves it on.
 
-    Without a terminal it prints one line at the end instead.
+    Without a terminal one line is printed at the end instead.
     """
     if not console.is_terminal:
         notes = [""]

@@ -1,4 +1,4 @@
-"""Plain text for a terminal or a file; bytes and seconds in words."""
+"""Text for people: sizes and tables; reads times."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def seconds_of(text: object) -> float:
 
 
 def size(number: float) -> str:
-    """Bytes in words."""
+    """Bytes for people: "1.5 GiB"."""
     for unit in ("MiB", "GiB", "TiB"):
         value = number / BINARY[unit]
-        if value < 999.5:  # or it would be written as 1e+03
+        if value < 999.5:  # larger ones would be printed as 1e+03
             break
     return f"{value:.3g} {unit}"
 

@@ -53,20 +53,20 @@ def plan(
 ) -> Plan:
     """Choose which blocks to train, at which sizes.
 
-    Without a budget the job decides. With one - of these arguments, else of the job - the best plan
-    that fits is taken (docs/selection.md).
+    Without a budget the job decides. With a budget, from these arguments or else from the job, this
+    is the best plan that fits (docs/selection.md).
 
     Args:
         job: from `read_job`.
         ram: most memory of a training process, "3GiB".
         flash: most storage of bundle and bank, "2GiB".
         step_time: longest training step, "5s".
-        skip_ratio: share of blocks to skip, in [0, 1); not beside a budget.
+        skip_ratio: share of blocks to skip, in [0, 1); not together with a budget.
         targets: to choose from, or their layouts ("onnx:streamed"); default the job's.
 
     Raises:
         BadInput: faults of job, model and pictures, together; or nothing fits the budget.
-        ValueError: a size or time that is none.
+        ValueError: a size or time that cannot be read.
 
     Example:
         >>> plan = ed.plan(job)
@@ -109,7 +109,7 @@ def read_pictures(job: Job, plan: Plan) -> list[Captioned]:
 
 
 def precompute(plan: Plan, pictures: list[Captioned], folder: StrPath) -> Bank:
-    """Store what the frozen blocks contribute to every draw, or finish a bank that was stopped.
+    """Store what the frozen blocks contribute to every draw; a bank that was stopped is continued.
 
     Args:
         plan: from `plan`.
@@ -137,7 +137,7 @@ def export(plan: Plan, folder: StrPath, targets: Sequence[str] | None = None) ->
 
     Args:
         plan: from `plan`.
-        folder: where the bundle goes; put in place whole, or not at all.
+        folder: where the bundle goes; written whole, or not at all.
         targets: some of "onnx", "ort-training" and "executorch"; default the plan's.
 
     Raises:

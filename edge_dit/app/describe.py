@@ -1,4 +1,4 @@
-"""Any plan, bank, bundle, run or LoRA, in words."""
+"""Describes any plan, bank, bundle, run or LoRA in words."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from edge_dit.planning.plan import Plan, read_plan
 
 
 def look(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Facts for machines and lines for people.
+    """Describe a file or folder: facts for JSON, and lines for people.
 
     Raises:
-        BadInput: nothing there, or nothing edge-dit made.
+        BadInput: it does not exist, or edge-dit did not make it.
     """
     if path.suffix == ".json" and path.is_file():
         plan = read_plan(path)
@@ -58,7 +58,7 @@ def look(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def plan_in_words(plan: Plan) -> list[str]:
-    """A plan for people."""
+    """A plan as lines for people."""
     rows, columns = plan.grid
     return [
         f"{plan.family}, {plan.layers} blocks ({plan.model})",
@@ -79,7 +79,7 @@ def in_runs(numbers: list[int]) -> str:
 
 
 def bank_in_words(folder: Path) -> list[str]:
-    """A bank for people."""
+    """A bank as lines for people."""
     index = banks.read_index(folder)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     present = sum(banks.shard_path(folder, s).is_file() for s in range(index.shards))
@@ -92,7 +92,7 @@ def bank_in_words(folder: Path) -> list[str]:
 
 
 def bundle_in_words(bundle: Bundle) -> list[str]:
-    """A bundle for people."""
+    """A bundle as lines for people."""
     manifest = bundle.manifest
     plan = Plan.model_validate(manifest.plan)
     lines = [f"bundle of {manifest.family}, plan {manifest.plan_hash[:12]}"]

@@ -31,7 +31,7 @@ NEEDS = {
     **{f"train {t.name}": t.needs_to_train for t in TARGETS.values()},
     "verify": ("torch", "diffusers", "peft"),
 }
-"""Modules that each piece of work imports."""
+"""Piece of work -> modules that it imports."""
 
 
 def package_versions() -> dict[str, str | None]:
@@ -46,7 +46,7 @@ def package_versions() -> dict[str, str | None]:
 
 
 def examine() -> dict[str, Any]:
-    """Versions of packages (None: not installed) and, for each piece of work, what is missing."""
+    """Facts about this machine: versions of packages, and what each piece of work still needs."""
     versions = package_versions()
     work = {}
     for name, modules in NEEDS.items():
@@ -73,7 +73,7 @@ def examine() -> dict[str, Any]:
 
 
 def in_words(facts: dict[str, Any]) -> list[str]:
-    """The same for people."""
+    """The facts of `examine` as lines for people."""
     lines = [f"Python {facts['python']} on {facts['system']}, {facts['cores']} cores", ""]
     for package, version in facts["packages"].items():
         lines.append(f"  {package:26} {version or '-'}")

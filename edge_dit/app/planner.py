@@ -1,8 +1,7 @@
 """From a job to its plan: as the job says, or the best within a budget.
 
-The road's first stage, above `edge_dit.planning.plan` (what a plan is),
-`edge_dit.planning.selection` (which blocks matter), `edge_dit.budget.footprint` (what training
-takes) and `edge_dit.budget.search` (what fits).
+It joins `edge_dit.planning.plan` (what a plan is), `edge_dit.planning.selection` (which blocks
+matter), `edge_dit.budget.footprint` (what training takes) and `edge_dit.budget.search` (what fits).
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ class Planned:
     """A plan and why it is this one.
 
     Attributes:
-        plan: of the job.
-        selection: of the model, if it was measured.
-        source: where that lies, or why there is none.
-        choice: of the budget, if there was one.
+        plan: the job's plan.
+        selection: which blocks matter, if it was measured for this model.
+        source: where the selection was found, or why there is none.
+        choice: the result of the search, if there was a budget.
         limits: that budget.
-        footprints: what the plan is expected to take, by `TargetVariant` in words; with a budget
-            only the variant chosen.
+        footprints: what training is expected to take, by `TargetVariant` in words; with a budget
+            only that of the chosen variant.
     """
 
     plan: Plan
@@ -50,7 +49,7 @@ class Planned:
     footprints: dict[str, Footprint]
 
     def in_words(self) -> list[str]:
-        """Selection, choice and footprints for people."""
+        """Selection, choice and footprints as lines for people."""
         lines = [f"blocks by {self.source}" if self.selection else f"split: {self.source}"]
         skipped = self.plan.layers - len(self.plan.trained)
         better = self.selection.proposed(skipped) if self.selection else None
@@ -58,10 +57,10 @@ class Planned:
             lines.append(better.in_words())
         if self.choice is not None:
             return lines + self.choice.in_words()
-        for name, found in self.footprints.items():
+        for name, takes in self.footprints.items():
             lines.append(
-                f"{name}: about {size(found.anonymous)} anonymous and {size(found.file)} of files, "
-                f"{found.seconds:.2g} s a step, bundle {size(found.bundle)}"
+                f"{name}: about {size(takes.anonymous)} anonymous and {size(takes.file)} of files, "
+                f"{takes.seconds:.2g} s a step, bundle {size(takes.bundle)}"
             )
         return lines
 
@@ -78,13 +77,13 @@ def plan_job(
 
     Args:
         job: from job.toml.
-        request: a split that overrides the job's; beside a budget its head and tail are kept to.
+        request: a split that overrides the job's; a budget keeps its head and tail.
         limits: a budget; default the job's, if it has one and ``request`` no ratio.
         targets: to choose from, or their layouts ("onnx:streamed"); default the job's.
         profile: of the device; default this machine, measured for a second.
 
     Raises:
-        BadInput: faults of the job; a ratio beside a budget; or nothing fits the budget.
+        BadInput: faults of the job; a ratio together with a budget; or nothing fits the budget.
     """
     from edge_dit.budget.footprint import calibrated
     from edge_dit.budget.search import variants_of
@@ -95,17 +94,17 @@ def plan_job(
     if limits is not None and asked.skip_ratio is not None:
         raise BadInput(
             RATIO_PLACE,
-            found="beside a budget",
+            found="given together with a budget",
             expected="either how many blocks to skip, or a budget that decides it",
-            remedy="leave one out; a head and tail to skip may stay beside a budget",
+            remedy="leave one out; a head and tail to skip may stay",
         )
     profile = profile or calibrated()
     if limits is not None:
         return _plan_within(job, asked, limits, targets, profile)
     plan = make_plan(job, asked)
     selection, source = find_selection(plan.model, plan.model_hash)
-    found = _footprints(plan, profile, variants_of(targets or plan.targets))
-    return Planned(plan, selection, source, None, None, found)
+    footprints = _footprints(plan, profile, variants_of(targets or plan.targets))
+    return Planned(plan, selection, source, None, None, footprints)
 
 
 def limits_of(job: Job) -> Limits | None:
@@ -131,33 +130,33 @@ def _plan_within(
     variants = variants_of(targets or whole.targets)
     bounds = bounds_of(whole, head, tail)
     plan, choice = plan_within(whole, bounds, limits, profile, variants, selection)
-    found = {str(choice.best.option.variant): choice.best.footprint}
-    return Planned(plan, selection, source, choice, limits, found)
+    footprints = {str(choice.best.option.variant): choice.best.footprint}
+    return Planned(plan, selection, source, choice, limits, footprints)
 
 
-def _footprints(plan: Plan, profile: Profile, ways: Sequence[Any]) -> dict[str, Footprint]:
-    """Of every layout that an export of the plan has."""
+def _footprints(plan: Plan, profile: Profile, variants: Sequence[Any]) -> dict[str, Footprint]:
+    """Footprints of those variants that an export of the plan has."""
     from edge_dit.budget.cost import Shapes
     from edge_dit.budget.footprint import Footprints
 
     model = model_of(plan, check=False)
     shapes = Shapes(model.family, model.config, plan.grid, plan.text_tokens, plan.lora_targets)
-    found = Footprints(shapes, profile, plan.bank_dtype)
+    footprints = Footprints(shapes, profile, plan.bank_dtype)
     return {
-        str(way): found.of(tuple(plan.trained), plan.rank, way)
-        for way in ways
-        if way.dtype == (plan.weights if way.target == "onnx" else "float32")
-        and (way.layout != "recompute" or plan.recompute)
+        str(variant): footprints.of(tuple(plan.trained), plan.rank, variant)
+        for variant in variants
+        if variant.dtype == (plan.weights if variant.target == "onnx" else "float32")
+        and (variant.layout != "recompute" or plan.recompute)
     }
 
 
 def report_on(job: Job, planned: Planned, path: Path) -> None:
-    """Write the page of a plan, see `edge_dit.app.report`.
+    """Write a plan as an HTML page, see `edge_dit.app.report`.
 
     Args:
-        job: planned.
-        planned: by `plan_job`.
-        path: of the page.
+        job: the job of the plan.
+        planned: from `plan_job`.
+        path: the page.
     """
     from edge_dit.app import report
     from edge_dit.budget.footprint import read_measured
@@ -192,7 +191,7 @@ def select(
 ) -> Path:
     """Measure which blocks of a job's model may be skipped, and write the selection.
 
-    A measurement that was stopped continues where it was.
+    A measurement that was stopped is continued.
 
     Args:
         job: its model, LoRA and optimizer are used.
@@ -224,7 +223,7 @@ def select(
     path = cache_file(plan.model_hash)
     work = path.with_suffix("")
     if method == "generation":
-        found = select_by_generation(plan, chosen, work, embedding=embedding)
+        selection = select_by_generation(plan, chosen, work, embedding=embedding)
     else:
-        found = select_by_loss(plan, chosen, work)
-    return write_selection(found, path)
+        selection = select_by_loss(plan, chosen, work)
+    return write_selection(selection, path)

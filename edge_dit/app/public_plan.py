@@ -1,4 +1,4 @@
-"""What a public checkpoint would take, by its shapes: no weights are needed."""
+"""Predicts what training a public checkpoint takes, from its shapes; no weights are needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edge_dit.budget.footprint import Profile
 
 DRAWS = 256
-"""Draws of the bank that a budget in flash counts, as a job's default."""
+"""Draws in the bank that a budget of storage counts; a job's default."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PublicRequest:
 
     Attributes:
         name: key of `edge_dit.models.public_configs.CONFIGS` ("flux.1-dev").
-        split: which blocks to skip; not beside a budget.
+        split: which blocks to skip; not together with a budget.
         patch: s_min in pixels; default the paper's, or half the resolution. With a budget its
             upper bound.
         rank: of the LoRA; with a budget its upper bound.
@@ -52,8 +52,10 @@ class PublicRequest:
 
 
 def cost_of(request: PublicRequest) -> tuple[dict[str, Any], list[str]]:
-    """What the checkpoint takes with some blocks skipped, beside full LoRA: facts for JSON, and
-    lines for people.
+    """What the checkpoint takes with some blocks skipped, compared with full LoRA.
+
+    Returns:
+        Facts for JSON, and lines for people.
 
     Raises:
         BadInput: an unknown name, a patch that does not divide, or no block left to train.
@@ -98,15 +100,18 @@ def _summary(
 def best_within(
     request: PublicRequest, limits: Limits, profile: Profile | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The best plan of the checkpoint within a budget: facts for JSON, and lines for people.
+    """The best plan of the checkpoint within a budget.
 
     Args:
         request: upper bounds of the search.
         limits: the budget.
         profile: of the device; default this machine, measured for a second.
 
+    Returns:
+        Facts for JSON, and lines for people.
+
     Raises:
-        BadInput: an unknown name, a patch that does not divide, a split beside the budget, or no
+        BadInput: an unknown name, a patch that does not divide, a split besides the budget, or no
             plan fits.
     """
     from edge_dit.budget.footprint import calibrated
@@ -115,7 +120,7 @@ def best_within(
     if request.split != SplitRequest():
         raise BadInput(
             "--skip-ratio, --head-skip, --tail-skip",
-            found="beside a budget",
+            found="given together with a budget",
             expected="either which blocks to skip, or a budget that decides it",
             remedy="leave one out",
         )

@@ -1,4 +1,4 @@
-"""The road of `edge_dit.app.run` on the shipped sample, with pictures before and after."""
+"""All stages of `edge_dit.app.run` on a shipped sample, with pictures before and after."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from edge_dit.store.files import write_atomic, write_json
 
 SEEDS = [1, 2, 3, 4]
 PROMPTS = 4
-"""Prompts of a contact sheet."""
+"""Most prompts on a contact sheet."""
 HELD_OUT = "heldout"
-"""Folder of held-out pictures, beside that of a job's pictures."""
+"""Name of the folder of held-out pictures, next to the folder of a job's pictures."""
 BEFORE, FULL_LORA = "before", "full LoRA"
 
 
 def samples_folder() -> Path:
-    """The samples that lie beside the package in a checkout.
+    """The folder of samples in a checkout.
 
     Raises:
         BadInput: edge-dit was installed without them.
@@ -46,13 +46,14 @@ def samples_folder() -> Path:
 
 @dataclass(frozen=True)
 class Judged:
-    """What adapters are judged by.
+    """What adapters are compared with.
 
     Attributes:
-        model: of the job.
-        pipeline: the base model, whole.
-        pictures: held-out ones, or else the job's own; their captions are drawn.
-        measured: what their loss is called.
+        model: the job's model.
+        pipeline: its whole pipeline.
+        pictures: the held-out pictures, or else the job's own. Losses are measured on them, and
+            pictures are generated from their captions.
+        measured: name of that loss, for the table.
     """
 
     model: Model
@@ -64,21 +65,21 @@ class Judged:
 def quickstart(
     job_path: Path, out: Path, target: str | None, say: Say, compare: bool = False
 ) -> dict[str, Any]:
-    """Walk the road into ``out`` and draw pictures before and after; what was measured.
+    """Run all stages into ``out`` and draw pictures before and after; what was measured.
 
-    A quickstart of the same job that was stopped goes on where it was.
+    A quickstart of the same job that was stopped is continued.
 
     Args:
-        job_path: a job file; held-out pictures are looked for in ``heldout`` beside its pictures,
-            else the losses are over the training pictures.
-        out: folder of everything.
+        job_path: a job file. Losses are measured on the pictures in ``heldout``, next to the job's
+            pictures, or else on the job's pictures.
+        out: folder for everything.
         target: the one to train; default the job's first, with ``compare`` all of the job's.
         say: prints to the user.
         compare: also train the job's other targets, and LoRA on all blocks at full resolution in
             PyTorch: what users do today.
 
     Raises:
-        BadInput: see the stages.
+        BadInput: a stage refuses its input.
         CheckFailed: a target does not compute what PyTorch computes.
     """
     started = time.monotonic()
@@ -117,7 +118,7 @@ def _judged(road: Road) -> Judged:
 
 
 def _full_lora(road: Road, judged: Judged) -> Path:
-    """Train LoRA on all blocks in PyTorch, unless that was done; the folder of the adapter."""
+    """Train LoRA on all blocks in PyTorch, unless that is done already; the adapter's folder."""
     from edge_dit.reference.evaluate import encode_whole
     from edge_dit.reference.full_lora import train_full_lora
 
@@ -133,13 +134,13 @@ def _full_lora(road: Road, judged: Judged) -> Path:
 def judge(
     road: Road, judged: Judged, arms: dict[str, Path | None], sheets: dict[str, str]
 ) -> dict[str, float]:
-    """Loss of every arm, and a contact sheet of some.
+    """Loss of every adapter; contact sheets of some are written.
 
     Args:
-        road: of the job.
-        judged: what the arms are judged by.
-        arms: folder of each arm's LoRA; None is the base model.
-        sheets: file name of the sheet of an arm.
+        road: the job's folder.
+        judged: what the adapters are compared with.
+        arms: name -> folder of the LoRA, or None for the base model.
+        sheets: name -> file of the contact sheet.
     """
     from edge_dit.reference.contact_sheet import contact_sheet
     from edge_dit.reference.evaluate import adapted, encode_whole, heldout_loss
@@ -158,13 +159,13 @@ def judge(
 
 
 def loss_table(losses: dict[str, float], steps: int, measured: str) -> str:
-    """Losses as Markdown, and how much of full LoRA's improvement each arm has, where it was
-    trained.
+    """Losses as a Markdown table. If full LoRA is among them, the table also says how much of its
+    improvement each adapter has.
 
     Args:
-        losses: by arm; `BEFORE` is among them.
-        steps: of training.
-        measured: what the losses are of.
+        losses: by name; `BEFORE` is among them.
+        steps: number of training steps.
+        measured: name of the loss.
     """
     base, best = losses[BEFORE], losses.get(FULL_LORA)
     headings, rule = f"| adapter, {steps} steps | {measured} |", "|---|---|"

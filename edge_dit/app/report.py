@@ -1,4 +1,4 @@
-"""A plan on one page: HTML that needs nothing but itself, to read, print or pass on.
+"""Writes a plan as one HTML page that needs no other file.
 
 The page (report.html.j2) has no scripts and loads nothing: pictures are data: URIs, charts inline
 SVG, coloured by CSS variables so that they follow the reader's light or dark setting.
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 TEMPLATE = "report.html.j2"
 ROLES = ("frozen weights", "LoRA", "optimizer", "activations", "other")
-"""What memory is taken for, in the order of the bars."""
+"""What memory is used for, in the order of the bars."""
 LETTERS = "FLOA+"
-"""That stand for the roles in the bars, beside their colours."""
+"""Letter of each role in the bars, in addition to its colour."""
 SIGMAS = (0.05, 0.275, 0.5, 0.725, 0.95)
 """Noise levels of the sample patches."""
 RATIOS = (0.3, 0.4, 0.5)
@@ -46,7 +46,7 @@ PICTURES = 2
 WHOLE, THUMBNAIL = 768, 256
 """Longest sides of pictures on the page, pixels."""
 NUMBERED = 16
-"""Most blocks with which a cell of the heat map has room for a number."""
+"""Most blocks for which the cells of the heat map have room for a number."""
 METHODS = {
     "generation": "pictures were drawn with the text masked from the image in the first n, or the "
     "last m, blocks; the score is their distance, 1 - cos, from pictures drawn without a mask",
@@ -60,10 +60,10 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Expected:
-    """What one way to train the plan is predicted to take.
+    """What training the plan with one variant is predicted to take.
 
     Attributes:
-        execution: the way, as `edge_dit.contract.targets.TargetVariant` in words.
+        execution: the `edge_dit.contract.targets.TargetVariant` in words ("onnx:streamed").
         anonymous, file: peak bytes of a training process.
         flash: bytes of bundle and bank.
         seconds: of a step.
@@ -96,9 +96,9 @@ class Sampled:
     """An image and patches of it.
 
     Attributes:
-        name: of its file.
+        name: the image's file name.
         whole: [H, W, 3] uint8, RGB; the shorter side is s_max.
-        patches: by noise level, ascending.
+        patches: one for each noise level, ascending.
     """
 
     name: str
@@ -108,20 +108,20 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Page:
-    """All that the page says.
+    """The content of the page.
 
     Attributes:
         model: name of the model, for people.
-        plan: of the job.
-        expected: of every way to train that the plan leaves open.
+        plan: the job's plan.
+        expected: one for each variant that can train the plan.
         budget: what the plan had to fit.
         reasons: sentences: why this plan, what was given up, what more memory would allow.
-        selection: that decided the split, or None.
-        memory: title and bytes by role (`ROLES`) of each bar, see `memory_by_role`.
+        selection: the measurement that decided the split, or None.
+        memory: title and bytes by role (`ROLES`) of each bar, from `memory_by_role`.
         memory_note: a sentence on what the bars count.
-        measured: predictions that were checked; may be empty.
-        machine: what they were measured on.
-        samples: see `sample_patches`; may be empty.
+        measured: predictions that were compared with measurements; may be empty.
+        machine: the machine of these measurements.
+        samples: from `sample_patches`; may be empty.
     """
 
     model: str
@@ -143,7 +143,7 @@ class Page:
 def sample_patches(
     plan: Plan, images: Sequence[Captioned], sigmas: Sequence[float] = SIGMAS
 ) -> list[Sampled]:
-    """Patches of the first `PICTURES` images, cut and resized as precompute does.
+    """Patches of the first `PICTURES` images, cut and resized as in precompute.
 
     Args:
         plan: its sizes and seed decide the crops.
@@ -159,7 +159,7 @@ def sample_patches(
     from edge_dit.pictures.patch_sampler import PatchSampler
 
     sampler = PatchSampler(plan.crop_rule)
-    found = []
+    samples = []
     for image in images[:PICTURES]:
         levels = iter(sigmas)
         draws = plan_draws(
@@ -175,8 +175,8 @@ def sample_patches(
         for draw in draws:
             patch = sampler(pixels, torch.tensor([draw.sigma]), torch.tensor([draw.u, draw.v]))
             patches.append(Patch(draw.sigma, draw.crop, _rgb(patch[0].numpy())))
-        found.append(Sampled(image.name, _rgb(image.pixels), patches))
-    return found
+        samples.append(Sampled(image.name, _rgb(image.pixels), patches))
+    return samples
 
 
 def memory_by_role(
@@ -232,7 +232,7 @@ def write_report(path: Path, page: Page) -> None:
 
 
 def render(page: Page) -> str:
-    """The page as HTML; raises as `write_report`, which writes it."""
+    """The page as HTML. It raises what `write_report` raises, except for writing."""
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:  # it comes with torch
@@ -272,11 +272,11 @@ NAMES = {
     "tail": "skipped, tail",
     "inner": "skipped, between",
 }
-"""Of the fields of `Blocks`, for people."""
+"""Field of `Blocks` -> its name for people."""
 
 
 class Blocks(NamedTuple):
-    """Numbers of a model's blocks, ascending, by what becomes of them."""
+    """Numbers of a model's blocks, ascending, by their part in the plan."""
 
     trained: list[int]
     head: list[int]
@@ -284,7 +284,7 @@ class Blocks(NamedTuple):
     inner: list[int]
 
     def kinds(self) -> list[str]:
-        """What becomes of each block, by number."""
+        """The name of each block's field, in the order of the blocks."""
         kind_of = {n: kind for kind in self._fields for n in getattr(self, kind)}
         return [kind_of[number] for number in sorted(kind_of)]
 
@@ -296,15 +296,15 @@ def _blocks(plan: Plan) -> Blocks:
 
 
 class Cell(NamedTuple):
-    """Of the heat map.
+    """A cell of the heat map: one split.
 
     Attributes:
-        head, tail: n and m.
-        score: see `edge_dit.planning.selection.Selection.score`.
+        head, tail: numbers of blocks skipped before and after, n and m.
+        score: `edge_dit.planning.selection.Selection.score` of the split.
         shade: in [0, 1], from the lowest score to the highest.
-        number: the score in the map's unit, or "" without room.
-        best: whether no other split of as many blocks scores less.
-        own: whether it is the plan's.
+        number: the score in the map's unit, or "" if there is no room.
+        best: whether no other split of as many blocks scores lower.
+        own: whether it is the plan's split.
     """
 
     head: int
@@ -321,11 +321,11 @@ class Heat(NamedTuple):
 
     Attributes:
         cells: every (n, m) with n + m < L.
-        side: of a cell, in units of the drawing, which is 360 wide.
-        ticks: numbers of blocks that the axes name.
+        side: side of a cell, in units of the drawing, which is 360 wide.
+        ticks: numbers of blocks that label the axes.
         low, high: smallest and largest score.
-        unit: of the numbers in the cells.
-        best: (n*, m*) by k - 1, k = 1..L - 1.
+        unit: unit of the numbers in the cells.
+        best: the best split (n*, m*) of k = 1..L - 1 skipped blocks, at index k - 1.
     """
 
     cells: list[Cell]
@@ -361,7 +361,7 @@ def _heat(selection: Selection, plan: Plan) -> Heat:
 
 
 class Segment(NamedTuple):
-    """Of a bar: where it begins and how long it is, percent of the longest bar."""
+    """A segment of a bar; start and length are percent of the longest bar."""
 
     role: str
     number: int
@@ -370,7 +370,7 @@ class Segment(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """Memory of one way, bytes, and how it is drawn."""
+    """A bar: memory in bytes by role, and how it is drawn."""
 
     title: str
     by_role: Mapping[str, int]

@@ -1,13 +1,13 @@
-"""The whole road for one person's own pictures: a job -> an adapter.
+"""Runs all stages of a job, from a person's own pictures to an adapter.
 
     OUT/job.json    the job as it was when the run began
-    OUT/plan.json   which blocks train, at which sizes
+    OUT/plan.json   which blocks train, and at which sizes
     OUT/bank        what the frozen blocks contribute to each draw
     OUT/bundle      the exported sub-graph, and its certificate
     OUT/run         the training run: losses, checkpoints
     OUT/lora        the adapter, for ``pipe.load_lora_weights``
 
-Each stage is skipped where it was done already, so the same command goes on where it was stopped.
+A stage that is done already is skipped, so the same command continues a run that was stopped.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ Say = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class Road:
-    """The folder of a run and what lies where in it.
+    """The folder that all stages of a job write to, and where each writes.
 
     Attributes:
         out: the folder.
-        job: what was asked for.
-        plan: what was planned for it.
-        pictures: of the job, in the plan's size.
+        job: the job.
+        plan: the job's plan.
+        pictures: the job's pictures, in the plan's size.
     """
 
     out: Path
@@ -63,11 +63,11 @@ class Road:
         return self.out / "bundle"
 
     def run(self, target: str) -> Path:
-        """Folder of a target's training run; the plan's first target has the plain name."""
+        """Folder of a target's training run: "run", or "run-<target>" if it is not the first."""
         return self.out / self._name("run", target)
 
     def lora(self, target: str) -> Path:
-        """Folder of a target's adapter."""
+        """Folder of a target's adapter, named like `run`."""
         return self.out / self._name("lora", target)
 
     def _name(self, what: str, target: str) -> str:
@@ -76,16 +76,17 @@ class Road:
 
 
 def run(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
-    """Walk the road of a job, or go on with it.
+    """Run all stages of a job, or continue them.
 
     Args:
         job_path: the job file.
-        out: folder of everything; new, or that of the same job.
+        out: folder for everything; new, or that of the same job.
         target: the one to train, "onnx" or "onnx:streamed"; default the plan's first.
         say: prints to the user.
 
     Raises:
-        BadInput: see the stages; or ``out`` belongs to another job, or to one that has changed.
+        BadInput: a stage refuses its input; or ``out`` belongs to another job, or to this one
+            before it was changed.
         CheckFailed: the target does not compute what PyTorch computes.
         KeyboardInterrupt: training was stopped; the same command continues it.
     """
@@ -100,10 +101,11 @@ def run(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
 
 
 def begin(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
-    """Plan the job, or take the plan of the run that is there.
+    """Plan the job, or read the plan that is in ``out`` already.
 
     Raises:
-        BadInput: faults of the job; or ``out`` belongs to another job, or to one that has changed.
+        BadInput: faults of the job; or ``out`` belongs to another job, or to this one before it was
+            changed.
     """
     job = read_job(job_path)
     asked = {**job.model_dump(mode="json"), "command": {"target": target or ""}}
@@ -150,7 +152,7 @@ def _check_same(stored: Path, asked: dict[str, Any]) -> None:
         raise BadInput(
             stored.parent,
             found=f"the folder of a run of another job ({'; '.join(changed)})",
-            expected="the job that it was begun with",
+            expected="the job that it was started with",
             remedy="choose another -o, or undo the change",
         )
 
@@ -163,7 +165,7 @@ def _flat(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def export_and_verify(road: Road, targets: list[str], say: Say) -> None:
-    """Make the bundle unless it is there, and certify it unless it is certified.
+    """Export the bundle and verify it, unless that is done already.
 
     Raises:
         CheckFailed: a target does not compute what PyTorch computes.
@@ -184,7 +186,7 @@ def export_and_verify(road: Road, targets: list[str], say: Say) -> None:
 
 
 def train(road: Road, target: str) -> Path:
-    """Train one target, or finish its run; the folder of its LoRA.
+    """Train one target, or continue its run; the folder of its LoRA.
 
     Raises:
         KeyboardInterrupt: Ctrl-C stopped it, with a checkpoint.
@@ -195,7 +197,7 @@ def train(road: Road, target: str) -> Path:
     run = road.run(target)
     done = er.train(road.bundle, road.bank, run, target=target, resume=(run / RUN).is_file())
     if done.done < done.steps:
-        raise KeyboardInterrupt  # training stops at the first Ctrl-C; so does the rest of the road
+        raise KeyboardInterrupt  # training stops at the first Ctrl-C, and so do the stages after it
     lora = road.lora(target)
     if not (lora / DIFFUSERS_FILE).is_file() and not (lora / PEFT_CONFIG).is_file():
         er.save_lora(run, lora)

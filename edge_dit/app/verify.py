@@ -1,14 +1,14 @@
-"""Parity: does every target compute what PyTorch computes?
+"""Checks, at a number of draws, that every target computes what PyTorch computes.
 
-The host chooses at which draws to compare and does so in PyTorch; each target and layout does the
-same in a process of its own (`edge_dit_runtime.measure`), since a bad program may abort it.
-Compared are the loss and every gradient of one draw with a LoRA B that is not zero, the losses and
-the adapter of a training trajectory from the initial adapter, and a few patches of a random image.
+The host chooses the draws and computes them in PyTorch. Each target and layout computes them in a
+process of its own (`edge_dit_runtime.measure`), because a bad program may abort its process. These
+are compared: the loss and every gradient of one draw with a LoRA B that is not zero; the losses and
+the adapter of a training trajectory from the initial adapter; a few patches of a random image.
 docs/verify.md says what the tolerances are and why.
 
-A draw says nothing where PyTorch's own gradients are a matter of rounding. Where it can, the host
-moves a few rows of LoRA B before the step, the same for both sides (`edge_dit.reference.kinks`);
-where it cannot, it leaves the draw out, and the certificate counts it.
+At some draws rounding decides PyTorch's own gradients, and a comparison would say nothing. If
+possible the host moves a few rows of LoRA B before the step, the same for both sides
+(`edge_dit.reference.kinks`). Otherwise it leaves the draw out, and the certificate counts it.
 """
 
 from __future__ import annotations
@@ -50,28 +50,28 @@ if TYPE_CHECKING:
 NUDGE = 2e-6
 """Relative size of the nudge of `is_well_posed`: just above what float32 rounding does."""
 MOST_LEFT_OUT = 0.5
-"""Largest share of the draws looked at that may be left out. Beyond it most of what training does
-was not compared: a certificate would speak for the minority of draws that are easy to compare."""
+"""Largest share of the draws that may be left out. With more, a certificate would speak for the
+minority of draws that are easy to compare."""
 KINDS = ("loss", "gradients", "trajectory", "adapter", "patch")
 """What is compared, in the order of the table."""
 
 
 @dataclass(frozen=True)
 class Points:
-    """Where a target is compared: 1 + steps points, and the draws that were left out on the way."""
+    """Where a target is compared: 1 + steps points, and which draws were left out on the way."""
 
     points: list[Point]
     left_out: list[int]
 
     def draws(self) -> Draws:
-        """The same for a certificate."""
+        """The numbers of these draws, for a certificate."""
         moved = [sum(len(numbers) for numbers, _ in p.rows.values()) for p in self.points]
         return Draws([point.draw for point in self.points], self.left_out, moved)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """PyTorch's answer with frozen matrices as one dtype stores them."""
+    """PyTorch's results, with frozen matrices rounded as one dtype stores them."""
 
     points: Points
     tensors: Mapping[str, np.ndarray]
@@ -82,7 +82,7 @@ def verify(
 ) -> Certificate:
     """Compare every target of a bundle with PyTorch and write the certificate into it.
 
-    Every file is hashed: a bundle with files that are not those of its manifest does not pass.
+    Every file is hashed; a bundle whose files differ from its manifest does not pass.
 
     Args:
         bundle: an exported bundle; parity.json is written into it.
@@ -92,7 +92,7 @@ def verify(
 
     Raises:
         BadInput: bundle and bank do not fit, the model is gone, or torch is missing.
-        CheckFailed: too few draws can be compared, see `MOST_LEFT_OUT`.
+        CheckFailed: more than `MOST_LEFT_OUT` of the draws had to be left out.
     """
     require("torch", "the PyTorch reference of verify")
     import torch
@@ -103,7 +103,7 @@ def verify(
     opened = open_bundle(bundle)
     draws = Bank(bank, opened.manifest.plan_hash)
     names = list(targets or opened.manifest.targets)
-    # Targets with frozen weights in fewer bytes come last: PyTorch's are rounded to theirs then.
+    # Targets with frozen weights in fewer bytes come last, because PyTorch's are rounded for them.
     names.sort(key=lambda name: opened.dtype(name) != WIDE)
     faults = [f for name in names for f in content_faults(opened, name, verify_hashes=True)]
     changed = {fault.where: fault.found for fault in faults}
@@ -139,7 +139,7 @@ def verify(
 def measure_reference(
     subgraph: TrainableSubgraph, bundle: Bundle, bank: Bank, steps: int
 ) -> Reference:
-    """Choose where to compare, and what PyTorch computes there.
+    """Choose where to compare, and compute PyTorch's results there.
 
     Args:
         subgraph: with LoRA in place and frozen matrices rounded to what the target stores.
@@ -148,7 +148,7 @@ def measure_reference(
         steps: length of the trajectory.
 
     Raises:
-        CheckFailed: see `choose_points`.
+        CheckFailed: more than `MOST_LEFT_OUT` of the draws had to be left out.
     """
     import torch
 
@@ -173,7 +173,7 @@ def choose_points(
     """1 + ``steps`` points along PyTorch's own trajectory at which gradients do not jump.
 
     Args:
-        session: PyTorch's; its adapter and optimizer state are used up.
+        session: PyTorch's; its adapter and optimizer state change.
         bank: of the bundle.
         adapter: the initial adapter.
         steps: length of the trajectory.
@@ -206,8 +206,8 @@ def choose_points(
 def _too_sensitive(session: EagerSession, compared: int, left_out: int) -> CheckFailed:
     modules = " and ".join(session.subgraph.family.before_relu)
     return CheckFailed(
-        f"{left_out} of {compared + left_out} draws cannot be compared: PyTorch's own gradients "
-        f"there are a matter of rounding. At most {MOST_LEFT_OUT:.0%} may be left out"
+        f"{left_out} of {compared + left_out} draws cannot be compared: rounding decides PyTorch's "
+        f"own gradients there. At most {MOST_LEFT_OUT:.0%} may be left out"
         + (f"; LoRA on {modules} would let verify move away from such places" if modules else "")
     )
 
@@ -215,8 +215,8 @@ def _too_sensitive(session: EagerSession, compared: int, left_out: int) -> Check
 def is_well_posed(session: EagerSession, draw: Mapping[str, np.ndarray]) -> bool:
     """Whether a nudge of the entry state by `NUDGE` leaves the gradients within tolerance.
 
-    Where it does not, rounding decides them, and AdamW turns the difference into whole steps: such
-    a draw says nothing of an export.
+    If it does not, rounding decides them, and AdamW turns the difference into whole steps: such a
+    draw says nothing about an export.
     """
     session.backward(draw)
     reference = session.gradients()
@@ -240,9 +240,9 @@ def verify_target(
     """Measure one target in a child process and compare it with ``reference``."""
     draws = reference.points.draws()
     with tempfile.TemporaryDirectory() as folder:
-        out, way = Path(folder) / "measured.safetensors", Path(folder) / "points.safetensors"
-        write_points(way, reference.points.points)
-        task = Task(str(bundle.folder), str(bank), target, layout, str(way), str(out))
+        out, chosen = Path(folder) / "measured.safetensors", Path(folder) / "points.safetensors"
+        write_points(chosen, reference.points.points)
+        task = Task(str(bundle.folder), str(bank), target, layout, str(chosen), str(out))
         command = [sys.executable, "-m", "edge_dit_runtime.measure"]
         child = subprocess.run(
             command, input=task.as_json(), capture_output=True, text=True, check=False
@@ -263,9 +263,9 @@ def differences(
     """How far each tensor of ``reference`` is from the one measured.
 
     Args:
-        reference: PyTorch's tensors, named as `edge_dit_runtime.measure.measure` does.
-        measured: the target's.
-        tolerances: by kind, see `Difference`.
+        reference: PyTorch's tensors, by the names of `edge_dit_runtime.measure.measure`.
+        measured: the target's tensors.
+        tolerances: by kind, the largest `Difference.relative` that passes.
     """
     return [_difference(n, want, measured.get(n), tolerances) for n, want in reference.items()]
 
@@ -322,7 +322,7 @@ def table(certificate: Certificate) -> Table:
 
 
 def why_failed(certificate: Certificate) -> str:
-    """The worst tensor of each target that failed."""
+    """Lines for people: changed files, and the worst tensor of each target that failed."""
     lines = ["parity failed"]
     lines += [f"  not what was exported: {name}" for name in certificate.changed_files]
     for title, result in certificate.targets.items():

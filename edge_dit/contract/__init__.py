@@ -1,1 +1,11 @@
-"""What host and device agree on: bundle, bank, adapter, AdamW, certificate, and the targets."""
+"""What host and device agree on.
+
+targets       the targets: layouts, dtypes, files and tolerances of each
+names         names of tensors; which file names are allowed
+bundle        the exported folder and its manifest
+bank          the stored draws
+adapter       LoRA files
+adamw         the optimizer's formula and hyper-parameters
+certificate   how far each target is from PyTorch
+integrity     whether a bundle's files are those of its manifest
+"""

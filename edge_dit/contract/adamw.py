@@ -1,4 +1,4 @@
-"""AdamW, said once: every target's optimiser and the PyTorch reference mean this.
+"""AdamW, as every target's optimizer and the PyTorch reference compute it.
 
     c     = min(1, max_grad_norm / (||g|| + 1e-6))          over all LoRA tensors together
     g    <- c g
@@ -7,7 +7,7 @@
     v    <- beta2 v + (1 - beta2) g^2
     theta <- theta - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-which is ``torch.nn.utils.clip_grad_norm_`` followed by ``torch.optim.AdamW`` (arXiv 1711.05101).
+This is ``torch.nn.utils.clip_grad_norm_`` followed by ``torch.optim.AdamW`` (arXiv 1711.05101).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ CLIP_EPS = 1e-6
 
 
 DECAY_SHARE = 0.4
-"""Share of the steps over which the learning rate falls at the end."""
+"""Share of a run's steps, at its end, over which the learning rate falls."""
 
 
 def learning_rate(step: int, steps: int, lr: float) -> float:
     """Learning rate of a step: ``lr``, falling linearly towards 0 over the last `DECAY_SHARE`.
 
-    With one draw a step the gradient is noisy; the fall averages the noise out, which shows in the
-    pictures (warm-up-stable-decay, arXiv 2404.06395 sec. 4).
+    With one draw a step the gradient is noisy. Smaller steps at the end average the noise out,
+    which shows in the pictures (warm-up-stable-decay, arXiv 2404.06395 sec. 4).
 
     Args:
         step: steps done so far, from 0.
@@ -40,12 +40,12 @@ def learning_rate(step: int, steps: int, lr: float) -> float:
 
 @dataclass(frozen=True)
 class AdamW:
-    """Hyper-parameters, in a plan and in a bundle's manifest. ``lr`` is an input of every exported
-    optimizer; the others are constants of its graph.
+    """Hyper-parameters, as a plan and a bundle's manifest store them. ``lr`` is an input of every
+    exported optimizer; the others are constants of its graph.
 
-    ``eps`` is 1e-6, not torch's 1e-8. Clipped gradients have norm 1 at most, so rounding reaches
-    1e-9 in their elements; an eps below that lets rounding decide whole steps wherever a gradient
-    is nearly zero, and two correct runtimes drift apart.
+    ``eps`` is 1e-6, not torch's 1e-8. Clipped gradients have norm 1 at most, so rounding errors in
+    their elements reach 1e-9. With a smaller eps, rounding would decide whole steps wherever a
+    gradient is nearly zero, and two correct runtimes would drift apart.
     """
 
     __pydantic_config__ = STRICT

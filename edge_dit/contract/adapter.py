@@ -1,7 +1,7 @@
-"""LoRA files that diffusers and PEFT load, written without either.
+"""LoRA files that diffusers and PEFT load; neither is needed to write them.
 
-diffusers takes rank and alpha from the header entry ``lora_adapter_metadata``; without it an alpha
-other than the rank loads with the wrong scale, silently (diffusers 0.42, loaders/lora_base.py).
+diffusers takes rank and alpha from the header entry ``lora_adapter_metadata``. Without it, an alpha
+other than the rank silently loads with the wrong scale (diffusers 0.42, loaders/lora_base.py).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 PREFIX = "transformer."
-"""diffusers' prefix of the transformer's LoRA; without it nothing loads, with a mere warning."""
+"""Prefix of LoRA names in diffusers. Without it nothing loads, and diffusers only warns."""
 PEFT_ONLY = ("pixart",)
 """Families whose pipeline has no ``load_lora_weights``: their adapters are PEFT folders."""
 Rows = dict[str, tuple[np.ndarray, np.ndarray]]
-"""LoRA name -> numbers of some of its rows (int64), and what they are to hold (float32)."""
+"""LoRA name -> numbers of some of its rows, int64 [n], and new values for them, float32 [n, k]."""
 
 
 B_STD = 0.02
-"""Spread of a random LoRA B. At the initial B = 0 every gradient of A is zero and would prove
-nothing."""
+"""Standard deviation of a random LoRA B. At the initial B = 0 every gradient of A is zero, so a
+comparison of gradients would say nothing."""
 
 
 def with_random_b(adapter: Mapping[str, np.ndarray], std: float = B_STD) -> dict[str, np.ndarray]:
@@ -40,7 +40,7 @@ def with_random_b(adapter: Mapping[str, np.ndarray], std: float = B_STD) -> dict
 
     Args:
         adapter: LoRA tensors by diffusers name, float32.
-        std: spread of the new B.
+        std: standard deviation of the new B.
     """
     rng = np.random.default_rng(0)
     return {
@@ -50,7 +50,7 @@ def with_random_b(adapter: Mapping[str, np.ndarray], std: float = B_STD) -> dict
 
 
 def lora_config(names: list[str], rank: int, alpha: float) -> dict[str, object]:
-    """The PEFT LoraConfig of an adapter, its essential keys only: every PEFT version knows them.
+    """The PEFT LoraConfig of an adapter, with only those keys that every PEFT version knows.
 
     Args:
         names: LoRA tensor names, "transformer.<module>.lora_A.weight" and so on.
@@ -94,7 +94,7 @@ def read_adapter(path: Path) -> tuple[dict[str, np.ndarray], int, float]:
     except FileNotFoundError:
         raise BadInput(path, found="no such file", expected="a LoRA file") from None
     except (OSError, KeyError, ValueError, TypeError, OverflowError) as error:
-        raise BadInput(path, found=f"not a LoRA file of ours ({error!r})") from None
+        raise BadInput(path, found=f"not a LoRA file that edge-dit wrote ({error!r})") from None
 
 
 def read_peft(folder: Path) -> tuple[dict[str, np.ndarray], int, float]:
@@ -126,18 +126,17 @@ def write_adapter_folder(
     base_model: str,
     peft_only: bool = False,
 ) -> None:
-    """The folder a user passes to ``pipe.load_lora_weights``, with a PEFT copy in ``peft/``.
+    """Write the folder a user passes to ``pipe.load_lora_weights``, with a PEFT copy in ``peft/``.
 
-    The copy lies in a sub-folder because diffusers picks the wrong file when both lie together.
+    The copy is in a sub-folder, because diffusers picks the wrong file when both are in one folder.
 
     Args:
-        folder: where it goes; put in place whole, or not at all.
+        folder: the folder to write; written whole, or not at all.
         tensors: by diffusers name.
         rank: r.
         alpha: lora_alpha.
         base_model: the diffusers folder the adapter is for.
-        peft_only: for a pipeline without ``load_lora_weights``
-            (`PEFT_ONLY`): the folder is a plain PEFT folder.
+        peft_only: write a plain PEFT folder, for families in `PEFT_ONLY`.
     """
     with whole_folder(folder, PEFT_CONFIG if peft_only else DIFFUSERS_FILE) as building:
         peft = building
@@ -151,7 +150,7 @@ def write_adapter_folder(
 
 
 def peft_folder(folder: Path) -> Path:
-    """Where, in a folder written by `write_adapter_folder`, PEFT finds the adapter."""
+    """The PEFT folder in a folder written by `write_adapter_folder`."""
     return folder if (folder / PEFT_CONFIG).is_file() else folder / "peft"
 
 

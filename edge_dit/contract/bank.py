@@ -1,13 +1,13 @@
 """The bank: stored draws, readable one at a time by memory map.
 
-    index.json             which plan, which images and prompts, every draw; written first
-    prompts.safetensors    "<prompt>.<tensor>": what depends on the prompt alone, once per prompt
-    shard-00000.safetensors ...   "<draw>.<tensor>", as many draws each as the index says
+    index.json                the plan, images and prompts it is made of, and every draw
+    prompts.safetensors       "<prompt>.<tensor>": what depends on the prompt alone
+    shard-00000.safetensors   "<draw>.<tensor>" of the first draws; then shard-00001 and so on
 
-Every draw follows from the seed alone, so the index is complete before anything is computed; a
-shard that is there is whole, so a stopped run goes on with the first missing one. Every file names
-the index it belongs to and carries the digests of `edge_dit.store.tensors`, checked as a draw is
-read.
+The seed decides all draws, so the index is complete before anything is computed. A shard file is
+always whole, so a stopped run continues with the first missing one. Every other file names the
+index it belongs to, and carries the digests of `edge_dit.store.tensors`, which are checked when a
+draw is read.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from edge_dit.store.tensors import TensorFile, write_tensors
 
 SCHEMA = 1
 SHARD = 64
-"""Most draws in a shard: some megabytes, so that a stopped run loses seconds."""
+"""Default number of draws in a shard: a few megabytes, so that a stopped run loses only seconds."""
 HALVED = (ENTRY, ENTRY_TEXT, TAIL_RESIDUAL, TARGET, RESIDUAL, RESIDUAL_TEXT)
-"""Tensors of a draw that grow with the patch, up to a dot: a bank of float16 stores these so."""
+"""Tensors that grow with the patch, by their names up to the first dot. A float16 bank stores these
+in float16."""
 INDEX = "index.json"
 PROMPTS = "prompts.safetensors"
 
@@ -59,7 +60,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Draw:
-    """One (image, t, crop, noise, prompt).
+    """One training example: an image, a prompt, a noise level, a crop and the seed of its noise.
 
     Attributes:
         seed: of this draw's noise and crop position.
@@ -82,14 +83,14 @@ class Draw:
 
 @dataclass(frozen=True)
 class Index:
-    """index.json.
+    """The content of index.json.
 
     Attributes:
         plan_hash: `edge_dit.planning.plan.Plan.identity` of the plan.
         images: name and SHA-256 of each image.
         prompts: distinct prompts.
         draws: all draws.
-        shard: draws in a shard.
+        shard: number of draws in a shard.
         dtype: of the tensors in `HALVED`, "float32" or "float16".
     """
 
@@ -118,7 +119,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def begin(folder: Path, index: Index) -> list[int]:
-    """Start a bank, or go on with one; the numbers of the shards still to write.
+    """Start a bank or continue one; the numbers of the shards that are still missing.
 
     Raises:
         BadInput: the folder holds another bank, or something else.
@@ -147,17 +148,17 @@ def begin(folder: Path, index: Index) -> list[int]:
 
 
 def write_prompts(folder: Path, prompts: list[Mapping[str, np.ndarray]]) -> None:
-    """Store what depends on the prompt alone, by prompt number."""
+    """Write the tensors that depend on the prompt alone; item n belongs to prompt n."""
     _write(folder / PROMPTS, dict(enumerate(prompts)))
 
 
 def write_shard(folder: Path, shard: int, draws: Mapping[int, Mapping[str, np.ndarray]]) -> None:
-    """Store the tensors of a shard's draws, by draw number."""
+    """Write the tensors of a shard's draws, by draw number."""
     _write(shard_path(folder, shard), draws)
 
 
 def narrowed(draw: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    """A draw as a bank of ``dtype`` stores it; what float16 cannot hold stays float32."""
+    """A draw as a bank of ``dtype`` stores it; a tensor beyond float16's range stays float32."""
     largest = np.finfo(np.float16).max
 
     def halved(name: str, value: np.ndarray) -> bool:
@@ -185,7 +186,7 @@ def read_index(folder: Path) -> Index:
     raw = read_document(path, "a bank folder", remedy, SCHEMA)
     index = validated(path, TypeAdapter(Index), raw, remedy)
     if any(draw.prompt >= len(index.prompts) for draw in index.draws):
-        raise BadInput(path, found="a draw of a prompt that it does not list", remedy=remedy)
+        raise BadInput(path, found="a draw has a prompt that it does not list", remedy=remedy)
     return index
 
 
@@ -194,10 +195,10 @@ class Bank:
 
     Args:
         folder: as written by precompute.
-        plan_hash: of the plan the draws must belong to, or None to accept any.
+        plan_hash: of the plan that the bank must belong to; None accepts any.
 
     Attributes:
-        identity: SHA-256 of its index, which every file of it names.
+        identity: SHA-256 of index.json; every other file of the bank names it.
 
     Raises:
         BadInput: not a bank, incomplete, or of another plan.
@@ -221,7 +222,7 @@ class Bank:
             raise BadInput(
                 folder,
                 found=f"incomplete: {len(missing)} of {len(wanted)} files missing ({missing[0]})",
-                remedy="run the same edge-dit precompute again; it goes on where it stopped",
+                remedy="run the same edge-dit precompute again; it continues where it stopped",
             )
 
     def __len__(self) -> int:
@@ -231,13 +232,13 @@ class Bank:
         return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        """The batch tensors of a draw, float32, by the names the exported graphs use."""
+        """The batch tensors of a draw, float32, by the names that exported graphs use."""
         draw = self.index.draws[number]
         shard = self._read(shard_path(self.folder, number // self.index.shard), number)
         return {**self._prompts[draw.prompt], **shard}
 
     def in_words(self, number: int) -> str:
-        """Which draw that is, for a message."""
+        """A draw for a message: "draw 3 (image dog.png, sigma 0.512)"."""
         draw = self.index.draws[number]
         images = self.index.images
         name = images[draw.image]["name"] if draw.image < len(images) else draw.image
@@ -249,19 +250,19 @@ class Bank:
         return [self._read(path, n, may_lack=True) for n in range(len(self.index.prompts))]
 
     def _read(self, path: Path, number: int, may_lack: bool = False) -> dict[str, np.ndarray]:
-        """The tensors of one item; only its own bytes are read, and checked.
+        """The float32 tensors of a draw or prompt; only its own bytes are read and checked.
 
         Args:
             path: a shard, or the prompts.
-            number: of the item.
-            may_lack: an item without tensors is no fault (in some families nothing depends on the
-                prompt alone).
+            number: of the draw or prompt.
+            may_lack: whether it may have no tensors; in some families nothing depends on the
+                prompt alone.
         """
         prefix = f"{number}."
         try:
             file = self._file(path)
-            found = file.read(name for name in file.header.tensors if name.startswith(prefix))
-            if not found and not may_lack:
+            stored = file.read(name for name in file.header.tensors if name.startswith(prefix))
+            if not stored and not may_lack:
                 raise ValueError(f"no item {number}")
         except (OSError, ValueError) as error:
             raise BadInput(
@@ -271,15 +272,15 @@ class Bank:
             ) from None
         return {
             name.removeprefix(prefix): value.astype(np.float32, copy=False)
-            for name, value in found.items()
+            for name, value in stored.items()
         }
 
     def _file(self, path: Path) -> TensorFile:
         if path not in self._files:
             file = TensorFile(path)
             if not file.header.hashed:
-                raise ValueError("without digests")
+                raise ValueError("it has no digests")
             if file.header.metadata.get("index") != self.identity:
-                raise ValueError("of another bank")
+                raise ValueError("it belongs to another bank")
             self._files[path] = file
         return self._files[path]

@@ -1,4 +1,4 @@
-"""The exported folder, its manifest, and both opened once: `Bundle`."""
+"""The bundle: an exported folder and its manifest. `open_bundle` opens both at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Size = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class TensorSpec(BaseModel):
-    """One tensor that crosses the border of an exported graph.
+    """One input or output of the exported graphs.
 
     ``role`` is "batch" (an input that comes from the bank), "lora" (an input or parameter that
     trains) or "output". The order in the manifest is the order of the graphs' arguments.
@@ -50,16 +50,16 @@ class FileSpec(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a bundle says of itself.
+    """The content of manifest.json.
 
     Attributes:
         family: DiT family ("sana").
         plan: the plan it was exported for, as stored in plan.json.
-        plan_hash: identifies plan and model weights; a bank carries the same (see
+        plan_hash: identifies plan and model weights; the bank has the same one (see
             `edge_dit.planning.plan.Plan.identity`).
-        tensors: every tensor crossing the graphs' borders, in argument order.
+        tensors: every input and output of the graphs, in argument order.
         optimizer: AdamW's hyper-parameters; ``lr`` is the default of the exported input.
-        targets: facts of each exported target, see `edge_dit.contract.targets.Facts`.
+        targets: by name, the facts of each exported target (`edge_dit.contract.targets.Facts`).
         tools: versions of the packages that wrote the bundle.
         files: all other files of the folder.
     """
@@ -78,7 +78,7 @@ class Manifest(BaseModel):
     @model_validator(mode="after")
     def _facts_are_whole(self) -> Manifest:
         for target, facts in self.targets.items():
-            # A target of a newer edge-dit does not concern those that we know.
+            # A target of a newer edge-dit is no fault: nobody here opens it.
             if target in TARGETS and not TARGETS[target].facts.model_validate(facts).layouts():
                 raise ValueError(f"no train step of {target}")
         return self
@@ -94,12 +94,12 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose manifest was read and is valid; what its files hold was not looked at yet (see
-    `edge_dit.contract.integrity`).
+    """An opened bundle. Its manifest is valid; its other files are not checked yet
+    (`edge_dit.contract.integrity` checks them).
 
     Attributes:
-        folder: of the bundle.
-        manifest: what it says of itself.
+        folder: the bundle's folder.
+        manifest: the content of its manifest.json.
     """
 
     folder: Path
@@ -111,14 +111,14 @@ class Bundle:
 
     @cached_property
     def manifest_sha256(self) -> str:
-        """SHA-256 of the manifest, which holds that of every other file."""
+        """SHA-256 of manifest.json, which lists the SHA-256 of every other file."""
         return sha256(self.folder / MANIFEST)
 
     def facts(self, target: str) -> Facts:
-        """What the manifest says of one of its targets, as `Target.facts` of that target.
+        """A target's entry in the manifest, in the class that its `Target.facts` names.
 
         Raises:
-            BadInput: the bundle lacks the target, or it is one of a newer edge-dit.
+            BadInput: the bundle lacks the target, or only a newer edge-dit knows it.
         """
         if target not in self.manifest.targets or target not in TARGETS:
             raise BadInput(
@@ -130,35 +130,35 @@ class Bundle:
         return TARGETS[target].facts.model_validate(self.manifest.targets[target])
 
     def layouts(self, target: str) -> list[str]:
-        """The layouts of a target that were exported, the default first.
+        """The exported layouts of a target, the default first.
 
         Raises:
-            BadInput: see `facts`.
+            BadInput: as `facts`.
         """
         return self.facts(target).layouts()
 
     def layout(self, target: str, asked: str | None = None) -> str:
-        """The layout that ``asked`` names, by default the target's first.
+        """The layout ``asked`` for, by default the target's first.
 
         Raises:
-            BadInput: the bundle lacks it.
+            BadInput: the bundle lacks the target or the layout.
         """
-        there = self.layouts(target)
-        if asked not in (None, *there):
+        layouts = self.layouts(target)
+        if asked not in (None, *layouts):
             raise BadInput(
                 self.folder,
                 found=f"no layout {asked!r} of target {target}",
-                expected=" or ".join(there),
+                expected=" or ".join(layouts),
                 remedy="name another, or export with other [export] weights or recompute",
             )
-        return asked or there[0]
+        return asked or layouts[0]
 
     def titled(self, target: str, layout: str) -> str:
         """A target and layout as a certificate lists them: "onnx", "onnx (streamed)"."""
         return target if layout == self.layouts(target)[0] else f"{target} ({layout})"
 
     def dtype(self, target: str) -> str:
-        """How a target stores frozen matrices."""
+        """How a target stores frozen matrices: "float32", "float16" or "int8"."""
         return str(getattr(self.facts(target), "weights", WIDE))
 
     def adapter(self) -> dict[str, np.ndarray]:
@@ -174,7 +174,7 @@ def open_bundle(folder: Path) -> Bundle:
     """Open a bundle folder.
 
     Raises:
-        BadInput: no manifest, not valid, or written by a newer schema.
+        BadInput: the manifest is missing, damaged, not valid, or of a newer schema.
     """
     path = folder / MANIFEST
     raw = read_document(path, "a bundle folder", REMEDY, SCHEMA)
@@ -182,6 +182,6 @@ def open_bundle(folder: Path) -> Bundle:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Bundle:
-    """Write the manifest of a bundle folder; the bundle."""
+    """Write manifest.json into a bundle folder; the bundle, opened."""
     write_document(folder / MANIFEST, manifest.model_dump(mode="json"))
     return Bundle(folder, manifest)

@@ -22,11 +22,11 @@ class Difference:
 
     Attributes:
         name: "loss", "gradients.<lora>", "trajectory", "adapter.<lora>" or "patch.<number>".
-        kind: the part of the name before the first dot, by which tolerances go.
+        kind: the part of the name before the first dot; each kind has its own tolerance.
         max, mean: absolute differences; infinite where the tensor is missing or not finite.
-        cosine: between both, flattened.
-        relative: ``max`` over the largest absolute value of the reference; of the trajectory the
-            largest difference of a loss over that loss.
+        cosine: cosine similarity of both tensors, flattened.
+        relative: ``max`` divided by the largest absolute value of the reference. For "trajectory",
+            the difference of each loss is divided by that loss.
         tolerance: largest ``relative`` that passes.
     """
 
@@ -45,7 +45,7 @@ class Difference:
         return self.relative <= self.tolerance
 
     def in_words(self) -> str:
-        """The tensor and how far it is off."""
+        """The name and its differences, for a tensor beyond its tolerance."""
         return (
             f"{self.name}: max difference {self.max:.3e}, mean {self.mean:.3e}, cosine "
             f"{self.cosine:.6f}; relative {self.relative:.3e} > tolerance {self.tolerance:.0e}"
@@ -54,13 +54,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Draws:
-    """Where a target was compared.
+    """At which draws a target was compared.
 
     Attributes:
-        compared: numbers of the draws, that of the gradients first, then those of the trajectory.
-        left_out: numbers of the draws that were looked at and left out, because PyTorch's own
-            gradients there are a matter of rounding.
-        rows_moved: for each compared draw, rows of LoRA B that were moved before it.
+        compared: numbers of the draws: first that of the gradients, then those of the trajectory.
+        left_out: numbers of the draws that were left out, because rounding decides PyTorch's own
+            gradients there.
+        rows_moved: for each compared draw, how many rows of LoRA B were moved before it.
     """
 
     __pydantic_config__ = STRICT
@@ -70,18 +70,18 @@ class Draws:
 
     @property
     def left_out_share(self) -> float:
-        """Share of the draws looked at that were left out."""
+        """Share of the draws that were left out, among these and the compared ones."""
         return len(self.left_out) / (len(self.left_out) + len(self.compared))
 
 
 @dataclass(frozen=True)
 class TargetResult:
-    """What was found of one target and layout.
+    """How far one target and layout is from PyTorch.
 
     Attributes:
-        draws: where it was compared.
-        tensors: every difference; empty where the target's process ended early.
-        error: why it did, else empty.
+        draws: at which it was compared.
+        tensors: every difference; empty if the target's process ended early.
+        error: why that process ended early, or empty.
     """
 
     __pydantic_config__ = STRICT
@@ -107,11 +107,11 @@ class TargetResult:
     @property
     def worst(self) -> dict[str, Difference]:
         """The largest difference of each kind."""
-        found: dict[str, Difference] = {}
+        largest: dict[str, Difference] = {}
         for row in self.tensors:
-            if row.kind not in found or not row.relative <= found[row.kind].relative:
-                found[row.kind] = row
-        return found
+            if row.kind not in largest or not row.relative <= largest[row.kind].relative:
+                largest[row.kind] = row
+        return largest
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,11 @@ class Certificate:
     """Every target of a bundle, compared with PyTorch.
 
     Attributes:
-        manifest_sha256: of the bundle's manifest; it holds the hash of every file, so a certificate
-            of it is one of them.
-        reference: what was compared with ("torch 2.13.0 eager, float32").
+        manifest_sha256: of the bundle's manifest, which lists the hash of every file.
+        reference: what the targets were compared with ("torch 2.13.0 eager, float32").
         steps: length of the trajectory.
-        targets: by target, with its layout where it is not the first: "onnx (streamed)".
-        changed_files: files that are not those of the manifest.
+        targets: results by `Bundle.titled`: "onnx", "onnx (streamed)".
+        changed_files: files that are missing or not as the manifest lists them.
     """
 
     __pydantic_config__ = STRICT
@@ -137,11 +136,11 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Whether every target computes what PyTorch computes, and no file changed."""
+        """Whether every difference is within its tolerance, and no file changed."""
         return not self.changed_files and all(r.passed for r in self.targets.values())
 
     def as_json(self) -> dict[str, object]:
-        """For machines: the fields, and the verdicts that follow from them."""
+        """The fields, and what follows from them (`DERIVED`), as parity.json has them."""
         targets = {
             name: {
                 "passed": result.passed,
@@ -165,7 +164,7 @@ def write_certificate(bundle: Bundle, certificate: Certificate) -> None:
 
 
 def read_certificate(bundle: Bundle) -> Certificate | None:
-    """The bundle's certificate, or None when there is none, or none of this manifest."""
+    """The bundle's certificate; None if it is missing, damaged, or of another manifest."""
     try:
         raw = parse_json(read_whole(bundle.folder / PARITY))
         stored = {key: value for key, value in raw.items() if key not in DERIVED}
@@ -180,7 +179,7 @@ def read_certificate(bundle: Bundle) -> Certificate | None:
 
 
 def why_uncertified(bundle: Bundle, title: str) -> str:
-    """Why no certificate says that a target computes what PyTorch does; empty if one does.
+    """Why a target has no certificate that it passed; empty if it has one.
 
     Args:
         bundle: opened.
@@ -190,9 +189,9 @@ def why_uncertified(bundle: Bundle, title: str) -> str:
         return "no parity certificate"
     certificate = read_certificate(bundle)
     if certificate is None:
-        return f"{PARITY} is of another export, or damaged"
+        return f"{PARITY} belongs to another export, or is damaged"
     if certificate.changed_files:
         return f"{PARITY} says that files changed"
     if title not in certificate.targets:
-        return f"{PARITY} says nothing of {title}"
+        return f"{PARITY} has no result of {title}"
     return "" if certificate.targets[title].passed else f"{PARITY} says that {title} failed"

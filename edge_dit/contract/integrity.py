@@ -1,7 +1,8 @@
-"""Is a bundle what its manifest says, and does nothing in it lead out?
+"""Checks that a bundle's files are those of its manifest, and that none leads out of the bundle.
 
-Hashes that were checked are remembered in the user's cache folder, by size, times and inode of the
-file: not in the bundle, which could bring a forged memory along.
+Hashes of files are remembered in the user's cache folder, and used again while size, times and
+inode of the file stay the same. They are not kept in the bundle, because a forged bundle could
+bring forged hashes.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from edge_dit.store.onnx_external import external_locations
 
 REMEDY = "copy the bundle again, or export it again"
 REMEMBERED = 1000
-"""Most files in the cache; those checked first go first."""
+"""Most files in the cache; the oldest entries are dropped."""
 SETTLED = 2
-"""Seconds a file must lie unchanged before its hash is remembered: clocks of files are coarse."""
+"""Seconds a file must be unchanged before its hash is remembered: file times are coarse."""
 
 
 def check_bundle(bundle: Bundle, target: str, verify_hashes: bool = False) -> None:
-    """Raise `BadInput` unless what ``target`` loads lies in the bundle and is what was exported.
+    """Raise `BadInput` unless all files that ``target`` loads are in the bundle and as exported.
 
     Args:
         bundle: opened.
         target: one of its targets.
-        verify_hashes: hash every file, also one that was hashed and has not changed since.
+        verify_hashes: hash every file, even if its hash is remembered.
     """
     check_confined(bundle, target)
     faults = content_faults(bundle, target, verify_hashes)
@@ -40,8 +41,8 @@ def check_bundle(bundle: Bundle, target: str, verify_hashes: bool = False) -> No
 
 
 def check_confined(bundle: Bundle, target: str) -> None:
-    """Raise `BadInput` when a file that ``target`` loads, or one that a graph refers to, is not a
-    plain file of the bundle.
+    """Raise `BadInput` if a file that ``target`` loads, or one that its graphs refer to, is not a
+    plain file in the bundle.
     """
     for path in _files(bundle.folder, target):
         inside = path.resolve().is_relative_to(bundle.folder.resolve())
@@ -65,19 +66,23 @@ def _check_external(path: Path) -> None:
         raise BadInput(
             path,
             found=f"its weights lie in {sorted(wrong)[0]!r:.80}",
-            expected="names of files beside it",
+            expected="names of files in the same folder",
             remedy="do not use this bundle; export one from the model",
         )
 
 
 def content_faults(bundle: Bundle, target: str, verify_hashes: bool = False) -> list[BadInput]:
-    """Every file of ``target`` that is missing, changed or not in the manifest; see `check_bundle`
-    for the arguments.
+    """One fault for every file of ``target`` that is missing, changed or not in the manifest.
+
+    Args:
+        bundle: opened.
+        target: one of its targets.
+        verify_hashes: hash every file, even if its hash is remembered.
     """
     folder = bundle.folder
     there = {path.relative_to(folder).as_posix(): path for path in _files(folder, target)}
     listed = {file.path: file for file in bundle.manifest.files if _belongs(file.path, target)}
-    memory = _Memory(use=not verify_hashes)
+    hashes = _HashCache(use=not verify_hashes)
     faults = []
     for name in sorted(there.keys() | listed.keys()):
         if name not in listed:
@@ -87,19 +92,19 @@ def content_faults(bundle: Bundle, target: str, verify_hashes: bool = False) -> 
         elif (size := there[name].stat().st_size) != listed[name].bytes:
             expected = f"{listed[name].bytes} bytes"
             fault = BadInput(there[name], found=f"{size} bytes", expected=expected, remedy=REMEDY)
-        elif memory.sha256(there[name]) != listed[name].sha256:
+        elif hashes.sha256(there[name]) != listed[name].sha256:
             expected = f"SHA-256 {listed[name].sha256[:16]}..., as the manifest says"
             found = "damaged or replaced"
             fault = BadInput(there[name], found=found, expected=expected, remedy=REMEDY)
         else:
             continue
         faults.append(fault)
-    memory.keep()
+    hashes.save()
     return faults
 
 
 def _files(folder: Path, target: str) -> list[Path]:
-    """What a session of ``target`` may read; a dot file is not for it."""
+    """Every file that a session of ``target`` may read: not the hidden ones."""
     inner = (p for p in (folder / target).rglob("*") if p.is_symlink() or not p.is_dir())
     return [folder / ADAPTER, *sorted(path for path in inner if path.name[0] != ".")]
 
@@ -108,40 +113,40 @@ def _belongs(name: str, target: str) -> bool:
     return name == ADAPTER or name.startswith(f"{target}/")
 
 
-class _Memory:
-    """Hashes of files as they were when last hashed.
+class _HashCache:
+    """SHA-256 of files, remembered while size, times and inode of the file stay the same.
 
     Args:
-        use: whether to believe it; it is filled in any case.
+        use: whether to use remembered hashes; new ones are remembered in any case.
     """
 
     def __init__(self, use: bool) -> None:
         self._known: dict[str, Any] = {}
         self._new: dict[str, list[Any]] = {}
         with suppress(OSError, ValueError, TypeError):
-            self._known = dict(parse_json(read_whole(_memory_file()))) if use else {}
+            self._known = dict(parse_json(read_whole(_cache_file()))) if use else {}
 
     def sha256(self, path: Path) -> str:
-        """Of a file's bytes."""
+        """SHA-256 of a file's bytes, hexadecimal."""
         status = path.stat()
         times = [status.st_mtime_ns, status.st_ctime_ns]
         mark = [status.st_size, *times, status.st_ino, status.st_dev]
         known = self._known.get(str(path.resolve()))
         if isinstance(known, list) and known[:-1] == mark:
             return str(known[-1])
-        found = sha256(path)
+        digest = sha256(path)
         if time.time() - max(times) / 1e9 > SETTLED:
-            self._new[str(path.resolve())] = [*mark, found]
-        return found
+            self._new[str(path.resolve())] = [*mark, digest]
+        return digest
 
-    def keep(self) -> None:
-        """Store what was hashed; where that cannot be written, it is hashed again next time."""
+    def save(self) -> None:
+        """Write the new hashes; if that fails, the files are hashed again next time."""
         if self._new:
             kept = {name: mark for name, mark in self._known.items() if name not in self._new}
             every = [*kept.items(), *self._new.items()]
             with suppress(BadInput):
-                write_json(_memory_file(), dict(every[-REMEMBERED:]))
+                write_json(_cache_file(), dict(every[-REMEMBERED:]))
 
 
-def _memory_file() -> Path:
+def _cache_file() -> Path:
     return cache_folder() / "hashes.json"

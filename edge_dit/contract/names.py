@@ -1,9 +1,16 @@
-"""Names that host and device agree on: of the tensors in every graph, and of files.
+"""Names of tensors that host and device agree on, and which file names are allowed.
 
-Batch tensors are inputs that a bank stores, one draw at a time: `ENTRY`; `ENTRY_TEXT` in families
-with joint attention; "cond.<name>"; "residual.<first>" and "residual_text.<first>" for every run of
-blocks skipped between trained ones; `TAIL_RESIDUAL`; `TARGET`; `WEIGHT` where draws are weighed.
-LoRA tensors carry their diffusers names. Outputs: `LOSS` and "grad.<lora name>".
+Batch tensors, which a bank stores for every draw:
+
+    entry, entry_text        state before the first trained block; text only with joint attention
+    cond.<name>              conditioning of the family
+    residual.<first>, residual_text.<first>
+                             what blocks skipped between trained ones add, from block <first> on
+    tail_residual            what the blocks after the last trained one add
+    target                   what the prediction is compared with
+    weight                   factor of the loss, where draws are weighted
+
+LoRA tensors have their diffusers names. Outputs are "loss" and "grad.<lora name>".
 """
 
 from __future__ import annotations
@@ -21,9 +28,9 @@ COND = "cond."
 RESIDUAL, RESIDUAL_TEXT = "residual", "residual_text"
 TAIL_RESIDUAL, TARGET, WEIGHT = "tail_residual", "target", "weight"
 LOSS, GRAD, NEW = "loss", "grad.", "new."
-"""The loss; prefixes of a gradient, and of what takes the place of an input."""
+"""The loss; prefix of a gradient; prefix of the new value of an input."""
 ADAPTED = "adapter."
-"""Prefix of the LoRA tensors in a training state, beside `MOMENTS`."""
+"""Prefix of the LoRA tensors in a training state, besides `MOMENTS`."""
 MOMENTS = ("exp_avg.", "exp_avg_sq.")
 """Prefixes of AdamW's first and second moments, named as in torch.optim."""
 LEARNING_RATE, STEP = "lr", "step"
@@ -32,12 +39,12 @@ SAMPLER_INPUTS, PATCH = ("image", "sigma", "uv"), "patch"
 
 
 def residual_names(first: int) -> tuple[str, str]:
-    """Names of the image and text residual of the skipped run that begins with block ``first``."""
+    """Names of the image and text residual of the skipped blocks that begin with ``first``."""
     return f"{RESIDUAL}.{first}", f"{RESIDUAL_TEXT}.{first}"
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether ``name`` names a file of a folder, on every system: no path, no drive, not hidden."""
+    """Whether ``name`` is a plain file name on every system: no path, no drive, not hidden."""
     return bool(re.fullmatch(r"[^./\\:\x00-\x1f][^/\\:\x00-\x1f]{0,254}", name))
 
 

@@ -1,8 +1,8 @@
-"""The targets: everything that exporter, runtime and footprint must agree on, said once.
+"""The targets, with all that exporter, runtime and footprint must agree on.
 
-A `Target` is a folder of a bundle. To add one: write its record here and name it in `TARGETS`, its
+Each target has a folder of its own in a bundle. To add one, write its record in `TARGETS`, its
 exporter in ``edge_dit_export/targets/<module>.py``, its session in
-``edge_dit_runtime/sessions/<module>.py``, and what it takes in `edge_dit.budget.footprint`.
+``edge_dit_runtime/sessions/<module>.py``, and its cost in `edge_dit.budget.footprint`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ DTYPES: tuple[Dtype, ...] = ("float32", "float16", "int8")
 """How frozen matrices can be stored; int8 has one float32 scale per output channel."""
 WIDE: Dtype = "float32"
 FROZEN = "frozen.safetensors"
-"""The frozen weights of a target, each once."""
+"""File of a target's frozen weights, each once."""
 PIECE = 32 * 2**20
-"""Bytes of float32 at most that a stored weight is widened to at once, see
+"""Most bytes of float32 that a stored weight is widened to at once, see
 `edge_dit_export.passes_onnx.weights_in_fewer_bytes`.
 """
 
@@ -31,7 +31,7 @@ PIECE = 32 * 2**20
 
 FUSED, RECOMPUTE, STREAMED = "fused", "recompute", "streamed"
 STEP_FILES = {FUSED: "train_step.onnx", RECOMPUTE: "train_step.recompute.onnx"}
-"""Layouts with one graph for the whole step -> its file."""
+"""Layout with one graph for the whole step -> file of that graph."""
 HEAD, OPTIMIZER, SAMPLER = "head.onnx", "optimizer.onnx", "patch_sampler.onnx"
 DIRECTIONS = ("forward", "backward")
 
@@ -45,23 +45,23 @@ def block_file(kind: str, direction: str) -> str:
 
 TRAINING_MODEL, EVAL_MODEL = "training_model.onnx", "eval_model.onnx"
 OPTIMIZER_MODEL, CHECKPOINT = "optimizer_model.onnx", "checkpoint"
-"""Of ort-training, as onnxruntime's generate_artifacts names them."""
+"""Files of ort-training, as onnxruntime's generate_artifacts names them."""
 TRAIN_PROGRAM, OPTIMIZER_PROGRAM, SAMPLER_PROGRAM = (
     "train.pte",
     "optimizer.pte",
     "patch_sampler.pte",
 )
-"""Of executorch."""
+"""Files of executorch."""
 
 
-# ---------------------------------------------------------------- what a manifest says of a target
+# ---------------------------------------------------------------- a target's entry in the manifest
 
 
 class Facts(BaseModel):
-    """What a session reads of a target; a manifest may say more."""
+    """The part of a target's entry that a session reads; the entry may have more keys."""
 
     def layouts(self) -> list[str]:
-        """The layouts that were exported, the default first."""
+        """The exported layouts, the default first."""
         return [FUSED]
 
 
@@ -77,10 +77,11 @@ class StreamedBlock(BaseModel):
 
     Attributes:
         name: of the block in the model.
-        kind: of its graphs; blocks of one kind share them.
+        kind: names its graphs; blocks of one kind share them.
         weights: input of the graphs -> key in `FROZEN`.
         lora: input of the graphs -> LoRA name.
-        residual: after a skipped run, tensor of the state -> batch tensor that is added to it.
+        residual: if blocks before it are skipped, tensor of the state -> batch tensor that is added
+            to it.
     """
 
     name: str = ""
@@ -98,7 +99,7 @@ class StreamedFacts(BaseModel):
 
     @model_validator(mode="after")
     def _blocks_have_graphs(self) -> StreamedFacts:
-        wanted = [block_file(b.kind, way) for b in self.blocks for way in DIRECTIONS]
+        wanted = [block_file(b.kind, d) for b in self.blocks for d in DIRECTIONS]
         missing = [name for name in [*wanted, HEAD] if name not in self.graphs]
         if missing:
             raise ValueError(f"no graph {missing[0]!r:.80}")
@@ -106,7 +107,14 @@ class StreamedFacts(BaseModel):
 
 
 class OnnxFacts(Facts):
-    """The onnx target: its file of frozen weights and how it stores them, its graphs by file."""
+    """The onnx target.
+
+    Attributes:
+        frozen: file of the frozen weights.
+        weights: how that file stores frozen matrices.
+        graphs: names of each graph's inputs and outputs, by file.
+        streamed: the streamed layout.
+    """
 
     frozen: PlainName
     weights: Dtype = WIDE
@@ -114,13 +122,17 @@ class OnnxFacts(Facts):
     streamed: StreamedFacts | None = None
 
     def layouts(self) -> list[str]:
-        """See `Facts.layouts`."""
+        """Layouts of `STEP_FILES` that have a graph, then "streamed" if it was exported."""
         whole = [layout for layout, file in STEP_FILES.items() if file in self.graphs]
         return whole + ([STREAMED] if self.streamed else [])
 
 
 class OrtTrainingFacts(Facts):
-    """ort-training: the inputs after the batch, in order, which are keys of `FROZEN`."""
+    """The ort-training target.
+
+    Attributes:
+        frozen: inputs of the graph after the batch, in order; each is a key in `FROZEN`.
+    """
 
     frozen: list[str]
 
@@ -137,13 +149,13 @@ class Target:
 
     Attributes:
         name: of the target, and of its folder in a bundle.
-        layouts: of its train step -> how each may store frozen matrices; the default comes first.
-        facts: what a manifest says of it.
+        layouts: layout of its train step -> dtypes of frozen matrices in it; defaults come first.
+        facts: class of its entry in a manifest.
         sampler: file of its patch sampler.
         needs_to_export: modules that its exporter imports.
         needs_to_train: modules that its session imports.
         tools: packages whose versions a manifest records.
-        tolerances: of parity: largest difference over the reference tensor's largest value.
+        tolerances: kind of tensor -> largest `Difference.relative` that passes verify.
     """
 
     name: str
@@ -232,7 +244,7 @@ def variant_of(name: str) -> TargetVariant:
     """A variant by name, "onnx:streamed:int8"; layout and dtype may be left out.
 
     Raises:
-        BadInput: there is none of that name.
+        BadInput: there is no such variant.
     """
     target, layout, dtype, *more = [*name.split(":"), "", ""]
     asked = TargetVariant(target, layout or FUSED, dtype or WIDE)

@@ -1,1 +1,11 @@
-"""Diffusion Transformers on disk and in torch: families, checkpoints, the trainable sub-graph."""
+"""Diffusion Transformers on disk and in torch.
+
+families/        what edge-dit knows of each kind of model
+model            a diffusers pipeline folder, opened
+checkpoint       its weights, read lazily
+pipeline         the whole pipeline in torch
+objective        what a model is trained to predict
+subgraph         the trained blocks, head and loss
+quantize         frozen weights in float16 or int8
+public_configs   public checkpoints by name, without weights
+"""

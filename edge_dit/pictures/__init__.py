@@ -1,1 +1,7 @@
-"""From pictures to draws: read images, crop them by Eq. 1, choose the draws of a bank."""
+"""From pictures to draws.
+
+images          reads a folder of images and captions
+crop            the crop of a patch (docs/method.md, Eq. 1), in numpy
+patch_sampler   the same crop and its resizing, as a torch module
+draws           which draws a bank holds
+"""

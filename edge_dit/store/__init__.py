@@ -1,1 +1,8 @@
-"""Files: read without trust, written whole. Documents (JSON), tensors (safetensors), locks."""
+"""Files on disk: read without trust, written whole.
+
+files           atomic writes of files and folders
+locks           one process at a time in a folder
+documents       JSON files with a digest
+tensors         safetensors files with digests
+onnx_external   which other files an ONNX file refers to
+"""

@@ -1,4 +1,4 @@
-"""JSON files that say what they are: read without trust, written with a digest of themselves."""
+"""JSON files with a digest of their content, read without trust."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from edge_dit.errors import BadInput
 from edge_dit.store.files import open_regular, write_json
 
 LIMIT = 64 * 2**20
-"""Bytes of the largest document read: an index of 200,000 draws. Parsed it is some times that."""
+"""Largest document read, in bytes: an index of 200,000 draws. Parsed, it takes far more memory."""
 DIGEST = "sha256"
 """Key of the digest of all other keys."""
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-"""Of dataclasses that documents are read into, as their ``__pydantic_config__``."""
+"""``__pydantic_config__`` of the dataclasses that documents are read into."""
 T = TypeVar("T")
 
 
 def write_document(path: Path, value: dict[str, Any]) -> None:
-    """Write ``value`` and the digest by which a reader knows that nothing of it changed."""
+    """Write ``value`` with its digest, by which a reader notices any change."""
     plain = json.loads(json.dumps(value))
     write_json(path, {**plain, DIGEST: digest(plain)})
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever its layout and the order of its keys."""
+    """SHA-256 of a JSON value; layout and order of keys make no difference."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -43,8 +43,8 @@ def read_document(
         what: what a folder with it is, for the message ("a bundle folder").
         remedy: how to make one.
         schema: the newest ``schema_version`` known, for files that carry one.
-        sealed: whether the file must carry its digest; a file that people may write by hand need
-            not. Where there is one it must be right.
+        sealed: whether the file must have a digest; False for files that people may write by hand.
+            A digest that is there must be right.
 
     Raises:
         BadInput: missing, not JSON, too large, without its digest, changed since it was written, or
@@ -89,10 +89,10 @@ def read_document(
 
 
 def validated(path: Path, kind: TypeAdapter[T], raw: Any, remedy: str) -> T:
-    """``raw`` as what it should be.
+    """``raw`` as a value of ``kind``.
 
     Raises:
-        BadInput: it is not; the message names the first place at fault.
+        BadInput: it is none; the message names the first place at fault.
     """
     try:
         return kind.validate_python(raw)
@@ -105,12 +105,17 @@ def validated(path: Path, kind: TypeAdapter[T], raw: Any, remedy: str) -> T:
 
 
 def read_whole(path: Path) -> bytes:
-    """A file of at most `LIMIT` bytes."""
+    """The bytes of a file.
+
+    Raises:
+        OSError: not a readable regular file.
+        ValueError: larger than `LIMIT`.
+    """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > LIMIT:
             raise ValueError(f"larger than {LIMIT} bytes")
-        return file.read(size)  # as much is reserved beforehand
+        return file.read(size)  # reserves this much memory, so it was checked first
 
 
 def parse_json(data: bytes) -> Any:
@@ -126,7 +131,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    merged = dict(pairs)
+    if len(merged) < len(pairs):
         raise ValueError("a key stands twice in one object")
-    return found
+    return merged

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and files opened without trust."""
+"""Write files and folders whole or not at all; open files without trust."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ REMEDIES = {
     errno.EFBIG: "choose an -o on a file system that takes larger files",
     errno.EIO: "check the device, or choose an -o on another one",
 }
-"""What a user can do when a write fails; for all else, see `cannot_write`."""
+"""Error number -> what a user can do when a write fails; `cannot_write` has the default."""
 REFUSALS = {*REMEDIES, errno.EACCES, errno.EPERM, errno.EROFS}
 STALE = 60
-"""Seconds after which a temporary file may be a dead writer's."""
+"""Age in seconds from which a temporary file may be left over from a killed process."""
 
 
 def cannot_write(path: Path, error: OSError) -> BadInput:
@@ -47,14 +47,14 @@ def cannot_write(path: Path, error: OSError) -> BadInput:
 
 
 def write_atomic(path: Path, *parts: bytes | memoryview | str) -> None:
-    """Write ``path`` so that a reader or a crash sees old content or new, never a part.
+    """Write ``path``: readers see its old content or its new one, never a part, also after a crash.
 
     Args:
-        path: its folder is made.
-        parts: what it is to hold, one after the other.
+        path: the file; its folder is made if needed.
+        parts: the new content, one part after the other; text is written as UTF-8.
 
     Raises:
-        BadInput: the system refuses (full, read-only, not permitted); what was there is still.
+        BadInput: the system refuses (full, read-only, not permitted); the old content stays.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def write_atomic(path: Path, *parts: bytes | memoryview | str) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what writers of ``path`` left that were killed."""
+    """Remove temporary files of ``path`` whose writers were killed."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         with suppress(OSError):
             if time.time() - left.stat().st_mtime < STALE:
@@ -117,12 +117,12 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def whole_folder(target: Path, marker: str) -> Iterator[Path]:
-    """Build a folder beside ``target`` and put it in place when the block ends without error.
+    """Build a folder next to ``target``; rename it to ``target`` if the block ends without error.
 
     Args:
-        target: the folder to make. One that is there already is replaced if it holds ``marker``
-            (it was made by the same command) or is empty.
-        marker: name of the file by which such a folder is known.
+        target: the folder to make. An existing folder is replaced if it is empty, or holds
+            ``marker`` and so was made by the same command.
+        marker: name of a file that only folders made by this command hold.
 
     Raises:
         BadInput: ``target`` is something else, which we must not delete; another process is making
@@ -156,7 +156,7 @@ def whole_folder(target: Path, marker: str) -> Iterator[Path]:
 
 
 def _put_in_place(building: Path, target: Path) -> None:
-    """Rename ``building`` to ``target`` once every byte of it is durable; the old one goes last."""
+    """Rename ``building`` to ``target`` once it is durable on disk, then delete the old folder."""
     if os.name == "posix":
         for path in [*building.rglob("*"), building]:
             _sync(path)
@@ -168,7 +168,7 @@ def _put_in_place(building: Path, target: Path) -> None:
 
 
 def _recover(target: Path) -> None:
-    """Undo what a process left that was killed in `whole_folder`; the lock says that none is."""
+    """Clean up after a process killed in `whole_folder`; the lock says that none is running."""
     old = target.parent / f".{target.name}.old"
     if old.exists() and not target.exists():
         os.replace(old, target)  # it died between its two renames
@@ -177,7 +177,7 @@ def _recover(target: Path) -> None:
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a file for reading; a pipe or a device, which could wait or never end, is refused."""
+    """Open a file for reading; refuse a pipe or a device, which could block or never end."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -193,7 +193,7 @@ def sha256(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where this user's machine keeps what can be made again; it need not be there.
+    """The user's folder for files that can be made again; it may not exist yet.
 
     On Linux that is ``${XDG_CACHE_HOME:-~/.cache}/edge-dit``.
     """

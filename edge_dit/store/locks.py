@@ -1,9 +1,9 @@
-"""One process at a time in a folder: locks that the system releases when their process dies.
+"""Lock files, for one process at a time in a folder. The system releases them when it dies.
 
 The lock is filelock's on an open file (flock, or LockFileEx on Windows). Its class `FileLock` is
-not used: on Linux and macOS it leaves its file in the folder. We remove the file, and then a second
-process may open it just before that and lock it just after. Nobody holds the lock then, yet a
-`FileLock` that does not wait gives up; `locked` tries again at once.
+not used: on Linux and macOS it leaves its file in the folder. We remove the file. A second process
+may open it just before that and lock it just after; its lock is then on a removed file. A
+`FileLock` that does not wait gives up there; `locked` tries again at once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def locked(path: Path, what: object) -> Iterator[None]:
     """Hold ``path`` as a lock while the block runs, then remove the file.
 
     Args:
-        path: of the lock file, in an existing folder.
-        what: what it guards, for the message.
+        path: the lock file, in an existing folder.
+        what: what the lock guards, for the message.
 
     Raises:
         BadInput: another process, or another thread of this one, holds it.

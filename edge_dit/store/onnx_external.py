@@ -1,8 +1,8 @@
 """Which other files an ONNX file refers to, read from its bytes.
 
 onnxruntime 1.19 follows a tensor's external location out of the model's folder, absolute or through
-"..", so a forged graph would make it map any file of the user's. Only what leads to a location is
-decoded (onnx.proto3 and the protobuf wire format); no package is needed.
+"..". A forged graph could make it map any file of the user. Only the fields that lead to a location
+are decoded (onnx.proto3 and the protobuf wire format), so no package is needed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ CHILDREN = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
-"""Message -> number of a field -> message in it, as far as a TensorProto's external_data."""
+"""Message -> number of a field -> message in that field, down to a TensorProto's external_data."""
 KEY, VALUE = 1, 2
-"""Fields of such an entry, StringStringEntryProto."""
+"""Fields of an entry of external_data, a StringStringEntryProto."""
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 MAX_DEPTH = 100
 """protobuf's own limit."""
@@ -36,18 +36,18 @@ def external_locations(data: bytes) -> set[str]:
     Raises:
         ValueError: not protobuf of the kind exporters write.
     """
-    found: set[str] = set()
+    locations: set[str] = set()
     open_messages = [("model", _fields(memoryview(data)))]
     for _ in range(MAX_FIELDS):
         if not open_messages:
-            return found
+            return locations
         kind, fields = open_messages[-1]
         number, part = next(fields, (0, None))
         if part is None:
             open_messages.pop()
         elif child := CHILDREN[kind].get(number):
             if child == "entry":
-                found |= _location(part)
+                locations |= _location(part)
             else:
                 open_messages.append((child, _fields(part)))
         if len(open_messages) > MAX_DEPTH:
@@ -65,7 +65,7 @@ def _location(entry: memoryview) -> set[str]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and bytes of each field; no bytes where it is a number."""
+    """Number and bytes of each field that holds bytes; (0, no bytes) for any other."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)

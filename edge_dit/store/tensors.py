@@ -1,9 +1,9 @@
 """Safetensors files with digests: read without trust, one tensor at a time.
 
-The format is huggingface/safetensors': a length, a JSON header, the tensors' bytes without gaps.
-Files written here carry in their metadata "sha256.<tensor>", of each tensor's bytes, and "sha256",
-of the header itself. Other readers ignore both. Files that others wrote, a model's shards or a
-user's LoRA, have none and are read unchecked.
+The format is that of huggingface/safetensors: a length, a JSON header, the tensors' bytes without
+gaps. Files written here have digests in their metadata: "sha256.<tensor>" of each tensor's bytes,
+and "sha256" of the header. Other readers ignore them. Files written by others, such as a model's
+shards or a user's LoRA, have no digests, and their content is not checked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edge_dit.store.documents import digest, parse_json
 from edge_dit.store.files import open_regular, write_atomic
 
 HEADER_LIMIT = 2 * 2**20
-"""Bytes of the largest header read: some 10,000 tensors."""
+"""Largest header read, in bytes: some 10,000 tensors."""
 MAX_DIMENSIONS = 8
 DTYPES = {
     "F64": "<f8",
@@ -34,7 +34,7 @@ DTYPES = {
     "U8": "|u1",
     "BOOL": "|b1",
 }
-"""numpy's names of what we write and read."""
+"""Dtype in safetensors -> in numpy, of what is read and written."""
 NAMES = {kind: name for name, kind in DTYPES.items()}
 ALIGNMENT = 8
 DIGEST = "sha256"
@@ -42,7 +42,7 @@ DIGEST = "sha256"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: bytes [begin, end) of the file, and what they are."""
+    """A tensor in a file: dtype, shape, and its bytes [begin, end)."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -66,11 +66,11 @@ class Header:
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with digests, atomically; the same tensors give the same bytes
-    (huggingface/safetensors 0.8 writes metadata in an order of chance).
+    """Write a safetensors file with digests, atomically. The same tensors give the same bytes;
+    huggingface/safetensors 0.8 writes metadata in random order.
     """
     plain = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    order = sorted(plain, key=lambda name: (-plain[name].itemsize, name))  # so that all lie aligned
+    order = sorted(plain, key=lambda name: (-plain[name].itemsize, name))  # so that all are aligned
     sealed, entries, end = dict(metadata or {}), {}, 0
     for name in order:
         value, begin = plain[name], end
@@ -90,12 +90,12 @@ def write_tensors(
 
 
 def _seal(metadata: Mapping[str, str], kinds: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
-    """Digest of all a header says, its own digest aside."""
+    """Digest of a header without this digest itself."""
     return digest([{k: v for k, v in metadata.items() if k != DIGEST}, kinds])
 
 
 def read_header(file: BinaryIO) -> Header:
-    """The header of an open file; nothing is allocated that the file's size does not bear out.
+    """The checked header of an open file; never allocates more than the file's size.
 
     Raises:
         ValueError: not a whole safetensors file of our dtypes, or a header that was changed.
@@ -152,14 +152,14 @@ def _naturals(value: Any) -> bool:
 
 
 class TensorFile:
-    """A safetensors file whose header was checked. Each reading opens it anew.
+    """A safetensors file whose header was checked. Each `read` opens it again.
 
     Args:
-        path: of the file.
+        path: the file.
 
     Raises:
-        OSError: cannot be opened.
-        ValueError: see `read_header`.
+        OSError: it cannot be opened.
+        ValueError: not a whole safetensors file of our dtypes, or a header that was changed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -168,13 +168,13 @@ class TensorFile:
             self.header = read_header(file)
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-        """Tensors by name, by default all; only their own bytes are read.
+        """Read tensors by name, by default all; only their own bytes are read.
 
         Raises:
             OSError: the file is gone.
             ValueError: it ends too early, or a tensor is not what was written.
         """
-        found = {}
+        tensors = {}
         with open_regular(self.path) as file:
             for name in self.header.tensors if names is None else names:
                 place = self.header.tensors[name]
@@ -185,5 +185,5 @@ class TensorFile:
                 written = self.header.metadata.get(f"{DIGEST}.{name}")
                 if self.header.hashed and hashlib.sha256(data).hexdigest() != written:
                     raise ValueError(f"{name!r:.80} is not what was written")
-                found[name] = np.frombuffer(data, place.dtype).reshape(place.shape)
-        return found
+                tensors[name] = np.frombuffer(data, place.dtype).reshape(place.shape)
+        return tensors

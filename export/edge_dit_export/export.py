@@ -37,8 +37,8 @@ def export(plan: Plan, folder: Path, targets: Sequence[str], check: bool = True)
     """Write the bundle of a plan.
 
     Args:
-        plan: what to train; its model folder must be the one it was made for.
-        folder: where the bundle goes; put in place whole, or not at all.
+        plan: what to train. Its model folder must still hold the model it was made for.
+        folder: the bundle; written whole, or not at all.
         targets: some of `edge_dit.contract.targets.TARGETS`.
         check: compare the model's weights with those the plan was made for.
 

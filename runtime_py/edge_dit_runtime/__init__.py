@@ -1,4 +1,4 @@
-"""Trains bundles on the device: numpy and onnxruntime only, no torch (but for ExecuTorch).
+"""Trains bundles on the device: numpy and onnxruntime only; ExecuTorch needs torch.
 
     import edge_dit_runtime as er
 
@@ -9,10 +9,10 @@
 Names are imported when they are first used: importing this package takes no time.
 
     session      opens a target: a `Session` that steps, and the patch sampler
-    sessions/    one module a target, and what they share
+    sessions/    one module per target, and what they share
     training     the loop over a bank: progress, checkpoints, resume
-    run_folder   what a run keeps on disk; loss_plot: its picture
-    measure      what parity compares, in a process of its own
+    run_folder   what a run keeps on disk; loss_plot draws its losses
+    measure      measures what verify compares, in a process of its own
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# Before anything of onnxruntime's or torch's: it sets how their threads wait.
+# Imported before onnxruntime and torch, because it sets how their threads wait.
 import edge_dit  # noqa: F401
 
 if TYPE_CHECKING:

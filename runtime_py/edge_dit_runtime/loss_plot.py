@@ -12,14 +12,14 @@ from edge_dit.errors import is_installed
 from edge_dit.store.files import write_atomic
 
 BINS = 8
-"""Parts of (0, 1] in which noise levels are averaged."""
+"""Number of equal parts of (0, 1] in which losses are averaged."""
 
 
 def plot_losses(path: Path, sigmas: Sequence[float], losses: Sequence[float]) -> None:
     """Draw the losses of a run; does nothing where matplotlib is not installed.
 
     Args:
-        path: of the picture.
+        path: the picture.
         sigmas: noise level of each step's draw, in (0, 1].
         losses: of each step; nan where it was skipped.
     """

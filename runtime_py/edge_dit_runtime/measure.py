@@ -1,4 +1,4 @@
-"""What parity compares, measured on the device's side, in a process of its own.
+"""Measures on the device's side what verify compares, in a process of its own.
 
     python -m edge_dit_runtime.measure < task.json
 
@@ -33,8 +33,8 @@ class Point:
     """One step of what parity compares.
 
     Attributes:
-        draw: its number in the bank.
-        rows: of the adapter, set before the step.
+        draw: number of the draw in the bank.
+        rows: rows of the adapter to replace before the step.
     """
 
     draw: int
@@ -47,9 +47,9 @@ class Task:
 
     Attributes:
         bundle, bank: folders.
-        target, layout: of the bundle.
+        target, layout: one of the bundle's targets and layouts.
         points: file written by `write_points`.
-        out: safetensors file that is written, see `measure` and `patches`.
+        out: safetensors file to write, with the tensors of `measure` and `patches`.
     """
 
     bundle: str
@@ -60,15 +60,15 @@ class Task:
     out: str
 
     def as_json(self) -> str:
-        """For a child's standard input."""
+        """The task as JSON, for the child's standard input."""
         return json.dumps(asdict(self))
 
 
 def measure(
     session: Trainer, bank: Bank, adapter: Mapping[str, np.ndarray], points: Sequence[Point]
 ) -> Tensors:
-    """What parity compares, as flat tensors: "loss", "gradients.<name>", "trajectory" and
-    "adapter.<name>". The session's adapter and optimizer state are used up.
+    """What verify compares, by name: "loss", "gradients.<name>", "trajectory" (the loss of every
+    step) and "adapter.<name>". The session's adapter and optimizer state change.
 
     Args:
         session: freshly opened.
@@ -103,7 +103,7 @@ def patches(sampler: Callable[..., np.ndarray], s_max: int) -> Tensors:
     """Patches of a random image, by "patch.<number>".
 
     Args:
-        sampler: see `edge_dit_runtime.session.open_sampler`.
+        sampler: as `edge_dit_runtime.session.open_sampler` opens it.
         s_max: of the plan, pixels.
     """
     rng = np.random.default_rng(0)
@@ -137,7 +137,7 @@ def read_points(path: Path) -> list[Point]:
 
 
 def run(task: Task) -> None:
-    """Measure one target and write what was found.
+    """Measure one target and write the result.
 
     Raises:
         BadInput: bundle and bank do not fit, a file leads out of the bundle, or the runtime cannot

@@ -1,11 +1,12 @@
 """A run folder: what training keeps, so that it can be stopped or killed at any moment.
 
-state.safetensors    adapter, optimizer state, losses, steps done, and what they belong to: one
-atomic file, which alone decides where a resumed run goes on
-run.json             what of that people and other commands want to read
-loss.csv             step, draw, sigma, loss; nan where a step was skipped
-loss.png             the same as a picture, where matplotlib is installed
-adapter.safetensors  the LoRA after the last step
+    state.safetensors    adapter, optimizer state, losses and the `Run` they belong to
+    run.json             that `Run`, for people and other commands
+    loss.csv             step, draw, sigma, loss; nan where a step was skipped
+    loss.png             the losses as a picture, if matplotlib is installed
+    adapter.safetensors  the LoRA after the last step
+
+state.safetensors is written atomically. It alone decides where a resumed run continues.
 """
 
 from __future__ import annotations
@@ -46,26 +47,26 @@ LOSSES = "loss.csv"
 PICTURE = "loss.png"
 LOCK = ".lock"
 RUN_KEY = "run"
-"""In the metadata of `STATE`: what the state belongs to."""
+"""Key in the metadata of `STATE`: the `Run` as JSON."""
 DRAW_KEY, LOSS_KEY = "run.draw", "run.loss"
-"""Among the tensors of `STATE`, beside the session's: draw and loss of every step done."""
+"""Tensors in `STATE` besides the session's: draw (int64) and loss (float64) of every step done."""
 RECENT = 50
-"""Steps over which the loss that is shown is averaged."""
+"""Number of last steps whose mean loss is shown."""
 Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder belongs to: run.json, and in the state's metadata.
+    """What a run trains, and how far it is; in run.json and in the metadata of its state.
 
     Attributes:
         bundle: path of the bundle trained.
         bank: path of its bank.
-        target: the target used.
-        layout: of the target ("fused").
-        manifest_sha256: of the bundle's manifest, so that another bundle is not mistaken for it.
+        target: the target it trains.
+        layout: the target's layout ("fused").
+        manifest_sha256: of the bundle's manifest, which tells the bundle from any other.
         bank_sha256: `edge_dit.contract.bank.Bank.identity`.
-        family: of the base model.
+        family: the base model's family.
         base_model: the diffusers folder the adapter is for.
         rank, alpha: of the adapter.
         steps: steps asked for.
@@ -87,7 +88,7 @@ class Run:
     done: Count = 0
 
     def same_as(self, other: Run) -> bool:
-        """Whether one can go on where the other stopped."""
+        """Whether this run may continue ``other``."""
         keys = ("manifest_sha256", "bank_sha256", "target", "layout")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
@@ -104,7 +105,7 @@ class Losses:
         return len(self.draws)
 
     def add(self, draw: int, loss: float) -> None:
-        """One more step."""
+        """Add a step; a loss of nan means it was skipped."""
         self.draws.append(draw)
         self.losses.append(loss)
         self.skipped_in_a_row = 0 if np.isfinite(loss) else self.skipped_in_a_row + 1
@@ -126,7 +127,7 @@ class RunFolder:
     """A run folder on disk.
 
     Args:
-        path: of the folder; it need not be there.
+        path: the folder; it may not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -153,7 +154,7 @@ class RunFolder:
                     self.path.rmdir()
 
     def previous(self, resume: bool) -> Run | None:
-        """The run to go on with, or None for a new one.
+        """The run to continue, or None for a new one.
 
         Raises:
             BadInput: there is none to resume, or one is there and ``resume`` is off.
@@ -179,7 +180,7 @@ class RunFolder:
         return self.path.is_dir() and all(p.name[0] == "." for p in self.path.iterdir())
 
     def read(self) -> Run:
-        """run.json.
+        """The content of run.json.
 
         Raises:
             BadInput: not a run folder.
@@ -194,11 +195,10 @@ class RunFolder:
         write_document(self.path / RUN, asdict(run))
 
     def restore(self, session: Session, run: Run) -> Losses:
-        """Load the checkpoint into ``session``; what was done until then, nothing where no
-        checkpoint was written yet.
+        """Load the checkpoint into ``session``; the losses until then, or none without one.
 
         Raises:
-            BadInput: damaged, or of another bundle, bank, target or layout than ``run``.
+            BadInput: it is damaged, or belongs to another bundle, bank, target or layout.
         """
         if not (self.path / STATE).exists():
             return Losses()
@@ -224,11 +224,11 @@ class RunFolder:
         return losses
 
     def save(self, session: Session, run: Run, bank: Bank, losses: Losses) -> None:
-        """Checkpoint.
+        """Write a checkpoint, loss.csv and run.json.
 
         Raises:
             BadInput: the adapter or its moments are not finite, or the folder cannot be written;
-                the checkpoint before this one is kept.
+                the last checkpoint is kept.
         """
         state = session.state_dict()
         if not all_finite(state):
@@ -268,11 +268,11 @@ class RunFolder:
         return {name.removeprefix(ADAPTED): value for name, value in tensors.items()}, run
 
     def _state(self) -> tuple[TensorFile, Run]:
-        """The checkpoint, and the run it says it is of.
+        """The checkpoint file, and the run in its metadata.
 
         Raises:
-            OSError: none there.
-            ValueError: damaged.
+            OSError: there is none.
+            ValueError: it is damaged.
         """
         file = TensorFile(self.path / STATE)
         if RUN_KEY not in file.header.metadata or not file.header.hashed:
@@ -283,11 +283,11 @@ class RunFolder:
 
 def save_lora(run: StrPath, folder: StrPath) -> Path:
     """Write the LoRA of a run as a folder for ``pipe.load_lora_weights``, with a PEFT copy in
-    ``peft/``; for a pipeline that has no ``load_lora_weights`` as a PEFT folder.
+    ``peft/``. For a pipeline without ``load_lora_weights`` it is a plain PEFT folder.
 
     Args:
         run: a run folder; it may be unfinished.
-        folder: where the LoRA goes; put in place whole, or not at all.
+        folder: the folder to write; written whole, or not at all.
 
     Returns:
         The safetensors file.

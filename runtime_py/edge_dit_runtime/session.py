@@ -1,4 +1,4 @@
-"""Opens a bundle: each target has a module of its own in `edge_dit_runtime.sessions`."""
+"""Opens a target of a bundle, with the target's module in `edge_dit_runtime.sessions`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_session(bundle: Bundle, target: str, layout: str | None = None) -> Sess
     Args:
         bundle: opened.
         target: one of its targets.
-        layout: one of `Bundle.layouts`; default the first.
+        layout: one of the target's layouts; default the first.
 
     Raises:
         BadInput: the bundle lacks the target or layout, or the target's runtime is not installed.
@@ -60,7 +60,7 @@ def open_sampler(bundle: Bundle, target: str) -> Callable[..., np.ndarray]:
     [1, 3, s_min, s_min], all float32.
 
     Raises:
-        BadInput: see `open_session`.
+        BadInput: the bundle lacks the target, or the target's runtime is not installed.
     """
     bundle.facts(target)
     return _module(target).open_sampler(bundle)

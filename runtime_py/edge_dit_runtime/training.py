@@ -1,9 +1,9 @@
-"""The training loop: a session over a bank, stoppable at any moment.
+"""The training loop over a bank, which can be stopped at any moment.
 
     train("bundle", "bank", "run")        # Ctrl-C stops it with a checkpoint
     train("bundle", "bank", "run", resume=True)
 
-What a run keeps is in `edge_dit_runtime.run_folder`.
+`edge_dit_runtime.run_folder` says what a run keeps on disk.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class _Planned(BaseModel):
-    """What training needs of the plan in a manifest."""
+    """The part of the manifest's plan that training needs."""
 
     model: str
     rank: Count
@@ -70,8 +70,8 @@ def draw_order(step: int, draws: int, seed: int) -> int:
 
     Args:
         step: from 0.
-        draws: in the bank.
-        seed: of the plan.
+        draws: number of draws in the bank.
+        seed: the plan's seed.
     """
     epoch, position = divmod(step, draws)
     return int(np.random.default_rng([seed, epoch]).permutation(draws)[position])
@@ -92,12 +92,12 @@ def train(
     Args:
         bundle: an exported bundle.
         bank: the bank precomputed with the same plan.
-        folder: the run; new, or with ``resume`` one that was stopped.
-        target: which of the bundle's targets, "onnx", or which layout of it, "onnx:streamed";
-            default the resumed run's, else the first target in the layout that was planned for.
+        folder: the run folder: a new one, or with ``resume`` one that was stopped.
+        target: one of the bundle's targets, "onnx", or with its layout, "onnx:streamed". Default:
+            that of the resumed run, else the bundle's first target in the planned layout.
         steps: of the whole run; default the plan's.
-        resume: go on from the folder's last checkpoint.
-        on_step: see `OnStep`.
+        resume: continue from the folder's last checkpoint.
+        on_step: called with (steps done, loss) after every step; true stops the run.
 
     Raises:
         BadInput: bundle, bank or run do not fit together or are damaged; the run exists and
@@ -118,7 +118,7 @@ def train(
     )
     with kept.occupied():
         previous = kept.previous(resume)
-        name, layout = _way(opened, target, previous, planned.layout)
+        name, layout = _target_and_layout(opened, target, previous, planned.layout)
         check_bundle(opened, name)
         run = _new_run(opened, draws, planned, name, layout)
         run = replace(run, steps=steps or (previous.steps if previous else run.steps))
@@ -140,14 +140,16 @@ def train(
     return replace(run, done=len(losses))
 
 
-def _way(bundle: Bundle, asked: str | None, previous: Run | None, planned: str) -> tuple[str, str]:
+def _target_and_layout(
+    bundle: Bundle, asked: str | None, previous: Run | None, planned: str
+) -> tuple[str, str]:
     """Target and layout of a run.
 
     Args:
         bundle: to train.
         asked: "target" or "target:layout", or None.
         previous: the run that is resumed.
-        planned: the layout that was planned for; empty for none.
+        planned: the layout in the plan; may be empty.
 
     Raises:
         BadInput: the bundle lacks them.
@@ -165,7 +167,7 @@ def _way(bundle: Bundle, asked: str | None, previous: Run | None, planned: str) 
 
 
 def _new_run(bundle: Bundle, bank: Bank, plan: _Planned, target: str, layout: str) -> Run:
-    """A run of as many steps as planned."""
+    """A new run of the plan's steps."""
     return Run(
         bundle=str(bundle.folder.resolve()),
         bank=str(bank.folder.resolve()),
@@ -182,8 +184,8 @@ def _new_run(bundle: Bundle, bank: Bank, plan: _Planned, target: str, layout: st
 
 
 def _loop(training: _Training, losses: Losses, on_step: OnStep | None) -> None:
-    """Train until all steps are done, ``on_step`` says so, or Ctrl-C; with checkpoints, but none at
-    the end.
+    """Train until all steps are done, ``on_step`` returns true, or Ctrl-C. Checkpoints are written
+    on the way, not at the end.
     """
     run = training.run
     title = f"train ({run.target})"
@@ -198,7 +200,7 @@ def _loop(training: _Training, losses: Losses, on_step: OnStep | None) -> None:
 
 
 def _step(training: _Training, losses: Losses) -> float:
-    """One step, added to ``losses``; its loss, nan where it was skipped."""
+    """Do a step and add it to ``losses``; its loss, nan if it was skipped."""
     session, bank, run = training.session, training.bank, training.run
     number = draw_order(len(losses), len(bank), training.seed)
     session.lr = learning_rate(len(losses), run.steps, training.bundle.manifest.optimizer.lr)
@@ -223,7 +225,7 @@ def _step(training: _Training, losses: Losses) -> float:
 
 @contextmanager
 def interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag, so that the step in progress ends whole; a second one
+    """Turn the first Ctrl-C into a flag, so that the step in progress is completed; a second one
     interrupts at once.
     """
     seen: list[int] = []

@@ -426,7 +426,7 @@ def test_bad_input_selects_nothing(run, workplace, arguments, words):
         (("sana-0.6b", "--head-skip", "20", "--tail-skip", "8"), "no block to train"),
         (("sana-0.6b", "--skip-ratio", "-0.5"), "[0, 1)"),
         (("sana-0.6b", "--ram", "1MiB"), "no plan fits"),
-        (("sana-0.6b", "--ram", "1GiB", "--skip-ratio", "0.5"), "beside a budget"),
+        (("sana-0.6b", "--ram", "1GiB", "--skip-ratio", "0.5"), "together with a budget"),
         (("sana-0.6b", "--report", "x.html"), "No such option"),
     ],
 )

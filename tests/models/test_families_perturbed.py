@@ -18,9 +18,11 @@ CROSS = [name for name in VARIANTS if name not in JOINT]
 
 
 def assert_noticed(check, *arguments) -> None:
-    """A check of the contract, which passes as things are, fails."""
-    with pytest.raises((AssertionError, RuntimeError, TypeError)):
+    """A check of the contract fails in a comparison of its own: a crash notices nothing."""
+    with pytest.raises(AssertionError) as failure:
         check(*arguments)
+    # An assertion within diffusers or torch is a crash too.
+    assert failure.traceback[-1].path.name in ("test_families.py", "tiny.py")
 
 
 def perturbed_conditioning(monkeypatch, variant, change):
@@ -62,7 +64,8 @@ def test_swapped_streams_are_noticed(variant, monkeypatch):
 
     def run_block(self, block, state, cond, grid):
         image, text = stock(self, block, State(state.text, state.image), cond, grid)
-        return State(text, image)
+        # SD3's last block hands no text on.
+        return State(image, None) if text is None else State(text, image)
 
     monkeypatch.setattr(kind, "run_block", run_block)
     assert_noticed(replay, variant)
@@ -159,7 +162,8 @@ def test_blocks_in_another_order_are_noticed(variant, monkeypatch):
 
     def built(self, *arguments):
         stock(self, *arguments)
-        self.order.reverse()
+        # The first two, which are of one kind in every model; SD3's last block hands no text on.
+        self.order[:2] = self.order[1::-1]
 
     monkeypatch.setattr(TrainableSubgraph, "__init__", built)
     assert_noticed(replay, variant)

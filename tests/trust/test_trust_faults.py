@@ -406,8 +406,8 @@ def test_a_forged_verdict_does_not_count(world, capsys):
     ("certificate", "words"),
     [
         (None, "no parity certificate"),
-        ({"manifest_sha256": "0"}, "is of another export"),
-        ({"targets": {"executorch": result(1e-9)}}, "says nothing of onnx"),
+        ({"manifest_sha256": "0"}, "belongs to another export"),
+        ({"targets": {"executorch": result(1e-9)}}, "has no result of onnx"),
         ({"targets": {"onnx": result(1e-3)}}, "says that onnx failed"),
         ({"targets": {"onnx": result(1e-9)}, "changed_files": ["a"]}, "says that files changed"),
         ({"targets": {"onnx": result(1e-9)}}, ""),

@@ -419,7 +419,7 @@ def test_bank_notices_a_flipped_byte_in_the_draw_that_is_read(tmp_path):
 def test_a_shard_of_another_bank(tmp_path):
     folder, other = (small.write_bank(tmp_path / str(seed), seed=seed) for seed in (0, 1))
     banks.shard_path(folder, 1).write_bytes(banks.shard_path(other, 1).read_bytes())
-    with pytest.raises(BadInput, match="of another bank"):
+    with pytest.raises(BadInput, match="belongs to another bank"):
         Bank(folder)[4]
 
 
@@ -427,7 +427,7 @@ def test_a_shard_without_digests_is_refused(tmp_path):
     folder = small.write_bank(tmp_path / "bank")
     path = banks.shard_path(folder, 0)
     path.write_bytes(save(load_file(path)))
-    with pytest.raises(BadInput, match="without digests"):
+    with pytest.raises(BadInput, match="has no digests"):
         Bank(folder)[0]
 
 
@@ -435,7 +435,7 @@ def test_a_shard_that_names_no_bank_is_refused(tmp_path):
     folder = small.write_bank(tmp_path / "bank")
     path = banks.shard_path(folder, 0)
     write_tensors(path, load_file(path))
-    with pytest.raises(BadInput, match="of another bank"):
+    with pytest.raises(BadInput, match="belongs to another bank"):
         Bank(folder)[0]
 
 
@@ -444,7 +444,7 @@ def test_a_draw_of_a_prompt_that_is_not_there(tmp_path):
     raw = documents.read_document(folder / "index.json", "", "")
     raw["draws"][2]["prompt"] = 1
     documents.write_document(folder / "index.json", raw)
-    with pytest.raises(BadInput, match="a prompt that it does not list"):
+    with pytest.raises(BadInput, match="has a prompt that it does not list"):
         Bank(folder)
 
 
@@ -464,14 +464,14 @@ def test_index_schema(tmp_path, change):
 @pytest.mark.parametrize("config", ["", "[]", "{}", '{"transformer.r": 0}', "9" * 5000])
 def test_adapter_with_a_strange_header(tmp_path, config):
     write_tensors(tmp_path / "a", TENSORS, {"lora_adapter_metadata": config})
-    with pytest.raises(BadInput, match="not a LoRA file of ours"):
+    with pytest.raises(BadInput, match="not a LoRA file that edge-dit wrote"):
         read_adapter(tmp_path / "a")
 
 
 def test_adapter_with_an_infinite_scale(tmp_path):
     for alpha in (float("inf"), float("nan"), 10**400):
         write_adapter(tmp_path / "a", {"transformer.x.lora_A.weight": TENSORS["a"]}, 4, alpha)
-        with pytest.raises(BadInput, match="not a LoRA file of ours"):
+        with pytest.raises(BadInput, match="not a LoRA file that edge-dit wrote"):
             read_adapter(tmp_path / "a")
 
 

@@ -1,6 +1,7 @@
-"""What edge-dit knows of each kind of Diffusion Transformer: one small module per family.
+"""What edge-dit knows of each kind of Diffusion Transformer: one module per family.
 
-`family.Family` is their interface. `detect` finds the family of a pipeline folder.
+sana, flux, sd3, pixart and qwen_image implement the interface `family.Family`. `detect` finds the
+family of a pipeline folder.
 """
 
 from __future__ import annotations

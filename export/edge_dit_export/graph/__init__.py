@@ -1,1 +1,8 @@
-"""From a sub-graph or an optimizer to one flat graph of core ATen calls."""
+"""From a sub-graph or an optimizer to one flat graph of core ATen calls.
+
+trace          a function of tensors -> a flat graph
+blocks         each block, and the head, as functions of tensors
+train_step     the whole training step as a flat graph
+optimizer      AdamW as a flat graph
+flat_program   a flat graph -> torch's ExportedProgram
+"""

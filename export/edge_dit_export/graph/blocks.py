@@ -1,4 +1,4 @@
-"""A sub-graph in pieces: its blocks, and the head behind them, as functions of tensors."""
+"""A sub-graph in pieces: each block, and the head after them, as functions of tensors."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Block:
     """One trained block as functions of tensors.
 
     Args:
-        subgraph: of the block.
-        name: of the block in the model.
+        subgraph: the sub-graph that holds the block.
+        name: the block's name in the model.
     """
 
     def __init__(self, subgraph: TrainableSubgraph, name: str) -> None:
@@ -43,34 +43,44 @@ class Block:
         self.weights = {_local(n): t.detach() for n, t in state if not t.requires_grad}
 
     def kind(self) -> tuple[Any, ...]:
-        """Equal for blocks that can share graphs."""
+        """A key that is equal for blocks that can share graphs."""
         shapes = [(n, tuple(t.shape)) for n, t in {**self.weights, **self.lora}.items()]
         return type(self.module), self.last, *shapes
 
     def run(self, tensors: Mapping[str, Tensor]) -> State:
-        """The state after the block."""
+        """The state after the block.
+
+        Args:
+            tensors: the state before it, conditioning, and the block's weights and LoRA by the
+                names of `weights` and `lora`.
+        """
         subgraph = self.subgraph
         cond = conditioning_of(tensors)
         state = State(tensors[ENTRY], tensors.get(ENTRY_TEXT))
         own = {self.own[name]: tensors[name] for name in self.own}
         after = subgraph.family.run_block(_Functional(self.module, own), state, cond, subgraph.grid)
-        # Behind the last trained block nothing reads the text.
+        # After the last trained block nothing reads the text.
         return State(after.image, None) if self.last else after
 
     def arrive(
         self, after: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The state entering the block from that after the trained block before, by `STATE`."""
+        """The state before this block, by `STATE`, from that after the trained block before it."""
         state = State(after[ENTRY], after.get(ENTRY_TEXT))
         moved = _tensors(self.subgraph.arrive(self.name, state, tensors))
         return dict(zip(STATE, moved, strict=False))
 
     def forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """See the module."""
+        """Image tokens [1, N, D] after the block, then text tokens [1, L, D] if it has any."""
         return _tensors(self.run(tensors))
 
     def backward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """See the module."""
+        """Gradients of the state before the block, then of each LoRA tensor.
+
+        Args:
+            tensors: as `run` takes them, and "grad.<state>": gradients of the state after the
+                block.
+        """
         asked = [name for name in (*STATE, *self.lora) if name in tensors]
         leaves = {name: tensors[name].detach().requires_grad_() for name in asked}
         with torch.enable_grad():
@@ -103,7 +113,7 @@ class Head:
     """What follows the last block: head and loss.
 
     Args:
-        subgraph: of the head.
+        subgraph: the sub-graph that holds the head.
     """
 
     def __init__(self, subgraph: TrainableSubgraph) -> None:
@@ -122,7 +132,7 @@ class Head:
 
 
 class _Head(nn.Module):
-    """A sub-graph behind its last block."""
+    """Head and loss of a sub-graph, from the image tokens after its last block."""
 
     def __init__(self, subgraph: TrainableSubgraph) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""A traced graph -> an exported program, as it stands.
+"""A traced graph -> an exported program, without another trace.
 
-``torch.export`` and the decomposition that every exporter asks for trace a module several times:
-two thirds of an export's time, and nothing of what `edge_dit_export.graph.trace` yields would
-change.
+``torch.export``, and the decomposition that every exporter asks for, would trace the module several
+times. That takes two thirds of an export's time and changes nothing in a graph that
+`edge_dit_export.graph.trace` made.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_structure
 
 
 class _Flat(ExportedProgram):
-    """A program of core ATen calls, which has nothing to decompose; it is not changed either."""
+    """A program of core ATen calls: nothing in it needs decomposing, and nobody changes it."""
 
     _module: fx.GraphModule | None = None
 
@@ -33,7 +33,7 @@ class _Flat(ExportedProgram):
         return self
 
     def module(self, check_guards: bool = True) -> fx.GraphModule:
-        # ExecuTorch asks for a delegate's at each of its calls, in every pass.
+        # In every pass ExecuTorch asks for a delegate's module at each call of the delegate.
         if self._module is None:
             self._module = super().module(check_guards)
         return self._module
@@ -43,8 +43,8 @@ def flat_program(module: fx.GraphModule, inputs: Iterable[Tensor]) -> ExportedPr
     """The exported program of a graph traced by `edge_dit_export.graph.trace`.
 
     Args:
-        module: core ATen calls, one placeholder an input, a flat tuple of outputs; meta["val"] is
-            known of every node. Not changed; its buffers are shared.
+        module: core ATen calls, one placeholder per input, a flat tuple of outputs, meta["val"] on
+            every node. It is not changed; its buffers are shared.
         inputs: an example of each input.
     """
     graph = fx.Graph()
@@ -73,7 +73,7 @@ def flat_program(module: fx.GraphModule, inputs: Iterable[Tensor]) -> ExportedPr
 
 
 def _lift_buffers(graph: fx.Graph) -> dict[str, fx.Node]:
-    """Make every buffer that is read an input in front of the others; those inputs by name."""
+    """Turn every buffer that is read into an input before the others; those inputs by name."""
     first = next(iter(graph.nodes))
     lifted: dict[str, fx.Node] = {}
     for node in list(graph.nodes):

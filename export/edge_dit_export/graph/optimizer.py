@@ -16,15 +16,15 @@ ROW = 1024
 """Squares are summed in rows of this many, then over rows: runtimes that add one by one in float32
 would lose digits over millions of values."""
 TOGETHER = 2**18
-"""Elements that are updated at once: what a runtime needs for that does not grow with the LoRA."""
+"""Most elements updated at once, so that a runtime's scratch memory does not grow with the LoRA."""
 
 
 class AdamWStep(nn.Module):
-    """One update of all LoRA tensors, `edge_dit.contract.adamw` to the letter.
+    """One update of all LoRA tensors, exactly as `edge_dit.contract.adamw` defines it.
 
-    Tensors of one row length are joined and updated together, up to `TOGETHER` elements. All of
-    them are read before any of their new values is worked out, so that a runtime may write those
-    where the old ones were.
+    Tensors of one row length are joined and updated together, up to `TOGETHER` elements. They are
+    all read before any new value of theirs is computed, so a runtime may write the new values over
+    the old ones.
 
     Args:
         adamw: hyper-parameters; ``lr`` is an input of the graph instead.
@@ -79,8 +79,8 @@ class AdamWStep(nn.Module):
 
 
 def _groups(shapes: Sequence[Size]) -> list[list[int]]:
-    """Numbers of tensors that differ in their first dimension only; together of `TOGETHER` elements
-    at most, or one tensor.
+    """Numbers of the tensors in each group. Tensors of a group differ in their first dimension
+    only; a group has at most `TOGETHER` elements, or is a single tensor.
     """
     alike: dict[Size, list[list[int]]] = {}
     for index, shape in enumerate(shapes):
@@ -93,12 +93,12 @@ def _groups(shapes: Sequence[Size]) -> list[list[int]]:
 
 
 def _joined(tensors: Sequence[Tensor], group: Sequence[int]) -> Tensor:
-    """Along the first dimension."""
+    """The tensors of a group, joined along the first dimension."""
     return torch.cat([tensors[index] for index in group])
 
 
 def _squares(joined: Tensor) -> Tensor:
-    """Sums of squares of each `ROW` elements."""
+    """Sum of squares of every `ROW` elements, [rows]."""
     flat = joined.reshape(-1)
     padded = torch.cat([flat, flat.new_zeros(-flat.numel() % ROW)])
     return (padded * padded).reshape(-1, ROW).sum(dim=1)
@@ -109,7 +109,7 @@ def trace_optimizer(step: AdamWStep) -> TracedStep:
 
     Returns:
         inputs: "lr", "step", then "<lora>", "grad.<lora>", "exp_avg.<lora>", "exp_avg_sq.<lora>",
-        each of all LoRA tensors; outputs: "new.<lora>", "new.exp_avg.<lora>",
+        each for all LoRA tensors; outputs: "new.<lora>", "new.exp_avg.<lora>",
         "new.exp_avg_sq.<lora>".
     """
     kinds = ("", GRAD, *MOMENTS)

@@ -19,10 +19,10 @@ from edge_dit.models.families.family import Family
 
 @dataclass(frozen=True)
 class TracedStep:
-    """A traced computation with names.
+    """A traced computation, with names for its inputs and outputs.
 
     Attributes:
-        module: flat positional inputs, flat tuple of outputs; what is constant is a buffer.
+        module: flat positional inputs, flat tuple of outputs; constants are buffers.
         inputs: example value of every input by name, in the order of the placeholders.
         outputs: names in order.
     """
@@ -37,8 +37,9 @@ def trace(
     inputs: Mapping[str, Tensor],
     family: Family | None = None,
 ) -> fx.GraphModule:
-    """Trace ``function(inputs)``, autograd calls in it included; every input is a placeholder, in
-    order, and outputs are a flat tuple.
+    """Trace ``function(inputs)``, including the autograd calls in it.
+
+    Every input becomes a placeholder, in order; the outputs are a flat tuple.
 
     Nothing is computed, so inputs may be views of files larger than memory. Attention is traced in
     its math form: the fused kernels' backward exists in no runtime we export to (pytorch/executorch
@@ -47,20 +48,21 @@ def trace(
     Args:
         function: takes the tensors by name, returns a tensor or a tuple of tensors.
         inputs: examples; only shapes and dtypes matter.
-        family: of the model in ``function``; keeps to operations that every target has.
+        family: of the model in ``function``; while tracing it keeps to operations that every target
+            has (`Family.traceable`).
 
     Raises:
         NotImplementedError: the function changes a tensor in place that something else reads.
     """
     table: Any = core_aten_decompositions()
 
-    def plain(tensors: dict[str, Tensor]) -> Any:  # make_fx would count a method's self
+    def plain(tensors: dict[str, Tensor]) -> Any:  # make_fx would take a method's self for an input
         return function(tensors)
 
     seen: set[int] = set()
     examples = {}
     for name, tensor in inputs.items():
-        # The tracer takes one tensor under two names for one input.
+        # The tracer would merge two inputs that are the same tensor.
         examples[name] = torch.empty_like(tensor) if id(tensor) in seen else tensor
         seen.add(id(tensor))
     with sdpa_kernel(SDPBackend.MATH), family.traceable() if family else nullcontext():
@@ -72,7 +74,7 @@ def trace(
 
 
 def _make_functional(graph: fx.Graph) -> None:
-    """Let calls that change a tensor in place (torch's own RMSNorm has one) make a new one."""
+    """Replace calls that change a tensor in place, as in torch's RMSNorm, by calls that do not."""
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable:

@@ -34,8 +34,8 @@ def trace_train_step(
     Args:
         subgraph: float32, LoRA in place.
         batch: one draw, as `TrainableSubgraph.forward` takes it; only the shapes matter.
-        recompute: keep only the states at the blocks' borders between the passes and compute each
-            block again on the way back.
+        recompute: between the passes keep only the states between blocks; the backward pass
+            computes each block again.
 
     Returns:
         inputs: the batch (see `TrainableSubgraph.forward`), then the LoRA tensors by diffusers
@@ -79,32 +79,32 @@ def _trace_recomputing(
         conditioning = {n: tensor for n, tensor in tensors.items() if n.startswith("cond.")}
         for block in blocks:
             borders[-1] = block.arrive(borders[-1], tensors)
-            cond = _behind(borders[-1].values(), conditioning)
+            cond = _only_after(borders[-1].values(), conditioning)
             after = block.forward({**tensors, **own(block, tensors), **cond, **borders[-1]})
             borders.append(dict(zip(STATE, after, strict=False)))
         weights = {n: tensors[FROZEN + n] for n in head.weights}
         loss, given = head.backward({**tensors, **weights, **borders.pop()})
         gradients = {GRAD + ENTRY: given}
         done = [given]
-        found: dict[str, Tensor] = {}
+        lora_gradients: dict[str, Tensor] = {}
         for block in reversed(blocks):
             border = borders.pop()
-            again = _behind(done, {**conditioning, **border})
+            again = _only_after(done, {**conditioning, **border})
             done = list(block.backward({**tensors, **own(block, tensors), **again, **gradients}))
             gradients = {GRAD + n: g for n, g in zip(border, done, strict=False)}
             names = [lora_name(f"{block.name}.{n}") for n in block.lora]
-            found |= dict(zip(names, done[len(border) :], strict=True))
-        return loss, *(found[name] for name in lora)
+            lora_gradients |= dict(zip(names, done[len(border) :], strict=True))
+        return loss, *(lora_gradients[name] for name in lora)
 
     return _traced(step, subgraph, batch, lora, frozen)
 
 
-def _behind(done: Iterable[Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors``, each plus zero times an element of every tensor that has to be known before.
+def _only_after(done: Iterable[Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors``, each plus zero times an element of every tensor that must be computed before it.
 
-    A runtime runs nodes in whatever order their inputs allow: it would project the text for all
-    blocks at once, merge what is computed again with the first time, or leave the gradients of LoRA
-    to the end, and keep all that takes.
+    A runtime runs nodes in any order that their inputs allow. It would project the text for all
+    blocks at once, merge a recomputed block with the first computation, or leave the LoRA gradients
+    to the end, and keep in memory all that these need.
     """
     zero = 0.0 * torch.cat([tensor.reshape(-1)[:1] for tensor in done]).sum()
     return {name: tensor + zero for name, tensor in tensors.items()}

@@ -1,4 +1,8 @@
-"""Rewrites of a traced train step, one a file, and the order each target needs them in."""
+"""Rewrites of a traced train step, one a file, and the order each target needs them in.
+
+Each module is named for what it does, and holds one function of that name. `_graph` has what they
+share.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +40,10 @@ _FOR_BOTH: tuple[Pass, ...] = (
 )
 
 FOR_ONNX: tuple[Pass, ...] = (relu_gradient_to_product, *_FOR_BOTH)
-"""Rewrites for the plain ONNX step; shapes come last, over what the others brought together."""
+"""Rewrites for the plain ONNX step. Shape operations come last, because the others add some."""
 
 FOR_STORED_WEIGHTS: tuple[Pass, ...] = (*FOR_ONNX, view_frozen)
-"""Rewrites for an ONNX graph whose frozen weights lie in a file beside it."""
+"""Rewrites for an ONNX graph whose frozen weights are in a file of their own."""
 
 FOR_EXECUTORCH: tuple[Pass, ...] = (
     *_FOR_BOTH,
@@ -48,15 +52,15 @@ FOR_EXECUTORCH: tuple[Pass, ...] = (
     merge_shape_ops,
     share_shape_ops,
 )
-"""Rewrites for the ExecuTorch step. Frozen weights are recognised once shapes are merged; raising
-them leaves permutes to merge again."""
+"""Rewrites for the ExecuTorch step. `raise_frozen_gemm` recognises frozen weights only once shape
+operations are merged, and adds permutes that are then merged again."""
 
 
 def apply(module: fx.GraphModule, passes: Sequence[Pass]) -> dict[str, int]:
     """Run ``passes`` over ``module``, in place; ``meta["val"]`` is set anew on every node.
 
     Returns:
-        Rewrites by pass, summed where one runs more than once, for a report.
+        Number of rewrites by pass; the runs of a pass that runs twice are added up.
 
     Raises:
         RuntimeError, ValueError: a rewrite left a call that torch would refuse.
@@ -71,7 +75,7 @@ def apply(module: fx.GraphModule, passes: Sequence[Pass]) -> dict[str, int]:
 
 
 def copy_of(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph, free to be rewritten; weights are shared, not copied."""
+    """A copy of the graph that may be rewritten; weights are shared, not copied."""
     graph = fx.Graph()
     graph.set_codegen(fx.graph.CodeGen())
     graph.output(graph.graph_copy(module.graph, {}))

@@ -1,4 +1,4 @@
-"""What the rewrites share: finding calls and adding nodes that know their shape."""
+"""What the rewrites share: they find calls, and add nodes with their shape in meta["val"]."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fake_mode(module: fx.GraphModule) -> FakeTensorMode:
 
 
 def insert(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """Add a call in front of ``before``, with meta["val"] worked out.
+    """Add a call in front of ``before``, with meta["val"] set.
 
     Raises:
         RuntimeError, ValueError: as ``target`` itself would raise; nothing was added then.
@@ -86,7 +86,7 @@ def sweep(module: fx.GraphModule) -> None:
 
 
 def rehome(module: fx.GraphModule) -> None:
-    """Move every meta["val"] to one new fake tensor mode (a copied graph has one for each)."""
+    """Move every meta["val"] to one new fake tensor mode (in a copied graph each has its own)."""
     mode = FakeTensorMode()
 
     def move(old: Any) -> Any:
@@ -101,7 +101,7 @@ def rehome(module: fx.GraphModule) -> None:
 
 
 def propagate(module: fx.GraphModule) -> None:
-    """Work out every call's meta["val"] from its arguments'.
+    """Compute every call's meta["val"] from its arguments'.
 
     Raises:
         RuntimeError, ValueError: a call that torch would refuse.

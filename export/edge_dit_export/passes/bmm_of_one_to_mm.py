@@ -1,4 +1,4 @@
-"""Batched products of one matrix each as plain products."""
+"""Rewrite a batched product of one matrix as a plain product."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ aten: Any = torch.ops.aten
 def bmm_of_one_to_mm(module: fx.GraphModule) -> int:
     """bmm([1, n, k], [1, k, m]) -> mm([n, k], [k, m]).
 
-    torch 2.13 traces a linear layer whose input is not contiguous as bmm with an expanded weight;
-    as mm the weight is seen as one again.
+    torch 2.13 traces a linear layer whose input is not contiguous as bmm with an expanded weight.
+    In an mm the other passes recognise the weight again.
 
     Returns:
         Number of products rewritten.

@@ -1,4 +1,4 @@
-"""1x1 convolutions as matrix products."""
+"""Rewrite 1x1 convolutions as matrix products."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def conv1x1_to_mm(module: fx.GraphModule) -> int:
 
         y = W x + b    dx = W^T dy    dW = dy x^T    x [C, H W], W [O, C], y [O, H W]
 
-    The weight stands left, so that no feature map is transposed. ExecuTorch 1.5.1's convolution is
-    hundreds of times slower than torch's on these, its convolution_backward has no kernel at all,
-    and ONNX has none for convolution_backward either.
+    The weight is the left factor, so that no feature map is transposed. ExecuTorch 1.5.1's
+    convolution is hundreds of times slower than torch's on these, its convolution_backward has no
+    kernel at all, and ONNX has none for convolution_backward either.
 
     Returns:
         Number of convolutions and gradients rewritten.

@@ -1,4 +1,4 @@
-"""The gradient of a depthwise convolution as a convolution."""
+"""Rewrite the gradient of a depthwise convolution as a convolution."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def depthwise_backward_to_conv(module: fx.GraphModule) -> int:
 
         dx = dy * flip(w),  padding k - 1 - p        stride 1, kernel k, forward padding p
 
-    A frozen kernel is turned here, once; one that is an input is turned in the graph. Neither ONNX
-    (opset 18) nor ExecuTorch 1.5.1 has convolution_backward.
+    A frozen kernel is turned here, once; a kernel that is an input is turned in the graph. Neither
+    ONNX (opset 18) nor ExecuTorch 1.5.1 has convolution_backward.
 
     Returns:
         Number of gradients rewritten.

@@ -1,4 +1,4 @@
-"""Whole-number scalars beside float tensors, as floats."""
+"""Turn integer scalars in arithmetic on float tensors into floats."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ aten: Any = torch.ops.aten
 def float_scalars(module: fx.GraphModule) -> int:
     """Write x * 32 as x * 32.0, in the four operations of arithmetic on float tensors.
 
-    ExecuTorch 1.5.1 makes a tensor of every such scalar; of a whole number an int64 one, with a
-    conversion to float32 that runs in every step.
+    ExecuTorch 1.5.1 turns every such scalar into a tensor. An integer becomes an int64 tensor,
+    which is converted to float32 in every step.
 
     Returns:
         Number of scalars replaced.

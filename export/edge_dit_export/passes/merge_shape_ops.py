@@ -1,4 +1,4 @@
-"""Chains of views and permutes as one, or none."""
+"""Merge chains of views and permutes into one, or none."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ SHAPE_OPS = (
     aten.unsqueeze.default,
     aten.squeeze.dims,
 )
-"""Operations that only say how the elements of a tensor are addressed."""
+"""Operations that change only how the elements of a tensor are addressed."""
 
 
 def merge_shape_ops(module: fx.GraphModule) -> int:
-    """Replace a chain of shape operations by what it comes to: nothing, one view, or one permute.
+    """Replace a chain of shape operations by one that does the same: nothing, a view or a permute.
 
-    Tracing through autograd leaves W -> permute -> permute, x -> [1, n, d] -> [n, d] -> [1, n, d]
-    and no-op expands by the hundred. A runtime pays for each, and frozen weights hide behind them.
-    A chain is followed on strides alone: the last strides of a row-major tensor tell the whole
-    mapping. Clones are left: in torch a later view needs them.
+    Tracing through autograd leaves hundreds of W -> permute -> permute,
+    x -> [1, n, d] -> [n, d] -> [1, n, d] and expands that do nothing. A runtime pays for each of
+    them, and they hide frozen weights from other passes. A chain is applied to strides alone: the
+    final strides of a row-major tensor determine the whole mapping. Clones stay, because in torch a
+    later view needs them.
 
     Returns:
         Number of operations replaced or removed.
@@ -54,7 +55,7 @@ def _chain(node: fx.Node) -> list[fx.Node]:
 
 
 def _shortest(chain: list[fx.Node]) -> fx.Node | None:
-    """What the whole chain comes to: its source, one operation, or None if it needs more."""
+    """What replaces the whole chain: its source, one operation, or None if it needs more."""
     source: fx.Node = chain[0].args[0]  # type: ignore[assignment]
     plain = torch.empty(shape(source), device="meta")
     strided = plain

@@ -1,4 +1,4 @@
-"""Padding by a negative amount as a slice."""
+"""Rewrite padding by a negative amount as a slice."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ aten: Any = torch.ops.aten
 def negative_pad_to_slice(module: fx.GraphModule) -> int:
     """constant_pad_nd with amounts <= 0 -> slices: the gradient of a padding.
 
-    torch and ONNX know negative pads, though not every ONNX runtime does; ExecuTorch 1.5.1's kernel
-    refuses them at run time.
+    torch and ONNX define negative pads, but not every ONNX runtime supports them, and ExecuTorch
+    1.5.1's kernel refuses them at run time.
 
     Returns:
         Number of pads rewritten.

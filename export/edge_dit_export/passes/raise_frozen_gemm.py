@@ -1,4 +1,4 @@
-"""Products with a frozen matrix as layers that XNNPACK takes."""
+"""Rewrite products with a frozen matrix as layers that XNNPACK takes."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ aten: Any = torch.ops.aten
 
 def raise_frozen_gemm(module: fx.GraphModule) -> int:
     """Write every matrix product with a frozen factor W [n, k] as a linear layer, or as a product
-    whose right factor is the matrix itself, as it is stored:
+    whose right factor is the matrix as it is stored:
 
         mm(x, W^T)           -> linear(x, W)              addmm(b, x, W^T) -> linear(x, W, b)
         mm(dy, W)            -> mm(dy, W)                 addmm(b, dy, W)  -> mm(dy, W) + b
         mm(W, x)             -> linear(x^T, W)^T
         mm(W^T, dy)          -> mm(dy^T, W)^T
 
-    What becomes of both is `edge_dit_export.targets.xnnpack`'s. Behind a permute or a view a weight
-    is no constant to it, and ExecuTorch 1.5.1's portable kernels are many times slower; its addmm
-    is ~45 times slower than torch's.
+    `edge_dit_export.targets.xnnpack` delegates both. It would not take a weight after a permute or
+    a view for a constant, and ExecuTorch 1.5.1's portable kernels are many times slower: addmm is
+    ~45 times slower than torch's.
 
     Returns:
-        Number of products written anew or found to be as they should.
+        Number of products rewritten, or in that form already.
     """
     count = 0
     for node in calls(module, aten.mm.default, aten.addmm.default):
         *bias, left, right = node.args
-        if (found := _weight(module, node, right)) is not None:
-            weight, flipped = found
+        if (factor := _weight(module, node, right)) is not None:
+            weight, flipped = factor
             replace(node, _product(node, left, weight, flipped, bias))
-        elif not bias and (found := _weight(module, node, left)) is not None:
-            weight, flipped = found
+        elif not bias and (factor := _weight(module, node, left)) is not None:
+            weight, flipped = factor
             turned = insert(node, aten.permute.default, right, [1, 0])
             product = _product(node, turned, weight, not flipped, [])
             replace(node, insert(node, aten.permute.default, product, [1, 0]))
@@ -49,7 +49,7 @@ def raise_frozen_gemm(module: fx.GraphModule) -> int:
 def _product(
     before: fx.Node, x: fx.Node, weight: fx.Node, flipped: bool, bias: list[fx.Node]
 ) -> fx.Node:
-    """Of ``x`` with W^T where W is ``flipped``, else with W, and the bias."""
+    """The product x W^T + bias where W is ``flipped``, else x W + bias; the bias may be missing."""
     if flipped:
         return insert(before, aten.linear.default, x, weight, *bias)
     product = insert(before, aten.mm.default, x, weight)
@@ -59,7 +59,7 @@ def _product(
 def _weight(
     module: fx.GraphModule, before: fx.Node, factor: fx.Node
 ) -> tuple[fx.Node, bool] | None:
-    """A buffer that holds ``factor``, if that is frozen, and whether it holds it transposed."""
+    """The buffer of a frozen ``factor``, and whether it is transposed; else None."""
     flipped, node = False, factor
     shape_of_matrix = None
     while node.op == "call_function":

@@ -1,4 +1,4 @@
-"""Multiplications and divisions by one."""
+"""Remove multiplications and divisions by one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ aten: Any = torch.ops.aten
 
 
 def remove_units(module: fx.GraphModule) -> int:
-    """X * 1 -> x and x / 1 -> x, exact in IEEE arithmetic.
+    """Replace x * 1 and x / 1 by x, which is exact in IEEE arithmetic.
 
     They come from rescale_output_factor = 1 in diffusers 0.42's attention, and from the gradient
     of the loss with respect to itself.

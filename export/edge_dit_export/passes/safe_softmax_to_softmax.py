@@ -1,4 +1,4 @@
-"""The guard that attention's math form puts around a softmax."""
+"""Remove the guard that attention's math form puts around a softmax."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ aten: Any = torch.ops.aten
 
 
 def safe_softmax_to_softmax(module: fx.GraphModule) -> int:
-    """where(all of a row is -inf, 0, softmax(row)) -> softmax(row), where no row can be.
+    """where(all of a row is -inf, 0, softmax(row)) -> softmax(row), if no row can be all -inf.
 
-    torch 2.13 decomposes attention's _safe_softmax so. Inputs of a train step are finite - masks
-    are 0 or -10000, never -inf (`edge_dit.models.families`) - so a score is -inf only if a constant
-    brought an infinity in: with one upstream, the guard stays.
+    torch 2.13 decomposes attention's _safe_softmax into this guard. Inputs of a train step are
+    finite: masks are 0 or -10000, never -inf (`edge_dit.models.families`). A score can then be -inf
+    only through an infinite constant upstream. Where there is one, the guard stays.
 
     Returns:
         Number of guards removed.
@@ -41,7 +41,7 @@ def safe_softmax_to_softmax(module: fx.GraphModule) -> int:
 
 
 def _guarded(condition: fx.Node) -> fx.Node | None:
-    """X of not(any(not(x == -inf)))."""
+    """The scores x in not(any(not(x == -inf))), or None for any other node."""
     node = condition
     for target in (aten.logical_not.default, aten.any.dim, aten.logical_not.default):
         if node.target != target:

@@ -1,4 +1,4 @@
-"""The same view of the same tensor, once."""
+"""Share equal views of one tensor."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from edge_dit_export.passes.merge_shape_ops import SHAPE_OPS
 
 
 def share_shape_ops(module: fx.GraphModule) -> int:
-    """Let equal shape operations on one tensor be one.
+    """Replace equal shape operations on one tensor by the first of them.
 
-    Arithmetic is left as traced: the backward's second sigmoid costs time, keeping the first would
-    cost memory until then.
+    Repeated arithmetic stays: computing a sigmoid again in the backward pass costs time, but
+    keeping the first one until then would cost memory.
 
     Returns:
         Number of operations removed.

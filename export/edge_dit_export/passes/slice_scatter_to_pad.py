@@ -1,4 +1,4 @@
-"""Scattering into zeros as padding."""
+"""Rewrite scattering into zeros as padding."""
 
 from __future__ import annotations
 

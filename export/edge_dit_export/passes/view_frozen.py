@@ -1,4 +1,4 @@
-"""Reshaped frozen weights as views of the same bytes."""
+"""Turn views of frozen weights into buffers that share the same bytes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ aten: Any = torch.ops.aten
 
 
 def view_frozen(module: fx.GraphModule) -> int:
-    """Let a view of a frozen weight be a buffer of its own that shares the weight's memory: the
-    ONNX exporter would fold it into a second copy, and the copy would be stored.
+    """Replace a view of a frozen weight by a buffer that shares the weight's memory.
+
+    The ONNX exporter would fold the view into a second copy of the weight, and store the copy.
 
     Returns:
         Number of views rewritten.

@@ -3,9 +3,9 @@
     Conv(x, W, b)  -> Reshape(MatMul(Reshape(W), Reshape(x)) + Reshape(b))
     x [1, C, H, W], W [O, C, 1, 1]       W [O, C], x [C, H W], b [O, 1]
 
-The weights of onnxruntime-training's graphs are inputs, for which the convolution of its release
-1.19.2 has no fast way, and its ConvGrad is slower still: with SANA-0.6B's convolutions, two of a
-block 1x1 and one depthwise, both took half of the time in kernels.
+The weights in onnxruntime-training's graphs are inputs. Its release 1.19.2 convolves slowly with
+such weights, and its ConvGrad is slower still. In SANA-0.6B, whose blocks have two 1x1 convolutions
+and a depthwise one, Conv and ConvGrad took half of the time in kernels.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def conv1x1_to_matmul(model: ir.Model) -> int:
 
 
 def _product(tape: ir.tape.Tape, graph: ir.Graph, node: ir.Node) -> ir.Value:
-    """Write the product of a convolution onto ``tape``; its result [1, O, H, W]."""
+    """Record the product for a convolution on ``tape``; its result [1, O, H, W]."""
     x, weight, *bias = node.inputs
     _, channels, rows, columns = sides(x)
     outputs, y = sides(weight)[0], node.outputs[0].name

@@ -3,8 +3,8 @@
     ConvGrad(dy, x, W) -> dx
     Conv(dy, turned W) -> dx        W turned by 180 degrees, padding k - 1 - p
 
-Where only the gradient of the input is asked for; W is turned in the graph, a few bytes.
-The ConvGrad of onnxruntime-training 1.19.2 writes every patch out.
+This is done where only the gradient of the input is needed. W has a few bytes, and is turned in the
+graph. ConvGrad of onnxruntime-training 1.19.2 is slow, because it copies every patch of its input.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import onnx_ir as ir
 from edge_dit_export.passes_onnx._graph import constant, sides
 
 FIRST = -(2**31)
-"""A Slice's end that takes it backwards to the first element and includes it."""
+"""End of a backward Slice that includes the first element."""
 
 
 def depthwise_grad_to_conv(model: ir.Model) -> int:

@@ -1,8 +1,8 @@
-"""InplaceClipGradNorm of onnxruntime-training -> standard operators, the same bits in every run.
+"""InplaceClipGradNorm -> standard operators that give the same bits in every run.
 
-onnxruntime 1.19.2 keeps parameters in a hash map whose order changes from session to session, and
-InplaceClipGradNorm adds their squares up in that order: the norm's last bit, and with it a resumed
-run, was not reproducible. Here the sums of squares are sorted before they are added.
+onnxruntime-training 1.19.2 keeps parameters in a hash map whose order changes from session to
+session. InplaceClipGradNorm adds their squares up in that order, so the last bit of the norm
+changes, and with it a resumed run. Here the sums of squares are sorted before they are added.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Split of which a part goes unused -> one Slice for every part in use.
+"""A Split with unused parts -> one Slice for each part that is used.
 
     Split(x, sizes) -> a, unused, c
     Slice(x, 0, a's end) -> a,    Slice(x, c's start, c's end) -> c
 
-onnxruntime-training 1.19.2 makes the gradient of a Split by joining those of its parts, and leaves
-out a part without one: the result is too small.
+onnxruntime-training 1.19.2 computes the gradient of a Split by joining the gradients of its parts.
+It leaves out a part that has none, so the result is too small.
 """
 
 from __future__ import annotations

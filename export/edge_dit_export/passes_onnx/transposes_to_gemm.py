@@ -3,9 +3,9 @@
     MatMul(x, Transpose(W))       -> Gemm(x, W, transB=1)
     Gemm(x, Transpose(W), bias)   -> Gemm(x, W, bias, transB=1)
 
-A frozen W is then read as it is by both passes of the train step. onnxruntime 1.19.2 would fold its
-Transpose into a second copy of W when it loads the model, and copy that of an activation in every
-step.
+Both passes of the train step then read a frozen W as it is stored. Otherwise onnxruntime 1.19.2
+folds its Transpose into a second copy of W when it loads the model, and copies a transposed
+activation in every step.
 """
 
 from __future__ import annotations

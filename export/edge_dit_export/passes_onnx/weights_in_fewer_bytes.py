@@ -1,11 +1,11 @@
-"""Inputs that are weights in float16 or int8 instead of float32.
+"""Give a graph its weights in float16 or int8; it widens them to float32 where they are used.
 
     MatMul(x, W)  -> MatMul(x, Cast(W))                        W in float16
     MatMul(x, W)  -> MatMul(x, DequantizeLinear(W, scale))     W in int8
 
 onnxruntime 1.19.2 runs every DequantizeLinear of weights before the first product, so that a whole
-block would lie in float32. Here each reader widens its own weight, int8 only once the other factor
-is known.
+block would lie in float32. Here each reader widens its own weight, and an int8 weight only once the
+other factor is computed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
 
 def weights_in_fewer_bytes(model: ir.Model, names: Iterable[str], dtype: str) -> int:
-    """Let inputs come in fewer bytes and widen them in the graph, in place.
+    """Store inputs in fewer bytes and widen them in the graph, in place.
 
     float16 goes through Cast; int8 through DequantizeLinear with one scale per output channel,
-    which becomes the input "<name>.scale" after all others. A product with a large weight is made
-    in pieces of its output channels, one after the other: FLUX.1-dev's largest is 189 MB in
-    float32.
+    which becomes the input "<name>.scale" after all others. A product with a large weight is
+    computed in pieces of its output channels, one after the other: FLUX.1-dev's largest weight has
+    189 MB in float32.
 
     Args:
         model: its inputs ``names`` are float32.
@@ -58,7 +58,7 @@ def weights_in_fewer_bytes(model: ir.Model, names: Iterable[str], dtype: str) ->
 
 
 class _Weight:
-    """An input that from now on is stored in fewer bytes."""
+    """A weight input that is stored in fewer bytes."""
 
     def __init__(self, graph: ir.Graph, value: ir.Value, dtype: str) -> None:
         assert value.shape is not None
@@ -79,11 +79,11 @@ class _Weight:
         name: str,
         part: tuple[int, int] | None = None,
     ) -> ir.Value:
-        """In float32; all of it, or output channels [start, end).
+        """The weight in float32: all of it, or output channels [start, end).
 
         Args:
-            before: the node in front of which this happens.
-            known: what has to be there first, if the weight is int8.
+            before: the node before which new nodes are inserted.
+            known: what must be computed first, if the weight is int8.
             name: of the result.
             part: start and end.
         """
@@ -121,7 +121,7 @@ def _product_in_pieces(
         x W^T + b  -> Concat(x W_1^T + b_1, x W_2^T + b_2, ...)     N is a side of the result
         y W + b    -> ((b + y_1 W_1) + y_2 W_2) + ...               N is summed over
 
-    Every W_i is widened only when the product before it is there.
+    Every W_i is widened only once the product before it is computed.
     """
     graph, attributes = weight.graph, product.attributes
     flags = [attributes[n].as_int() if n in attributes else 0 for n in ("transA", "transB")]
@@ -155,7 +155,7 @@ def _product_in_pieces(
 
 
 def _sides(product: ir.Node, part: tuple[int, int], axis: int | None) -> list[int]:
-    """Of a part of a product; of all of it where there is no axis."""
+    """Shape of a product, ``part`` of it along ``axis`` if there is one."""
     shape = product.outputs[0].shape
     assert shape is not None
     return [part[1] - part[0] if n == axis else int(s) for n, s in enumerate(shape.numpy())]
@@ -164,7 +164,7 @@ def _sides(product: ir.Node, part: tuple[int, int], axis: int | None) -> list[in
 def _part_of_addend(
     addend: ir.Value, axis: int, outputs: int, part: tuple[int, int], before: ir.Node
 ) -> ir.Value:
-    """What is added to a part of a product [M, N]: a slice where the addend has the side at all."""
+    """The addend of a part of a product [M, N]: a slice, or all of it where it is broadcast."""
     assert addend.shape is not None
     own = axis - 2 + len(addend.shape)
     if own < 0 or addend.shape[own] != outputs:
@@ -173,7 +173,7 @@ def _part_of_addend(
 
 
 def _slice(value: ir.Value, axis: int, part: tuple[int, int], before: ir.Node) -> ir.Value:
-    """Elements [start, end) along an axis."""
+    """Elements [start, end) of ``value`` along ``axis``."""
     graph = before.graph
     assert isinstance(graph, ir.Graph)
     assert value.shape is not None
@@ -187,7 +187,7 @@ def _slice(value: ir.Value, axis: int, part: tuple[int, int], before: ir.Node) -
 
 
 def _other_factor(reader: ir.Node, weight: ir.Value) -> ir.Value | None:
-    """What a weight is multiplied with, past reshapes of the weight."""
+    """What a weight is multiplied with, also after reshapes of the weight."""
     while True:
         others = [v for v in reader.inputs if v is not None and v is not weight]
         factors = [v for v in others if v.producer() is not None or v.is_graph_input()]
@@ -200,7 +200,7 @@ def _other_factor(reader: ir.Node, weight: ir.Value) -> ir.Value | None:
 
 
 def _after(known: ir.Value | None, scale: ir.Value, before: ir.Node) -> ir.Value:
-    """``scale``, available only once ``known`` is: plus zero times its first element."""
+    """``scale`` plus zero times an element of ``known``, so that it is computed after that."""
     if known is None or known.is_graph_input() or known.shape is None:
         return scale
     graph, rank = before.graph, len(known.shape)

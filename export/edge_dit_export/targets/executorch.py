@@ -72,7 +72,7 @@ def write(source: Source, directory: Path) -> dict[str, Any]:
 
 
 def _lower(program: ExportedProgram, delegates: Delegates | None = None) -> Any:
-    """An ExecutorchProgramManager of ``program``; ``delegates`` are what was taken out of it."""
+    """Lower ``program`` to an ExecutorchProgramManager; ``delegates`` were taken out of it."""
     edge = to_edge(program, compile_config=EDGE)
     if delegates is not None:
         delegates.put_back(edge.exported_program())
@@ -86,14 +86,14 @@ def _planned_bytes(program: Any) -> int:
 
 
 def _sampler_inputs(sampler: PatchSampler) -> tuple[Tensor, ...]:
-    # Unequal example sides, or torch.export takes them for one and the same.
+    # The example sides differ: torch.export would take equal ones for one dimension.
     image = torch.zeros(1, 3, sampler.rule.s_max + 3, sampler.rule.s_max + 5)
     return image, torch.full((1,), 0.5), torch.full((2,), 0.5)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the deprecations that torch and ExecuTorch themselves run into."""
+    """Silence deprecation warnings that torch and ExecuTorch cause themselves."""
     logger = logging.getLogger("torch.utils._pytree")
     level = logger.level
     logger.setLevel(logging.ERROR)

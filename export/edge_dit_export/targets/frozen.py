@@ -1,7 +1,7 @@
-"""The frozen weights of a bundle: one file, each weight once, written as it is read.
+"""Writes the frozen weights of a bundle to one safetensors file, each weight once.
 
-A safetensors file, so that anything can read and memory-map it; the graphs of the onnx target refer
-to its bytes, the runtimes hand out views of it.
+Any reader can memory-map the file. The graphs of the onnx target refer to its bytes, and the
+runtimes hand out views of it.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class FrozenStore:
     """Frozen tensors to be written.
 
     Args:
-        tensors: float32 by name; memory-mapped ones are read when they are written.
+        tensors: float32 by name; a memory-mapped one is read only when it is written.
         small: names of those stored as ``dtype``.
-        dtype: "float32", "float16" or "int8" (then with "<name>.scale" beside).
+        dtype: "float32", "float16" or "int8"; int8 adds the tensor "<name>.scale".
     """
 
     def __init__(self, tensors: dict[str, Tensor], small: set[str], dtype: str) -> None:
@@ -85,7 +85,7 @@ class FrozenStore:
         return tensor.half() if kind == "float16" else tensor
 
     def _entries(self) -> list[_Entry]:
-        """Everything in the file, wide elements first, so that all lie aligned."""
+        """Everything in the file, widest elements first, so that all are aligned."""
         entries = []
         for name, tensor in self.tensors.items():
             kind = self.stored_as(name)

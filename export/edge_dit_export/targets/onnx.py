@@ -1,12 +1,12 @@
 """Traced train step -> plain ONNX: standard operators only, for any onnxruntime.
 
-train_step.onnx       *fused*: batch and LoRA tensors -> loss and one gradient per LoRA tensor
-block.*.onnx head.onnx  *streamed*: see `edge_dit_export.targets.streamed`
-frozen.safetensors    the frozen weights, each once, for both; memory-mapped when loaded
-train_step.recompute.onnx  the same step, every block computed again on the way back
-*.data                what those need besides, such as turned kernels
-optimizer.onnx        `edge_dit.contract.adamw`
-patch_sampler.onnx
+train_step.onnx            fused: batch and LoRA tensors -> loss, one gradient per LoRA tensor
+train_step.recompute.onnx  the same, but the backward pass computes every block again
+block.*.onnx, head.onnx    streamed, see `edge_dit_export.targets.streamed`
+frozen.safetensors         the frozen weights, each once; memory-mapped when loaded
+*.data                     other large constants of a graph, such as turned kernels
+optimizer.onnx             AdamW, see `edge_dit.contract.adamw`
+patch_sampler.onnx         image, sigma, uv -> patch
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from edge_dit_export.targets.streamed import export_streamed
 def write(source: Source, directory: Path) -> dict[str, Any]:
     """Write the plain ONNX target into ``directory``, an existing folder.
 
-    Frozen matrices stored as anything but float32 exclude the layouts of one graph.
+    With frozen matrices in float16 or int8 only the streamed layout is written.
 
     Returns:
         The target's facts: opset, IR, and those of `edge_dit.contract.targets.OnnxFacts`.
@@ -88,7 +88,7 @@ def frozen_store(subgraph: TrainableSubgraph, weights: str) -> FrozenStore:
 
 
 def train_step_model(step: TracedStep) -> ir.Model:
-    """The fused step; its frozen weights are still in memory."""
+    """The ONNX model of a whole step; its frozen weights are still in memory."""
     module = passes.copy_of(step.module)
     passes.apply(module, passes.FOR_STORED_WEIGHTS)
     model = onnx_model(module, step.inputs, step.outputs)
@@ -98,8 +98,8 @@ def train_step_model(step: TracedStep) -> ir.Model:
 
 
 def _refer_to(store: FrozenStore, model: ir.Model, data: Path) -> None:
-    """Let initialisers that are frozen weights refer to the stored bytes, in place; other large
-    ones (kernels turned for the backward pass) go to ``data``.
+    """Make initialisers that are frozen weights refer to the bytes in `FROZEN`, in place. Other
+    large ones (kernels turned for the backward pass) go to the file ``data``.
     """
     stored = {
         (tensor.data_ptr(), tensor.numel()): name

@@ -1,4 +1,4 @@
-"""torch module -> ONNX model, the way every ONNX file of a bundle is made."""
+"""torch module -> ONNX model; every ONNX file of a bundle comes from here."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def onnx_model(
     """Export ``module(*inputs.values())``; its buffers and parameters become initialisers.
 
     Args:
-        module: takes tensors only, returns a tensor or a flat tuple of tensors; a graph module is
-            one that `edge_dit_export.graph.trace` made, and is not traced again.
+        module: takes tensors only, returns a tensor or a flat tuple of tensors. A graph module must
+            come from `edge_dit_export.graph.trace`; it is not traced again.
         inputs: an example of every input by its name in the graph; unused ones stay inputs.
         outputs: names of the outputs.
         dynamic_shapes: as `torch.export.export` takes them, by argument of ``forward``.
@@ -89,7 +89,7 @@ def _should_fold(node: ir.Node) -> bool | None:
 def patch_sampler_model(sampler: PatchSampler) -> ir.Model:
     """Inputs "image" [1, 3, H, W] of any size, "sigma" [1], "uv" [2]; output "patch"."""
     image, sigma, uv = SAMPLER_INPUTS
-    # Unequal example sides, or torch.export takes them for one and the same.
+    # The example sides differ: torch.export would take equal ones for one dimension.
     examples = {
         image: torch.zeros(1, 3, sampler.rule.s_max + 3, sampler.rule.s_max + 5),
         sigma: torch.full((1,), 0.5),
@@ -110,8 +110,8 @@ def graph_names(model: ir.Model) -> dict[str, list[str | None]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the exporter says of itself: missing torchvision, its own deprecations, and
-    training mode, which the modules exported here do not have.
+    """Silence the exporter's warnings about missing torchvision, about its own deprecations, and
+    about training mode, which changes nothing in the modules exported here.
     """
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level

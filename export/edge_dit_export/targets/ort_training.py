@@ -1,14 +1,14 @@
 """Sub-graph -> onnxruntime-training artifacts (onnxruntime-training-cpu 1.19.2).
 
-    training_model.onnx   loss and gradients: batch and frozen weights are inputs, LoRA parameters
+    training_model.onnx   loss and gradients; batch and frozen weights are its inputs
     eval_model.onnx       the loss alone
-    optimizer_model.onnx  clipping and AdamW, `edge_dit.contract.adamw`
-    checkpoint            the LoRA tensors by diffusers name
+    optimizer_model.onnx  clipping and AdamW, see `edge_dit.contract.adamw`
+    checkpoint            the LoRA tensors by diffusers name, which are the parameters
     frozen.safetensors    the frozen inputs, memory-mappable
-    patch_sampler.onnx
+    patch_sampler.onnx    image, sigma, uv -> patch
 
-Frozen weights are inputs rather than parameters: making artifacts then needs no multiple of the
-model's memory and the checkpoint holds the adapter only.
+Frozen weights are inputs rather than parameters. Making the artifacts then does not need several
+times the model's memory, and the checkpoint holds only the adapter.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from edge_dit_export.targets.source import Source
 
 
 class _Forward(nn.Module):
-    """The sub-graph with every tensor an argument: batch, LoRA, frozen weights.
+    """The sub-graph as a function of every tensor: batch, LoRA, frozen weights.
 
     LoRA tensors enter as inputs so that the exporter cannot fold their transposes into new
     constants, which would lose their names.
@@ -62,7 +62,8 @@ def write(source: Source, directory: Path) -> dict[str, Any]:
     """Write the artifacts into ``directory``, an existing folder.
 
     Returns:
-        Opset, IR, and "frozen": the inputs after the batch, in order, keys of frozen.safetensors.
+        Opset, IR, and "frozen": the inputs after the batch, in order, as keys of
+        frozen.safetensors.
     """
     subgraph = source.subgraph
     lora = {name: p.detach() for name, p in subgraph.lora_parameters().items()}
@@ -101,7 +102,7 @@ def _forward_model(
     cast_like_to_cast(model)
     conv1x1_to_matmul(model)
     partial_split_to_slice(model)
-    # Before the last rewrite: it would take the statistics away, which nothing reads yet.
+    # Before the last rewrite: afterwards it would remove the statistics, which nothing reads yet.
     RemoveUnusedNodesPass()(model)
     complete_layer_norm(model)
     return model
@@ -141,8 +142,8 @@ def _make_artifacts(model: ir.Model, lora: list[str], adamw: AdamW, directory: P
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop what onnxruntime's C++ writes to stderr: one line per graph transformer, whatever its
-    logger's severity is set to. Its errors are exceptions.
+    """Drop what onnxruntime's C++ writes to stderr: one line per graph transformer, whatever the
+    severity of its logger. Its errors are exceptions.
     """
     sys.stderr.flush()
     kept = os.dup(2)

@@ -1,4 +1,4 @@
-"""What every target is written from; traced once, when the first target asks for it."""
+"""What every target is exported from. Each graph is traced once, when it is first needed."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Source:
         subgraph: float32, LoRA in place.
         batch: one draw, as `TrainableSubgraph.forward` takes it; only the shapes matter.
         adamw: hyper-parameters of the optimizer.
-        crops: of the patch sampler.
+        crops: the rule of the patch sampler.
         weights: how frozen matrices are stored, where a target offers more than float32.
-        recompute: whether to write the layout that computes each block again, where there is one.
+        recompute: whether to write the recomputing layout too, where a target has one.
     """
 
     subgraph: TrainableSubgraph
@@ -47,7 +47,7 @@ class Source:
 
     @cached_property
     def recomputing_step(self) -> TracedStep:
-        """The same, computing each block again on its way back."""
+        """The same, but the backward pass computes each block again."""
         return trace_train_step(self.subgraph, self.batch, recompute=True)
 
     @cached_property
@@ -59,10 +59,10 @@ class Source:
 
     @cached_property
     def sampler(self) -> PatchSampler:
-        """The patch sampler."""
+        """The patch sampler, a torch module."""
         return PatchSampler(self.crops)
 
     @property
     def max_image_side(self) -> int:
-        """Largest image side, in pixels, that a sampler with planned memory must take."""
+        """Largest image side, in pixels, for a sampler whose memory is planned in advance."""
         return MAX_IMAGE_SIDES * self.crops.s_max

@@ -1,4 +1,4 @@
-"""The plain ONNX step block by block: memory that hardly depends on depth.
+"""Exports the plain ONNX step block by block, so that memory hardly grows with depth.
 
     block.<kind>.forward.onnx    state, conditioning, weights, LoRA -> state after the block
     block.<kind>.backward.onnx   the same and the gradient of that state
@@ -6,8 +6,8 @@
     head.onnx                    last state, tail residual, target, weights -> loss, its gradient
 
 Blocks of one kind share their graphs; weights are inputs, so the runtime can hand in views of the
-memory-mapped file that holds all of them once. Between the passes only the states at the blocks'
-borders are kept; the backward graph computes its block again.
+memory-mapped file that holds all of them once. Between the passes only the states between blocks
+are kept; the backward graph computes its block again.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def export_streamed(
         directory: of the onnx target.
 
     Returns:
-        "graphs": input and output names by file; "blocks": in order, name and kind of each and its
-        tensors: the graphs' names of its weights and LoRA -> keys of the store and diffusers names;
-        behind a skipped run "residual": what is added to each state before the block.
+        "graphs" and "blocks", the fields of `edge_dit.contract.targets.StreamedFacts`.
     """
     kinds: dict[tuple[Any, ...], str] = {}
     graphs: dict[str, Any] = {}
@@ -84,7 +82,7 @@ def export_streamed(
 
 
 def _new_kind(name: str, taken: list[str]) -> str:
-    """A block's name without its number and plural, numbered where that is taken."""
+    """Name of a new kind: "transformer_block" of "transformer_blocks.3"; then "...-2" and so on."""
     base = re.sub(r"s\.\d+$", "", name)
     same = sum(1 for kind in taken if kind.partition("-")[0] == base)
     return f"{base}-{same + 1}" if same else base

@@ -1,8 +1,8 @@
-"""Calls of a graph as XNNPACK delegates, one by one.
+"""Delegates single calls of a graph to XNNPACK.
 
-ExecuTorch's own partitioner goes over the whole graph once for every layer it takes: lowering grew
-with the square of the depth. Here each call becomes a stand-in before the graph is lowered, and a
-delegate afterwards, see `edge_dit_export.targets.xnnpack_graph`.
+ExecuTorch's own partitioner walks the whole graph once for every layer that it takes, so lowering
+time grew with the square of the depth. Here each call becomes a stand-in before the graph is
+lowered, and a delegate afterwards, see `edge_dit_export.targets.xnnpack_graph`.
 
 A frozen W serves both directions, and its bytes lie in the program once: x W^T is a linear layer,
 dy W a fully connected one with weights marked as transposed.
@@ -34,14 +34,14 @@ from edge_dit_export.targets.xnnpack_graph import (
 
 aten: Any = torch.ops.aten
 SMALLEST = 4096
-"""Elements of a result from which on `OPERATIONS` are delegated: the portable kernels are up to
-twenty times slower, but a delegate has its own overhead."""
+"""Fewest elements in the result of one of `OPERATIONS` that is delegated. The portable kernels are
+up to twenty times slower, but a delegate has its own overhead."""
 EDGE = EdgeCompileConfig(_check_ir_validity=False)
 
 
 LIBRARY = torch.library.Library("edge_dit", "FRAGMENT")
-# Keeps the place of delegate ``index``, of whose result only the shape is known; never run. Not a
-# custom_op, whose autograd is a fifth of the time that lowering takes.
+# The stand-in of delegate ``index``: it has the shape of its result, and never runs. A custom_op
+# would add autograd, which takes a fifth of the time of lowering.
 LIBRARY.define("delegated(Tensor[] inputs, int index, int[] result) -> Tensor")
 
 
@@ -54,12 +54,12 @@ class Delegates:
     """Calls taken out of a graph module, to be put back as delegates.
 
     Args:
-        module: `LAYERS` and `OPERATIONS` in it are replaced by stand-ins, in place; what is frozen
-            of their arguments leaves it.
+        module: `LAYERS` and `OPERATIONS` in it are replaced by stand-ins, in place; their frozen
+            arguments are removed from it.
 
     Attributes:
-        calls: how many were taken.
-        layers: how many of these are products or convolutions with a frozen weight.
+        calls: number of calls taken.
+        layers: how many of them are products or convolutions with a frozen weight.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -80,7 +80,7 @@ class Delegates:
         sweep(module)
 
     def _lower(self, call: fx.Node, tensors: dict[int, Tensor]) -> tuple[int, list[fx.Node]]:
-        """Number of the delegate, and its inputs; one without weights serves all of its kind."""
+        """Number of a call's delegate, and its inputs. Equal calls without weights share one."""
         program = DelegateProgram(call, tensors, self._constants)
         arguments = (shape(a) if isinstance(a, fx.Node) else str(a) for a in call.args)
         key = (call.target, *arguments)
@@ -127,7 +127,7 @@ class Delegates:
 
 
 def _original(inputs: list[fx.Node], call: fx.Node) -> ExportedProgram:
-    """All that ExecuTorch asks of a delegate's original: a tensor of the result's shape."""
+    """What ExecuTorch reads of a delegate's original: a program with a result of its shape."""
     graph = fx.Graph()
     for number, node in enumerate(inputs):
         graph.placeholder(f"input_{number}").meta["val"] = value(node)

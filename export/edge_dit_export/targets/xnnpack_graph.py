@@ -1,8 +1,8 @@
-"""Calls of a graph as programs of ExecuTorch's XNNPACK delegate.
+"""Writes single calls of a graph as programs of ExecuTorch's XNNPACK delegate.
 
-Written straight into the delegate's own schema (executorch 1.5.1,
-backends/xnnpack/serialization/schema.fbs): its preprocess lowers and rewrites a whole exported
-program for each, at seconds a call.
+They are written directly in the delegate's own schema (executorch 1.5.1,
+backends/xnnpack/serialization/schema.fbs). ExecuTorch's preprocess would lower and rewrite a whole
+exported program for each call, which takes seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from edge_dit_export.passes._graph import shape
 
 aten: Any = torch.ops.aten
 ALIGNMENT = 16
-"""Of constants, bytes; the delegate's CONSTANT_TENSOR_ALIGNMENT."""
+"""Alignment of constants in bytes: the delegate's CONSTANT_TENSOR_ALIGNMENT."""
 BINARY = {
     aten.mul.Tensor: schema.XNNMultiply,
     aten.mul.Scalar: schema.XNNMultiply,
@@ -40,9 +40,9 @@ BINARY = {
 }
 UNARY = {aten.sigmoid.default: schema.XNNSigmoid, aten._softmax.default: schema.XNNSoftmax}
 OPERATIONS = (*BINARY, *UNARY, aten.permute.default, aten.mm.default, aten.bmm.default)
-"""What XNNPACK computes with any arguments, of float32."""
+"""What XNNPACK computes with any float32 arguments."""
 LAYERS = (aten.linear.default, aten.convolution.default)
-"""What it computes with constant weights."""
+"""What it computes only with constant weights."""
 
 
 class Constants:
@@ -52,7 +52,7 @@ class Constants:
         self._known: dict[str, bytes] = {}
 
     def key(self, tensor: Tensor) -> str:
-        """A tensor's name in a program; float32, contiguous."""
+        """Keep the bytes of a float32 tensor; their name in a program."""
         content = tensor.detach().contiguous().numpy().tobytes()
         key = hashlib.sha256(content).hexdigest()
         self._known.setdefault(key, content)
@@ -100,8 +100,8 @@ class DelegateProgram:
             self._fully_connected(x, weight, bias[0] if bias else None, result)
         elif kind is aten.mm.default:
             x, weight = arguments
-            # A bias of -0.0 leaves a sum what it was. No layer has such a one, so that what XNNPACK
-            # packs of W here is not taken for what it packs of W for the layer, by name.
+            # A bias of -0.0 does not change a sum. XNNPACK caches packed weights by name; no layer
+            # has this bias, so W as it is packed here is not taken for W as the layer packs it.
             bias = torch.full((shape(call)[1],), -0.0) if isinstance(weight, Tensor) else None
             self._fully_connected(x, weight, bias, result, XNN_FLAG_TRANSPOSE_WEIGHTS)
         elif kind is aten.convolution.default:
@@ -120,7 +120,7 @@ class DelegateProgram:
         self._node(kind(input1_id=one, input2_id=other, output_id=result, flags=0))
 
     def _operand(self, argument: Any) -> int:
-        """An argument as a value: it is one, or a constant or a number."""
+        """The number of the value for an argument: a tensor, a float, or such a number already."""
         if isinstance(argument, Tensor):
             return self._constant(argument)
         if isinstance(argument, float):
@@ -149,16 +149,16 @@ class DelegateProgram:
         )
 
     def _convolution(self, call: fx.Node, arguments: list[Any], result: int) -> None:
-        """XNNPACK's are of [N, H, W, C]."""
+        """Transpose before and after: XNNPACK convolves [N, H, W, C]."""
         x, weight, bias, stride, padding, dilation, _, adjustment, groups = arguments
         outputs, inputs, *kernel = weight.shape
         depthwise = inputs == 1
         filter_ = weight.permute(1, 2, 3, 0) if depthwise else weight.permute(0, 2, 3, 1)
         n, c, h, w = shape(self.inputs[0])
-        rows = self._inner((n, h, w, c))
+        source = self._inner((n, h, w, c))
         n, c, h, w = shape(call)
-        found = self._inner((n, h, w, c))
-        self._transpose(x, [0, 2, 3, 1], rows)
+        convolved = self._inner((n, h, w, c))
+        self._transpose(x, [0, 2, 3, 1], source)
         kind = schema.XNNDepthwiseConv2d if depthwise else schema.XNNConv2d
         self._node(
             kind(
@@ -177,14 +177,14 @@ class DelegateProgram:
                 groups=groups,
                 adjustment_height=adjustment[0],
                 adjustment_width=adjustment[1],
-                input1_id=rows,
+                input1_id=source,
                 filter_id=self._constant(filter_),
                 bias_id=XNN_INVALID_VALUE_ID if bias is None else self._constant(bias),
-                output_id=found,
+                output_id=convolved,
                 flags=0,
             )
         )
-        self._transpose(found, [0, 3, 1, 2], result)
+        self._transpose(convolved, [0, 3, 1, 2], result)
 
     def _node(self, node: Any) -> None:
         self._nodes.append(schema.XNode(xnode_union=node, debug_handle=len(self._nodes)))
@@ -221,7 +221,7 @@ class DelegateProgram:
         return self._value(tuple(tensor.shape), XNN_INVALID_VALUE_ID, len(self._data) - 1, 0)
 
     def serialize(self) -> bytes:
-        """What the delegate loads."""
+        """The bytes that the delegate loads."""
         graph = schema.XNNGraph(
             version="0",
             xnodes=self._nodes,
@@ -234,7 +234,7 @@ class DelegateProgram:
         return serialize_xnnpack_binary(graph, bytearray())
 
     def named_data(self) -> Any:
-        """The constants it names."""
+        """The constants that the program refers to by name."""
         store = NamedDataStore()
         for entry in self._data[1:]:
             store.add_named_data(entry.named_key, self._constants[entry.named_key], ALIGNMENT)

@@ -1,1 +1,12 @@
-"""What a loaded bundle can do (`trainer`), and one module a target and layout that does it."""
+"""One module per target, and what they share.
+
+trainer          the protocols `Trainer` and `Session`
+graph            the session of targets whose programs have no state
+onnx             plain ONNX; streamed runs it block by block
+executorch       ExecuTorch programs
+ort_training     onnxruntime-training artifacts; ort_checkpoint reads its checkpoints
+ort              imports onnxruntime and sets the options of its sessions
+onnx_program     runs an ONNX graph on numpy arrays
+mapped           memory-mapped frozen weights
+state            checks of draws, adapters and states
+"""

@@ -1,7 +1,7 @@
-"""Trains a bundle's ExecuTorch step.
+"""Trains a bundle's ExecuTorch programs.
 
-The one session that needs torch: ExecuTorch's Python runtime takes torch tensors. On a device the
-programs themselves need none.
+This is the one session that needs torch, because ExecuTorch's Python runtime takes torch tensors.
+The programs themselves need none on a device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def open_session(bundle: Bundle, layout: str) -> GraphSession:
 
 
 def open_sampler(bundle: Bundle) -> Callable[..., np.ndarray]:
-    """The patch sampler."""
+    """The patch sampler, see `edge_dit_runtime.session.open_sampler`."""
     program = ExecuTorchProgram(bundle.file(TARGET, SAMPLER_PROGRAM))
     return lambda *arguments: program(*arguments)[0]
 
@@ -41,7 +41,7 @@ class ExecuTorchProgram:
     """The "forward" of a .pte file on numpy arrays.
 
     Args:
-        path: the file.
+        path: the .pte file.
 
     Raises:
         BadInput: executorch is not installed, or cannot load the file.
@@ -62,7 +62,7 @@ class ExecuTorchProgram:
             ) from None
 
     def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        """Run it; inputs as the program was exported with, outputs as new arrays."""
+        """Run it. Inputs have the shapes and dtypes of the export; outputs are new arrays."""
         import torch
 
         inputs = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
@@ -72,7 +72,7 @@ class ExecuTorchProgram:
 def _runtime() -> Any:
     require("executorch", "the executorch target")
     with warnings.catch_warnings():
-        # Its Python bindings say so of themselves when they are first imported.
+        # Its Python bindings warn so when they are first imported.
         warnings.filterwarnings("ignore", "This API is experimental")
         from executorch.runtime import Runtime
 

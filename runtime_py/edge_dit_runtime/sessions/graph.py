@@ -1,4 +1,4 @@
-"""A session over two programs without state: the train step and the optimizer."""
+"""The session of targets whose train step and optimizer are programs without state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GraphSession:
     """A `Session` that keeps adapter and moments itself and passes them through two programs.
 
     Args:
-        bundle: its adapter is the initial one.
+        bundle: opened; training starts from its adapter.
         train: batch tensors, LoRA tensors -> loss, gradients.
         optimizer: lr, step, parameters, gradients, both moments -> parameters, both moments.
     """
@@ -38,14 +38,14 @@ class GraphSession:
         }
 
     def backward(self, draw: Mapping[str, np.ndarray]) -> float:
-        """See `Session.backward`."""
+        """Loss of one draw; keeps its gradients."""
         batch = (np.asarray(draw[name], np.float32) for name in self._batch)
         loss, *gradients = self._train(*batch, *self._adapter.values())
         self._gradients = self._named(gradients)
         return float(loss)
 
     def update(self) -> None:
-        """See `Session.update`."""
+        """One AdamW step with the gradients of the last `backward`."""
         tensors = (self._adapter, self._gradients, *self._moments.values())
         new = self._optimizer(
             np.array([self.lr], np.float32),
@@ -65,31 +65,31 @@ class GraphSession:
         return dict(zip(self._shapes, arrays, strict=True))
 
     def step(self, draw: Mapping[str, np.ndarray]) -> float:
-        """See `Session.step`."""
+        """`backward`, then `update`; the loss before the update."""
         loss = self.backward(draw)
         self.update()
         return loss
 
     def gradients(self) -> Tensors:
-        """See `Session.gradients`."""
+        """Copies of the last gradients by LoRA name, float32, before clipping."""
         return {name: value.copy() for name, value in self._gradients.items()}
 
     def adapter(self) -> Tensors:
-        """See `Session.adapter`."""
+        """Copies of the LoRA tensors by name, float32."""
         return {name: value.copy() for name, value in self._adapter.items()}
 
     def load_adapter(self, adapter: Mapping[str, np.ndarray]) -> None:
-        """See `Session.load_adapter`."""
+        """Replace the LoRA tensors; moments and step count stay."""
         self._adapter = take(adapter, self._shapes)
 
     def state_dict(self) -> Tensors:
-        """See `Session.state_dict`."""
+        """Copies of adapter and moments, float32, and "step", int64 [1]."""
         kinds = {ADAPTED: self._adapter, **self._moments}
         state = {k + n: value.copy() for k, named in kinds.items() for n, value in named.items()}
         return {**state, STEP: np.array([self._step], np.int64)}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """See `Session.load_state_dict`."""
+        """Restore adapter, moments and step count from a `state_dict`."""
         step = take_step(state)
         adapter = take(state, self._shapes, ADAPTED)
         self._moments = {moment: take(state, self._shapes, moment) for moment in MOMENTS}

@@ -15,17 +15,17 @@ from edge_dit.store.files import open_regular
 from edge_dit.store.tensors import read_header
 
 POPULATE_READ = 22
-"""MADV_POPULATE_READ of Linux 5.14: map pages at once that would come in one fault at a time."""
+"""MADV_POPULATE_READ of Linux 5.14: map all pages at once instead of one per page fault."""
 
 
 class MappedTensors:
-    """Read-only numpy views by name: pages come in when read and can be evicted again.
+    """Read-only numpy views by name: the system loads pages when they are read, and may evict them.
 
     Args:
         path: a safetensors file.
 
     Raises:
-        BadInput: not such a file.
+        BadInput: not a readable safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,11 +58,11 @@ class MappedTensors:
         return self._views[name]
 
     def pick(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """The tensors among ``names``."""
+        """Those of ``names`` that the file has."""
         return {name: self._views[name] for name in names if name in self._views}
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Bring tensors into memory ahead of their use, where the system can; never needed."""
+        """Load tensors before they are used, where the system can. This saves only time."""
         start = end = 0
         for begin, stop in [*sorted(self._places[name] for name in names), (sys.maxsize, 0)]:
             if begin > end + mmap.PAGESIZE:
@@ -76,5 +76,5 @@ class MappedTensors:
             self._map.madvise(POPULATE_READ, start, end - start)
 
     def release(self) -> None:
-        """Give the pages back to the system; they are read from its cache, or the file, again."""
+        """Give the pages back to the system; a later use loads them again."""
         self._map.madvise(mmap.MADV_DONTNEED)

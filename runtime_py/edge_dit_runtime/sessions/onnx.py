@@ -19,7 +19,7 @@ TARGET = "onnx"
 
 
 def open_session(bundle: Bundle, layout: str) -> GraphSession:
-    """A session over a train step, whole or block by block, and optimizer.onnx.
+    """A session with the train step, whole or block by block, and optimizer.onnx.
 
     Raises:
         BadInput: onnxruntime is not installed, or cannot load a graph.
@@ -39,7 +39,7 @@ def open_session(bundle: Bundle, layout: str) -> GraphSession:
 
 
 def open_sampler(bundle: Bundle, target: str = TARGET) -> Callable[..., np.ndarray]:
-    """The patch sampler, for every target that has it as an ONNX graph."""
+    """The patch sampler of a target that has it as an ONNX graph."""
     program = OnnxProgram(bundle.file(target, SAMPLER), list(SAMPLER_INPUTS), [PATCH])
     return lambda *arguments: program(*arguments)[0]
 

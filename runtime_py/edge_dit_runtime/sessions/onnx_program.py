@@ -1,4 +1,4 @@
-"""ONNX graphs on numpy arrays: to run, and to write a new state in place of the old one."""
+"""Runs ONNX graphs on numpy arrays; `OnnxUpdate` writes a new state over the old one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class OnnxProgram:
     """An ONNX graph on numpy arrays, in the order of the names given.
 
     Args:
-        path: the file.
+        path: the .onnx file.
         inputs: names of the arguments.
         outputs: names of the results.
     """
@@ -27,7 +27,7 @@ class OnnxProgram:
         # Rearranged weights would be a second copy, in memory that cannot be evicted, for 3 % less
         # time (SANA-0.6B, 14 blocks, 256 tokens: 947 against 977 ms, 1.7 against 0.7 GiB).
         options.add_session_config_entry("session.disable_prepacking", "1")
-        # A planned block would lie beside what the arena took for the first step: as much again.
+        # A memory plan would take a block of its own, as large as the arena after the first step.
         options.enable_mem_pattern = False
         self.inputs, self._outputs = inputs, outputs
         try:
@@ -35,7 +35,7 @@ class OnnxProgram:
                 path,
                 options,
                 providers=["CPUExecutionProvider"],
-                # Would keep what is computed twice alive between the two.
+                # It would keep a value that is computed twice in memory in between.
                 disabled_optimizers=["CommonSubexpressionElimination"],
             )
         except Exception as error:  # onnxruntime's errors have no common base but this
@@ -51,23 +51,23 @@ class OnnxProgram:
         return self._session.run(self._outputs, dict(zip(self.inputs, arrays, strict=True)))
 
     def named(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the graph on what it reads of ``arrays``; results by name.
+        """Run the graph on those of ``arrays`` that it reads; results by name.
 
-        They are copies: results in onnxruntime's arena would lie between what the next graph needs.
+        The results are copies: results left in onnxruntime's arena would fragment it.
         """
-        found = self._session.run(self._outputs, {name: arrays[name] for name in self.inputs})
-        return {name: value.copy() for name, value in zip(self._outputs, found, strict=True)}
+        results = self._session.run(self._outputs, {name: arrays[name] for name in self.inputs})
+        return {name: value.copy() for name, value in zip(self._outputs, results, strict=True)}
 
 
 class OnnxUpdate(OnnxProgram):
-    """An ONNX graph of a new state from an old one, which it takes the place of in memory.
+    """An ONNX graph that computes a new state and writes it over the old one in memory.
 
     A result "new.x" is written to the array given for "x". The graph reads all of an array before
     it writes the new one (`edge_dit_export.graph.optimizer.AdamWStep`).
     """
 
     def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        """Run the graph; outputs are those of ``arrays`` that were written to."""
+        """Run the graph; the outputs are those of ``arrays`` that it wrote to."""
         given = dict(zip(self.inputs, arrays, strict=True))
         written = {name: given[name.removeprefix(NEW)] for name in self._outputs}
         binding = self._session.io_binding()

@@ -1,4 +1,4 @@
-"""Importing onnxruntime, and nothing else with it."""
+"""Imports onnxruntime without torch, and sets the options of its sessions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from edge_dit.errors import require
 def onnxruntime(why: str) -> Any:
     """The onnxruntime module.
 
-    The training build imports torch where it finds it, for a front end that is not used here: two
-    seconds and 180 MB (onnxruntime_validation.py, 1.19.2).
+    The training build imports torch if it is installed, for a front end that is not used here. That
+    takes two seconds and 180 MB (onnxruntime_validation.py, 1.19.2), so torch is hidden from it.
 
     Args:
         why: what it is needed for.
@@ -41,11 +41,11 @@ def _without(name: str) -> Iterator[None]:
 
 
 def session_options(module: Any) -> Any:
-    """Options that every session here has: the same bits at every run, one arena for all, and
+    """Options of every session here: the same bits in every run, one arena for all sessions, and
     threads that sleep while they wait.
 
-    A waiting thread of onnxruntime's spins otherwise, and takes the processor from whoever else
-    computes: 64 to 93 ms a step beside one busy process, 30 to 41 without (docs/performance.md).
+    By default a waiting thread spins, and takes the processor from other work: 64 to 93 ms a step
+    beside one busy process, 30 to 41 without spinning (docs/performance.md).
     ``OMP_WAIT_POLICY=ACTIVE`` in the environment asks for spinning, here as in torch.
 
     Args:
@@ -63,22 +63,22 @@ def session_options(module: Any) -> Any:
 
 
 SPARE = 2**20
-"""Bytes that a piece of memory may be larger than what lies in it; onnxruntime's own 128 MiB left
-FLUX.1-dev's wide weights in pieces of twice their size.
+"""Most unused bytes in a chunk of the arena. With onnxruntime's default, 128 MiB, FLUX.1-dev's
+widened weights lay in chunks of twice their size.
 """
 FIRST = 2**26
-"""Bytes of the first piece where pieces double."""
+"""Bytes of the first chunk, if chunks double."""
 _shared: list[Any] = []
 
 
 def share_arena(module: Any, doubling: bool = False) -> None:
-    """Let sessions that ask for it (``session.use_env_allocators``) share one arena of memory. The
-    first call in a process decides how it grows.
+    """Let all sessions with ``session.use_env_allocators`` share one arena of memory. The first
+    call in a process decides how the arena grows.
 
     Args:
         module: onnxruntime.
-        doubling: in pieces of twice the size each time, in which sessions that take turns find room
-            wherever the one before was; what is not touched takes no memory. Else by what is
+        doubling: every chunk is twice as large as the one before. Sessions that take turns then use
+            the same memory, and untouched pages take none. Otherwise the arena grows by what is
             needed, which is less for one large session (SANA-0.6B, 14 blocks: 807 against 842 MB
             fused, but 242 against 236 MB streamed; FLUX.1-dev streamed 1143 against 1076).
     """

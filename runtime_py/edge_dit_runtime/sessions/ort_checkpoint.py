@@ -1,8 +1,8 @@
 """Adapter, moments and step count inside an onnxruntime-training checkpoint file.
 
 The file is a flatbuffer (microsoft/onnxruntime, onnxruntime/core/flatbuffers/schema/
-ort_training_checkpoint.fbs). A value keeps its place and size, so a checkpoint is read, and other
-values written into it, through views of its bytes.
+ort_training_checkpoint.fbs). Every value has a fixed place and size, so views of the file's bytes
+are enough to read a checkpoint and to write other values into it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from edge_dit.contract.names import ADAPTED, MOMENTS
 
 STEP_FIELD = 6
-"""Index entry of OptimizerGroup.step, as in the generated OptimizerGroup.Step()."""
+"""Number of OptimizerGroup.step in the table, as in the generated OptimizerGroup.Step()."""
 
 
 def views(checkpoint: bytearray) -> dict[str, np.ndarray]:
@@ -27,19 +27,19 @@ def views(checkpoint: bytearray) -> dict[str, np.ndarray]:
     """
     root = _schema().GetRootAs(checkpoint, 0)
     module, group = root.ModuleState(), root.OptimizerGroups(0)
-    found: dict[str, np.ndarray] = {}
+    tensors: dict[str, np.ndarray] = {}
     for i in range(module.RequiresGradParamsLength()):
         tensor = module.RequiresGradParams(i)
-        found[ADAPTED + tensor.Name().decode()] = _floats(tensor)
+        tensors[ADAPTED + tensor.Name().decode()] = _floats(tensor)
     for i in range(group.OptimizerStatesLength()):
         state = group.OptimizerStates(i)
         moments = {state.Momentums(j).Name(): state.Momentums(j) for j in range(2)}
         for prefix, moment in zip(MOMENTS, (b"momentum0", b"momentum1"), strict=True):
-            found[prefix + state.ParamName().decode()] = _floats(moments[moment])
+            tensors[prefix + state.ParamName().decode()] = _floats(moments[moment])
     offset = group._tab.Offset(STEP_FIELD)
     if offset:
-        found["step"] = np.frombuffer(checkpoint, np.int64, 1, group._tab.Pos + offset)
-    return found
+        tensors["step"] = np.frombuffer(checkpoint, np.int64, 1, group._tab.Pos + offset)
+    return tensors
 
 
 def _floats(tensor: Any) -> np.ndarray:

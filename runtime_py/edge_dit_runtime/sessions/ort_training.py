@@ -1,7 +1,8 @@
 """Trains a bundle's onnxruntime-training artifacts; numpy and onnxruntime only.
 
 ``onnxruntime.training.api`` is a thin layer over ``onnxruntime.capi``, but importing it imports
-torch and onnx; the layer below it is used instead. 1.19.2 is the last release, so it stays put.
+torch and onnx. The layer below is used instead; it will not change, because 1.19.2 is the last
+release.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TARGET = "ort-training"
 
 
 def open_session(bundle: Bundle, layout: str) -> OrtTrainingSession:
-    """A session over the artifacts; there is one layout.
+    """A session with the artifacts; there is one layout.
 
     Raises:
         BadInput: onnxruntime-training is not installed, or cannot load them.
@@ -50,9 +51,9 @@ def open_sampler(bundle: Bundle) -> Callable[..., np.ndarray]:
 class OrtTrainingSession:
     """A `Session` over the artifacts in ort-training/.
 
-    Adapter, gradients, moments and step count live in onnxruntime's own state. The interface shows
-    no moments, but its checkpoint file holds them: `state_dict` reads one, `load_state_dict` writes
-    one.
+    Adapter, gradients, moments and step count live in onnxruntime's own state. Its interface shows
+    no moments, but its checkpoint file holds them: `state_dict` reads such a file, and
+    `load_state_dict` writes one.
 
     Args:
         bundle: opened.
@@ -80,7 +81,7 @@ class OrtTrainingSession:
         self.load_adapter(bundle.adapter())
 
     def _open(self, checkpoint: Path) -> None:
-        """Start from a checkpoint file, and from the moments and step in it if there are any."""
+        """Load a checkpoint file, with the moments and step count in it if there are any."""
         self._close()
         options = session_options(self._ort)
         cpu = self._c.OrtDevice(self._c.OrtDevice.cpu(), self._c.OrtDevice.default_memory(), 0)
@@ -93,8 +94,8 @@ class OrtTrainingSession:
         )
 
     def _close(self) -> None:
-        """Let go of the optimiser and the module before the state they point into, or they write to
-        freed memory.
+        """Release optimizer and module before the state that they point into: otherwise they write
+        to freed memory.
         """
         self._optimizer = None
         self._module = None
@@ -103,12 +104,12 @@ class OrtTrainingSession:
     __del__ = _close
 
     def backward(self, draw: Mapping[str, np.ndarray]) -> float:
-        """See `Session.backward`."""
+        """Loss of one draw; keeps its gradients."""
         arrays = [np.ascontiguousarray(draw[name], np.float32) for name in self._batch]
         inputs, outputs = self._c.OrtValueVector(), self._c.OrtValueVector()
         for array in [*arrays, *self._frozen]:  # borrowed, not copied
             inputs.push_back(self._value(array))
-        self._module.lazy_reset_grad()  # or they would add up
+        self._module.lazy_reset_grad()  # or gradients would add up
         self._module.train_step_with_ort_values(inputs, outputs)
         return float(outputs[0].numpy())
 
@@ -116,43 +117,43 @@ class OrtTrainingSession:
         return self._ort.OrtValue.ortvalue_from_numpy(array)._ortvalue
 
     def update(self) -> None:
-        """See `Session.update`."""
+        """One AdamW step with the gradients of the last `backward`."""
         self._optimizer.set_learning_rate(self.lr)
         self._optimizer.optimizer_step()
 
     def step(self, draw: Mapping[str, np.ndarray]) -> float:
-        """See `Session.step`."""
+        """`backward`, then `update`; the loss before the update."""
         loss = self.backward(draw)
         self.update()
         return loss
 
     def gradients(self) -> Tensors:
-        """See `Session.gradients`."""
+        """Copies of the last gradients by LoRA name, float32, before clipping."""
         return {name: self._parameter(name).grad.numpy().copy() for name in self._shapes}
 
     def _parameter(self, name: str) -> Any:
         return self._state.get_parameter(name)
 
     def adapter(self) -> Tensors:
-        """See `Session.adapter`."""
+        """Copies of the LoRA tensors by name, float32."""
         return {name: self._parameter(name).data.numpy().copy() for name in self._shapes}
 
     def load_adapter(self, adapter: Mapping[str, np.ndarray]) -> None:
-        """See `Session.load_adapter`."""
+        """Replace the LoRA tensors; moments and step count stay."""
         for name, value in take(adapter, self._shapes).items():
             self._state.copy_parameter_from(name, self._value(value))
 
     def state_dict(self) -> Tensors:
-        """See `Session.state_dict`."""
+        """Copies of adapter and moments, float32, and "step", int64 [1]."""
         saved = views(self._checkpoint())
         step = saved.pop("step", np.zeros(1, np.int64)).copy()
         shapes = self._state_shapes()
         return {**{name: saved[name].reshape(shapes[name]).copy() for name in shapes}, "step": step}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """See `Session.load_state_dict`."""
+        """Restore adapter, moments and step count from a `state_dict`."""
         values, step = take(state, self._state_shapes()), take_step(state)
-        # An update of any kind gives the checkpoint a place for the step count.
+        # After any update the checkpoint has a place for the step count.
         self.step({name: np.zeros(shape, np.float32) for name, shape in self._batch.items()})
         checkpoint = self._checkpoint()
         places = views(checkpoint)
@@ -169,7 +170,7 @@ class OrtTrainingSession:
         return {kind + name: shape for kind in kinds for name, shape in self._shapes.items()}
 
     def _checkpoint(self) -> bytearray:
-        """A checkpoint file of the present state, moments included, as onnxruntime writes it."""
+        """The bytes of onnxruntime's checkpoint of the current state, with its moments."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / CHECKPOINT
             self._c.save_checkpoint(self._state, str(path), True)

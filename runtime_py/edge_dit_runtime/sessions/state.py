@@ -1,4 +1,4 @@
-"""Names and checks of a session's state, shared by the sessions."""
+"""Checks of draws, adapters and states, shared by the sessions."""
 
 from __future__ import annotations
 
@@ -63,7 +63,11 @@ def take(
 
 
 def take_step(state: Mapping[str, np.ndarray]) -> int:
-    """Updates done, of a `Session.state_dict`."""
+    """Number of updates done, from a `Session.state_dict`.
+
+    Raises:
+        BadInput: there is no such number.
+    """
     if STEP not in state or state[STEP].size != 1:
         raise BadInput(STEP, found="not one number", expected="a session's state", remedy=REMEDY)
     return int(state[STEP].reshape(-1)[0])

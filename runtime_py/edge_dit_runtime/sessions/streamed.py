@@ -1,7 +1,8 @@
 """Trains a bundle's plain ONNX step block by block; numpy and onnxruntime only.
 
-Frozen weights are views of the memory-mapped file, given back to the system after each block: what
-stays in memory are the states at the blocks' borders, one block's activations, adapter and moments.
+Frozen weights are views of the memory-mapped file, and their pages are given back to the system
+after each block. Memory holds the states between blocks, one block's activations, the adapter and
+its moments.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from edge_dit_runtime.sessions.trainer import Tensors
 
 
 class StreamedStep:
-    """Batch and LoRA tensors -> loss and gradients, one block after the other.
+    """Computes loss and gradients from batch and LoRA tensors, one block after the other.
 
     Args:
         manifest: of the bundle.
         facts: the graphs and the blocks.
-        frozen: file of the frozen weights; the graphs lie beside it.
+        frozen: file of the frozen weights; the graphs are in the same folder.
     """
 
     def __init__(self, manifest: Manifest, facts: StreamedFacts, frozen: Path) -> None:
@@ -52,14 +53,16 @@ class StreamedStep:
         loss, given = result[LOSS], {GRAD + ENTRY: result[NEW + GRAD + ENTRY]}
         gradients: Tensors = {}
         for block in reversed(self._blocks):
-            found = self._run(block, "backward", {**named, **borders.pop(), **given})
+            results = self._run(block, "backward", {**named, **borders.pop(), **given})
             given = {
                 name.removeprefix(NEW): value
-                for name, value in found.items()
+                for name, value in results.items()
                 if name.startswith(NEW)
             }
             gradients |= {
-                block.lora[n.removeprefix(GRAD)]: v for n, v in found.items() if n.startswith(GRAD)
+                block.lora[n.removeprefix(GRAD)]: v
+                for n, v in results.items()
+                if n.startswith(GRAD)
             }
         return [loss, *(gradients[name] for name in self._lora)]
 
@@ -70,6 +73,6 @@ class StreamedStep:
         weights = {local: self._frozen[key] for local, key in block.weights.items()}
         lora = {local: named[name] for local, name in block.lora.items()}
         program = self._programs[block_file(block.kind, direction)]
-        found = program.named({**named, **weights, **lora})
+        results = program.named({**named, **weights, **lora})
         self._frozen.release()
-        return found
+        return results

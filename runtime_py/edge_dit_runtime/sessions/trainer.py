@@ -1,4 +1,4 @@
-"""What a loaded bundle can do, whatever its target."""
+"""The protocols of a loaded bundle, the same for every target."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ Tensors = dict[str, np.ndarray]
 
 
 class Trainer(Protocol):
-    """A train step with its adapter; what parity compares.
+    """A train step and its adapter. PyTorch's reference has it too, so that verify can compare.
 
     Tensors are float32 numpy arrays; LoRA tensors go by their diffusers names, as in
     adapter.safetensors.
     """
 
     def backward(self, draw: Mapping[str, np.ndarray]) -> float:
-        """Loss of one draw; keeps its gradients. ``draw`` holds the batch tensors of the manifest
-        by name. Does not change the adapter.
+        """Loss of one draw; keeps its gradients, and does not change the adapter.
+
+        Args:
+            draw: the batch tensors of the manifest by name, float32.
         """
         ...
 
@@ -45,13 +47,13 @@ class Trainer(Protocol):
 
 
 class Session(Trainer, Protocol):
-    """A loaded bundle: a trainer whose learning rate can be set, and whose state can be kept."""
+    """A loaded bundle: a trainer with a learning rate, and a state that can be saved."""
 
     lr: float
-    """Learning rate of the updates to come; at first the manifest's."""
+    """Learning rate of the next updates; at first the manifest's."""
 
     def state_dict(self) -> Tensors:
-        """Everything a resumed run needs to go on bit for bit: "adapter.<name>", "exp_avg.<name>",
+        """Everything a resumed run needs to give the same bits: "adapter.<name>", "exp_avg.<name>",
         "exp_avg_sq.<name>" and "step" (int64, [1]: updates done).
         """
         ...
