@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from edge_dit.contract.adapter import with_random_b
@@ -310,9 +311,12 @@ def table(certificate: Certificate) -> Table:
         title=f"compared with {certificate.reference}, {certificate.steps} steps",
         caption=caption,
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,  # fits a terminal of 80 columns
     )
-    for heading in ("target", *KINDS, "draws", "left out", "verdict"):
-        shown.add_column(heading)
+    shown.add_column("target", min_width=11)
+    for heading in (*KINDS, "draws", "left out", "verdict"):
+        shown.add_column(heading, no_wrap=heading != "left out")
     for title, result in certificate.targets.items():
         worst = result.worst
         cells = [f"{worst[kind].relative:.1e}" if kind in worst else "-" for kind in KINDS]
