@@ -314,7 +314,7 @@ def table(certificate: Certificate) -> Table:
         box=box.SIMPLE_HEAD,
         padding=0,  # fits a terminal of 80 columns
     )
-    shown.add_column("target", min_width=11)
+    shown.add_column("target", min_width=12)
     for heading in (*KINDS, "draws", "left out", "verdict"):
         shown.add_column(heading, no_wrap=heading != "left out")
     for title, result in certificate.targets.items():
