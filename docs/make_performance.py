@@ -14,7 +14,7 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 DOCUMENT = DOCS / "performance.md"
 RESULTS = DOCS / "results"
-"""Folder of what `edge-dit bench` measured, one JSON file for each run."""
+"""Folder of raw JSON: bench-*.json of `edge-dit bench`, quickstart.json, busy.json."""
 (MEASURED,) = ROOT.glob("edge_dit/*/measured.json")
 
 INTRODUCTION = """# Performance
@@ -53,11 +53,64 @@ def render(results: Path = RESULTS) -> str:
         results: folder of the benchmarks' JSON files.
     """
     parts = [INTRODUCTION, "## Step time and memory\n"]
-    files = sorted(results.glob("*.json"))
+    files = sorted(results.glob("bench-*.json"))
     parts += [_bench(file) for file in files]
     if not files:
         parts.append("No benchmark's raw JSON is in the repository yet.\n")
+    more = [(results / "quickstart.json", _quickstart), (results / "busy.json", _busy)]
+    parts += [section(file) for file, section in more if file.is_file()]
     return "\n".join([*parts, _predictions(), ABLATIONS])
+
+
+def _quickstart(file: Path) -> str:
+    """One run of `edge-dit quickstart --compare`."""
+    found = json.loads(file.read_text())
+    losses = found["losses"]
+    base, best = losses["before"], losses["full LoRA"]
+    cells = [[n, f"{v:.4f}", f"{(base - v) / (base - best):.0%}"] for n, v in losses.items()]
+    lines = [
+        "## What the quickstart learns",
+        "",
+        f"`samples/tiny-sana`, {found['steps']} steps, one run. Full LoRA trains all blocks on "
+        "whole pictures in PyTorch, as many steps.",
+        "",
+        *_table(["", found["measured"], "of full LoRA's improvement"], cells),
+        "",
+        f"Raw JSON: `docs/results/{file.name}`. Re-make: `edge-dit quickstart --compare --out out`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _busy(file: Path) -> str:
+    """One run of tests/benchmarks/busy.py."""
+    found = json.loads(file.read_text())
+    median = found["median"]
+    settings = list(median["precompute"])
+    cells = [
+        [stage, *(_seconds(by[name], found["longest"]) for name in settings)]
+        for stage, by in median.items()
+    ]
+    lines = [
+        "## Beside other work",
+        "",
+        f"Seconds of `precompute` ({found['size']} draws) and `train` ({found['size']} steps) of "
+        f"`samples/sana.toml` beside {found['busy']} processes that compute without end, on two "
+        "cores; medians of interleaved runs. ACTIVE is how torch and onnxruntime wait by "
+        "themselves: their threads spin.",
+        "",
+        *_table(["", *settings], cells),
+        "",
+        f"Raw JSON: `docs/results/{file.name}`. Re-make: "
+        f"`python tests/benchmarks/busy.py WORK -o docs/results/{file.name}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _seconds(value: float, longest: float) -> str:
+    """A time; one that was cut off says so."""
+    return f"over {longest:.0f}" if value >= longest else f"{value:.0f}"
 
 
 def _bench(file: Path) -> str:

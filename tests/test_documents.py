@@ -167,11 +167,11 @@ def test_a_benchmark_becomes_a_table_with_its_raw_file_and_command(tmp_path):
     case = {"config": "flux.1-dev", "trained": [4, 5], "tokens": 256, "text": 512}
     case |= {"rank": 16, "steps": 5, "full_lora": False}
     found = {"case": case, "machine": {"processor": "Xeon"}, "rows": [row]}
-    (tmp_path / "flux.json").write_text(json.dumps(found))
+    (tmp_path / "bench-flux.json").write_text(json.dumps(found))
     text = runpy.run_path(str(ROOT / "docs" / "make_performance.py"))["render"](tmp_path)
     assert "| onnx:streamed:int8 | 1,500 | 1.50 | - | 220 | 120 | 290 | 15 | 4.0e-05 |" in text
     assert "Machine: processor Xeon." in text
-    assert "docs/results/flux.json" in text
+    assert "docs/results/bench-flux.json" in text
     assert "--trained 4+5 --tokens 256 --text 512 --rank 16 --steps 5 --no-full-lora" in text
     assert "No benchmark" not in text
 
