@@ -302,7 +302,7 @@ def test_two_makers_of_one_folder(tmp_path):
 
 def test_half_a_bank(world):
     banks.shard_path(world / "bank", 1).unlink()
-    with pytest.raises(BadInput, match=r"(?s)incomplete: 1 of 3 files.*shard-00001.*goes on"):
+    with pytest.raises(BadInput, match=r"(?s)incomplete: 1 of 3 files.*shard-00001.*continues"):
         run(world)
     assert not (world / "run").exists()
 
