@@ -10,7 +10,6 @@ from typing import Any
 from edge_dit.app import api
 from edge_dit.app.run import Road, Say, begin, export_and_verify, train
 from edge_dit.contract.adapter import PEFT_ONLY, write_adapter_folder
-from edge_dit.contract.targets import variant_of
 from edge_dit.errors import BadInput
 from edge_dit.models.model import Model
 from edge_dit.models.pipeline import load_pipeline
@@ -86,7 +85,8 @@ def quickstart(
     road = begin(job_path, out, None, say)
     targets = [target] if target else road.plan.targets if compare else road.plan.targets[:1]
     api.precompute(road.plan, road.pictures, road.bank)
-    export_and_verify(road, [variant_of(name).target for name in targets], say)
+    for name in targets:
+        export_and_verify(road, name, say)
     arms: dict[str, Path | None] = {BEFORE: None}
     arms |= {name: train(road, name) for name in targets}
     judged = _judged(road)

@@ -57,10 +57,11 @@ class Road:
         """Folder of the bank."""
         return self.out / "bank"
 
-    @property
-    def bundle(self) -> Path:
-        """Folder of the bundle."""
-        return self.out / "bundle"
+    def bundle(self, target: str) -> Path:
+        """Folder of a target's bundle. A bundle of its own, for a run belongs to one bundle: a
+        target that is added later must not change that of a run which is there.
+        """
+        return self.out / self._name("bundle", variant_of(target).target)
 
     def run(self, target: str) -> Path:
         """Folder of a target's training run: "run", or "run-<target>" if it is not the first."""
@@ -93,7 +94,7 @@ def run(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
     road = begin(job_path, out, target, say)
     target = target or road.plan.targets[0]
     api.precompute(road.plan, road.pictures, road.bank)
-    export_and_verify(road, [variant_of(target).target], say)
+    export_and_verify(road, target, say)
     lora = train(road, target)
     say(f"the adapter: {lora}")
     say(f"load it: {loading_hint(lora, (lora / PEFT_CONFIG).is_file())}")
@@ -164,22 +165,23 @@ def _flat(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def export_and_verify(road: Road, targets: list[str], say: Say) -> None:
-    """Export the bundle and verify it, unless that is done already.
+def export_and_verify(road: Road, target: str, say: Say) -> None:
+    """Export the bundle of a target and verify it, unless that is done already.
 
     Raises:
-        CheckFailed: a target does not compute what PyTorch computes.
+        CheckFailed: the target does not compute what PyTorch computes.
     """
+    folder, name = road.bundle(target), variant_of(target).target
     bundle = None
-    if (road.bundle / MANIFEST).is_file():
-        bundle = open_bundle(road.bundle)
+    if (folder / MANIFEST).is_file():
+        bundle = open_bundle(folder)
         same = bundle.manifest.plan == road.plan.model_dump(mode="json")
-        bundle = bundle if same and set(targets) <= set(bundle.manifest.targets) else None
-    bundle = bundle or api.export(road.plan, road.bundle, targets)
+        bundle = bundle if same and list(bundle.manifest.targets) == [name] else None
+    bundle = bundle or api.export(road.plan, folder, [name])
     certificate = read_certificate(bundle)
-    titles = {bundle.titled(t, layout) for t in targets for layout in bundle.layouts(t)}
+    titles = {bundle.titled(name, layout) for layout in bundle.layouts(name)}
     if certificate is None or not titles <= set(certificate.targets) or not certificate.passed:
-        certificate = api.verify(road.bundle, road.bank)
+        certificate = api.verify(folder, road.bank)
     say(table(certificate))
     if not certificate.passed:
         raise CheckFailed(why_failed(certificate))
@@ -195,7 +197,8 @@ def train(road: Road, target: str) -> Path:
     from edge_dit_runtime.run_folder import RUN
 
     run = road.run(target)
-    done = er.train(road.bundle, road.bank, run, target=target, resume=(run / RUN).is_file())
+    bundle, resume = road.bundle(target), (run / RUN).is_file()
+    done = er.train(bundle, road.bank, run, target=target, resume=resume)
     if done.done < done.steps:
         raise KeyboardInterrupt  # training stops at the first Ctrl-C, and so do the stages after it
     lora = road.lora(target)

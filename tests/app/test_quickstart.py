@@ -11,13 +11,16 @@ from edge_dit.app.quickstart import loss_table, quickstart
 @pytest.mark.slow
 def test_quickstart_leaves_everything_and_can_be_repeated(road, tmp_path):
     out = tmp_path / "out"
-    for _ in range(2):
-        quickstart(road.job, out, "onnx", print, compare=True)
+    alone = quickstart(road.job, out, "onnx", print)
+    assert set(alone["losses"]) == {"before", "onnx"}
+    for _ in range(2):  # adding to what is there, and again
+        quickstart(road.job, out, None, print, compare=True)
     assert json.loads((out / "bundle" / "parity.json").read_text())["passed"]
     for name in ("before.png", "after.png", "full-lora.png"):
         with Image.open(out / name) as sheet:
             assert sheet.width > 0
     assert (out / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert (out / "lora-executorch" / "pytorch_lora_weights.safetensors").is_file()
     losses = json.loads((out / "losses.json").read_text())["losses"]
     assert losses["onnx"] != losses["before"]
     # There is no folder of held-out images beside this job's.
