@@ -1,5 +1,6 @@
 """The promises of README and docs/bundle.md that can be run."""
 
+import json
 import os
 import re
 import shutil
@@ -40,6 +41,13 @@ def test_the_api_document_walks_the_same_road():
     called = re.findall(r"\b(e[dr]\.\w+)\(", whole)
     (readme,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert called == re.findall(r"\b(e[dr]\.\w+)\(", readme)
+
+
+def test_its_losses_are_those_of_the_stored_run():
+    losses = json.loads((ROOT / "docs" / "results" / "quickstart.json").read_text())["losses"]
+    words = " ".join(README.split())
+    assert f"held-out loss {losses['before']:.4f} before, {losses['onnx']:.4f} after" in words
+    assert f"{losses['full LoRA']:.4f} for LoRA on all blocks" in words
 
 
 def test_it_is_short():
