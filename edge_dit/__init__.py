@@ -52,9 +52,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Otherwise waiting threads spin, in torch and in this package's child processes, and a step takes
-# many times as long on a machine that does anything else (docs/performance.md). It must be set
-# before torch is imported; the user's own setting stays.
+# Otherwise waiting threads spin, in torch and in this package's child processes, and take the
+# processor from other work (docs/performance.md, "Beside other work"). It must be set before torch
+# is imported. A value that the user set stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOME = {

@@ -44,8 +44,8 @@ def session_options(module: Any) -> Any:
     """Options of every session here: the same bits in every run, one arena for all sessions, and
     threads that sleep while they wait.
 
-    By default a waiting thread spins, and takes the processor from other work: 64 to 93 ms a step
-    beside one busy process, 30 to 41 without spinning (docs/performance.md).
+    By default a waiting thread spins, and takes the processor from other work (docs/performance.md,
+    "Beside other work").
     ``OMP_WAIT_POLICY=ACTIVE`` in the environment asks for spinning, here as in torch.
 
     Args:
