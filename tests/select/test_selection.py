@@ -171,7 +171,7 @@ def test_any_value_anywhere_is_refused_or_whole(tmp_path_factory, key, value, dr
     if drop:
         del raw[key]
     path = tmp_path_factory.mktemp("fuzz") / NAME
-    path.write_text(json.dumps(raw))
+    write_document(path, raw)  # with the digest that makes it one of ours
     try:
         found = read_selection(path)
     except BadInput:

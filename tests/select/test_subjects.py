@@ -14,6 +14,7 @@ from edge_dit.planning.make import make_plan
 from edge_dit.reference.evaluate import encode_whole
 from edge_dit.reference.full_lora import train_full_lora
 from edge_dit.select.subjects import Subject, TunedSubjects, read_subject, read_subjects
+from edge_dit.store.documents import write_document
 
 
 @pytest.fixture
@@ -138,6 +139,9 @@ def test_numbers_that_are_not_whole_are_measured_again(plan, toy, tmp_path_facto
     assert numbers() == numbers() == [[0.1, 0.2], [0.3, 0.4]]
     before = len(calls)
     (path,) = work.glob("pair-*.json")
-    path.write_text(json.dumps(content))
+    if isinstance(content, dict):
+        write_document(path, content)
+    else:
+        path.write_text(json.dumps(content))
     assert numbers() == numbers() == [[0.1, 0.2], [0.3, 0.4]]
     assert len(calls) == before + 1
