@@ -183,7 +183,7 @@ def plan(
     from edge_dit.planning.plan import write_plan
     from edge_dit.planning.split import SplitRequest
 
-    limits = budget(ram, flash, step_time)
+    limits = planner.read_limits(ram, flash, step_time)
     device = read_profile(profile) if profile else None
     read, asked = read_job(job), SplitRequest(skip_ratio, head_skip, tail_skip)
     planned = planner.plan_job(read, asked, limits=limits, targets=target or [], profile=device)
@@ -220,11 +220,12 @@ def cost(
     as_json: Json = False,
 ) -> None:
     """What a public checkpoint would take, or the best that fits a budget; no weights needed."""
+    from edge_dit.app.planner import read_limits
     from edge_dit.app.public_plan import PublicRequest, best_within, cost_of
     from edge_dit.budget.footprint import read_profile
     from edge_dit.planning.split import SplitRequest
 
-    limits = budget(ram, flash, step_time)
+    limits = read_limits(ram, flash, step_time)
     split = SplitRequest(skip_ratio, head_skip, tail_skip)
     request = PublicRequest(config, split, patch, rank, target or [])
     if limits is None:
@@ -255,27 +256,6 @@ def select(
 
     path = measure(read_job(job), method, subjects, embedding)
     report(as_json, {"selection": str(path)}, f"{path}: plans of this model follow it now")
-
-
-def budget(ram: str | None, flash: str | None, step_time: str | None) -> Any:
-    """The limits that options give, or None."""
-    from edge_dit.budget.limits import Limits
-    from edge_dit.planning.job import bytes_of
-    from edge_dit.text import seconds_of
-
-    asked = {
-        "ram": ("--ram", ram, bytes_of),
-        "flash": ("--flash", flash, bytes_of),
-        "seconds": ("--step-time", step_time, seconds_of),
-    }
-    limits = {}
-    for name, (option, text, read) in asked.items():
-        if text is not None:
-            try:
-                limits[name] = read(text)
-            except ValueError as error:
-                raise BadInput(option, found=repr(text), expected=str(error)) from None
-    return Limits(**limits) if limits else None
 
 
 @app.command()

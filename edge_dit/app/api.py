@@ -6,21 +6,18 @@ Every function takes paths as text or `Path`. docs/api.md walks from a job to an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_dit.budget.limits import Limits
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.targets import check_targets
 from edge_dit.errors import require
-from edge_dit.planning.job import Job, bytes_of
+from edge_dit.planning.job import Job
 from edge_dit.planning.job import read_job as _read_job
 from edge_dit.planning.plan import Plan
 from edge_dit.planning.split import SplitRequest
 from edge_dit.progress import warn
 from edge_dit.store.files import StrPath
-from edge_dit.text import seconds_of
 
 if TYPE_CHECKING:
     from edge_dit.contract.bundle import Bundle
@@ -65,8 +62,8 @@ def plan(
         targets: to choose from, or their layouts ("onnx:streamed"); default the job's.
 
     Raises:
-        BadInput: faults of job, model and pictures, together; or nothing fits the budget.
-        ValueError: a size or time that cannot be read.
+        BadInput: faults of job, model and pictures, together; a size or time that is
+            none; or nothing fits the budget.
 
     Example:
         >>> plan = ed.plan(job)
@@ -75,15 +72,9 @@ def plan(
         >>> ed.plan(job, ram="1GiB", targets=["onnx"]).targets
         ['onnx']
     """
-    from edge_dit.app.planner import plan_job
+    from edge_dit.app.planner import plan_job, read_limits
 
-    limits = None
-    if ram or flash or step_time:
-        limits = Limits(
-            bytes_of(ram) if ram else inf,
-            bytes_of(flash) if flash else inf,
-            seconds_of(step_time) if step_time else inf,
-        )
+    limits = read_limits(ram, flash, step_time)
     request = SplitRequest(skip_ratio=skip_ratio)
     return plan_job(job, request, limits=limits, targets=targets).plan
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from edge_dit.budget.limits import NO_LIMITS, Limits
 from edge_dit.errors import BadInput
 from edge_dit.pictures.images import read_folder
-from edge_dit.planning.job import Job
+from edge_dit.planning.job import Job, bytes_of
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import Selection, cache_file, find_selection, write_selection
 from edge_dit.planning.split import RATIO_PLACE, SplitRequest, choose_split
-from edge_dit.text import size
+from edge_dit.text import seconds_of, size
 
 if TYPE_CHECKING:
     from edge_dit.budget.footprint import Footprint, Profile
@@ -105,6 +105,32 @@ def plan_job(
     selection, source = find_selection(plan.model, plan.model_hash)
     footprints = _footprints(plan, profile, variants_of(targets or plan.targets))
     return Planned(plan, selection, source, None, None, footprints)
+
+
+def read_limits(ram: str | None, flash: str | None, step_time: str | None) -> Limits | None:
+    """A budget in words as limits; None where nothing is limited.
+
+    Args:
+        ram: "3GiB".
+        flash: "2GiB".
+        step_time: "5s".
+
+    Raises:
+        BadInput: one that is no size or time.
+    """
+    asked = {
+        "ram": ("ram (--ram)", ram, bytes_of),
+        "flash": ("flash (--flash)", flash, bytes_of),
+        "seconds": ("step_time (--step-time)", step_time, seconds_of),
+    }
+    limits: dict[str, float] = {}
+    for name, (where, words, read) in asked.items():
+        if words is not None:
+            try:
+                limits[name] = read(words)
+            except ValueError as error:
+                raise BadInput(where, found=repr(words), expected=str(error)) from None
+    return Limits(**limits) if limits else None
 
 
 def limits_of(job: Job) -> Limits | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_dit.app import api
-from edge_dit.app.run import Road, Say, begin, export_and_verify, train
+from edge_dit.app.run import Road, Say, begin, export_and_verify, exported_as, train
 from edge_dit.contract.adapter import PEFT_ONLY, write_adapter_folder
 from edge_dit.errors import BadInput
 from edge_dit.models.model import Model
@@ -84,6 +84,8 @@ def quickstart(
     started = time.monotonic()
     road = begin(job_path, out, None, say)
     targets = [target] if target else road.plan.targets if compare else road.plan.targets[:1]
+    for name in targets:
+        exported_as(road.plan, name)
     api.precompute(road.plan, road.pictures, road.bank)
     for name in targets:
         export_and_verify(road, name, say)

@@ -24,7 +24,7 @@ from edge_dit.app.verify import table, why_failed
 from edge_dit.contract.adapter import DIFFUSERS_FILE, PEFT_CONFIG, loading_hint
 from edge_dit.contract.bundle import MANIFEST, open_bundle
 from edge_dit.contract.certificate import read_certificate
-from edge_dit.contract.targets import variant_of
+from edge_dit.contract.targets import RECOMPUTE, STREAMED, TARGETS, WIDE, variant_of
 from edge_dit.errors import BadInput, CheckFailed
 from edge_dit.pictures.images import Captioned
 from edge_dit.planning.job import Job, read_job
@@ -126,6 +126,7 @@ def begin(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
         planned = plan_job(job, targets=[target] if target else [])
         plan = planned.plan
         if target:
+            exported_as(plan, target)
             plan = plan.model_copy(update={"targets": [variant_of(target).target]})
         for line in planned.in_words():
             say(line)
@@ -138,6 +139,34 @@ def begin(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
     for line in plan_in_words(plan):
         say(line)
     return Road(out, job, plan, api.read_pictures(job, plan))
+
+
+def exported_as(plan: Plan, target: str) -> str:
+    """A target and layout as training takes them, "onnx" or "onnx:streamed".
+
+    Args:
+        plan: it decides how frozen matrices are stored, and whether there is a recomputing layout.
+        target: "onnx", "onnx:streamed" or "onnx:streamed:int8".
+
+    Raises:
+        BadInput: unknown, or not what an export of the plan will hold; before any work is done.
+    """
+    variant = variant_of(target)
+    name, *given = target.split(":")
+    stored = plan.weights if plan.weights in TARGETS[name].layouts.get(STREAMED, ()) else WIDE
+    wrong = (
+        (len(given) > 1 and variant.dtype != stored)
+        or (bool(given) and stored not in TARGETS[name].layouts[variant.layout])
+        or (variant.layout == RECOMPUTE and not plan.recompute)
+    )
+    if wrong:
+        raise BadInput(
+            "--target",
+            found=f"{target}, which this job does not export",
+            expected=f"a layout for [export] weights = {stored!r}, recompute = {plan.recompute}",
+            remedy="set weights or recompute in the job's [export], or name another --target",
+        )
+    return ":".join([name, *given[:1]])
 
 
 def _check_same(stored: Path, asked: dict[str, Any]) -> None:
@@ -198,7 +227,8 @@ def train(road: Road, target: str) -> Path:
 
     run = road.run(target)
     bundle, resume = road.bundle(target), (run / RUN).is_file()
-    done = er.train(bundle, road.bank, run, target=target, resume=resume)
+    name = exported_as(road.plan, target)
+    done = er.train(bundle, road.bank, run, target=name, resume=resume)
     if done.done < done.steps:
         raise KeyboardInterrupt  # training stops at the first Ctrl-C, and so do the stages after it
     lora = road.lora(target)

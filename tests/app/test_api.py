@@ -59,6 +59,13 @@ def test_every_name_is_there(package):
         package.fly  # noqa: B018
 
 
+def test_a_budget_that_is_none_is_bad_input(workplace):
+    job = ed.read_job(workplace / "job.toml")
+    for words in ({"ram": "lots"}, {"flash": ""}, {"step_time": "5"}):
+        with pytest.raises(ed.BadInput, match=next(iter(words))):
+            ed.plan(job, **words)
+
+
 def test_importing_needs_nothing():
     """Neither torch nor onnx, nor what a stage brings; the budget of 0.3 s is for `bench`."""
     code = "import sys, edge_dit, edge_dit_runtime; print(*sys.modules)"

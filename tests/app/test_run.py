@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import edge_dit_runtime as er
-from edge_dit.app.run import run
+from edge_dit.app.run import exported_as, run
 from edge_dit.errors import BadInput, CheckFailed
 
 
@@ -106,3 +106,23 @@ def test_a_bundle_that_does_not_match_stops_before_training(walked, place, tmp_p
     with pytest.raises(CheckFailed, match="not what was exported"):
         run(place / "job.toml", out, "onnx", lambda _: None)
     assert not (out / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "target", ["onnx:recompute", "onnx:streamed:int8", "onnx:streamed:float16"]
+)
+def test_a_target_that_the_job_does_not_export_is_refused_before_any_work(place, tmp_path, target):
+    with pytest.raises(BadInput, match="does not export"):
+        run(place / "job.toml", tmp_path / "out", target, lambda _: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_as_an_export_has_them(walked):
+    plan = walked[0].plan
+    small = plan.model_copy(update={"weights": "int8", "recompute": True})
+    assert exported_as(plan, "onnx") == "onnx"
+    assert exported_as(plan, "onnx:streamed:float32") == "onnx:streamed"
+    assert exported_as(small, "onnx:streamed:int8") == "onnx:streamed"
+    assert exported_as(small, "executorch") == "executorch"
+    with pytest.raises(BadInput, match="int8"):
+        exported_as(small, "onnx:recompute")
