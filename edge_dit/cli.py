@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from edge_dit import __version__
 from edge_dit.errors import BadInput, CheckFailed
+from edge_dit.text import printable
 
 app = typer.Typer(
     name="edge-dit",
@@ -75,14 +77,15 @@ def report(as_json: bool, facts: dict[str, Any], *lines: str) -> None:
         print(json.dumps(facts))
         return
     for line in lines:
-        out.print(line, markup=False)
+        out.print(printable(line), markup=False)
 
 
 def sayer(as_json: bool) -> Any:
     """Prints a line or a table; beside JSON on standard error."""
 
     def say(what: Any) -> None:
-        (err if as_json else out).print(what, markup=False)
+        shown = printable(what) if isinstance(what, str) else what
+        (err if as_json else out).print(shown, markup=False)
 
     return say
 
@@ -268,9 +271,10 @@ def precompute(
     """Store the entry state and tail residual of every draw. Goes on where it stopped."""
     from edge_dit.app import api
     from edge_dit.app.describe import bank_in_words
-    from edge_dit.planning.plan import read_plan
+    from edge_dit.planning.make import plan_of
 
-    read, made = api.read_job(job), read_plan(plan_file)
+    read = api.read_job(job)
+    made = plan_of(read, plan_file)
     index = api.precompute(made, api.read_pictures(read, made), output).index
     facts = {"draws": len(index.draws), "images": len(index.images), "prompts": index.prompts}
     report(as_json, facts, *bank_in_words(output))
@@ -287,10 +291,9 @@ def export(
     """Write the trainable sub-graph and the patch sampler for every target."""
     from edge_dit.app import api
     from edge_dit.app.describe import bundle_in_words
-    from edge_dit.planning.plan import read_plan
+    from edge_dit.planning.make import plan_of
 
-    api.read_job(job)
-    bundle = api.export(read_plan(plan_file), output, target)
+    bundle = api.export(plan_of(api.read_job(job), plan_file), output, target)
     manifest = bundle.manifest
     facts = {"targets": manifest.targets, "bytes": sum(file.bytes for file in manifest.files)}
     report(as_json, facts, *bundle_in_words(bundle))
@@ -302,6 +305,10 @@ def verify(
     bank: BankFolder,
     steps: Annotated[int, typer.Option(min=1, help="Length of the training trajectory.")] = 20,
     target: Targets = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the bundle's model; default where it was last planned for."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare every target with PyTorch; exit code 1 when one fails."""
@@ -313,7 +320,7 @@ def verify(
     check_targets(target)
     for name in target or []:
         open_bundle(bundle).facts(name)
-    certificate = api.verify(bundle, bank, steps=steps, targets=target)
+    certificate = api.verify(bundle, bank, steps=steps, targets=target, model=model)
     if as_json:
         print(json.dumps(certificate.as_json()))
     else:
@@ -449,13 +456,16 @@ def main() -> None:
     """Run the command line; exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    for stream in (sys.stdout, sys.stderr):  # a console of another encoding ends no run
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(args=arguments, prog_name="edge-dit", standalone_mode=False)
         sys.exit(code or 0)
     except (BadInput, CheckFailed, OSError) as error:
         if debug:
             traceback.print_exc()
-        err.print(f"edge-dit: {error}", style="red", markup=False)
+        err.print(printable(f"edge-dit: {error}"), style="red", markup=False)
         sys.exit(1 if isinstance(error, CheckFailed) else 2)
     except UsageError as error:
         if answer := moved(error):

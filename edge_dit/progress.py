@@ -16,12 +16,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from edge_dit.text import printable
+
 console = Console(stderr=True)
 
 
 def warn(text: str) -> None:
     """Print a warning on standard error."""
-    console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        printable(f"warning: {text}"), style="yellow", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 class Advance(Protocol):
@@ -45,7 +49,7 @@ def bar(title: str, total: int, done: int = 0) -> Iterator[Advance]:
             notes[0] = note or notes[0]
 
         yield count
-        console.print(f"{title}: {total} done {notes[0]}".rstrip(), highlight=False)
+        console.print(printable(f"{title}: {total} done {notes[0]}").rstrip(), highlight=False)
         return
     columns = (
         TextColumn("{task.description}"),

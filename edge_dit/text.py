@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Sequence
 
 BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SECONDS = {"s": 1.0, "ms": 0.001}
+
+
+def utf8(data: bytes) -> str:
+    """Text of a file, without a byte order mark and with plain line ends.
+
+    Raises:
+        ValueError: not UTF-8; it says what the file looks like.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:400]:
+        raise ValueError("not text in UTF-8, but in UTF-16, or no text at all")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"not text in UTF-8: byte 0x{data[error.start]:02x} in line {line}"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def printable(text: str) -> str:
+    r"""``text`` with everything that is not for reading escaped: control characters, which could
+    move the cursor or change colours, and parts of file names that are no text.
+
+    Example:
+        >>> printable("a\x1b[2Jb")
+        'a\\x1b[2Jb'
+    """
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def seconds_of(text: object) -> float:

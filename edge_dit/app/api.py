@@ -148,7 +148,12 @@ def export(plan: Plan, folder: StrPath, targets: Sequence[str] | None = None) ->
 
 
 def verify(
-    bundle: StrPath, bank: StrPath, *, steps: int = 20, targets: Sequence[str] | None = None
+    bundle: StrPath,
+    bank: StrPath,
+    *,
+    steps: int = 20,
+    targets: Sequence[str] | None = None,
+    model: StrPath | None = None,
 ) -> Certificate:
     """Compare every target of a bundle with PyTorch; the certificate is written into the bundle.
 
@@ -157,9 +162,12 @@ def verify(
         bank: its bank.
         steps: length of the training trajectory that is compared.
         targets: some of the bundle's; default all.
+        model: folder of the model the bundle was made from; default where it was last planned for
+            on this machine. Its hash must be the bundle's.
 
     Raises:
-        BadInput: bundle and bank do not fit, the model is gone, or torch is missing.
+        BadInput: bundle and bank do not fit, the model is not known or another one, or torch is
+            missing.
         CheckFailed: too few draws can be compared.
 
     Example:
@@ -169,4 +177,4 @@ def verify(
     """
     from edge_dit.app.verify import verify
 
-    return verify(Path(bundle), Path(bank), steps, targets)
+    return verify(Path(bundle), Path(bank), steps, targets, Path(model) if model else None)

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors.numpy import load_file, save_file
 
-from edge_dit.app.bench_model import Case
+from edge_dit.app.bench_model import MODEL, Case
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.adapter import with_random_b
 from edge_dit.contract.bundle import open_bundle
@@ -276,7 +276,8 @@ def _median_ms(step: Callable[[], Any], steps: int) -> float:
 
 
 def _read_plan(work: Path) -> Plan:
-    return Plan.model_validate_json(plan_file(work).read_text())
+    plan = Plan.model_validate_json(plan_file(work).read_text("utf-8"))
+    return plan.model_copy(update={"model": (work / MODEL).resolve()})
 
 
 def _eager_session(work: Path, dtype: str) -> tuple[Any, dict[str, Any]]:

@@ -17,6 +17,8 @@ from edge_dit.models.public_configs import PublicConfig, public_config
 from edge_dit.planning.plan import SCHEMA, Plan
 from edge_dit.store.files import write_atomic, write_json
 
+MODEL = "model"
+"""Folder of the model within the work folder."""
 MARKER = ".edge-dit-bench"
 """File that marks a work folder of the bench: such a folder may be emptied."""
 VECTOR_STD, MATRIX_STD = 0.1, 0.02
@@ -67,7 +69,7 @@ def random_model(case: Case, work: Path) -> Plan:
     side = round(case.tokens**0.5)
     if side * side != case.tokens:
         raise BadInput("--tokens", found=str(case.tokens), expected="a square number")
-    model = work / "model"
+    model = work / MODEL
     made_of = {
         "sizes": {name: value for name, value in asdict(case).items() if name in SIZES},
         "versions": package_versions(),
@@ -83,6 +85,7 @@ def random_model(case: Case, work: Path) -> Plan:
         schema_version=SCHEMA,
         family=public.family,
         model=model.resolve(),
+        model_name=case.config,
         model_hash="random",
         layers=sum(case.trained),
         head_skip=0,

@@ -61,7 +61,7 @@ def plan_in_words(plan: Plan) -> list[str]:
     """A plan as lines for people."""
     rows, columns = plan.grid
     return [
-        f"{plan.family}, {plan.layers} blocks ({plan.model})",
+        f"{plan.family}, {plan.layers} blocks ({plan.model_name})",
         f"  train blocks {in_runs(plan.trained)}; skip {plan.head_skip} before, "
         f"{plan.tail_skip} after",
         f"  patches {plan.s_min} px ({rows * columns} tokens), cut {plan.s_min}..{plan.s_max} px",

@@ -102,7 +102,7 @@ def plan_job(
     if limits is not None:
         return _plan_within(job, asked, limits, targets, profile)
     plan = make_plan(job, asked)
-    selection, source = find_selection(plan.model, plan.model_hash)
+    selection, source = _selection_of(plan)
     footprints = _footprints(plan, profile, variants_of(targets or plan.targets))
     return Planned(plan, selection, source, None, None, footprints)
 
@@ -141,13 +141,17 @@ def limits_of(job: Job) -> Limits | None:
     return Limits(asked.ram or inf, asked.flash or inf, asked.step_time or inf)
 
 
+def _selection_of(plan: Plan) -> tuple[Selection | None, str]:
+    return find_selection(model_of(plan, check=False).folder, plan.model_hash)
+
+
 def _plan_within(
     job: Job, asked: SplitRequest, limits: Limits, targets: Sequence[str], profile: Profile
 ) -> Planned:
     from edge_dit.budget.search import bounds_of, plan_within, variants_of
 
     whole = make_plan(job, SplitRequest(skip_ratio=0.0))
-    selection, source = find_selection(whole.model, whole.model_hash)
+    selection, source = _selection_of(whole)
     head = job.plan.head_skip if asked.head_skip is None else asked.head_skip
     tail = job.plan.tail_skip if asked.tail_skip is None else asked.tail_skip
     kept = SplitRequest(head_skip=head or 0, tail_skip=tail or 0)
@@ -195,7 +199,7 @@ def report_on(job: Job, planned: Planned, path: Path) -> None:
     ]
     machine, measured = read_measured()
     page = report.Page(
-        model=plan.model.name,
+        model=plan.model_name,
         plan=plan,
         expected=expected,
         budget=planned.limits or NO_LIMITS,

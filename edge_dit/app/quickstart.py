@@ -116,7 +116,8 @@ def _judged(road: Road) -> Judged:
     if beside.is_dir():
         pictures = read_folder(beside, road.job.data.prompt, road.plan.s_max)
         measured = "held-out loss"
-    return Judged(model_of(road.plan), load_pipeline(road.plan.model), pictures, measured)
+    model = model_of(road.plan)
+    return Judged(model, load_pipeline(model.folder), pictures, measured)
 
 
 def _full_lora(road: Road, judged: Judged) -> Path:
@@ -128,7 +129,7 @@ def _full_lora(road: Road, judged: Judged) -> Path:
     if not folder.is_dir():
         encoded = encode_whole(plan, judged.model, judged.pipeline, road.pictures)
         tensors = train_full_lora(plan, judged.model, judged.pipeline, encoded, plan.steps)
-        base, peft_only = str(plan.model), plan.family in PEFT_ONLY
+        base, peft_only = plan.model_name, plan.family in PEFT_ONLY
         write_adapter_folder(folder, tensors, plan.rank, plan.alpha, base, peft_only)
     return folder
 

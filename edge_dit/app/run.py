@@ -1,6 +1,6 @@
 """Runs all stages of a job, from a person's own pictures to an adapter.
 
-    OUT/job.json    the job as it was when the run began
+    OUT/job.json    the job's keys as they were when the run began
     OUT/plan.json   which blocks train, and at which sizes
     OUT/bank        what the frozen blocks contribute to each draw
     OUT/bundle      the exported sub-graph, and its certificate
@@ -28,7 +28,8 @@ from edge_dit.contract.targets import RECOMPUTE, STREAMED, TARGETS, WIDE, varian
 from edge_dit.errors import BadInput, CheckFailed
 from edge_dit.pictures.images import Captioned
 from edge_dit.planning.job import Job, read_job
-from edge_dit.planning.plan import Plan, read_plan, write_plan
+from edge_dit.planning.make import changes, plan_of
+from edge_dit.planning.plan import Plan, write_plan
 from edge_dit.store.documents import read_document, write_document
 from edge_dit.store.files import cannot_write
 
@@ -109,7 +110,7 @@ def begin(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
             changed.
     """
     job = read_job(job_path)
-    asked = {**job.model_dump(mode="json"), "command": {"target": target or ""}}
+    asked = {**job.asked(), "command.target": target or ""}
     stored = out / "job.json"
     if stored.is_file():
         _check_same(stored, asked)
@@ -121,7 +122,7 @@ def begin(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
             remedy="choose another -o",
         )
     if (out / "plan.json").is_file() and stored.is_file():
-        plan = read_plan(out / "plan.json")
+        plan = plan_of(job, out / "plan.json")
     else:
         planned = plan_job(job, targets=[target] if target else [])
         plan = planned.plan
@@ -172,12 +173,7 @@ def exported_as(plan: Plan, target: str) -> str:
 def _check_same(stored: Path, asked: dict[str, Any]) -> None:
     """Raise `BadInput` where the job is not the one that the folder was made for."""
     before = read_document(stored, "the folder of a run", "choose another -o")
-    old, new = _flat(before), _flat(asked)
-    changed = [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    changed = [f"{key}: {old} -> {new}" for key, old, new in changes(before, asked)]
     if changed:
         raise BadInput(
             stored.parent,
@@ -185,13 +181,6 @@ def _check_same(stored: Path, asked: dict[str, Any]) -> None:
             expected="the job that it was started with",
             remedy="choose another -o, or undo the change",
         )
-
-
-def _flat(job: dict[str, Any]) -> dict[str, Any]:
-    """Every key of a job as "section.key"."""
-    return {
-        f"{section}.{key}": value for section, keys in job.items() for key, value in keys.items()
-    }
 
 
 def export_and_verify(road: Road, target: str, say: Say) -> None:
@@ -204,7 +193,7 @@ def export_and_verify(road: Road, target: str, say: Say) -> None:
     bundle = None
     if (folder / MANIFEST).is_file():
         bundle = open_bundle(folder)
-        same = bundle.manifest.plan == road.plan.model_dump(mode="json")
+        same = bundle.manifest.plan == road.plan.shared()
         bundle = bundle if same and list(bundle.manifest.targets) == [name] else None
     bundle = bundle or api.export(road.plan, folder, [name])
     certificate = read_certificate(bundle)

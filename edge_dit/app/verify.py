@@ -79,7 +79,11 @@ class Reference:
 
 
 def verify(
-    bundle: Path, bank: Path, steps: int = 20, targets: Sequence[str] | None = None
+    bundle: Path,
+    bank: Path,
+    steps: int = 20,
+    targets: Sequence[str] | None = None,
+    model: Path | None = None,
 ) -> Certificate:
     """Compare every target of a bundle with PyTorch and write the certificate into it.
 
@@ -90,6 +94,7 @@ def verify(
         bank: its bank.
         steps: length of the training trajectory.
         targets: some of the bundle's targets; default all.
+        model: its model's folder; default where it was last planned for on this machine.
 
     Raises:
         BadInput: bundle and bank do not fit, the model is gone, or torch is missing.
@@ -112,7 +117,7 @@ def verify(
     references: dict[str, Reference] = {}
     results: dict[str, TargetResult] = {}
     with bar("verify", len(pairs) + 1) as advance:
-        plan = Plan.model_validate(opened.manifest.plan)
+        plan = Plan.model_validate({**opened.manifest.plan, "model": model})
         subgraph, _ = adapted_subgraph(plan, model_of(plan))
         advance(note="model")
         for target, layout in pairs:

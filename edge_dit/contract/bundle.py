@@ -54,7 +54,7 @@ class Manifest(BaseModel):
 
     Attributes:
         family: DiT family ("sana").
-        plan: the plan it was exported for, as stored in plan.json.
+        plan: the plan it was exported for (`edge_dit.planning.plan.Plan.shared`).
         plan_hash: identifies plan and model weights; the bank has the same one (see
             `edge_dit.planning.plan.Plan.identity`).
         tensors: every input and output of the graphs, in argument order.

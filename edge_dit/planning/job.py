@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from pydantic import (
 from edge_dit.contract.bundle import TARGETS
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.store.documents import read_whole
-from edge_dit.text import seconds_of
+from edge_dit.text import seconds_of, utf8
 
 SIZE = re.compile(r"\s*\d{1,12}(\.\d{1,12})?\s*[kmgt]i?b\s*", re.IGNORECASE | re.ASCII)
 """A size with its unit. `ByteSize` alone also takes "3" for three bytes and "3Gbit" for bits, and
@@ -44,6 +45,12 @@ def bytes_of(text: object) -> ByteSize:
 Positive = Annotated[int, Field(ge=1)]
 Size = Annotated[ByteSize, BeforeValidator(bytes_of)]
 Seconds = Annotated[float, BeforeValidator(seconds_of)]
+BACKSLASH = re.compile(r"=\s*\"[^\"\n]*\\")
+"""A value in double quotes with a backslash in it."""
+WINDOWS_PATHS = (
+    r"a backslash in double quotes begins an escape: put a Windows path in single quotes, "
+    r"'C:\pictures', or write it with /"
+)
 DOTS = 1000
 """Dots in a job file at most: tomllib keeps every prefix of a dotted key, so that a key of 20,000
 parts, 40 KB, took 1.6 GB and 10 s.
@@ -181,6 +188,17 @@ class Job(_Section):
     train: Train
     export: Export = Export()
 
+    def asked(self) -> dict[str, Any]:
+        """Every key as "section.key", for JSON. Without the paths: what lies there is known by its
+        content, and may be moved.
+        """
+        sections = self.model_dump(mode="json", exclude={"model": {"path"}, "data": {"images"}})
+        return {
+            f"{section}.{key}": value
+            for section, keys in sections.items()
+            for key, value in keys.items()
+        }
+
 
 REMEDIES = {
     "extra_forbidden": "remove it, or correct its spelling",
@@ -194,13 +212,7 @@ def read_job(path: Path) -> Job:
     Raises:
         BadInput: unreadable, not TOML, or (as `ManyFaults`) every fault with its line.
     """
-    try:
-        text = read_whole(path).decode("utf-8")
-    except (OSError, ValueError) as error:
-        found = "no such file" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
-        raise BadInput(
-            path, found=found, expected="a job file (TOML)", remedy="see samples/sana.toml"
-        ) from None
+    text = _text(path)
     if (dots := text.count(".")) > DOTS:
         raise BadInput(
             path,
@@ -208,12 +220,7 @@ def read_job(path: Path) -> Job:
             expected=f"a job file (TOML), with at most {DOTS}",
             remedy="see samples/sana.toml; captions go into .txt files beside the images",
         )
-    try:
-        raw = tomllib.loads(text)
-    except ValueError as error:  # tomllib's own, or a number of thousands of digits
-        raise BadInput(path, found=f"not valid TOML: {error}") from None
-    except RecursionError:
-        raise BadInput(path, found="nested too deep", expected="a job file (TOML)") from None
+    raw = _parsed(path, text)
     faults: list[BadInput] = []
     job = None
     try:
@@ -225,6 +232,35 @@ def read_job(path: Path) -> Job:
         raise faults[0] if len(faults) == 1 else ManyFaults(path, faults)
     assert job is not None
     return _resolve(job, path.parent)
+
+
+def _text(path: Path) -> str:
+    """The text of a job file, without the mark that some editors put before it."""
+    try:
+        data = read_whole(path)
+    except (OSError, ValueError) as error:
+        found = "no such file" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
+        raise BadInput(
+            path, found=found, expected="a job file (TOML)", remedy="see samples/sana.toml"
+        ) from None
+    try:
+        return utf8(data)
+    except ValueError as error:
+        raise BadInput(
+            path, found=str(error), expected="a job file (TOML)", remedy="save it as UTF-8"
+        ) from None
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:  # tomllib's own, or a number of thousands of digits
+        remedy = WINDOWS_PATHS if BACKSLASH.search(text) else ""
+        if re.search("[\u2018\u2019\u201c\u201d]", text):
+            remedy = "replace typographic quotes by straight ones"
+        raise BadInput(path, found=f"not valid TOML: {error}", remedy=remedy) from None
+    except RecursionError:
+        raise BadInput(path, found="nested too deep", expected="a job file (TOML)") from None
 
 
 def _fault(path: Path, text: str, detail: Any) -> BadInput:
@@ -315,8 +351,8 @@ def _relations(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
 def _resolve(job: Job, base: Path) -> Job:
     return job.model_copy(
         update={
-            "model": Model(path=(base / job.model.path).resolve()),
-            "data": Data(images=(base / job.data.images).resolve(), prompt=job.data.prompt),
+            "model": job.model.model_copy(update={"path": _from(base, job.model.path)}),
+            "data": job.data.model_copy(update={"images": _from(base, job.data.images)}),
         }
     )
 
@@ -330,21 +366,29 @@ def _paths(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
     ):
         value = raw.get(section)
         value = value.get(key) if isinstance(value, dict) else None
-        if isinstance(value, str) and not _is_folder(path.parent / value):
+        if isinstance(value, str) and not _is_folder(path.parent, value):
+            odd = "\\" in value or not value.isprintable()  # "C:\new" has a line end in it
             faults.append(
                 BadInput(
                     _place(path, text, [section, key]),
-                    found=f"{section}.{key}: no folder {(path.parent / value).absolute()}",
+                    found=f"{section}.{key}: no folder {path.parent.absolute() / value}",
                     expected=what,
-                    remedy="paths are relative to the job file",
+                    remedy=WINDOWS_PATHS if odd else "paths are relative to the job file",
                 )
             )
     return faults
 
 
-def _is_folder(path: Path) -> bool:
+def _is_folder(base: Path, path: str) -> bool:
     """Whether a folder is there; a name that no folder can have is none."""
     try:
-        return path.is_dir()
+        return bool(path.strip()) and _from(base, Path(path)).is_dir()
     except (OSError, ValueError):
         return False
+
+
+def _from(base: Path, path: Path) -> Path:
+    """A path of the job from the job's folder; ``~`` is the user's folder."""
+    with suppress(RuntimeError):  # a user of that name is not known: it may be a folder's name
+        path = path.expanduser()
+    return (base / path).resolve()

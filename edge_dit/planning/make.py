@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from edge_dit.contract.adamw import AdamW
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.model import Model, open_model
+from edge_dit.models.whereabouts import remember
 from edge_dit.pictures.images import captions, image_files
 from edge_dit.planning.job import Job
-from edge_dit.planning.plan import Plan
+from edge_dit.planning.plan import Plan, read_plan
 from edge_dit.planning.selection import find_selection
 from edge_dit.planning.split import Split, SplitRequest, choose_split, requested, size_faults
 
@@ -40,9 +43,11 @@ def make_plan(job: Job, request: SplitRequest | None = None) -> Plan:
     prompts = captions(image_files(job.data.images), job.data.prompt)
     if faults:
         raise faults[0] if len(faults) == 1 else ManyFaults("job", faults)
+    remember(model.folder, model.hash)
     return Plan(
         family=model.family.name,
         model=model.folder,
+        model_name=model.folder.name,
         model_hash=model.hash,
         layers=model.layers,
         head_skip=split.head_skip,
@@ -63,7 +68,42 @@ def make_plan(job: Job, request: SplitRequest | None = None) -> Plan:
         weights=job.export.weights,
         recompute=job.export.recompute,
         bank_dtype=job.train.bank,
+        asked=job.asked(),
     )
+
+
+def plan_of(job: Job, path: Path) -> Plan:
+    """Read a plan for a later stage of its job. The model lies where the job says now.
+
+    Args:
+        job: that was planned.
+        path: of plan.json.
+
+    Raises:
+        BadInput: not a plan; or the job was changed since, with every key that was.
+    """
+    plan = read_plan(path)
+    if changed := changes(plan.asked, job.asked()):
+        raise BadInput(
+            path,
+            found="the plan of another job, or of this one before it was changed: "
+            + "; ".join(f"{key}: the plan says {old}, the job {new}" for key, old, new in changed),
+            expected="the job as it was planned",
+            remedy="plan again: edge-dit plan JOB -o plan.json; or undo the change",
+        )
+    remember(job.model.path, plan.model_hash)
+    return plan.model_copy(update={"model": job.model.path})
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Keys of a job that differ, with both values as text; a key that is absent is "nothing"."""
+
+    def shown(keys: Mapping[str, Any], key: str) -> str:
+        return "nothing" if keys.get(key) is None else repr(keys[key])
+
+    both = sorted(before.keys() | now.keys())
+    pairs = [(key, shown(before, key), shown(now, key)) for key in both]
+    return [(key, old, new) for key, old, new in pairs if old != new]
 
 
 def lora_faults(model: Model, split: Split, asked: list[str] | None) -> list[BadInput]:

@@ -15,6 +15,7 @@ from edge_dit.contract.bank import Dtype as BankDtype
 from edge_dit.contract.targets import WIDE, Dtype
 from edge_dit.errors import BadInput
 from edge_dit.models.model import Model, open_model
+from edge_dit.models.whereabouts import known_folder
 from edge_dit.pictures.crop import CropRule
 from edge_dit.store.documents import parse_json, read_whole
 from edge_dit.store.files import write_atomic
@@ -29,7 +30,9 @@ class Plan(BaseModel):
 
     Attributes:
         family: name of the model's family ("sana").
-        model: the diffusers folder.
+        model: the diffusers folder on this machine, if it is known; it is not written to files,
+            which people share.
+        model_name: bare name of that folder, or the hub id it came from.
         model_hash: `edge_dit.models.model.Model.hash` of that folder.
         layers: transformer blocks of the model.
         head_skip: number of leading blocks that are not trained (n).
@@ -51,12 +54,14 @@ class Plan(BaseModel):
         layout: that training uses by default; empty for the target's first one.
         weights: dtype of frozen matrices in the onnx target (`edge_dit.planning.job.Export`).
         recompute: whether the onnx target also gets the recomputing layout.
+        asked: the job's keys, see `edge_dit.planning.job.Job.asked`; empty if there was no job.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     schema_version: int = SCHEMA
     family: str
-    model: Path
+    model: Annotated[Path | None, Field(exclude=True)] = None
+    model_name: str
     model_hash: str
     layers: Positive
     head_skip: Natural
@@ -78,6 +83,7 @@ class Plan(BaseModel):
     weights: Dtype = WIDE
     recompute: bool = False
     bank_dtype: BankDtype = "float32"
+    asked: dict[str, Any] = {}
 
     @property
     def trained(self) -> list[int]:
@@ -95,6 +101,10 @@ class Plan(BaseModel):
         side = self.s_min // self.multiple
         return side, side
 
+    def shared(self) -> dict[str, Any]:
+        """What a bundle says of its plan: all but the job's own words, such as its prompt."""
+        return self.model_dump(mode="json", exclude={"asked"})
+
     def identity(self) -> str:
         """SHA-256, hexadecimal, of everything that a bank and a bundle must share to fit together.
 
@@ -104,7 +114,8 @@ class Plan(BaseModel):
         shared = self.model_dump(
             mode="json",
             exclude={
-                "model",
+                "model_name",
+                "asked",
                 "rank",
                 "alpha",
                 "lora_targets",
@@ -169,17 +180,21 @@ def write_plan(plan: Plan, path: Path) -> None:
 def model_of(plan: Plan, check: bool = True) -> Model:
     """Open the model of a plan (imports torch).
 
+    It lies where the plan says or, if that was read from a file, where a model of the same hash was
+    last planned for on this machine.
+
     Args:
-        plan: that names the model's folder.
+        plan: of the model.
         check: compare the model's weights with those the plan was made for; reads all of them.
 
     Raises:
-        BadInput: the folder is gone, or its weights are not those the plan was made for.
+        BadInput: the folder is not known or gone, or its weights are not those the plan was made
+            for.
     """
-    model = open_model(plan.model)
+    model = open_model(plan.model or known_folder(plan.model_name, plan.model_hash))
     if check and model.hash != plan.model_hash:
         raise BadInput(
-            plan.model,
+            model.folder,
             found="other weights than the plan was made for",
             expected=f"weights with hash {plan.model_hash[:12]}",
             remedy="plan again: edge-dit plan JOB -o plan.json",

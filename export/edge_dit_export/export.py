@@ -78,7 +78,7 @@ def _manifest(
     packages = ["edge-dit", *(tool for name in targets for tool in TARGETS[name].tools)]
     return Manifest(
         family=plan.family,
-        plan=plan.model_dump(mode="json"),
+        plan=plan.shared(),
         plan_hash=plan.identity(),
         tensors=[
             *_specs(source.batch, "batch"),

@@ -60,14 +60,14 @@ class Run:
     """What a run trains, and how far it is; in run.json and in the metadata of its state.
 
     Attributes:
-        bundle: path of the bundle trained.
-        bank: path of its bank.
+        bundle: name of the folder of the bundle trained.
+        bank: name of the folder of its bank.
         target: the target it trains.
         layout: the target's layout ("fused").
         manifest_sha256: of the bundle's manifest, which tells the bundle from any other.
         bank_sha256: `edge_dit.contract.bank.Bank.identity`.
         family: the base model's family.
-        base_model: the diffusers folder the adapter is for.
+        base_model: name or hub id of the model the adapter is for.
         rank, alpha: of the adapter.
         steps: steps asked for.
         done: steps done when last saved.

@@ -45,7 +45,7 @@ Count = Annotated[int, Field(ge=0)]
 class _Planned(BaseModel):
     """The part of the manifest's plan that training needs."""
 
-    model: str
+    model_name: str
     rank: Count
     alpha: float
     steps: Count
@@ -169,14 +169,14 @@ def _target_and_layout(
 def _new_run(bundle: Bundle, bank: Bank, plan: _Planned, target: str, layout: str) -> Run:
     """A new run of the plan's steps."""
     return Run(
-        bundle=str(bundle.folder.resolve()),
-        bank=str(bank.folder.resolve()),
+        bundle=bundle.folder.resolve().name,
+        bank=bank.folder.resolve().name,
         target=target,
         layout=layout,
         manifest_sha256=bundle.manifest_sha256,
         bank_sha256=bank.identity,
         family=bundle.manifest.family,
-        base_model=plan.model,
+        base_model=plan.model_name,
         rank=plan.rank,
         alpha=plan.alpha,
         steps=plan.steps,

@@ -223,7 +223,7 @@ def stored(through: Through, running: list[int], residuals: bool) -> dict[str, T
 
 def selection_of(plan: Plan, drawn: bool = False) -> Selection | None:
     """What the model's selection.json measured, or the paper's selector, if there is one."""
-    file = SELECTIONS / f"{plan.model.name}.json" if drawn else plan.model / NAME
+    file = SELECTIONS / f"{plan.model_name}.json" if drawn else plan.model / NAME
     return read_selection(file) if file.is_file() else None
 
 
