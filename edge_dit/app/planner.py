@@ -20,6 +20,7 @@ from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import Selection, cache_file, find_selection, write_selection
 from edge_dit.planning.split import RATIO_PLACE, SplitRequest, choose_split
+from edge_dit.store.files import cache_folder
 from edge_dit.text import seconds_of, size
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def report_on(job: Job, planned: Planned, path: Path) -> None:
         plan=plan,
         expected=expected,
         budget=planned.limits or NO_LIMITS,
-        reasons=[line.strip() for line in planned.in_words()],
+        reasons=[_without_folders(line.strip(), plan) for line in planned.in_words()],
         selection=planned.selection,
         memory=report.memory_by_role(plan, planned.selection),
         measured=measured,
@@ -211,6 +212,12 @@ def report_on(job: Job, planned: Planned, path: Path) -> None:
         samples=report.sample_patches(plan, images),
     )
     report.write_report(path, page)
+
+
+def _without_folders(line: str, plan: Plan) -> str:
+    """A line for a page that is passed on: it names no folder of this machine."""
+    model = model_of(plan, check=False).folder
+    return line.replace(str(model), plan.model_name).replace(str(cache_folder()), "CACHE")
 
 
 def select(
