@@ -200,6 +200,7 @@ def plan(
         "cost": {k: vars(v) for k, v in columns.items()},
         "footprints": {k: vars(v) for k, v in planned.footprints.items()},
         "reasons": planned.in_words(),
+        "warnings": planned.doubts,
     }
     written = f"written to {output}" + (f" and {page}" if page else "")
     report(as_json, facts, *plan_in_words(made), *table(columns), *planned.in_words(), written)

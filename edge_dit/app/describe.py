@@ -84,9 +84,11 @@ def bank_in_words(folder: Path) -> list[str]:
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     present = sum(banks.shard_path(folder, s).is_file() for s in range(index.shards))
     state = "complete" if present == index.shards else f"{present} of {index.shards} shards"
+    drawn = len({draw.image for draw in index.draws})
+    unseen = f" ({drawn} of them drawn)" if drawn < len(index.images) else ""
     return [
         f"bank of {len(index.draws)} draws, {state}, {size / 2**20:.1f} MiB",
-        f"  {len(index.images)} images, {len(index.prompts)} prompts",
+        f"  {len(index.images)} images{unseen}, {len(index.prompts)} prompts",
         f"  plan {index.plan_hash[:12]}",
     ]
 

@@ -7,19 +7,21 @@ matter), `edge_dit.budget.footprint` (what training takes) and `edge_dit.budget.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_dit.budget.limits import NO_LIMITS, Limits
 from edge_dit.errors import BadInput
-from edge_dit.pictures.images import read_folder
+from edge_dit.pictures.images import image_files, read_folder
+from edge_dit.planning.doubts import doubts
 from edge_dit.planning.job import Job, bytes_of
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import Selection, cache_file, find_selection, write_selection
 from edge_dit.planning.split import RATIO_PLACE, SplitRequest, choose_split
+from edge_dit.progress import warn
 from edge_dit.store.files import cache_folder
 from edge_dit.text import seconds_of, size
 
@@ -40,6 +42,7 @@ class Planned:
         limits: that budget.
         footprints: what training is expected to take, by `TargetVariant` in words; with a budget
             only that of the chosen variant.
+        doubts: see `edge_dit.planning.doubts`; `plan_job` has printed them as warnings.
     """
 
     plan: Plan
@@ -48,6 +51,7 @@ class Planned:
     choice: Choice | None
     limits: Limits | None
     footprints: dict[str, Footprint]
+    doubts: list[str]
 
     def in_words(self) -> list[str]:
         """Selection, choice and footprints as lines for people."""
@@ -101,11 +105,16 @@ def plan_job(
         )
     profile = profile or calibrated()
     if limits is not None:
-        return _plan_within(job, asked, limits, targets, profile)
-    plan = make_plan(job, asked)
-    selection, source = _selection_of(plan)
-    footprints = _footprints(plan, profile, variants_of(targets or plan.targets))
-    return Planned(plan, selection, source, None, None, footprints)
+        planned = _plan_within(job, asked, limits, targets, profile)
+    else:
+        plan = make_plan(job, asked)
+        selection, source = _selection_of(plan)
+        footprints = _footprints(plan, profile, variants_of(targets or plan.targets))
+        planned = Planned(plan, selection, source, None, None, footprints, [])
+    found = doubts(job.train, [path.name for path in image_files(job.data.images)])
+    for doubt in found:
+        warn(doubt)
+    return replace(planned, doubts=found)
 
 
 def read_limits(ram: str | None, flash: str | None, step_time: str | None) -> Limits | None:
@@ -162,7 +171,7 @@ def _plan_within(
     bounds = bounds_of(whole, head, tail)
     plan, choice = plan_within(whole, bounds, limits, profile, variants, selection)
     footprints = {str(choice.best.option.variant): choice.best.footprint}
-    return Planned(plan, selection, source, choice, limits, footprints)
+    return Planned(plan, selection, source, choice, limits, footprints, [])
 
 
 def _footprints(plan: Plan, profile: Profile, variants: Sequence[Any]) -> dict[str, Footprint]:
