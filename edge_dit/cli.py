@@ -366,21 +366,33 @@ def train(
 def adapter(
     run: Annotated[Path, typer.Argument(help="Run folder, made by edge-dit train.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the LoRA goes.")],
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="diffusers, peft, comfyui or kohya; default the pipeline's."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write the trained LoRA as a folder for pipe.load_lora_weights, with a PEFT copy in peft/; for
-    a pipeline that has no load_lora_weights as a PEFT folder.
+    a pipeline that has no load_lora_weights as a PEFT folder; or in the format of another reader.
     """
     import edge_dit_runtime as er
-    from edge_dit.contract.adapter import PEFT_ONLY, loading_hint
+    from edge_dit.contract.adapter import loading_hint
+    from edge_dit.contract.adapter_formats import format_of
     from edge_dit_runtime.run_folder import RunFolder
 
-    path = er.save_lora(run, output)
+    path = er.save_lora(run, output, form)
     tensors, read = RunFolder(run).adapter()
-    hint = loading_hint(output, read.family in PEFT_ONLY)
-    facts = {"path": str(path), "tensors": len(tensors), "steps": read.done, "load": hint}
+    chosen = format_of(read.family, form)
+    hint = loading_hint(output, chosen)
+    facts = {
+        "path": str(path),
+        "format": chosen.name,
+        "tensors": len(tensors),
+        "steps": read.done,
+        "load": hint,
+    }
     unfinished = "" if read.done == read.steps else f" (unfinished: {read.done} of {read.steps})"
-    words = f"{output}: {len(tensors)} LoRA tensors{unfinished}"
+    words = f"{output}: {len(tensors)} LoRA tensors as {chosen.name}{unfinished}"
     report(as_json, facts, words, f"load it: {hint}")
 
 

@@ -7,13 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_dit.contract import bank as banks
-from edge_dit.contract.adapter import (
-    DIFFUSERS_FILE,
-    PEFT_CONFIG,
-    PEFT_FILE,
-    read_adapter,
-    read_peft,
-)
+from edge_dit.contract.adapter import PEFT_CONFIG, LoraFile, read_lora, read_peft
+from edge_dit.contract.adapter_formats import FILES
 from edge_dit.contract.bundle import ADAPTER, MANIFEST, Bundle, open_bundle
 from edge_dit.errors import BadInput
 from edge_dit.planning.plan import Plan, read_plan
@@ -29,7 +24,7 @@ def look(path: Path) -> tuple[dict[str, Any], list[str]]:
         plan = read_plan(path)
         return plan.model_dump(mode="json"), plan_in_words(plan)
     if path.suffix == ".safetensors" and path.is_file():
-        return _adapter(path)
+        return _adapter_in_words(read_lora(path))
     if (path / MANIFEST).is_file():
         bundle = open_bundle(path)
         return bundle.manifest.model_dump(mode="json"), bundle_in_words(bundle)
@@ -46,10 +41,11 @@ def look(path: Path) -> tuple[dict[str, Any], list[str]]:
             f"  bank   {run.bank}",
             f"  LoRA rank {run.rank}, alpha {run.alpha:g}, for {run.base_model}",
         ]
-    if (path / DIFFUSERS_FILE).is_file():
-        return _adapter(path / DIFFUSERS_FILE)
-    if (path / PEFT_CONFIG).is_file() and (path / PEFT_FILE).is_file():
-        return _adapter_in_words(*read_peft(path))
+    if (path / PEFT_CONFIG).is_file():
+        return _adapter_in_words(read_peft(path))
+    for file in FILES:
+        if (path / file).is_file():
+            return _adapter_in_words(read_lora(path / file))
     raise BadInput(
         path,
         found="nothing edge-dit knows" if path.exists() else "no such file or folder",
@@ -107,18 +103,17 @@ def bundle_in_words(bundle: Bundle) -> list[str]:
     return lines
 
 
-def _adapter(path: Path) -> tuple[dict[str, Any], list[str]]:
-    return _adapter_in_words(*read_adapter(path))
-
-
-def _adapter_in_words(
-    tensors: dict[str, Any], rank: int, alpha: float
-) -> tuple[dict[str, Any], list[str]]:
+def _adapter_in_words(lora: LoraFile) -> tuple[dict[str, Any], list[str]]:
     facts = {
-        "rank": rank,
-        "alpha": alpha,
-        "tensors": {name: list(value.shape) for name, value in tensors.items()},
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "format": lora.format,
+        "tensors": {name: list(value.shape) for name, value in lora.tensors.items()},
     }
-    count = sum(value.size for value in tensors.values())
-    words = f"LoRA of rank {rank}, alpha {alpha:g}: {len(tensors)} tensors, {count:,} values"
-    return facts, [words]
+    count = sum(value.size for value in lora.tensors.values())
+    words = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}: {len(lora.tensors)} tensors, "
+    lines = [f"{words}{count:,} values"]
+    if lora.format:
+        scale = lora.alpha / lora.rank
+        lines.append(f"  format {lora.format}; its B holds alpha / rank, {scale:g}")
+    return facts, lines

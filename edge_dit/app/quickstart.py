@@ -9,7 +9,8 @@ from typing import Any
 
 from edge_dit.app import api
 from edge_dit.app.run import Road, Say, begin, export_and_verify, exported_as, train
-from edge_dit.contract.adapter import PEFT_ONLY, write_adapter_folder
+from edge_dit.contract.adapter import write_adapter_folder
+from edge_dit.contract.adapter_formats import format_of
 from edge_dit.errors import BadInput
 from edge_dit.models.model import Model
 from edge_dit.models.pipeline import load_pipeline
@@ -129,8 +130,8 @@ def _full_lora(road: Road, judged: Judged) -> Path:
     if not folder.is_dir():
         encoded = encode_whole(plan, judged.model, judged.pipeline, road.pictures)
         tensors = train_full_lora(plan, judged.model, judged.pipeline, encoded, plan.steps)
-        base, peft_only = plan.model_name, plan.family in PEFT_ONLY
-        write_adapter_folder(folder, tensors, plan.rank, plan.alpha, base, peft_only)
+        base, form = plan.model_name, format_of(plan.family)
+        write_adapter_folder(folder, tensors, plan.rank, plan.alpha, base, form)
     return folder
 
 

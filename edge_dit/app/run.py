@@ -21,7 +21,8 @@ from edge_dit.app import api
 from edge_dit.app.describe import plan_in_words
 from edge_dit.app.planner import plan_job
 from edge_dit.app.verify import table, why_failed
-from edge_dit.contract.adapter import DIFFUSERS_FILE, PEFT_CONFIG, loading_hint
+from edge_dit.contract.adapter import loading_hint
+from edge_dit.contract.adapter_formats import format_of
 from edge_dit.contract.bundle import MANIFEST, open_bundle
 from edge_dit.contract.certificate import read_certificate
 from edge_dit.contract.targets import RECOMPUTE, STREAMED, TARGETS, WIDE, variant_of
@@ -98,7 +99,7 @@ def run(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
     export_and_verify(road, target, say)
     lora = train(road, target)
     say(f"the adapter: {lora}")
-    say(f"load it: {loading_hint(lora, (lora / PEFT_CONFIG).is_file())}")
+    say(f"load it: {loading_hint(lora, format_of(road.plan.family))}")
     return road
 
 
@@ -221,6 +222,6 @@ def train(road: Road, target: str) -> Path:
     if done.done < done.steps:
         raise KeyboardInterrupt  # training stops at the first Ctrl-C, and so do the stages after it
     lora = road.lora(target)
-    if not (lora / DIFFUSERS_FILE).is_file() and not (lora / PEFT_CONFIG).is_file():
+    if not (lora / format_of(road.plan.family).file).is_file():
         er.save_lora(run, lora)
     return lora

@@ -1,31 +1,40 @@
-"""LoRA files that diffusers and PEFT load; neither is needed to write them.
+"""LoRA files: our own, which hold what is trained, and those that users take away.
 
-diffusers takes rank and alpha from the header entry ``lora_adapter_metadata``. Without it, an alpha
-other than the rank silently loads with the wrong scale (diffusers 0.42, loaders/lora_base.py).
+Our own are a bundle's initial adapter and a run's last one: B as trained, rank and alpha in the
+header where diffusers looks for them. A folder that users take away is in one of the formats of
+`adapter_formats`, with alpha / rank in B. Neither diffusers nor PEFT is needed to write them.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edge_dit.contract.adapter_formats import (
+    DIFFUSERS,
+    METADATA,
+    NOTE,
+    PEFT,
+    PREFIX,
+    Format,
+    exported,
+    exported_header,
+    header,
+    lora_config,
+)
 from edge_dit.errors import BadInput
 from edge_dit.store.documents import parse_json, read_whole
 from edge_dit.store.files import whole_folder, write_json
 from edge_dit.store.tensors import TensorFile, write_tensors
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-PREFIX = "transformer."
-"""Prefix of LoRA names in diffusers. Without it nothing loads, and diffusers only warns."""
-PEFT_ONLY = ("pixart",)
-"""Families whose pipeline has no ``load_lora_weights``: their adapters are PEFT folders."""
+PEFT_COPY = "peft"
+"""PEFT's folder in a diffusers folder; diffusers picks the wrong file when both are in one."""
 Rows = dict[str, tuple[np.ndarray, np.ndarray]]
 """LoRA name -> numbers of some of its rows, int64 [n], and new values for them, float32 [n, k]."""
 
@@ -49,36 +58,26 @@ def with_random_b(adapter: Mapping[str, np.ndarray], std: float = B_STD) -> dict
     }
 
 
-def lora_config(names: list[str], rank: int, alpha: float) -> dict[str, object]:
-    """The PEFT LoraConfig of an adapter, with only those keys that every PEFT version knows.
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file as a person wants it described.
 
-    Args:
-        names: LoRA tensor names, "transformer.<module>.lora_A.weight" and so on.
-        rank: r.
-        alpha: lora_alpha; the scale is alpha / r.
+    Attributes:
+        tensors: by the file's own names, float32.
+        rank: of the training.
+        alpha: of the training; an exported file holds it in B.
+        format: its name in `adapter_formats`; "" for a file that was not exported.
     """
-    modules = {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in names}
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": sorted(modules),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-    }
 
-
-def header(names: list[str], rank: int, alpha: float) -> dict[str, str]:
-    """The safetensors header entries by which diffusers restores rank and alpha."""
-    config = {f"{PREFIX}{k}": v for k, v in lora_config(names, rank, alpha).items()}
-    return {"format": "pt", "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
+    tensors: dict[str, np.ndarray]
+    rank: int
+    alpha: float
+    format: str
 
 
 def write_adapter(path: Path, tensors: Mapping[str, np.ndarray], rank: int, alpha: float) -> None:
-    """Write one LoRA file in diffusers' format, atomically."""
-    write_tensors(path, tensors, header(list(tensors), rank, alpha))
+    """Write one of our own LoRA files, atomically: B as trained, alpha in the header."""
+    write_tensors(path, tensors, header(tensors, rank, alpha))
 
 
 def read_adapter(path: Path) -> tuple[dict[str, np.ndarray], int, float]:
@@ -89,30 +88,65 @@ def read_adapter(path: Path) -> tuple[dict[str, np.ndarray], int, float]:
     """
     try:
         file = TensorFile(path)
-        config = parse_json(file.header.metadata["lora_adapter_metadata"].encode())
-        return file.read(), *_scale(config, PREFIX)
+        config = parse_json(file.header.metadata[METADATA].encode())
+        return file.read(), *_scale(config, f"{PREFIX}r", f"{PREFIX}lora_alpha")
     except FileNotFoundError:
-        raise BadInput(path, found="no such file", expected="a LoRA file") from None
-    except (OSError, KeyError, ValueError, TypeError, OverflowError) as error:
-        raise BadInput(path, found=f"not a LoRA file that edge-dit wrote ({error!r})") from None
+        raise _absent(path) from None
+    except _DAMAGE as error:
+        raise _foreign(path, error) from None
 
 
-def read_peft(folder: Path) -> tuple[dict[str, np.ndarray], int, float]:
-    """Tensors by name, rank and alpha of a PEFT folder written by `write_adapter_folder`.
+def read_lora(path: Path) -> LoraFile:
+    """Any LoRA file that edge-dit wrote.
+
+    Raises:
+        BadInput: missing, damaged, or not written by edge-dit.
+    """
+    try:
+        file = TensorFile(path)
+        if NOTE not in file.header.metadata:
+            return LoraFile(*read_adapter(path), "")
+        note = parse_json(file.header.metadata[NOTE].encode())
+        return LoraFile(file.read(), *_scale(note, "rank", "alpha"), str(note["format"]))
+    except FileNotFoundError:
+        raise _absent(path) from None
+    except _DAMAGE as error:
+        raise _foreign(path, error) from None
+
+
+def read_peft(folder: Path) -> LoraFile:
+    """The LoRA in a PEFT folder.
 
     Raises:
         BadInput: missing, damaged, or not LoRA.
     """
     try:
-        config = parse_json(read_whole(folder / PEFT_CONFIG))
-        return TensorFile(folder / PEFT_FILE).read(), *_scale(config)
-    except (OSError, KeyError, ValueError, TypeError, OverflowError) as error:
+        rank, alpha = _scale(parse_json(read_whole(folder / PEFT_CONFIG)), "r", "lora_alpha")
+        file = TensorFile(folder / PEFT.file)
+        if NOTE not in file.header.metadata:
+            return LoraFile(file.read(), rank, alpha, PEFT.name)
+        written = read_lora(folder / PEFT.file)
+        if (rank, alpha) != (written.rank, written.rank):
+            raise ValueError(f"{PEFT_CONFIG} says rank {rank}, alpha {alpha:g}")
+        return written
+    except _DAMAGE as error:
         raise BadInput(folder, found=f"not a PEFT LoRA folder ({error!r})") from None
 
 
-def _scale(config: Any, prefix: str = "") -> tuple[int, float]:
-    """Rank and alpha of a LoraConfig."""
-    rank, alpha = config[f"{prefix}r"], float(config[f"{prefix}lora_alpha"])
+_DAMAGE = (OSError, KeyError, ValueError, TypeError, OverflowError)
+
+
+def _absent(path: Path) -> BadInput:
+    return BadInput(path, found="no such file", expected="a LoRA file")
+
+
+def _foreign(path: Path, error: Exception) -> BadInput:
+    return BadInput(path, found=f"not a LoRA file that edge-dit wrote ({error!r})")
+
+
+def _scale(config: Any, rank_key: str, alpha_key: str) -> tuple[int, float]:
+    """Rank and alpha, which ``config`` has under these keys."""
+    rank, alpha = config[rank_key], float(config[alpha_key])
     if type(rank) is not int or rank < 1 or not math.isfinite(alpha):
         raise ValueError(f"rank {rank!r:.20}, alpha {alpha}")
     return rank, alpha
@@ -124,39 +158,41 @@ def write_adapter_folder(
     rank: int,
     alpha: float,
     base_model: str,
-    peft_only: bool = False,
+    form: Format = DIFFUSERS,
 ) -> None:
-    """Write the folder a user passes to ``pipe.load_lora_weights``, with a PEFT copy in ``peft/``.
-
-    The copy is in a sub-folder, because diffusers picks the wrong file when both are in one folder.
+    """Write the folder that a user takes away; a diffusers folder has a PEFT copy in ``peft/``.
 
     Args:
         folder: the folder to write; written whole, or not at all.
-        tensors: by diffusers name.
+        tensors: by diffusers name, float32, as trained.
         rank: r.
-        alpha: lora_alpha.
+        alpha: lora_alpha; the files hold alpha / rank in B.
         base_model: the diffusers folder the adapter is for.
-        peft_only: write a plain PEFT folder, for families in `PEFT_ONLY`.
+        form: its format, one of the family's.
+
+    Raises:
+        BadInput: ``folder`` is something else, or the LoRA cannot be written in this format.
     """
-    with whole_folder(folder, PEFT_CONFIG if peft_only else DIFFUSERS_FILE) as building:
-        peft = building
-        if not peft_only:
-            write_adapter(building / DIFFUSERS_FILE, tensors, rank, alpha)
-            peft = building / "peft"
-        named = {f"base_model.model.{k.removeprefix(PREFIX)}": v for k, v in tensors.items()}
-        write_tensors(peft / PEFT_FILE, named, {"format": "pt"})
-        config = lora_config(list(tensors), rank, alpha)
-        write_json(peft / PEFT_CONFIG, {**config, "base_model_name_or_path": base_model})
+    with whole_folder(folder, form.file) as building:
+        places = {building: form}
+        if form.name == DIFFUSERS.name:
+            places[building / PEFT_COPY] = PEFT
+        for place, each in places.items():
+            named = exported(each, tensors, rank, alpha)
+            write_tensors(place / each.file, named, exported_header(each, tensors, rank, alpha))
+            if each.name == PEFT.name:
+                config = lora_config(tensors, rank, float(rank))
+                write_json(place / PEFT_CONFIG, {**config, "base_model_name_or_path": base_model})
 
 
 def peft_folder(folder: Path) -> Path:
-    """The PEFT folder in a folder written by `write_adapter_folder`."""
-    return folder if (folder / PEFT_CONFIG).is_file() else folder / "peft"
+    """The PEFT folder in a folder of format diffusers or peft."""
+    return folder if (folder / PEFT_CONFIG).is_file() else folder / PEFT_COPY
 
 
-def loading_hint(folder: Path, peft_only: bool) -> str:
-    """The line of Python that puts a written adapter into a pipeline ``pipe``."""
-    if peft_only:
-        load = f'PeftModel.from_pretrained(pipe.transformer, "{folder}")'
-        return f"from peft import PeftModel; pipe.transformer = {load}"
-    return f'pipe.load_lora_weights("{folder}")'
+def loading_hint(folder: Path, form: Format) -> str:
+    """How to load a written adapter: a line of Python for a pipeline ``pipe``, or words.
+
+    Paths are Python literals, whatever characters they hold.
+    """
+    return form.load.format(folder=str(folder), file=str(folder / form.file))

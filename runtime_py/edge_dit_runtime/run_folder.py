@@ -23,13 +23,8 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, TypeAdapter
 
-from edge_dit.contract.adapter import (
-    DIFFUSERS_FILE,
-    PEFT_FILE,
-    PEFT_ONLY,
-    write_adapter,
-    write_adapter_folder,
-)
+from edge_dit.contract.adapter import write_adapter, write_adapter_folder
+from edge_dit.contract.adapter_formats import format_of
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import ADAPTER
 from edge_dit.contract.names import ADAPTED
@@ -281,29 +276,32 @@ class RunFolder:
         return file, TypeAdapter(Run).validate_python(raw)  # its ValidationError is a ValueError
 
 
-def save_lora(run: StrPath, folder: StrPath) -> Path:
-    """Write the LoRA of a run as a folder for ``pipe.load_lora_weights``, with a PEFT copy in
-    ``peft/``. For a pipeline without ``load_lora_weights`` it is a plain PEFT folder.
+def save_lora(run: StrPath, folder: StrPath, format: str | None = None) -> Path:
+    """Write the LoRA of a run as a folder to take away. Its B holds alpha / rank, so that the
+    strength is the same in every reader.
 
     Args:
         run: a run folder; it may be unfinished.
         folder: the folder to write; written whole, or not at all.
+        format: "diffusers", "peft", "comfyui" or "kohya"; not every family has each. Default: what
+            the stock pipeline loads, a folder for ``pipe.load_lora_weights`` with a PEFT copy in
+            ``peft/``, or a plain PEFT folder for a pipeline without ``load_lora_weights``.
 
     Returns:
         The safetensors file.
 
     Raises:
-        BadInput: not a run, nothing saved in it yet, or ``folder`` holds something else.
+        BadInput: not a run, nothing saved in it yet, ``folder`` holds something else, or the run's
+            family has no such format.
 
     Example:
         >>> er.save_lora("run", "lora").name
         'pytorch_lora_weights.safetensors'
     """
     tensors, saved = RunFolder(Path(run)).adapter()
-    peft_only = saved.family in PEFT_ONLY
-    out = Path(folder)
-    write_adapter_folder(out, tensors, saved.rank, saved.alpha, saved.base_model, peft_only)
-    return out / (PEFT_FILE if peft_only else DIFFUSERS_FILE)
+    form, out = format_of(saved.family, format), Path(folder)
+    write_adapter_folder(out, tensors, saved.rank, saved.alpha, saved.base_model, form)
+    return out / form.file
 
 
 def all_finite(tensors: Mapping[str, np.ndarray]) -> bool:
