@@ -69,7 +69,7 @@ def write_tensors(
     """Write a safetensors file with digests, atomically. The same tensors give the same bytes;
     huggingface/safetensors 0.8 writes metadata in random order.
     """
-    plain = {name: np.asarray(value, order="C") for name, value in tensors.items()}  # keeps shape ()
+    plain = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     order = sorted(plain, key=lambda name: (-plain[name].itemsize, name))  # so that all are aligned
     sealed, entries, end = dict(metadata or {}), {}, 0
     for name in order:

@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from peft import PeftModel
 
 from edge_dit.contract.adapter import (
-    DIFFUSERS_FILE,
     PEFT_CONFIG,
-    PEFT_FILE,
     loading_hint,
     peft_folder,
     read_adapter,
+    read_lora,
+    read_peft,
     write_adapter,
     write_adapter_folder,
 )
+from edge_dit.contract.adapter_formats import DIFFUSERS, PEFT
 from edge_dit.errors import BadInput
 from edge_dit.models.families.sana import FAMILY
 from edge_dit.models.pipeline import load_pipeline
@@ -80,34 +81,38 @@ def test_round_trip(tensors, tmp_path):
     assert all((found[name] == value).all() for name, value in tensors.items())
 
 
-def test_a_folder_of_something_else_is_not_replaced(tensors, tmp_path):
+def test_a_folder_of_something_else_is_not_replaced(road, tensors, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(BadInput, match="already there"):
-        write_adapter_folder(tmp_path, tensors, 4, 8.0, "model")
+        write_adapter_folder(tmp_path, tensors, road.plan.rank, 8.0, "model")
     assert (tmp_path / "letter.txt").read_text() == "dear"
-    assert not (tmp_path / DIFFUSERS_FILE).exists()
+    assert not (tmp_path / DIFFUSERS.file).exists()
 
 
-@pytest.mark.parametrize("peft_only", [False, True])
-def test_what_a_folder_holds(tensors, tmp_path, peft_only):
-    folder = tmp_path / "lora"
+@pytest.mark.parametrize("form", [DIFFUSERS, PEFT], ids=lambda form: form.name)
+def test_what_a_folder_holds(road, tensors, tmp_path, form):
+    folder, rank = tmp_path / "lora", road.plan.rank
     for _ in range(2):  # a second one replaces the first
-        write_adapter_folder(folder, tensors, 4, 8.0, "model", peft_only)
+        write_adapter_folder(folder, tensors, rank, 8.0, "model", form)
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    peft = {PEFT_FILE, PEFT_CONFIG}
-    expected = peft if peft_only else {DIFFUSERS_FILE, *(f"peft/{name}" for name in peft)}
+    peft = {PEFT.file, PEFT_CONFIG}
+    expected = peft if form == PEFT else {DIFFUSERS.file, *(f"peft/{name}" for name in peft)}
     assert files == expected
     assert {path.name for path in peft_folder(folder).iterdir()} == peft
-    wanted = "PeftModel.from_pretrained" if peft_only else "load_lora_weights"
-    assert wanted in loading_hint(folder, peft_only)
-    assert str(folder) in loading_hint(folder, peft_only)
+    wanted = "PeftModel.from_pretrained" if form == PEFT else "load_lora_weights"
+    assert wanted in loading_hint(folder, form)
+    assert repr(str(folder)) in loading_hint(folder, form)
+    other = DIFFUSERS if form == PEFT else PEFT
     with pytest.raises(BadInput, match="already there"):  # the other kind does not
-        write_adapter_folder(folder, tensors, 4, 8.0, "model", not peft_only)
+        write_adapter_folder(folder, tensors, rank, 8.0, "model", other)
 
 
 @given(data=st.binary(max_size=300))
 def test_any_bytes_are_no_adapter(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("lora") / "a.safetensors"
     path.write_bytes(data)
-    with pytest.raises(BadInput):
-        read_adapter(path)
+    (path.parent / PEFT_CONFIG).write_bytes(data)
+    (path.parent / PEFT.file).write_bytes(data)
+    for read, place in ((read_adapter, path), (read_lora, path), (read_peft, path.parent)):
+        with pytest.raises(BadInput):
+            read(place)

@@ -25,7 +25,8 @@ from torch import Tensor
 
 import pipelines
 from edge_dit.cli import main
-from edge_dit.contract.adapter import DIFFUSERS_FILE, PEFT_FILE, PEFT_ONLY, write_adapter_folder
+from edge_dit.contract.adapter import write_adapter_folder
+from edge_dit.contract.adapter_formats import DIFFUSERS, PEFT, format_of
 from edge_dit.contract.bank import Bank
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.checkpoint import INDEX, SINGLE
@@ -620,8 +621,8 @@ def test_what_is_trained_loads_into_the_stock_pipeline(road, name, run, tmp_path
     run("export", made.job, "--plan", plan_file, "-o", bundle)
     run("train", bundle, "--bank", made.bank, "-o", tmp_path / "run")
     facts = json.loads(run("adapter", tmp_path / "run", "-o", lora, "--json"))
-    peft_only = family.name in PEFT_ONLY
-    assert facts["path"] == str(lora / (PEFT_FILE if peft_only else DIFFUSERS_FILE))
+    peft_only = format_of(family.name) == PEFT
+    assert facts["path"] == str(lora / (PEFT if peft_only else DIFFUSERS).file)
     assert facts["load"] in run("adapter", tmp_path / "run", "-o", lora)
 
     pipeline = DiffusionPipeline.from_pretrained(
@@ -693,9 +694,10 @@ def test_an_adapter_comes_and_goes(road, tmp_path):
             key: rng.normal(0, 0.3, tuple(value.shape)).astype(np.float32)
             for key, value in subgraph.lora_parameters().items()
         }
-        for peft_only in {plan.family in PEFT_ONLY, False}:
-            folder = tmp_path / f"{name}-{peft_only}"
-            write_adapter_folder(folder, tensors, plan.rank, plan.alpha, "model", peft_only)
+        for form in dict.fromkeys((format_of(plan.family).name, "diffusers")):
+            folder = tmp_path / f"{name}-{form}"
+            chosen = {"diffusers": DIFFUSERS, "peft": PEFT}[form]
+            write_adapter_folder(folder, tensors, plan.rank, plan.alpha, "model", chosen)
             with adapted(pipeline, folder):
                 assert abs(heldout_loss(model, pipeline, images) - before) > 1e-4
             assert heldout_loss(model, pipeline, images) == before

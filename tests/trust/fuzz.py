@@ -132,11 +132,12 @@ def readers(folder: Path) -> list[Reader]:
     from edge_dit.budget.footprint import REFERENCE, read_profile, write_profile
     from edge_dit.contract.adapter import (
         PEFT_CONFIG,
-        PEFT_FILE,
         read_adapter,
+        read_lora,
         read_peft,
         write_adapter_folder,
     )
+    from edge_dit.contract.adapter_formats import PEFT, format_of
     from edge_dit.contract.bank import read_index, shard_path
     from edge_dit.contract.bundle import open_bundle
     from edge_dit.contract.certificate import (
@@ -202,7 +203,9 @@ def readers(folder: Path) -> list[Reader]:
         (folder / name).mkdir()
     (folder / "model" / "model_index.json").write_text("{}")
     (folder / "job.toml").write_text(JOB)
-    write_adapter_folder(folder / "peft", lora, 2, 2.0, "model", peft_only=True)
+    write_adapter_folder(folder / "peft", lora, 2, 2.0, "model", PEFT)
+    app = format_of("qwen_image", "kohya")
+    write_adapter_folder(folder / "app", lora, 2, 2.0, "model", app)
     run = Run(
         bundle="bundle",
         bank="bank",
@@ -230,7 +233,11 @@ def readers(folder: Path) -> list[Reader]:
         return {n: (str(v.dtype), v.shape, v.tobytes()) for n, v in named.items()}
 
     def peft() -> Any:
-        return arrays(read_peft(folder / "peft")[0])
+        return arrays(read_peft(folder / "peft").tensors)
+
+    def exported() -> Any:
+        found = read_lora(folder / "app" / app.file)
+        return arrays(found.tensors), found.rank, found.alpha, found.format
 
     def mapped() -> Any:
         read = MappedTensors(folder / "mapped.safetensors")  # whose content the manifest has
@@ -287,7 +294,8 @@ def readers(folder: Path) -> list[Reader]:
         ("tensors", shard, tensors(shard), plainly, "tensors", True),
         ("mapped", folder / "mapped.safetensors", mapped, bad, "tensors", True),
         ("adapter", bundle / "adapter.safetensors", adapter, bad, "tensors", True),
-        ("peft", folder / "peft" / PEFT_FILE, peft, bad, "tensors", True),
+        ("exported", folder / "app" / app.file, exported, bad, "tensors", True),
+        ("peft", folder / "peft" / PEFT.file, peft, bad, "tensors", True),
         ("peft config", folder / "peft" / PEFT_CONFIG, peft, bad, "json", False),
         ("state", folder / "run" / "state.safetensors", trained, bad, "tensors", True),
         (

@@ -254,7 +254,10 @@ def test_what_a_killed_writer_left_is_swept(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-LORA = {"transformer.b.lora_A.weight": np.ones((2, 3), np.float32)}
+LORA = {
+    "transformer.b.lora_A.weight": np.ones((2, 3), np.float32),
+    "transformer.b.lora_B.weight": np.ones((3, 2), np.float32),
+}
 
 
 def test_a_folder_whose_making_crashes_is_old_or_new(tmp_path):
@@ -284,10 +287,10 @@ def test_a_folder_whose_making_crashes_is_old_or_new(tmp_path):
 
 
 def _whole(target):
-    from edge_dit.contract.adapter import DIFFUSERS_FILE
+    from edge_dit.contract.adapter_formats import DIFFUSERS
     from edge_dit.store.files import whole_folder
 
-    return whole_folder(target, DIFFUSERS_FILE)
+    return whole_folder(target, DIFFUSERS.file)
 
 
 def test_two_makers_of_one_folder(tmp_path):

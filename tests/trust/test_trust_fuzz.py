@@ -20,6 +20,7 @@ NAMES = (
     "tensors",
     "mapped",
     "adapter",
+    "exported",
     "peft",
     "peft config",
     "state",
