@@ -4,7 +4,7 @@ targets       the targets: layouts, dtypes, files and tolerances of each
 names         names of tensors; which file names are allowed
 bundle        the exported folder and its manifest
 bank          the stored draws
-adapter       LoRA files
+adapter       LoRA files; adapter_formats, adapter_names: as other tools read them
 adamw         the optimizer's formula and hyper-parameters
 certificate   how far each target is from PyTorch
 integrity     whether a bundle's files are those of its manifest

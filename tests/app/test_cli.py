@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from edge_dit.cli import MOVED, main
+from edge_dit.contract.adapter import read_adapter
 
 
 @pytest.fixture
@@ -104,6 +105,27 @@ def test_bad_input_exits_2_with_one_message_and_writes_nothing(
     assert not out
     assert list(tmp_path.iterdir()) == []
     assert sorted(road.folder.rglob("*")) == before
+
+
+def test_an_adapter_in_formats_that_its_family_has_and_has_not(run, road, tmp_path):
+    trained, lora = tmp_path / "run", tmp_path / "lo'ra"
+    run("train", road.bundle, "--bank", road.bank, "-o", trained, "--target", "onnx", "--steps", 1)
+    for form in ("kohya", "comfyui", "a1111", ""):
+        code, out, err = run("adapter", trained, "-o", lora, "--format", form)
+        assert (code, out) == (2, "")
+        assert err.startswith("edge-dit: --format: ")
+        assert "expected: one of diffusers, peft" in err
+        assert "Traceback" not in err
+        assert list(tmp_path.iterdir()) == [trained]
+    kept = read_adapter(trained / "adapter.safetensors")
+    for form, options in (("diffusers", ()), ("peft", ("--format", "peft"))):
+        code, out, _ = run("adapter", trained, "-o", lora / form, *options, "--json")
+        facts = json.loads(out)
+        assert (code, facts["format"]) == (0, form)
+        assert repr(str(lora / form)) in facts["load"]
+        facts = json.loads(run("inspect", lora / form, "--json")[1])
+        assert (facts["rank"], facts["alpha"]) == (road.plan.rank, road.plan.alpha) == kept[1:]
+        assert facts["format"] == form
 
 
 @pytest.mark.parametrize(("command", "flag"), MOVED)
