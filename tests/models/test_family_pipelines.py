@@ -25,7 +25,7 @@ from torch import Tensor
 
 import pipelines
 from edge_dit.cli import main
-from edge_dit.contract.adapter import write_adapter_folder
+from edge_dit.contract.adapter import read_adapter, write_adapter_folder
 from edge_dit.contract.adapter_formats import DIFFUSERS, PEFT, format_of
 from edge_dit.contract.bank import Bank
 from edge_dit.errors import BadInput, ManyFaults
@@ -635,7 +635,10 @@ def test_what_is_trained_loads_into_the_stock_pipeline(road, name, run, tmp_path
 
     subgraph, _ = adapted_subgraph(plan, model_of(plan))
     ours = subgraph.lora_parameters()
-    with_trained(subgraph, model, facts["tensors"])
+    trained, rank, alpha = read_adapter(tmp_path / "run" / "adapter.safetensors")
+    assert rank != alpha  # so that a scale that is lost, or applied twice, shows
+    with_trained(subgraph, model, trained)
+    assert facts["tensors"] == len(trained)
     assert any(p.abs().max() > 1e-3 for k, p in ours.items() if "lora_B" in k)
 
     bank = Bank(made.bank)
@@ -661,23 +664,23 @@ def test_what_is_trained_loads_into_the_stock_pipeline(road, name, run, tmp_path
     assert (expected - plain).abs().max() > 1e-3
 
 
-def with_trained(subgraph: Any, model: Any, tensors: int) -> None:
-    """Give the sub-graph the LoRA that ``model`` carries; every tensor must be there."""
+def with_trained(subgraph: Any, model: Any, trained: dict[str, np.ndarray]) -> None:
+    """Give the sub-graph the LoRA of the run; ``model`` must carry every tensor of it."""
     layers = {k: m for k, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     loaded = {
-        f"transformer.{name}.{part}.weight": getattr(layer, part)[adapter].weight
+        f"transformer.{name}.{part}.weight"
         for name, layer in layers.items()
         for part in ("lora_A", "lora_B")
         for adapter in layer.active_adapters
     }
     ours = subgraph.lora_parameters()
-    assert len(layers) == tensors / 2
-    assert loaded.keys() == ours.keys()
+    assert len(layers) == len(trained) / 2
+    assert loaded == ours.keys() == trained.keys()
     everything = subgraph.family.blocks(model)
     carrying = [name for name in everything if any(k.startswith(f"{name}.") for k in layers)]
     assert carrying == list(everything)[1:3]
-    for name, value in loaded.items():
-        ours[name].data.copy_(value)
+    for name, value in trained.items():
+        ours[name].data.copy_(torch.from_numpy(value))
 
 
 def test_an_adapter_comes_and_goes(road, tmp_path):
