@@ -5,6 +5,7 @@ diffusers' own converters and PEFT. Each module's weight must change by alpha / 
 import ast
 import json
 import warnings
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -18,7 +19,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from conftest import SAMPLES
 from edge_dit.app.describe import look
 from edge_dit.contract.adapter import (
     PEFT_CONFIG,
@@ -36,6 +36,7 @@ from edge_dit.models.pipeline import load_pipeline
 from edge_dit.models.subgraph import can_carry_lora
 from variants import VARIANTS, transformer
 
+SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 RANK, ALPHA = 3, 7.5
 """Their quotient is no power of two: a scale left out, or applied twice, shows in every value."""
 EVERYWHERE = [

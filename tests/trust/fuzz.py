@@ -163,6 +163,7 @@ def readers(folder: Path) -> list[Reader]:
     plan = Plan(
         family="sana",
         model=folder / "model",
+        model_name="model",
         model_hash="0" * 64,
         layers=4,
         head_skip=1,
