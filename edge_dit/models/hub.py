@@ -105,6 +105,23 @@ def parts_of(folder: Path) -> list[str]:
         ) from None
 
 
+def gaps_of(folder: Path) -> list[str]:
+    """Parts of a pipeline folder, or their weights, that are not there."""
+    gaps = []
+    try:
+        for part in (folder / name for name in parts_of(folder)):
+            if not part.is_dir():
+                gaps.append(part.name)
+            elif (part / "config.json").is_file() and not any(part.glob("*.safetensors")):
+                gaps.append(f"{part.name}/*.safetensors")
+            for shards in part.glob(SHARDS):
+                named = set(json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values())
+                gaps += [f"{part.name}/{one}" for one in named if not (part / one).is_file()]
+    except (BadInput, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # damaged: reading it says so
+    return sorted(gaps)
+
+
 def _weights(repo: str, commit: str, variant: str | None, parts: list[str]) -> list[str]:
     """Weight files of parts, as diffusers chooses them; none if only the cache knows the files.
 

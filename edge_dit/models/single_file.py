@@ -20,7 +20,7 @@ from typing import Any
 
 from edge_dit.errors import BadInput, require
 from edge_dit.models.families import detect
-from edge_dit.models.hub import INDEX, PLAIN, download, parts_of
+from edge_dit.models.hub import INDEX, PLAIN, download, gaps_of, parts_of
 from edge_dit.models.pipeline import quiet
 from edge_dit.progress import bar
 from edge_dit.store.files import cache_folder, sha256, whole_folder
@@ -118,14 +118,13 @@ def convert(path: Path, config: Path | str | None = None) -> Path:
     detect(rest)
     parts = parts_of(rest)
     held = [part for part in parts if part in file.prefixes]
-    for part in parts:
-        if part not in held and not (rest / part).is_dir():
-            raise BadInput(
-                path,
-                found=f"no {part} in it, and none in {rest}",
-                expected="configurations and all parts that the file lacks",
-                remedy=CONFIG,
-            )
+    if lacking := [gap for gap in gaps_of(rest) if gap.split("/")[0] not in held]:
+        raise BadInput(
+            path,
+            found=f"no {', '.join(gap.split('/')[0] for gap in lacking)} in it, and none in {rest}",
+            expected="configurations, tokenizers and all parts that the file lacks, in one folder",
+            remedy=CONFIG,
+        )
     target = cache_folder() / "models" / f"{path.stem}-{_key(path, rest, held)[:16]}"
     if not (target / INDEX).is_file():
         with whole_folder(target, INDEX) as building, bar(f"convert {path.name}", len(parts)) as on:

@@ -5,7 +5,6 @@ What a job's [model] says becomes a diffusers folder on this machine.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from contextlib import suppress
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_dit.errors import BadInput
-from edge_dit.models.hub import AGAIN, INDEX, PLACE, SHARDS, download, is_hub_id, parts_of
+from edge_dit.models.hub import AGAIN, INDEX, PLACE, download, gaps_of, is_hub_id
 
 EXPECTED = "a folder, a .safetensors file, or a hub id (org/name)"
 BESIDE = "paths are relative to the job file"
@@ -223,7 +222,7 @@ def _check_whole(found: Located) -> None:
                 remedy="git lfs pull, in that clone",
             )
     blobs = folder.parent.parent / "blobs" if found.revision else folder / ".cache" / "huggingface"
-    gaps = _gaps(folder)
+    gaps = gaps_of(folder)
     if gaps and any(blobs.rglob("*.incomplete")):
         raise BadInput(
             folder,
@@ -237,20 +236,3 @@ def _is_pointer(file: Path) -> bool:
         return False
     with file.open("rb") as opened:
         return opened.read(len(POINTER)) == POINTER
-
-
-def _gaps(folder: Path) -> list[str]:
-    """Parts of a pipeline folder, or their weights, that are not there."""
-    gaps = []
-    try:
-        for part in (folder / name for name in parts_of(folder)):
-            if not part.is_dir():
-                gaps.append(part.name)
-            elif (part / "config.json").is_file() and not any(part.glob("*.safetensors")):
-                gaps.append(f"{part.name}/*.safetensors")
-            for shards in part.glob(SHARDS):
-                named = set(json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values())
-                gaps += [f"{part.name}/{one}" for one in named if not (part / one).is_file()]
-    except (BadInput, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []  # damaged: reading it says so
-    return sorted(gaps)

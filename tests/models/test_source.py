@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants, hf_api
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from edge_dit.errors import BadInput
@@ -64,23 +64,10 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path):
-    """A running hub, with tiny-sana, that huggingface_hub talks to; its cache is empty."""
-    served = Hub()
-    served.add(NAME, repository)
-    served.start()
-    # what the library reads from HF_ENDPOINT and HF_HOME when it is imported
-    monkeypatch.setattr(constants, "ENDPOINT", served.url)
-    template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(hf_api.api, "endpoint", served.url)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield served
-    served.stop()
+def hub(hub: Hub, repository: Path) -> Hub:
+    """The running hub, with tiny-sana."""
+    hub.add(NAME, repository)
+    return hub
 
 
 def files_of(folder: Path) -> set[str]:
