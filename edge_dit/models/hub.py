@@ -139,11 +139,11 @@ def _weights(repo: str, commit: str, variant: str | None, parts: list[str]) -> l
         return []
     named = [name for name in tree if name.count("/") == 1 and name.split("/")[0] in parts]
     kept = [n for n in named if n.endswith(".safetensors") or fnmatch(n, SHARDS)]
-    chosen, _ = variant_compatible_siblings(kept, variant=variant)
+    chosen = sorted(map(str, variant_compatible_siblings(kept, variant=variant)[0]))
     for part in parts:
         if f"{part}/config.json" in named and not any(n.startswith(f"{part}/") for n in chosen):
             raise _no_weights(f"{PLACE} ({repo}/{part})", tree, variant)
-    return sorted(chosen)
+    return chosen
 
 
 @contextmanager

@@ -263,7 +263,9 @@ def _convert(file: _File, rest: Path, part: str) -> Any:
         ) as error:
             raise _unknown(file, f"its {part} does not fit {rest.name}: {error!r:.300}") from None
     model = made if library == "diffusers" else getattr(made, part)
-    lost = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if library == "transformers":
+        model.tie_weights()  # a tensor with two names is stored under one of them
+    lost = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if lost:
         raise _unknown(file, f"{len(lost)} tensors of its {part} are missing, first {lost[0]}")
     return model
