@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from edge_dit.errors import BadInput, is_installed, require
 from edge_dit.models.families import detect
@@ -139,7 +140,8 @@ def _weights(repo: str, commit: str, variant: str | None, parts: list[str]) -> l
         return []
     named = [name for name in tree if name.count("/") == 1 and name.split("/")[0] in parts]
     kept = [n for n in named if n.endswith(".safetensors") or fnmatch(n, SHARDS)]
-    chosen = sorted(map(str, variant_compatible_siblings(kept, variant=variant)[0]))
+    siblings: Any = variant_compatible_siblings(kept, variant=variant)[0]  # mistyped by diffusers
+    chosen: list[str] = sorted(siblings)
     for part in parts:
         if f"{part}/config.json" in named and not any(n.startswith(f"{part}/") for n in chosen):
             raise _no_weights(f"{PLACE} ({repo}/{part})", tree, variant)

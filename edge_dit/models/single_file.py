@@ -125,7 +125,7 @@ def convert(path: Path, config: Path | str | None = None) -> Path:
             expected="configurations, tokenizers and all parts that the file lacks, in one folder",
             remedy=CONFIG,
         )
-    target = cache_folder() / "models" / f"{path.stem}-{_key(path, rest, held)[:16]}"
+    target = cache_folder() / "converted" / f"{path.stem}-{_key(path, rest, held)[:16]}"
     if not (target / INDEX).is_file():
         with whole_folder(target, INDEX) as building, bar(f"convert {path.name}", len(parts)) as on:
             for part in parts:

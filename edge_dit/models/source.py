@@ -38,9 +38,6 @@ class Located:
     name: str
     revision: str | None = None
 
-    def __str__(self) -> str:
-        return f"{self.name}@{self.revision}" if self.revision else self.name
-
 
 def settle(text: str, base: Path, place: str = PLACE) -> Path | str:
     """What a path of a job means: an absolute path that exists, or a hub id. Asks no network.

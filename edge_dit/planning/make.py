@@ -100,7 +100,7 @@ def plan_of(job: Job, path: Path) -> Plan:
 
 
 def _located(job: Job, revision: str | None = None) -> Located:
-    """The job's model on this machine; of the hub's models the revision that was planned, if any."""
+    """The job's model on this machine; of the hub the revision that was planned, if one was."""
     asked = job.model
     if not isinstance(asked.path, str):
         revision = None

@@ -12,12 +12,13 @@ import pytest
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+import original
 from edge_dit.errors import BadInput
 from edge_dit.models.model import open_model
 from edge_dit.models.source import Located, locate, settle
 from edge_dit.planning.job import read_job
-from edge_dit.planning.make import make_plan
-from edge_dit.planning.plan import read_plan
+from edge_dit.planning.make import make_plan, plan_of
+from edge_dit.planning.plan import read_plan, write_plan
 from hub_server import TOKEN, Hub
 from tiny import JOB
 
@@ -92,7 +93,6 @@ def test_a_hub_id_brings_what_is_loaded_and_no_more(hub):
     found = locate(NAME)
     commit = hub.repos[NAME].refs["main"]
     assert (found.name, found.revision, found.folder.name) == (NAME, commit, commit)
-    assert str(found) == f"{NAME}@{commit}"
     assert files_of(found.folder) == LOADED
     assert open_model(found.folder).hash == open_model(SANA).hash
 
@@ -251,8 +251,8 @@ def test_the_plan_of_a_hub_id_from_the_command_line(hub, workplace, tmp_path):
     assert done.returncode == 0, done.stderr
     plan = read_plan(tmp_path / "plan.json")
     commit = hub.repos[NAME].refs["main"]
-    assert plan.source == f"{NAME}@{commit}"
-    assert plan.model == tmp_path / "home/hub/models--org--tiny-sana/snapshots" / commit
+    assert (plan.model_name, plan.model_revision) == (NAME, commit)
+    assert str(tmp_path) not in (tmp_path / "plan.json").read_text()
     hub.stop()
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "elsewhere")}
     run = [*command, str(tmp_path / "second.json")]
@@ -427,12 +427,33 @@ def test_a_job_is_read_without_asking_the_hub(tmp_path, hub):
         read_job(job)
 
 
-def test_the_plan_says_where_its_model_came_from(tmp_path, hub, workplace):
-    job = workplace / "named.toml"
-    job.write_text(JOB.replace('path = "model"', f'path = "{NAME}"'))
-    plan = make_plan(read_job(job))
-    assert plan.source == f"{NAME}@{hub.repos[NAME].refs['main']}"
-    here = make_plan(read_job(workplace / "job.toml"))
-    assert here.source == "model"
-    moved = here.model_copy(update={"source": "elsewhere", "model": Path("elsewhere")})
-    assert moved.identity() == here.identity()
+def test_later_stages_take_the_commit_that_was_planned(tmp_path, hub, workplace, repository):
+    job_file = workplace / "named.toml"
+    job_file.write_text(JOB.replace('path = "model"', f'path = "{NAME}"'))
+    job = read_job(job_file)
+    plan = make_plan(job)
+    commit = hub.repos[NAME].refs["main"]
+    assert (plan.model_name, plan.model_revision) == (NAME, commit)
+    write_plan(plan, tmp_path / "plan.json")
+    hub.repos[NAME].commits["c" * 40] = repository
+    hub.repos[NAME].refs["main"] = "c" * 40
+    for stop in (lambda: None, hub.stop):
+        stop()
+        again = plan_of(job, tmp_path / "plan.json")
+        assert again.model == plan.model
+        assert again.identity() == plan.identity()
+    assert make_plan(read_job(workplace / "job.toml")).model_name == "model"
+
+
+def test_a_plan_of_a_single_file_names_the_file(tmp_path, workplace, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    original.write(original.sana(workplace / "model"), workplace / "one.safetensors")
+    job_file = workplace / "one.toml"
+    keys = 'path = "one.safetensors"\nconfig = "model"'
+    job_file.write_text(JOB.replace('path = "model"', keys))
+    job = read_job(job_file)
+    plan = make_plan(job)
+    assert (plan.model_name, plan.model_revision) == ("one.safetensors", None)
+    write_plan(plan, tmp_path / "plan.json")
+    assert str(workplace) not in (tmp_path / "plan.json").read_text()
+    assert plan_of(job, tmp_path / "plan.json").model == plan.model
