@@ -17,7 +17,8 @@ SPECIAL = {
     ("plan", "flash"): 'size: `"3GiB"`, `"200 MiB"`, `"1.5GB"`',
     ("plan", "step_time"): 'time: `"5s"`, `"800ms"`',
     ("plan", "inner_skips"): "list of [first, end)",
-    ("model", "path"): "path",
+    ("model", "path"): "path or hub id",
+    ("model", "config"): "path or hub id",
     ("data", "images"): "path",
 }
 """Types in words where the schema's own would not tell what to write."""

@@ -11,6 +11,7 @@ EXTRA_OF = {
     "diffusers": "host",
     "peft": "host",
     "transformers": "host",
+    "huggingface_hub": "host",
     "matplotlib": "host",
     "jinja2": "host",
     "onnx": "onnx",

@@ -21,6 +21,7 @@ from pydantic import (
 
 from edge_dit.contract.bundle import TARGETS
 from edge_dit.errors import BadInput, ManyFaults
+from edge_dit.models.source import BESIDE, settle
 from edge_dit.store.documents import read_whole
 from edge_dit.text import seconds_of, utf8
 
@@ -51,6 +52,8 @@ WINDOWS_PATHS = (
     r"a backslash in double quotes begins an escape: put a Windows path in single quotes, "
     r"'C:\pictures', or write it with /"
 )
+MODELS = ("path", "config")
+"""Keys of [model] that name a model."""
 DOTS = 1000
 """Dots in a job file at most: tomllib keeps every prefix of a dotted key, so that a key of 20,000
 parts, 40 KB, took 1.6 GB and 10 s.
@@ -65,8 +68,34 @@ class Model(_Section):
     """[model]: what is personalised."""
 
     path: Annotated[
-        Path, Field(description="Folder of a pipeline in diffusers format, relative to the job.")
+        Path | str,
+        Field(
+            description="Folder of a pipeline in diffusers format, or of the hub's cache "
+            "(`models--org--name`), or a .safetensors file, relative to the job; or a hub id "
+            "(`org/name`). See [docs/models.md](models.md)."
+        ),
     ]
+    """`read_job` makes a folder or file an absolute `Path`; text is a hub id."""
+    revision: Annotated[
+        str | None,
+        Field(min_length=1, description="Branch, tag or commit of the hub; default: main."),
+    ] = None
+    variant: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z0-9_]+$",
+            description='Which weights, where the model has several: `"fp16"` takes '
+            "`model.fp16.safetensors`.",
+        ),
+    ] = None
+    config: Annotated[
+        Path | str | None,
+        Field(
+            description="Of a .safetensors file only: diffusers folder or hub id with its "
+            "configurations, tokenizers and missing parts; default: the repository that diffusers "
+            "names for such a file."
+        ),
+    ] = None
 
 
 class Data(_Section):
@@ -192,7 +221,7 @@ class Job(_Section):
         """Every key as "section.key", for JSON. Without the paths: what lies there is known by its
         content, and may be moved.
         """
-        sections = self.model_dump(mode="json", exclude={"model": {"path"}, "data": {"images"}})
+        sections = self.model_dump(mode="json", exclude={"model": {*MODELS}, "data": {"images"}})
         return {
             f"{section}.{key}": value
             for section, keys in sections.items()
@@ -351,30 +380,42 @@ def _relations(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
 def _resolve(job: Job, base: Path) -> Job:
     return job.model_copy(
         update={
-            "model": job.model.model_copy(update={"path": _from(base, job.model.path)}),
+            "model": job.model.model_copy(
+                update={
+                    key: settle(str(value), base)
+                    for key in MODELS
+                    if (value := getattr(job.model, key)) is not None
+                }
+            ),
             "data": job.data.model_copy(update={"images": _from(base, job.data.images)}),
         }
     )
 
 
 def _paths(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
-    """Folders that are not there."""
+    """Folders and files that are not there. Whether the hub has a model is asked later."""
     faults = []
-    for section, key, what in (
-        ("model", "path", "a diffusers pipeline folder"),
-        ("data", "images", "a folder of images"),
-    ):
+    for section, key in (*(("model", key) for key in MODELS), ("data", "images")):
         value = raw.get(section)
         value = value.get(key) if isinstance(value, dict) else None
-        if isinstance(value, str) and not _is_folder(path.parent, value):
-            odd = "\\" in value or not value.isprintable()  # "C:\new" has a line end in it
-            faults.append(
-                BadInput(
-                    _place(path, text, [section, key]),
-                    found=f"{section}.{key}: no folder {path.parent.absolute() / value}",
-                    expected=what,
-                    remedy=WINDOWS_PATHS if odd else "paths are relative to the job file",
+        if not isinstance(value, str):
+            continue
+        try:
+            if section == "model":
+                settle(value, path.parent, f"model.{key}")
+            elif not _is_folder(path.parent, value):
+                raise BadInput(
+                    "",
+                    found=f"data.images: no folder {path.parent.absolute() / value}",
+                    expected="a folder of images",
+                    remedy=BESIDE,
                 )
+        except BadInput as fault:
+            odd = "\\" in value or not value.isprintable()  # "C:\new" has a line end in it
+            remedy = WINDOWS_PATHS if odd and fault.remedy == BESIDE else fault.remedy
+            place = _place(path, text, [section, key])
+            faults.append(
+                BadInput(place, found=fault.found, expected=fault.expected, remedy=remedy)
             )
     return faults
 

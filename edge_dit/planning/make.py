@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edge_dit.contract.adamw import AdamW
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.model import Model, open_model
+from edge_dit.models.source import Located, locate
 from edge_dit.models.whereabouts import remember
 from edge_dit.pictures.images import captions, image_files
 from edge_dit.planning.job import Job
@@ -34,7 +35,8 @@ def make_plan(job: Job, request: SplitRequest | None = None) -> Plan:
     Raises:
         BadInput: all faults between job, model and images, together.
     """
-    model = open_model(job.model.path)
+    source = _located(job)
+    model = open_model(source.folder)
     selection, _ = find_selection(model.folder, model.hash)
     split = choose_split(model.layers, requested(job.plan, request), selection)
     sizes = {"train.patch": job.train.patch, "train.resolution": job.train.resolution}
@@ -47,7 +49,8 @@ def make_plan(job: Job, request: SplitRequest | None = None) -> Plan:
     return Plan(
         family=model.family.name,
         model=model.folder,
-        model_name=model.folder.name,
+        model_name=source.name,
+        model_revision=source.revision,
         model_hash=model.hash,
         layers=model.layers,
         head_skip=split.head_skip,
@@ -91,8 +94,17 @@ def plan_of(job: Job, path: Path) -> Plan:
             expected="the job as it was planned",
             remedy="plan again: edge-dit plan JOB -o plan.json; or undo the change",
         )
-    remember(job.model.path, plan.model_hash)
-    return plan.model_copy(update={"model": job.model.path})
+    folder = _located(job, plan.model_revision).folder
+    remember(folder, plan.model_hash)
+    return plan.model_copy(update={"model": folder})
+
+
+def _located(job: Job, revision: str | None = None) -> Located:
+    """The job's model on this machine; of the hub the revision that was planned, if one was."""
+    asked = job.model
+    if not isinstance(asked.path, str):
+        revision = None
+    return locate(asked.path, revision or asked.revision, asked.variant, asked.config)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -32,7 +32,8 @@ class Plan(BaseModel):
         family: name of the model's family ("sana").
         model: the diffusers folder on this machine, if it is known; it is not written to files,
             which people share.
-        model_name: bare name of that folder, or the hub id it came from.
+        model_name: bare name of that folder, or of a single file, or the hub id it came from.
+        model_revision: commit, if it came from the hub.
         model_hash: `edge_dit.models.model.Model.hash` of that folder.
         layers: transformer blocks of the model.
         head_skip: number of leading blocks that are not trained (n).
@@ -62,6 +63,7 @@ class Plan(BaseModel):
     family: str
     model: Annotated[Path | None, Field(exclude=True)] = None
     model_name: str
+    model_revision: str | None = None
     model_hash: str
     layers: Positive
     head_skip: Natural
@@ -115,6 +117,7 @@ class Plan(BaseModel):
             mode="json",
             exclude={
                 "model_name",
+                "model_revision",
                 "asked",
                 "rank",
                 "alpha",

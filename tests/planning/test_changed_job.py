@@ -14,6 +14,8 @@ from edge_dit.planning.make import make_plan, plan_of
 from edge_dit.planning.plan import model_of, read_plan, write_plan
 
 OTHER = {
+    "model.revision": '"v0"',
+    "model.variant": '"fp16"',
     "data.prompt": '"another toy"',
     "plan.skip_ratio": "0.25",
     "plan.head_skip": "2",
@@ -60,7 +62,7 @@ def test_every_key_of_a_job_is_tried():
         for section, field in Job.model_fields.items()
         for key in field.annotation.model_fields
     }
-    paths = {"model.path", "data.images"}
+    paths = {"model.path", "model.config", "data.images"}
     assert keys == paths | OTHER.keys() | BUDGETS.keys()
 
 
