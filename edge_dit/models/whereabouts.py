@@ -6,44 +6,58 @@ from contextlib import suppress
 from pathlib import Path
 
 from edge_dit.errors import BadInput
-from edge_dit.store.documents import read_whole
-from edge_dit.store.files import cache_folder, write_atomic
+from edge_dit.store.documents import parse_json, read_whole
+from edge_dit.store.files import cache_folder, write_json
 
-_LAST: dict[str, Path] = {}
-"""Hash -> folder, of this process: enough where the user's cache cannot be written."""
+KEPT = 8
+"""Most folders kept of one model."""
+_NOTED: dict[str, list[str]] = {}
+"""Hash -> folders, of this process: enough where the user's cache cannot be written."""
 
 
 def remember(folder: Path, model_hash: str) -> None:
-    """Note that the model of a hash lies in a folder; the last folder noted counts."""
-    if _LAST.get(model_hash) != folder.absolute():
-        _LAST[model_hash] = folder.absolute()
+    """Note that the model of a hash lies in a folder."""
+    here, known = str(folder.absolute()), _folders(model_hash)
+    if known[:1] != [here]:
+        _NOTED[model_hash] = [here, *(other for other in known if other != here)][:KEPT]
         with suppress(BadInput):
-            write_atomic(_file(model_hash), str(folder.absolute()))
+            write_json(_file(model_hash), _NOTED[model_hash])
 
 
 def known_folder(name: str, model_hash: str) -> Path:
-    """The folder that was last noted for a hash; whether it still holds that model is not checked.
+    """The folder that was last noted for a hash, of those that are still there. Whether it still
+    holds that model is not checked.
 
     Args:
         name: of the model, for the message.
         model_hash: `edge_dit.models.model.Model.hash`.
 
     Raises:
-        BadInput: none was noted, or the folder is gone.
+        BadInput: none was noted, or all are gone.
     """
-    folder = _LAST.get(model_hash)
-    if folder is None:
-        with suppress(OSError, ValueError):
-            folder = Path(read_whole(_file(model_hash)).decode("utf-8"))
-    if folder is None or not folder.is_dir():
-        raise BadInput(
-            f"model {name}",
-            found="not known on this machine" if folder is None else f"no longer in {folder}",
-            expected=f"the folder of the model with hash {model_hash[:12]}",
-            remedy="name its folder (edge-dit verify ... --model FOLDER), or plan again",
-        )
-    return folder
+    known = _folders(model_hash)
+    for folder in map(Path, known):
+        if folder.is_dir():
+            return folder
+    raise BadInput(
+        f"model {name}",
+        found=f"no longer in {known[0]}" if known else "not known on this machine",
+        expected=f"the folder of the model with hash {model_hash[:12]}",
+        remedy="name its folder (edge-dit verify ... --model FOLDER), or plan again",
+    )
+
+
+def _folders(model_hash: str) -> list[str]:
+    """The folders noted for a hash, the last one first."""
+    stored = None
+    with suppress(OSError, ValueError):
+        stored = parse_json(read_whole(_file(model_hash)))
+    noted = _NOTED.get(model_hash, [])
+    kept = (
+        [folder for folder in stored if isinstance(folder, str)] if isinstance(stored, list) else []
+    )
+    return [*noted, *(folder for folder in kept if folder not in noted)]
 
 
 def _file(model_hash: str) -> Path:
-    return cache_folder() / "models" / model_hash
+    return cache_folder() / "models" / f"{model_hash}.json"

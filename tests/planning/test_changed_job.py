@@ -9,6 +9,8 @@ import pytest
 
 import tiny
 from edge_dit.errors import BadInput
+from edge_dit.models import whereabouts
+from edge_dit.models.whereabouts import known_folder, remember
 from edge_dit.planning.job import Job, read_job
 from edge_dit.planning.make import make_plan, plan_of
 from edge_dit.planning.plan import model_of, read_plan, write_plan
@@ -119,6 +121,29 @@ def test_a_model_that_nobody_knows_is_asked_for(planned, monkeypatch, tmp_path):
     plan = read_plan(planned / "plan.json").model_copy(update={"model_hash": "0" * 64})
     with pytest.raises(BadInput, match=r"not known on this machine(.|\n)*--model FOLDER"):
         model_of(plan)
+
+
+def test_a_copy_that_was_deleted_does_not_hide_the_model(planned, workplace, tmp_path):
+    plan = read_plan(planned / "plan.json")
+    gone = tmp_path / "gone"
+    shutil.copytree(workplace / "model", gone)
+    remember(gone, plan.model_hash)
+    assert model_of(plan).folder == gone
+    shutil.rmtree(gone)
+    assert model_of(plan).folder.is_dir()
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1, null]", b"\xff", b'["/nowhere/at/all"]'])
+def test_damaged_notes_are_no_notes(monkeypatch, tmp_path, damage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(whereabouts, "_NOTED", {})
+    remember(tmp_path, "a" * 64)
+    (notes,) = (tmp_path / "edge-dit" / "models").iterdir()
+    notes.write_bytes(damage)
+    assert known_folder("toy", "a" * 64) == tmp_path  # this process knows it still
+    whereabouts._NOTED.clear()
+    with pytest.raises(BadInput, match="model toy"):
+        known_folder("toy", "a" * 64)
 
 
 def test_a_plan_holds_no_path(planned, workplace):
