@@ -14,6 +14,7 @@ EXTRA_OF = {
     "huggingface_hub": "host",
     "matplotlib": "host",
     "jinja2": "host",
+    "pillow_heif": "heic",
     "onnx": "onnx",
     "onnxscript": "onnx",
     "executorch": "executorch",
