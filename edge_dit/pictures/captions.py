@@ -71,7 +71,7 @@ def nfc(text: str) -> str:
 def clean(text: str) -> str:
     """A caption as it goes to the text encoder.
 
-    Line ends become ``\\n``, letters are composed (NFC), and what prints nothing is cut off both
+    Line ends become line feeds, letters are composed (NFC), and what prints nothing is cut off both
     ends. Lines are kept. Empty if nothing that prints is in it.
     """
     text = nfc(text.replace("\r\n", "\n").replace("\r", "\n")).strip().strip(BLANK).strip()
@@ -191,9 +191,7 @@ def _side_car(path: Path) -> str:
 # ---------------------------------------------------------------- tables
 
 
-def _table(
-    listing: Listing, name: str, found: Captions, sources: dict[str, list[Caption]]
-) -> None:
+def _table(listing: Listing, name: str, found: Captions, sources: dict[str, list[Caption]]) -> None:
     """Captions of a metadata.jsonl or metadata.csv; its file names are relative to it."""
     path = listing.folder / name
     rows = 0

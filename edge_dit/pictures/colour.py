@@ -17,7 +17,7 @@ ROWS = 256
 SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 """Colour space of a profile -> mode of the pixels that it is for."""
 SAME = 1
-"""Levels by which a profile may differ from sRGB and count as sRGB: pixels then stay as they are."""
+"""Levels by which a profile may differ from sRGB and count as sRGB: pixels then stay the same."""
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
@@ -96,7 +96,7 @@ def _conversion(
         ValueError: the profile is not for such pixels.
         Exception: whatever littlecms has against it.
     """
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     space = source.profile.xcolor_space.strip()
     mode = SPACES.get(space)
     if mode is None or is_cmyk != (mode == "CMYK") or (mode == "L" and not is_gray):

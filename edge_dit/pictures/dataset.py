@@ -1,4 +1,4 @@
-"""A folder of pictures with captions: looked at as a whole, each picture decoded when it is used."""
+"""A folder of pictures with captions: looked at whole, each picture decoded when it is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_dit.errors import BadInput, ManyFaults
+from edge_dit.errors import BadInput, raise_any
 from edge_dit.pictures.captions import Captions, clean, read_captions
 from edge_dit.pictures.folder import FORMATS, LeftOut, Listing, list_folder
 from edge_dit.pictures.images import Header, read_header, read_rgb, resized
@@ -100,7 +100,7 @@ class Survey:
             )
             for name in ([] if default else self.uncaptioned)
         ]
-        _raise(self.listing.folder, faults)
+        raise_any(self.listing.folder, faults)
         own = self.captions.of
         return [own[name].text if name in own else default for name in self.listing.pictures]
 
@@ -164,7 +164,7 @@ def survey(folder: Path, recursive: bool = False) -> Survey:
             headers[name] = read_header(folder / name)
         except BadInput as fault:
             faults.append(fault)
-    _raise(folder, faults)
+    raise_any(folder, faults)
     return Survey(listing, captions, headers)
 
 
@@ -211,12 +211,7 @@ def check_readable(pictures: Iterable[Captioned]) -> None:
             except BadInput as fault:
                 faults.append(fault)
             advance()
-    _raise("pictures", faults)
-
-
-def _raise(where: object, faults: list[BadInput]) -> None:
-    if faults:
-        raise faults[0] if len(faults) == 1 else ManyFaults(where, faults)
+    raise_any("pictures", faults)
 
 
 class _Decoded:
