@@ -193,8 +193,9 @@ def _why(path: Path) -> str:
     for reason, suffixes in REASONS.items():
         if suffix in suffixes.split():
             return reason
-    ending = f"{shown(suffix)} is" if suffix else "its name has no ending of"
-    return f"{ending} no kind of picture that edge-dit reads: save it as PNG"
+    if not suffix:
+        return "its name has no ending; if it is a picture, add that of its format"
+    return f"{shown(suffix)} is no kind of picture that edge-dit reads: save it as PNG"
 
 
 def _unread(path: Path) -> str:

@@ -142,7 +142,8 @@ def _opened(path: Path, sha256: str = "") -> Iterator[tuple[BinaryIO, Image.Imag
     except BadInput:
         raise
     except Exception as error:  # readers raise struct.error, TypeError, zlib.error and more
-        words = "" if isinstance(error, UnidentifiedImageError) else str(error)
+        unknown = isinstance(error, UnidentifiedImageError)
+        words = "no picture, or pixels of a kind that is not read" if unknown else str(error)
         raise BadInput(
             path,
             found=f"not a readable image ({_foreign(path) or words or type(error).__name__})",
