@@ -109,12 +109,13 @@ class Survey:
         own, without = self.captions.of, self.uncaptioned
         lines = [f"{len(self.listing.pictures)} pictures, {len(own)} with a caption of their own"]
         if without:
-            lines += _few(f"{len(without)} without: [data] prompt", [[name] for name in without])
+            more = f" and {len(without) - LISTED} more" if len(without) > LISTED else ""
+            names = "" if not own else f": {', '.join(without[:LISTED])}{more}"
+            lines.append(f"{len(without)} without take [data] prompt{names}")
         several = sum("\n" in caption.text for caption in own.values())
         if several:
             lines.append(f"{several} captions of several lines: each is one prompt, lines kept")
-        lines += _few("left out", [[e.name, e.reason] for e in self.left_out])
-        return lines + _few("note", [[e.name, e.reason] for e in self.notes])
+        return [*lines, *_few("left out", self.left_out), *_few("note", self.notes)]
 
     def as_json(self) -> dict[str, Any]:
         """The same, complete, for machines."""
@@ -127,13 +128,13 @@ class Survey:
         }
 
 
-def _few(title: str, entries: list[list[str]]) -> list[str]:
+def _few(title: str, entries: list[LeftOut]) -> list[str]:
     """The first entries, a line each; and how many more there are."""
-    lines = [f"{title}: {': '.join(entry)}" for entry in entries[:LISTED]]
+    lines = [f"{title}: {entry.name}: {entry.reason}" for entry in entries[:LISTED]]
     if (more := len(entries) - LISTED) > 0:
-        same = Counter(entry[-1] for entry in entries[LISTED:]) if len(entries[0]) > 1 else {}
-        kinds = "; ".join(f"{count} {reason}" for reason, count in list(same.items())[:3])
-        lines.append(f"{title}: and {more} more{f' ({kinds})' if kinds else ''}: see --json")
+        kinds = Counter(entry.reason for entry in entries[LISTED:]).most_common(3)
+        words = "; ".join(f"{count} {reason}" for reason, count in kinds)
+        lines.append(f"{title}: and {more} more ({words}): see --json")
     return lines
 
 

@@ -68,7 +68,7 @@ def test_the_fallback_is_said(folder):
     assert found.uncaptioned == ["b.png"]
     assert found.in_words()[:2] == [
         "2 pictures, 1 with a caption of their own",
-        "1 without: [data] prompt: b.png",
+        "1 without take [data] prompt: b.png",
     ]
     with pytest.raises(BadInput, match=r"b\.png: no caption"):
         found.prompts(" \u200b")
