@@ -51,7 +51,8 @@ def plan(
     """Choose which blocks to train, at which sizes.
 
     Without a budget the job decides. With a budget, from these arguments or else from the job, this
-    is the best plan that fits (docs/selection.md).
+    is the best plan that fits (docs/selection.md). Warns of pictures without a caption of their
+    own, and of all that is left out of the folder (docs/inputs.md).
 
     Args:
         job: from `read_job`.
@@ -76,7 +77,10 @@ def plan(
 
     limits = read_limits(ram, flash, step_time)
     request = SplitRequest(skip_ratio=skip_ratio)
-    return plan_job(job, request, limits=limits, targets=targets).plan
+    planned = plan_job(job, request, limits=limits, targets=targets)
+    for line in planned.pictures.in_words()[1:]:
+        warn(line)
+    return planned.plan
 
 
 def read_pictures(job: Job, plan: Plan) -> list[Captioned]:

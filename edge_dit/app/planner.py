@@ -42,8 +42,8 @@ class Planned:
         limits: that budget.
         footprints: what training is expected to take, by `TargetVariant` in words; with a budget
             only that of the chosen variant.
-        doubts: see `edge_dit.planning.doubts`; `plan_job` has printed them as warnings.
         pictures: what was found in the folder of pictures, and what was left out.
+        doubts: see `edge_dit.planning.doubts`; `plan_job` has printed them as warnings.
     """
 
     plan: Plan
