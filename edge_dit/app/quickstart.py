@@ -16,6 +16,7 @@ from edge_dit.models.model import Model
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.plan import model_of
+from edge_dit.progress import warn
 from edge_dit.store.files import write_atomic, write_json
 
 SEEDS = [1, 2, 3, 4]
@@ -116,7 +117,7 @@ def _judged(road: Road) -> Judged:
     pictures, measured = road.pictures, "loss on the training pictures"
     if beside.is_dir():
         data = road.job.data
-        pictures = read_folder(beside, data.prompt, road.plan.s_max, data.recursive)
+        pictures = read_folder(beside, data.prompt, road.plan.s_max, data.recursive, warn)
         measured = "held-out loss"
     model = model_of(road.plan)
     return Judged(model, load_pipeline(model.folder), pictures, measured)

@@ -170,7 +170,11 @@ def survey(folder: Path, recursive: bool = False) -> Survey:
 
 
 def read_folder(
-    folder: Path, prompt: str | None, resolution: int, recursive: bool = False
+    folder: Path,
+    prompt: str | None,
+    resolution: int,
+    recursive: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Captioned]:
     """Read a folder's pictures with their captions; each is decoded when its pixels are asked for.
 
@@ -179,11 +183,14 @@ def read_folder(
         prompt: caption of pictures without one of their own; None if each must have one.
         resolution: length of every picture's shorter side after reading, in pixels.
         recursive: whether sub-folders are read.
+        say: is told what is left out, where no plan has said it.
 
     Raises:
         BadInput: as `survey`; or a picture without a caption.
     """
     found = survey(folder, recursive)
+    for line in found.in_words()[1:]:
+        say(f"{folder.name}: {line}")
     prompts, decoded = found.prompts(prompt), _Decoded(resolution)
     pictures = []
     for name, caption in zip(found.listing.pictures, prompts, strict=True):

@@ -100,7 +100,7 @@ def list_folder(folder: Path, recursive: bool = False) -> Listing:
     Raises:
         BadInput: there is no such folder, or it cannot be read.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise BadInput(folder, found="no such folder", expected="a folder of images")
     listing = Listing(folder)
     seen, waiting = {os.path.realpath(folder)}, [""]
@@ -118,7 +118,7 @@ def list_folder(folder: Path, recursive: bool = False) -> Listing:
             if is_hidden(name):
                 continue
             path, inside = folder / prefix / name, f"{prefix}/{name}" if prefix else name
-            if not path.is_dir():
+            if not os.path.isdir(path):  # unlike Path.is_dir it raises nothing
                 _place(listing, path, inside)
             elif not recursive:
                 listing.left_out.append(LeftOut(shown(inside), _unread(path)))

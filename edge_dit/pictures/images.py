@@ -25,6 +25,8 @@ MOST_PIXELS = 200_000_000
 """Largest picture read, in pixels: the largest sensor of a phone. A limit of ours, for memory: one
 such picture takes about 1.5 GB while it is decoded.
 """
+MOST_BYTES = 2 * 2**30
+"""Largest file read: some readers of Pillow hold all of it in memory."""
 MOST_ASPECT = 8
 """Longest side of a picture, as a multiple of its shorter one. A crop is a square, and the shorter
 side becomes s_max: this bounds what a picture takes after it.
@@ -133,6 +135,8 @@ def _opened(path: Path, sha256: str = "") -> Iterator[tuple[BinaryIO, Image.Imag
     """An open file and the picture in it. Whatever a reader raises is the file's fault."""
     try:
         with open_regular(path) as file, _own_limit():
+            if os.fstat(file.fileno()).st_size > MOST_BYTES:
+                raise ValueError(f"larger than {MOST_BYTES // 2**30} GiB")
             if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 raise BadInput(path, found="changed since it was listed", remedy="start again")
             file.seek(0)

@@ -19,6 +19,7 @@ from edge_dit.models.pipeline import load_pipeline
 from edge_dit.models.subgraph import add_lora, lora_modules, lora_name, remove_lora
 from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.plan import Plan, model_of
+from edge_dit.progress import warn
 from edge_dit.reference.evaluate import Whole, encode_whole
 from edge_dit.reference.full_lora import train_full_lora
 from edge_dit.store.documents import digest, read_document, write_document
@@ -73,8 +74,8 @@ def read_subject(
     heldout = images.parent / HELD_OUT
     return Subject(
         name,
-        read_folder(images, prompt, side, recursive),
-        read_folder(heldout, prompt, side, recursive) if heldout.is_dir() else [],
+        read_folder(images, prompt, side, recursive, warn),
+        read_folder(heldout, prompt, side, recursive, warn) if heldout.is_dir() else [],
     )
 
 
@@ -104,7 +105,7 @@ def read_subjects(
         if (path / TRAIN).is_dir():
             subjects.append(read_subject(path.name, path / TRAIN, prompt, side, recursive))
         else:
-            subjects.append(Subject(path.name, read_folder(path, prompt, side, recursive)))
+            subjects.append(Subject(path.name, read_folder(path, prompt, side, recursive, warn)))
     return subjects
 
 

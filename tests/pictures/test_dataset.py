@@ -98,3 +98,24 @@ def test_a_bank_names_pictures_of_sub_folders(folder, road, tmp_path_factory):
     precompute(plan, read_folder(folder, "a toy", plan.s_max, recursive=True), bank)
     names = [image["name"] for image in read_index(bank).images]
     assert names == ["1.jpg", "2.jpg", "3.jpg", "more/0.jpg"]
+
+
+def test_folders_that_no_plan_has_seen_say_what_is_left_out(folder, capsys):
+    from edge_dit.select.subjects import read_subjects
+
+    (folder / "toy").mkdir()
+    (folder / "0.jpg").rename(folder / "toy" / "0.jpg")
+    for name in ("1.jpg", "2.jpg", "3.jpg"):
+        (folder / name).unlink()
+    (folder / "toy" / "1.psd").write_text("")
+    (subject,) = read_subjects(folder, "a toy", 48)
+    assert len(subject.images) == 1
+    assert "warning: toy: left out: 1.psd: .psd is no kind" in capsys.readouterr().err
+
+
+def test_a_file_of_gigabytes_is_not_read(folder):
+    with (folder / "4.webp").open("wb") as file:
+        file.write(b"RIFF\xff\xff\xff\xffWEBPVP8 ")
+        file.truncate(2**31 + 1)  # takes no room
+    with pytest.raises(BadInput, match=r"4\.webp: not a readable image \(larger than 2 GiB"):
+        read_folder(folder, "a toy", 48)
