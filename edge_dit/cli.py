@@ -201,6 +201,7 @@ def plan(
         "footprints": {k: vars(v) for k, v in planned.footprints.items()},
         "reasons": planned.in_words(),
         "warnings": planned.doubts,
+        "pictures": planned.pictures.as_json(),
     }
     written = f"written to {output}" + (f" and {page}" if page else "")
     report(as_json, facts, *plan_in_words(made), *table(columns), *planned.in_words(), written)
@@ -445,10 +446,10 @@ def bench(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A plan, bank, bundle, run or LoRA.")],
+    path: Annotated[Path, typer.Argument(help="A plan, bank, bundle, run, LoRA or pictures.")],
     as_json: Json = False,
 ) -> None:
-    """Say in words what a plan, bank, bundle or run is."""
+    """Say in words what a plan, bank, bundle, run or folder of pictures is."""
     from edge_dit.app.describe import look
 
     facts, lines = look(path)

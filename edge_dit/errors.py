@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
+from itertools import chain
 from types import ModuleType
 
 EXTRA_OF = {
@@ -14,6 +16,7 @@ EXTRA_OF = {
     "huggingface_hub": "host",
     "matplotlib": "host",
     "jinja2": "host",
+    "pillow_heif": "heic",
     "onnx": "onnx",
     "onnxscript": "onnx",
     "executorch": "executorch",
@@ -21,6 +24,10 @@ EXTRA_OF = {
     "onnxruntime.training": "ort-training",
 }
 """Module -> extra of the distribution that installs it."""
+
+
+PRINTED = 30
+"""Most faults that are printed at once: of a thousand pictures, every one may have the same."""
 
 
 class BadInput(Exception):
@@ -54,7 +61,17 @@ class ManyFaults(BadInput):
         super().__init__(where, found=f"{len(faults)} faults")
 
     def __str__(self) -> str:
-        return "\n".join(str(fault) for fault in self.faults)
+        lines = [str(fault) for fault in self.faults[:PRINTED]]
+        more = len(self.faults) - PRINTED
+        return "\n".join([*lines, f"and {more} more faults"] if more > 0 else lines)
+
+
+def raise_any(where: object, faults: Sequence[BadInput]) -> None:
+    """Raise faults together; a single one as it is. Nothing is raised where there is none."""
+    inner = (f.faults if isinstance(f, ManyFaults) else [f] for f in faults)
+    every = list(chain.from_iterable(inner))
+    if every:
+        raise every[0] if len(every) == 1 else ManyFaults(where, every)
 
 
 class CheckFailed(Exception):

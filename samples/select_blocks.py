@@ -16,7 +16,7 @@ from pathlib import Path
 from scipy.stats import spearmanr
 
 from edge_dit.errors import BadInput
-from edge_dit.pictures.images import read_folder
+from edge_dit.pictures.dataset import read_folder
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan

@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def road(workplace: Path, request: pytest.FixtureRequest) -> Road:
     """The workplace with plan, bank and a bundle of all targets."""
-    from edge_dit.pictures.images import read_folder
+    from edge_dit.pictures.dataset import read_folder
     from edge_dit.reference.precompute import precompute
     from edge_dit_export.export import export
 

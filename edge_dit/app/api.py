@@ -22,7 +22,7 @@ from edge_dit.store.files import StrPath
 if TYPE_CHECKING:
     from edge_dit.contract.bundle import Bundle
     from edge_dit.contract.certificate import Certificate
-    from edge_dit.pictures.images import Captioned
+    from edge_dit.pictures.dataset import Captioned
 
 
 def read_job(path: StrPath) -> Job:
@@ -51,7 +51,8 @@ def plan(
     """Choose which blocks to train, at which sizes.
 
     Without a budget the job decides. With a budget, from these arguments or else from the job, this
-    is the best plan that fits (docs/selection.md).
+    is the best plan that fits (docs/selection.md). Warns of pictures without a caption of their
+    own, and of all that is left out of the folder (docs/inputs.md).
 
     Args:
         job: from `read_job`.
@@ -76,26 +77,34 @@ def plan(
 
     limits = read_limits(ram, flash, step_time)
     request = SplitRequest(skip_ratio=skip_ratio)
-    return plan_job(job, request, limits=limits, targets=targets).plan
+    planned = plan_job(job, request, limits=limits, targets=targets)
+    for line in planned.pictures.in_words()[1:]:
+        warn(line)
+    return planned.plan
 
 
 def read_pictures(job: Job, plan: Plan) -> list[Captioned]:
-    """Read a job's pictures in the size of its plan, with captions; warns of enlarged ones.
+    """A job's pictures in the size of its plan, with captions; warns of enlarged ones.
+
+    A picture is decoded when its ``pixels`` are asked for; a few stay in memory.
 
     Raises:
-        BadInput: every unreadable picture and missing caption, together.
+        BadInput: every picture that is none or truncated, and every missing caption, together.
 
     Example:
         >>> pictures = ed.read_pictures(job, plan)
         >>> len(pictures), pictures[0].pixels.shape
         (3, (3, 64, 64))
     """
-    from edge_dit.pictures.images import read_folder
+    from edge_dit.pictures.dataset import LISTED, read_folder
 
-    pictures = read_folder(job.data.images, job.data.prompt, plan.s_max)
-    for picture in pictures:
-        if picture.upscaled:
-            warn(f"{picture.name} is smaller than {plan.s_max} px and was enlarged")
+    data = job.data
+    pictures = read_folder(data.images, data.prompt, plan.s_max, data.recursive)
+    small = [picture.name for picture in pictures if picture.upscaled]
+    for name in small[:LISTED]:
+        warn(f"{name} is smaller than {plan.s_max} px and was enlarged")
+    if len(small) > LISTED:
+        warn(f"and {len(small) - LISTED} more pictures are")
     return pictures
 
 

@@ -1,4 +1,4 @@
-"""Describes any plan, bank, bundle, run or LoRA in words."""
+"""Describes any plan, bank, bundle, run, LoRA or folder of pictures in words."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from edge_dit.contract.adapter import PEFT_CONFIG, LoraFile, read_lora, read_pef
 from edge_dit.contract.adapter_formats import FILES
 from edge_dit.contract.bundle import ADAPTER, MANIFEST, Bundle, open_bundle
 from edge_dit.errors import BadInput
+from edge_dit.pictures.dataset import survey
+from edge_dit.pictures.folder import list_folder
 from edge_dit.planning.plan import Plan, read_plan
 
 
@@ -46,10 +48,13 @@ def look(path: Path) -> tuple[dict[str, Any], list[str]]:
     for file in FILES:
         if (path / file).is_file():
             return _adapter_in_words(read_lora(path / file))
+    if path.is_dir() and list_folder(path).pictures:
+        found = survey(path)
+        return found.as_json(), found.in_words()
     raise BadInput(
         path,
         found="nothing edge-dit knows" if path.exists() else "no such file or folder",
-        expected="a plan.json, bank, bundle, run or LoRA",
+        expected="a plan.json, bank, bundle, run, LoRA or folder of pictures",
     )
 
 

@@ -30,6 +30,7 @@ NEEDS = {
     **{f"export {t.name}": ("torch", "peft", *t.needs_to_export) for t in TARGETS.values()},
     **{f"train {t.name}": t.needs_to_train for t in TARGETS.values()},
     "verify": ("torch", "diffusers", "peft"),
+    "read .heic": ("pillow_heif",),
 }
 """Piece of work -> modules that it imports."""
 

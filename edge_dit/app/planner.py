@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from edge_dit.budget.limits import NO_LIMITS, Limits
 from edge_dit.errors import BadInput
-from edge_dit.pictures.images import image_files, read_folder
+from edge_dit.pictures.dataset import Survey, read_folder
 from edge_dit.planning.doubts import doubts
 from edge_dit.planning.job import Job, bytes_of
-from edge_dit.planning.make import make_plan
+from edge_dit.planning.make import make, make_plan
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import Selection, cache_file, find_selection, write_selection
 from edge_dit.planning.split import RATIO_PLACE, SplitRequest, choose_split
@@ -42,6 +42,7 @@ class Planned:
         limits: that budget.
         footprints: what training is expected to take, by `TargetVariant` in words; with a budget
             only that of the chosen variant.
+        pictures: what was found in the folder of pictures, and what was left out.
         doubts: see `edge_dit.planning.doubts`; `plan_job` has printed them as warnings.
     """
 
@@ -51,11 +52,13 @@ class Planned:
     choice: Choice | None
     limits: Limits | None
     footprints: dict[str, Footprint]
+    pictures: Survey
     doubts: list[str]
 
     def in_words(self) -> list[str]:
-        """Selection, choice and footprints as lines for people."""
-        lines = [f"blocks by {self.source}" if self.selection else f"split: {self.source}"]
+        """Pictures, selection, choice and footprints as lines for people."""
+        lines = self.pictures.in_words()
+        lines.append(f"blocks by {self.source}" if self.selection else f"split: {self.source}")
         skipped = self.plan.layers - len(self.plan.trained)
         better = self.selection.proposed(skipped) if self.selection else None
         if better and self.plan.inner_skips == [better.run]:
@@ -107,11 +110,12 @@ def plan_job(
     if limits is not None:
         planned = _plan_within(job, asked, limits, targets, profile)
     else:
-        plan = make_plan(job, asked)
+        made = make(job, asked)
+        plan = made.plan
         selection, source = _selection_of(plan)
         footprints = _footprints(plan, profile, variants_of(targets or plan.targets))
-        planned = Planned(plan, selection, source, None, None, footprints, [])
-    found = doubts(job.train, [path.name for path in image_files(job.data.images)])
+        planned = Planned(plan, selection, source, None, None, footprints, made.pictures, [])
+    found = doubts(job.train, planned.pictures.listing.pictures)
     for doubt in found:
         warn(doubt)
     return replace(planned, doubts=found)
@@ -160,7 +164,8 @@ def _plan_within(
 ) -> Planned:
     from edge_dit.budget.search import bounds_of, plan_within, variants_of
 
-    whole = make_plan(job, SplitRequest(skip_ratio=0.0))
+    made = make(job, SplitRequest(skip_ratio=0.0))
+    whole = made.plan
     selection, source = _selection_of(whole)
     head = job.plan.head_skip if asked.head_skip is None else asked.head_skip
     tail = job.plan.tail_skip if asked.tail_skip is None else asked.tail_skip
@@ -171,7 +176,7 @@ def _plan_within(
     bounds = bounds_of(whole, head, tail)
     plan, choice = plan_within(whole, bounds, limits, profile, variants, selection)
     footprints = {str(choice.best.option.variant): choice.best.footprint}
-    return Planned(plan, selection, source, choice, limits, footprints, [])
+    return Planned(plan, selection, source, choice, limits, footprints, made.pictures, [])
 
 
 def _footprints(plan: Plan, profile: Profile, variants: Sequence[Any]) -> dict[str, Footprint]:
@@ -201,8 +206,8 @@ def report_on(job: Job, planned: Planned, path: Path) -> None:
     from edge_dit.app import report
     from edge_dit.budget.footprint import read_measured
 
-    plan = planned.plan
-    images = read_folder(job.data.images, job.data.prompt, plan.s_max)
+    plan, data = planned.plan, job.data
+    images = read_folder(data.images, data.prompt, plan.s_max, data.recursive)
     expected = [
         report.Expected(name, f.anonymous, f.file, f.bundle + plan.draws * f.draw, f.seconds)
         for name, f in planned.footprints.items()
@@ -261,11 +266,12 @@ def select(
     if embedding is not None and method != "generation":
         raise BadInput("--embedding", found=f"with --method {method}", expected="generation")
     plan = make_plan(job, SplitRequest(skip_ratio=0.0))
-    images, prompt = job.data.images, job.data.prompt
+    data = job.data
     if subjects is None:
-        chosen = [read_subject(images.parent.name, images, prompt, plan.s_max)]
+        name = data.images.parent.name
+        chosen = [read_subject(name, data.images, data.prompt, plan.s_max, data.recursive)]
     else:
-        chosen = read_subjects(subjects, prompt, plan.s_max)
+        chosen = read_subjects(subjects, data.prompt, plan.s_max, data.recursive)
     path = cache_file(plan.model_hash)
     work = path.with_suffix("")
     if method == "generation":

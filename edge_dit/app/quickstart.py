@@ -14,8 +14,9 @@ from edge_dit.contract.adapter_formats import format_of
 from edge_dit.errors import BadInput
 from edge_dit.models.model import Model
 from edge_dit.models.pipeline import load_pipeline
-from edge_dit.pictures.images import Captioned, read_folder
+from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.plan import model_of
+from edge_dit.progress import warn
 from edge_dit.store.files import write_atomic, write_json
 
 SEEDS = [1, 2, 3, 4]
@@ -115,7 +116,8 @@ def _judged(road: Road) -> Judged:
     beside = road.job.data.images.parent / HELD_OUT
     pictures, measured = road.pictures, "loss on the training pictures"
     if beside.is_dir():
-        pictures = read_folder(beside, road.job.data.prompt, road.plan.s_max)
+        data = road.job.data
+        pictures = read_folder(beside, data.prompt, road.plan.s_max, data.recursive, warn)
         measured = "held-out loss"
     model = model_of(road.plan)
     return Judged(model, load_pipeline(model.folder), pictures, measured)

@@ -21,8 +21,8 @@ from edge_dit.app.describe import in_runs
 from edge_dit.budget.limits import NO_LIMITS, Limits
 from edge_dit.contract.bank import Crop
 from edge_dit.errors import missing_extra, require
+from edge_dit.pictures.dataset import Captioned
 from edge_dit.pictures.draws import plan_draws
-from edge_dit.pictures.images import Captioned
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import Selection
 from edge_dit.planning.split import SplitRequest, choose_split
@@ -147,7 +147,7 @@ def sample_patches(
 
     Args:
         plan: its sizes and seed decide the crops.
-        images: as read by `edge_dit.pictures.images.read_folder`, shorter side ``plan.s_max``.
+        images: as read by `edge_dit.pictures.dataset.read_folder`, shorter side ``plan.s_max``.
         sigmas: noise levels in [0, 1].
 
     Raises:
@@ -167,15 +167,16 @@ def sample_patches(
             seed=plan.seed,
             level=lambda _, levels=levels: next(levels),
             prompt_of_image=[0],
-            sizes=[(image.pixels.shape[1], image.pixels.shape[2])],
+            sizes=[image.size],
             rule=plan.crop_rule,
         )
-        pixels = torch.from_numpy(image.pixels).unsqueeze(0)
+        whole = image.pixels
+        pixels = torch.from_numpy(whole).unsqueeze(0)
         patches = []
         for draw in draws:
             patch = sampler(pixels, torch.tensor([draw.sigma]), torch.tensor([draw.u, draw.v]))
             patches.append(Patch(draw.sigma, draw.crop, _rgb(patch[0].numpy())))
-        samples.append(Sampled(image.name, _rgb(image.pixels), patches))
+        samples.append(Sampled(image.name, _rgb(whole), patches))
     return samples
 
 

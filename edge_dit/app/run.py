@@ -27,7 +27,7 @@ from edge_dit.contract.bundle import MANIFEST, open_bundle
 from edge_dit.contract.certificate import read_certificate
 from edge_dit.contract.targets import RECOMPUTE, STREAMED, TARGETS, WIDE, variant_of
 from edge_dit.errors import BadInput, CheckFailed
-from edge_dit.pictures.images import Captioned
+from edge_dit.pictures.dataset import Captioned
 from edge_dit.planning.job import Job, read_job
 from edge_dit.planning.make import changes, plan_of
 from edge_dit.planning.plan import Plan, write_plan

@@ -1,6 +1,10 @@
 """From pictures to draws.
 
-images          reads a folder of images and captions
+folder          what a folder holds, and what is left out
+captions        where a picture's caption comes from
+images          reads one picture
+colour          depth, transparency and colour profile of a decoded picture
+dataset         all pictures of a folder with their captions, each decoded when it is used
 crop            the crop of a patch (docs/method.md, Eq. 1), in numpy
 patch_sampler   the same crop and its resizing, as a torch module
 draws           which draws a bank holds

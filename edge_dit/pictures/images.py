@@ -1,165 +1,337 @@
-"""Read a folder of images and captions; an image that cannot be used is refused by name."""
+"""Read one picture, whatever its format, as upright 8-bit sRGB; or refuse it by name."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import struct
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from edge_dit.errors import BadInput, ManyFaults
+from edge_dit.errors import BadInput, missing_extra, require
+from edge_dit.pictures.colour import profile_fault, to_srgb
+from edge_dit.pictures.folder import FORMATS, HEIF
+from edge_dit.store.files import open_regular
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MOST_PIXELS = 200_000_000
+"""Largest picture read, in pixels: the largest sensor of a phone. A limit of ours, for memory: one
+such picture takes about 1.5 GB while it is decoded.
+"""
+MOST_BYTES = 2 * 2**30
+"""Largest file read: some readers of Pillow hold all of it in memory."""
+MOST_ASPECT = 8
+"""Longest side of a picture, as a multiple of its shorter one. A crop is a square, and the shorter
+side becomes s_max: this bounds what a picture takes after it.
+"""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Value of `ORIENTATION` -> what turns the picture upright."""
+ORIENTATION = 0x0112
+"""Tag of EXIF and of TIFF."""
+PILLOW = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")
+"""Readers of Pillow that are used: no others, whatever a file claims to be."""
+FOREIGN = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the picture: git lfs pull",
+    b"<!DOCTYPE": "a web page",
+    b"<html": "a web page",
+    b"<svg": "an SVG drawing",
+    b"<?xml": "an XML file",
+    b"8BPS": "a Photoshop file",
+    b"%PDF": "a PDF",
+    b"\xff\x0a": "a JPEG XL picture",
+    b"\0\0\0\x0cJXL ": "a JPEG XL picture",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000 picture",
+}
+"""How files begin that are often named like pictures."""
+TAIL = 4096
+"""Bytes from the end in which a JPEG must say that it ends."""
+
+_LIMIT = threading.RLock()
 
 
 @dataclass(frozen=True)
-class Captioned:
-    """One training image.
+class Header:
+    """What a picture is, found without decoding it where its format allows.
 
     Attributes:
-        name: file name within the folder.
-        sha256: of the file's bytes.
-        caption: from the .txt file of the same stem, else the job's prompt.
-        pixels: [3, H, W] float32 in [-1, 1]; the shorter side is the job's resolution.
-        upscaled: whether the file was smaller than that and was enlarged.
+        size: height and width in pixels, upright.
+        notes: what is not taken from it: later frames, a colour profile.
     """
 
-    name: str
-    sha256: str
-    caption: str
-    pixels: np.ndarray
-    upscaled: bool
+    size: tuple[int, int]
+    notes: tuple[str, ...]
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to upright 8-bit RGB.
+def read_header(path: Path) -> Header:
+    """Look at a picture: is it one, whole, and within the limits?
 
-    The EXIF rotation is applied, 16-bit values are scaled down, and transparent pixels are put on
-    white.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit, or 32-bit holding 16-bit values (PNG)
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray(np.clip(np.round(values / 257), 0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        top = 1.0 if np.nanmax(values) <= 1.0 else 255.0
-        image = Image.fromarray(np.clip(np.round(values * 255 / top), 0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def read_image(path: Path, resolution: int) -> tuple[np.ndarray, bool]:
-    """Read an image and resize its shorter side to ``resolution`` pixels.
-
-    Returns:
-        Pixels [3, H, W] float32 in [-1, 1], and whether the image was enlarged.
+    PNG, JPEG, WebP, AVIF and HEIC say how long they are. Other formats, and files whose end is not
+    where it should be, are decoded to see.
 
     Raises:
-        BadInput: the file is not an image, truncated, unreadable, or huge.
+        BadInput: it is not a picture, truncated, or beyond a limit.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                opened.load()
-                image = to_rgb(opened)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise BadInput(
-            path,
-            found=f"not a readable image ({error})",
-            expected=f"a whole {', '.join(s[1:] for s in SUFFIXES)} file",
-            remedy="replace it or move it out of the folder",
-        ) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadInput(path, found=str(error), remedy="scale the image down first") from None
-    short = min(image.size)
-    if short != resolution:
-        size = tuple(max(resolution, round(side * resolution / short)) for side in image.size)
-        image = image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0
-    return np.ascontiguousarray(pixels), short < resolution
+    with _opened(path) as (file, image):
+        notes = [profile_fault(image), _later_frames(image)]
+        if not _is_whole(file, image.format or ""):
+            image = _decoded(image)
+        width, height = image.size
+        size = (width, height) if _orientation(image) >= 5 else (height, width)
+    return Header(size, tuple(note for note in notes if note))
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files of a folder, sorted by name.
-
-    Raises:
-        BadInput: there is no such folder, or no image in it.
-    """
-    if not folder.is_dir():
-        raise BadInput(folder, found="no such folder", expected="a folder of images")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not files:
-        raise BadInput(
-            folder,
-            found="no image in it",
-            expected=f"at least one {', '.join(SUFFIXES)} file",
-            remedy="point [data] images at the folder that holds the images themselves",
-        )
-    return files
-
-
-def captions(files: list[Path], prompt: str | None) -> list[str]:
-    """The caption of each image: the .txt file beside it, else ``prompt``.
-
-    Raises:
-        BadInput: an image has neither, or its .txt file is empty or not text; all faults together.
-    """
-    texts, faults = [], []
-    for path in files:
-        side_car = path.with_suffix(".txt")
-        caption = prompt
-        if side_car.is_file():
-            try:
-                caption = side_car.read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                faults.append(BadInput(side_car, found=f"unreadable caption ({error})"))
-                continue
-        if not caption:
-            faults.append(
-                BadInput(
-                    side_car if side_car.is_file() else path,
-                    found="empty caption" if side_car.is_file() else "no caption",
-                    expected=f"text in {side_car.name}, or [data] prompt in the job file",
-                )
-            )
-            continue
-        texts.append(caption)
-    if faults:
-        raise faults[0] if len(faults) == 1 else ManyFaults(files[0].parent, faults)
-    return texts
-
-
-def read_folder(folder: Path, prompt: str | None, resolution: int) -> list[Captioned]:
-    """Read all images of a folder with their captions.
+def read_rgb(path: Path, sha256: str, resolution: int) -> np.ndarray:
+    """Decode a picture and resize its shorter side to ``resolution`` pixels.
 
     Args:
-        folder: with the images.
-        prompt: caption of images without a .txt file; None if each must have one.
-        resolution: length of every image's shorter side after reading, in pixels.
+        path: of the picture.
+        sha256: of its bytes when it was listed.
+        resolution: pixels.
+
+    Returns:
+        [H, W, 3] uint8, upright, sRGB, transparent pixels on white.
 
     Raises:
-        BadInput: no such folder, no image in it, faults of captions or, if they are right, of
-            images; all of a kind together.
+        BadInput: unreadable, or no longer the file that was listed.
     """
-    files = image_files(folder)
-    texts = captions(files, prompt)
-    images, faults = [], []
-    for path, caption in zip(files, texts, strict=True):
+    with _opened(path, sha256) as (_, image):
+        image = _decoded(image)
+        turn = TURNS.get(_orientation(image))
+        rgb = to_srgb(image)
+        if turn is not None:
+            rgb = rgb.transpose(turn)
+    height, width = resized((rgb.height, rgb.width), resolution)
+    if (width, height) != rgb.size:
+        rgb = rgb.resize((width, height), Image.Resampling.LANCZOS)
+    return np.array(rgb)
+
+
+def resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """Height and width after the shorter side has become ``resolution`` pixels."""
+    short = min(size)
+    if short == resolution:
+        return size
+    height, width = (max(resolution, round(side * resolution / short)) for side in size)
+    return height, width
+
+
+@contextmanager
+def _opened(path: Path, sha256: str = "") -> Iterator[tuple[BinaryIO, Image.Image]]:
+    """An open file and the picture in it. Whatever a reader raises is the file's fault."""
+    try:
+        with open_regular(path) as file, _own_limit():
+            if os.fstat(file.fileno()).st_size > MOST_BYTES:
+                raise ValueError(f"larger than {MOST_BYTES // 2**30} GiB")
+            if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise BadInput(path, found="changed since it was listed", remedy="start again")
+            file.seek(0)
+            image = _open(path, file)
+            _check_sides(path, image)
+            yield file, image
+    except BadInput:
+        raise
+    except Exception as error:  # readers raise struct.error, TypeError, zlib.error and more
+        unknown = isinstance(error, UnidentifiedImageError)
+        words = "no picture, or pixels of a kind that is not read" if unknown else str(error)
+        raise BadInput(
+            path,
+            found=f"not a readable image ({_foreign(path) or words or type(error).__name__})",
+            expected=f"a whole {', '.join(suffix[1:] for suffix in FORMATS)} file",
+            remedy="replace it or move it out of the folder",
+        ) from None
+
+
+@contextmanager
+def _own_limit() -> Iterator[None]:
+    """Pillow's limit of pixels is a global, lower than ours, and calls large pictures an attack:
+    off while we read, and as it was afterwards. Its warnings say nothing to a user.
+    """
+    with _LIMIT, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            pixels, upscaled = read_image(path, resolution)
-        except BadInput as fault:
-            faults.append(fault)
-            continue
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        images.append(Captioned(path.name, digest, caption, pixels, upscaled))
-    if faults:
-        raise faults[0] if len(faults) == 1 else ManyFaults(folder, faults)
-    return images
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _open(path: Path, file: BinaryIO) -> Image.Image:
+    start = file.read(64)
+    file.seek(0)
+    if not start:
+        raise ValueError("an empty file")
+    kind, brands = start[4:8], start[8:64]
+    if kind == b"ftyp" and b"avif" not in brands and b"avis" not in brands:
+        needs = missing_extra(HEIF, "a HEIC picture")
+        try:
+            require(HEIF, "a HEIC picture")
+        except BadInput:
+            found = "a HEIC picture, and pillow-heif is not installed"
+            raise BadInput(path, found=found, remedy=needs.remedy) from None
+        from pillow_heif.as_plugin import HeifImageFile  # pyright: ignore[reportMissingImports]
+
+        return HeifImageFile(file)  # not registered: Pillow stays as it is for others
+    Image.init()
+    image = Image.open(file, formats=[name for name in PILLOW if name in Image.OPEN])
+    if image.format == "TIFF":  # Pillow would turn it by rewriting all tags, and fails at odd ones
+        image.load_end = lambda: None  # type: ignore[method-assign]
+    return image
+
+
+def _check_sides(path: Path, image: Image.Image) -> None:
+    width, height = image.size
+    long, short = max(width, height), min(width, height)
+    if short < 1:
+        raise ValueError(f"{width} x {height} pixels")
+    if width * height > MOST_PIXELS:
+        raise BadInput(
+            path,
+            found=f"{width} x {height} pixels",
+            expected=f"at most {MOST_PIXELS / 1e6:g} megapixels, edge-dit's limit for its memory",
+            remedy="scale it down",
+        )
+    if long > MOST_ASPECT * short:
+        raise BadInput(
+            path,
+            found=f"{width} x {height} pixels, {long / short:.4g} times as long as wide",
+            expected=f"at most {MOST_ASPECT} times: patches are squares",
+            remedy="crop it",
+        )
+
+
+def _foreign(path: Path) -> str:
+    """What a file is by its first bytes, if it is none of our pictures."""
+    with suppress(OSError), open_regular(path) as file:
+        start = file.read(64).lstrip(b"\xef\xbb\xbf \r\n\t")
+        return next((name for head, name in FOREIGN.items() if start.startswith(head)), "")
+    return ""
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    image.load()
+    # With its orientation, Pillow gives a TIFF the size that it would have upright.
+    return _as_stored(image) if image.format == "TIFF" else image
+
+
+def _as_stored(image: Any) -> Image.Image:
+    plain = image.copy()
+    plain.format, plain.tag_v2 = image.format, image.tag_v2
+    return plain
+
+
+def _orientation(image: Any) -> int:
+    """The value of tag 0x0112; 1, upright, where it is missing or odd.
+
+    Of EXIF nothing else is read: Pillow's own reader fails at tags that nobody needs. HEIC says it
+    elsewhere, and its reader has turned the picture already.
+    """
+    if image.format == "HEIF":
+        return 1
+    if image.format == "TIFF":
+        value: Any = 1
+        with suppress(Exception):  # a tag that cannot be read says nothing
+            value = image.tag_v2.get(ORIENTATION, 1)
+        return value if isinstance(value, int) and value in TURNS else 1
+    exif = image.info.get("exif", b"")
+    if not exif and (text := image.info.get("Raw profile type exif")):  # ImageMagick, in PNG
+        with suppress(ValueError, TypeError):
+            exif = bytes.fromhex("".join(text.split("\n")[3:]))
+    return orientation_of(exif) if isinstance(exif, bytes) else 1
+
+
+def orientation_of(exif: bytes) -> int:
+    """Orientation, 1 to 8, in EXIF data: a TIFF header, an offset, and entries of 12 bytes."""
+    data = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
+    try:
+        if order is None:
+            return 1
+        (start,) = struct.unpack_from(order + "I", data, 4)
+        (count,) = struct.unpack_from(order + "H", data, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, values = struct.unpack_from(order + "HHI", data, entry)
+            if tag == ORIENTATION and values == 1 and kind in (1, 3, 4):
+                code = {1: "B", 3: "H", 4: "I"}[kind]
+                (value,) = struct.unpack_from(order + code, data, entry + 8)
+                return value if value in TURNS else 1
+    except struct.error:  # it ends early
+        pass
+    return 1
+
+
+def _later_frames(image: Any) -> str:
+    """A note on the frames of an animation; a phone's MPO holds previews, which nobody misses."""
+    if image.format in ("MPO", "HEIF"):
+        return ""
+    try:
+        if not getattr(image, "is_animated", False):
+            return ""
+        frames = f"{image.n_frames} frames"
+    except Exception:  # a later frame that cannot be read
+        frames = "several frames"
+    image.seek(0)
+    return f"{frames}: the first is used"
+
+
+# ---------------------------------------------------------------- is a file whole?
+
+
+def _is_whole(file: BinaryIO, kind: str) -> bool:
+    """Whether a file's structure says that it ends where it ends; False if that is unknown."""
+    end = file.seek(0, os.SEEK_END)
+    with suppress(struct.error):
+        if kind in ("JPEG", "MPO"):
+            file.seek(max(0, end - TAIL))
+            return file.read().rstrip(b"\0").endswith(b"\xff\xd9")
+        if kind == "PNG":
+            return _png_is_whole(file, end)
+        if kind == "WEBP":
+            file.seek(4)
+            return struct.unpack("<I", file.read(4))[0] + 8 <= end
+        if kind in ("AVIF", "HEIF"):
+            return _boxes_end_at(file, end)
+    return False
+
+
+def _png_is_whole(file: BinaryIO, end: int) -> bool:
+    """Whether all chunks are there, and none after the pixels may turn them."""
+    place, pixels = 8, False
+    while place + 12 <= end:
+        file.seek(place)
+        length, kind = struct.unpack(">I4s", file.read(8))
+        place += 12 + length
+        pixels = pixels or kind == b"IDAT"
+        if kind == b"IEND":
+            return place <= end
+        if pixels and kind in (b"eXIf", b"zTXt", b"tEXt", b"iTXt"):
+            return False
+    return False
+
+
+def _boxes_end_at(file: BinaryIO, end: int) -> bool:
+    """Whether the boxes of an ISO media file fill it."""
+    place = 0
+    while place < end:
+        file.seek(place)
+        length, _ = struct.unpack(">I4s", file.read(8))
+        if length == 1:
+            (length,) = struct.unpack(">Q", file.read(8))
+        if length < 8:
+            return length == 0
+        place += length
+    return place == end

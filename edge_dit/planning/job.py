@@ -104,13 +104,15 @@ class Data(_Section):
     images: Annotated[
         Path,
         Field(
-            description="Folder of training images, relative to the job. A text file of an image's "
-            "name (`toy-0.png`, `toy-0.txt`) is its caption."
+            description="Folder of training pictures, relative to the job. Their captions are text "
+            "files of their names (`toy-0.png`, `toy-0.txt`), or lines of metadata.jsonl or "
+            "metadata.csv: docs/inputs.md."
         ),
     ]
     prompt: Annotated[
-        str | None, Field(description="Caption of every image that has no text file.")
+        str | None, Field(description="Caption of every picture that has none of its own.")
     ] = None
+    recursive: Annotated[bool, Field(description="Read sub-folders of `images` too.")] = False
 
 
 class PlanOptions(_Section):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_dit.contract.adamw import AdamW
-from edge_dit.errors import BadInput, ManyFaults
+from edge_dit.errors import BadInput, raise_any
 from edge_dit.models.model import Model, open_model
 from edge_dit.models.source import Located, locate
 from edge_dit.models.whereabouts import remember
-from edge_dit.pictures.images import captions, image_files
+from edge_dit.pictures.dataset import Survey, survey
 from edge_dit.planning.job import Job
 from edge_dit.planning.plan import Plan, read_plan
 from edge_dit.planning.selection import find_selection
@@ -22,7 +23,20 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+@dataclass(frozen=True)
+class Made:
+    """A plan, and what was found in the folder of pictures."""
+
+    plan: Plan
+    pictures: Survey
+
+
 def make_plan(job: Job, request: SplitRequest | None = None) -> Plan:
+    """`make`, for those who need the plan alone."""
+    return make(job, request).plan
+
+
+def make(job: Job, request: SplitRequest | None = None) -> Made:
     """Plan a job.
 
     Where only a ratio of skipped blocks is asked for, the model's selection decides which ones
@@ -33,7 +47,7 @@ def make_plan(job: Job, request: SplitRequest | None = None) -> Plan:
         request: a split that overrides the job's.
 
     Raises:
-        BadInput: all faults between job, model and images, together.
+        BadInput: all faults between job, model and pictures, together.
     """
     source = _located(job)
     model = open_model(source.folder)
@@ -42,11 +56,16 @@ def make_plan(job: Job, request: SplitRequest | None = None) -> Plan:
     sizes = {"train.patch": job.train.patch, "train.resolution": job.train.resolution}
     faults = [*split.faults, *size_faults(sizes, model.multiple)]
     faults += lora_faults(model, split, job.train.lora_targets)
-    prompts = captions(image_files(job.data.images), job.data.prompt)
-    if faults:
-        raise faults[0] if len(faults) == 1 else ManyFaults("job", faults)
+    pictures, prompts = None, []
+    try:
+        pictures = survey(job.data.images, job.data.recursive)
+        prompts = pictures.prompts(job.data.prompt)
+    except BadInput as fault:
+        faults.append(fault)
+    raise_any("job", faults)
+    assert pictures is not None
     remember(model.folder, model.hash)
-    return Plan(
+    plan = Plan(
         family=model.family.name,
         model=model.folder,
         model_name=source.name,
@@ -73,6 +92,7 @@ def make_plan(job: Job, request: SplitRequest | None = None) -> Plan:
         bank_dtype=job.train.bank,
         asked=job.asked(),
     )
+    return Made(plan, pictures)
 
 
 def plan_of(job: Job, path: Path) -> Plan:

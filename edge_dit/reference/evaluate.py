@@ -19,7 +19,7 @@ from edge_dit.contract.adapter import peft_folder
 from edge_dit.models.families.family import Grid, Prompt
 from edge_dit.models.model import Model
 from edge_dit.models.pipeline import quiet
-from edge_dit.pictures.images import Captioned
+from edge_dit.pictures.dataset import Captioned
 from edge_dit.planning.plan import Plan
 
 LEVELS = 8
@@ -50,7 +50,7 @@ def encode_whole(plan: Plan, model: Model, pipeline: Any, images: list[Captioned
     family, side = model.family, plan.s_max // plan.multiple
     encoded = []
     for number, image in enumerate(images):
-        height, width = image.pixels.shape[1:]
+        height, width = image.size
         top, left = (height - plan.s_max) // 2, (width - plan.s_max) // 2
         square = image.pixels[:, top : top + plan.s_max, left : left + plan.s_max]
         pixels = torch.from_numpy(square.copy()).unsqueeze(0)

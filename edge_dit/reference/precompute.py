@@ -17,8 +17,8 @@ from edge_dit.models.families.family import Conditioning, Family, Grid, Prompt, 
 from edge_dit.models.model import Model
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.models.subgraph import as_batch, difference, inner_runs
+from edge_dit.pictures.dataset import Captioned, check_readable
 from edge_dit.pictures.draws import plan_draws
-from edge_dit.pictures.images import Captioned
 from edge_dit.pictures.patch_sampler import PatchSampler
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.progress import bar
@@ -39,11 +39,12 @@ def precompute(plan: Plan, images: list[Captioned], folder: Path) -> bank.Index:
 
     Args:
         plan: from `edge_dit.planning.make.make_plan`.
-        images: from `edge_dit.pictures.images.read_folder`, shorter side ``plan.s_max``.
+        images: from `edge_dit.pictures.dataset.read_folder`, shorter side ``plan.s_max``.
         folder: where the bank goes.
 
     Raises:
-        BadInput: the folder holds another bank, or the model is damaged or not the plan's.
+        BadInput: the folder holds another bank; the model is damaged or not the plan's; or pictures
+            that are drawn cannot be decoded, which is found before any draw is computed.
     """
     model = model_of(plan)
     checkpoint = model.checkpoint()
@@ -53,6 +54,9 @@ def precompute(plan: Plan, images: list[Captioned], folder: Path) -> bank.Index:
     missing = bank.begin(folder, index) if occupied else None
     if missing == [] and (folder / bank.PROMPTS).is_file():
         return index
+    shards = range(index.shards) if missing is None else missing
+    drawn = {index.draws[number].image for shard in shards for number in index.members(shard)}
+    check_readable(images[number] for number in sorted(drawn))
     source = _source(plan, model, skeleton, images, index.prompts)
     if missing is None:  # not before: a pipeline that cannot be loaded leaves no bank behind
         missing = bank.begin(folder, index)
@@ -80,7 +84,7 @@ def plan_index(
     Args:
         plan: of the bank.
         model: of the plan.
-        images: from `edge_dit.pictures.images.read_folder`.
+        images: from `edge_dit.pictures.dataset.read_folder`.
         blank: a draw of the plan's shapes.
     """
     prompts = list(dict.fromkeys(image.caption for image in images))
@@ -89,7 +93,7 @@ def plan_index(
         plan.seed,
         model.objective.level,
         [prompts.index(image.caption) for image in images],
-        [(image.pixels.shape[1], image.pixels.shape[2]) for image in images],
+        [image.size for image in images],
         plan.crop_rule,
     )
     named = [{"name": image.name, "sha256": image.sha256} for image in images]

@@ -17,8 +17,9 @@ from edge_dit.errors import BadInput
 from edge_dit.models.model import Model
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.models.subgraph import add_lora, lora_modules, lora_name, remove_lora
-from edge_dit.pictures.images import Captioned, read_folder
+from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.plan import Plan, model_of
+from edge_dit.progress import warn
 from edge_dit.reference.evaluate import Whole, encode_whole
 from edge_dit.reference.full_lora import train_full_lora
 from edge_dit.store.documents import digest, read_document, write_document
@@ -55,14 +56,17 @@ class Subject:
         return self.heldout or self.images
 
 
-def read_subject(name: str, images: Path, prompt: str | None, side: int) -> Subject:
+def read_subject(
+    name: str, images: Path, prompt: str | None, side: int, recursive: bool = False
+) -> Subject:
     """Read a subject from its folder of images, and held-out images from `HELD_OUT` next to it.
 
     Args:
         name: of the subject.
         images: folder of the images to tune on.
-        prompt: caption of every image without a .txt file.
+        prompt: caption of every image without one of its own.
         side: length of an image's shorter side after reading, pixels.
+        recursive: whether sub-folders of images are read.
 
     Raises:
         BadInput: no images, images that cannot be read, or images without a caption.
@@ -70,12 +74,14 @@ def read_subject(name: str, images: Path, prompt: str | None, side: int) -> Subj
     heldout = images.parent / HELD_OUT
     return Subject(
         name,
-        read_folder(images, prompt, side),
-        read_folder(heldout, prompt, side) if heldout.is_dir() else [],
+        read_folder(images, prompt, side, recursive, warn),
+        read_folder(heldout, prompt, side, recursive, warn) if heldout.is_dir() else [],
     )
 
 
-def read_subjects(folder: Path, prompt: str | None, side: int) -> list[Subject]:
+def read_subjects(
+    folder: Path, prompt: str | None, side: int, recursive: bool = False
+) -> list[Subject]:
     """Read one subject from every folder within ``folder``, in the order of their names.
 
     A subject's folder holds images, or the folders ``train`` and ``heldout``:
@@ -85,8 +91,9 @@ def read_subjects(folder: Path, prompt: str | None, side: int) -> list[Subject]:
 
     Args:
         folder: of the subjects.
-        prompt: caption of every image without a .txt file.
+        prompt: caption of every image without one of its own.
         side: length of an image's shorter side after reading, pixels.
+        recursive: whether sub-folders of images are read.
 
     Raises:
         BadInput: there is no such folder, or a subject cannot be read.
@@ -96,9 +103,9 @@ def read_subjects(folder: Path, prompt: str | None, side: int) -> list[Subject]:
     subjects = []
     for path in sorted(path for path in folder.iterdir() if path.is_dir()):
         if (path / TRAIN).is_dir():
-            subjects.append(read_subject(path.name, path / TRAIN, prompt, side))
+            subjects.append(read_subject(path.name, path / TRAIN, prompt, side, recursive))
         else:
-            subjects.append(Subject(path.name, read_folder(path, prompt, side)))
+            subjects.append(Subject(path.name, read_folder(path, prompt, side, recursive, warn)))
     return subjects
 
 

@@ -35,8 +35,8 @@ from edge_dit.models.subgraph import (
     inner_runs,
     lora_modules,
 )
+from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.pictures.draws import plan_draws
-from edge_dit.pictures.images import Captioned, read_folder
 from edge_dit.pictures.patch_sampler import PatchSampler
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
@@ -144,7 +144,7 @@ class Through:
 
 def draws_of(run: Run, count: int) -> list[Draw]:
     plan, train = plan_for(run), subject_of(run.job, run.subject).train
-    sizes = [(image.pixels.shape[1], image.pixels.shape[2]) for image in train]
+    sizes = [image.size for image in train]
     level, prompts = model_for(run.job).objective.level, list(range(len(train)))
     return plan_draws(count, plan.seed, level, prompts, sizes, plan.crop_rule)
 

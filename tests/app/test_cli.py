@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+from PIL import Image
 
 from edge_dit.cli import MOVED, main
 from edge_dit.contract.adapter import read_adapter
@@ -195,3 +196,35 @@ def test_small_images_are_enlarged_with_a_warning(run, road, tmp_path):
     code, _, err = run(*arguments)
     assert code == 0
     assert "small.png is smaller than 64 px and was enlarged" in err
+
+
+def test_what_is_left_out_is_said_at_plan_and_in_inspect(run, road, tmp_path):
+    shutil.copytree(road.folder / "images", tmp_path / "images")
+    (tmp_path / "images" / "b.psd").write_text("")
+    (tmp_path / "images" / "more").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "more" / "c.png")
+    text = road.job.read_text().replace('"model"', json.dumps(str(road.folder / "model")))
+    (tmp_path / "job.toml").write_text(text)
+    reason = "a sub-folder with 1 picture; [data] recursive = true reads it"
+    psd = ".psd is no kind of picture that edge-dit reads: save it as PNG"
+    code, out, err = run("plan", str(tmp_path / "job.toml"), "-o", str(tmp_path / "plan.json"))
+    assert code == 0, err
+    assert f"left out: more: {reason}" in out
+    assert "2 without take [data] prompt: " in out
+    page = ("plan", str(tmp_path / "job.toml"), "-o", str(tmp_path / "plan.json"), "--json")
+    for command in (page, ("inspect", str(tmp_path / "images"), "--json")):
+        code, out, err = run(*command)
+        facts = json.loads(out)
+        facts = facts.get("pictures") if command[0] == "plan" else facts
+        assert facts["pictures"] == 3
+        assert facts["left_out"] == [
+            {"name": "b.psd", "reason": psd},
+            {"name": "more", "reason": reason},
+        ]
+        assert len(facts["without_caption"]) == 2
+    code, out, err = run("inspect", str(tmp_path / "images"))
+    assert f"left out: more: {reason}" in out
+    (tmp_path / "job.toml").write_text(text.replace("[data]", "[data]\nrecursive = true"))
+    code, out, err = run("plan", str(tmp_path / "job.toml"), "-o", str(tmp_path / "plan.json"))
+    assert "4 pictures" in out
+    assert "more" not in out.partition("left out")[2].partition("\n")[0]

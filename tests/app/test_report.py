@@ -27,7 +27,7 @@ from edge_dit.app.report import (
 from edge_dit.budget.footprint import Measured
 from edge_dit.contract.adamw import AdamW
 from edge_dit.errors import BadInput
-from edge_dit.pictures.images import Captioned
+from edge_dit.pictures.dataset import Captioned
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan
@@ -76,9 +76,10 @@ SELECTION = Selection(
 
 def images(*sizes: tuple[int, int]) -> list[Captioned]:
     rng = np.random.default_rng(0)
+    made = [rng.integers(0, 256, (*size, 3)).astype(np.uint8) for size in sizes]
     return [
-        Captioned(f"{n}.png", "0", "a toy", rng.uniform(-1, 1, (3, *s)).astype(np.float32), False)
-        for n, s in enumerate(sizes)
+        Captioned(f"{n}.png", "0", "a toy", size, False, lambda n=n: made[n])
+        for n, size in enumerate(sizes)
     ]
 
 

@@ -34,7 +34,7 @@ from edge_dit.models.families import PIPELINE_FAMILY, family_of
 from edge_dit.models.families.family import Family, scheduler_config
 from edge_dit.models.model import open_model
 from edge_dit.models.pipeline import load_pipeline
-from edge_dit.pictures.images import Captioned, read_folder
+from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.pictures.patch_sampler import PatchSampler
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan

@@ -19,6 +19,7 @@ OTHER = {
     "model.revision": '"v0"',
     "model.variant": '"fp16"',
     "data.prompt": '"another toy"',
+    "data.recursive": "true",
     "plan.skip_ratio": "0.25",
     "plan.head_skip": "2",
     "plan.tail_skip": "0",

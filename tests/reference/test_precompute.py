@@ -10,7 +10,7 @@ from edge_dit.errors import BadInput
 from edge_dit.models.families.family import State
 from edge_dit.models.families.sana import FAMILY
 from edge_dit.models.pipeline import load_pipeline
-from edge_dit.pictures.images import read_folder
+from edge_dit.pictures.dataset import read_folder
 from edge_dit.planning.job import read_job
 from edge_dit.planning.plan import model_of
 from edge_dit.reference.eager import adapted_subgraph

@@ -19,7 +19,7 @@ from edge_dit.models.model import Model, open_model
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.models.subgraph import TrainableSubgraph, as_batch, difference
 from edge_dit.models.subgraph import inner_runs as runs_between
-from edge_dit.pictures.images import Captioned, read_folder
+from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import model_of, trained_blocks
@@ -515,8 +515,9 @@ def test_every_family_is_measured(name, workplace, tmp_path):
     (tmp_path / "images").symlink_to(workplace / "images")
     (tmp_path / "job.toml").write_text(JOB)
     made = make_plan(read_job(tmp_path / "job.toml"))
-    pixels = np.random.default_rng(0).uniform(-1, 1, (3, 32, 32)).astype(np.float32)
-    toy = Subject("toy", [Captioned("toy.png", "0" * 64, "a sks toy", pixels, False)])
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    picture = Captioned("toy.png", "0" * 64, "a sks toy", (32, 32), False, lambda: pixels)
+    toy = Subject("toy", [picture])
     found = select_by_generation(made, [toy], tmp_path / "work", prompts=1, seeds=[1])
     assert min(found.head[1:] + found.tail[1:]) > 1e-9
     assert max(found.head + found.tail) < 2

@@ -8,7 +8,7 @@ import pytest
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from edge_dit.errors import BadInput
-from edge_dit.pictures.images import read_folder
+from edge_dit.pictures.dataset import read_folder
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.reference.evaluate import encode_whole

@@ -69,7 +69,7 @@ class Tally:
 def make_world(folder: Path) -> None:
     """The small pipeline of the tests, with plan, bank and bundle."""
     import tiny
-    from edge_dit.pictures.images import read_folder
+    from edge_dit.pictures.dataset import read_folder
     from edge_dit.planning.job import read_job
     from edge_dit.planning.make import make_plan
     from edge_dit.reference.precompute import precompute
@@ -92,7 +92,7 @@ def make_world(folder: Path) -> None:
 
 def run_precompute(world: World, out: Path) -> None:
     import edge_dit.reference.precompute as module
-    from edge_dit.pictures.images import read_folder
+    from edge_dit.pictures.dataset import read_folder
     from edge_dit.planning.job import read_job
     from edge_dit.planning.plan import read_plan
 

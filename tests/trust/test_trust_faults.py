@@ -635,7 +635,7 @@ def test_an_adapter_that_overflowed_does_not_replace_the_checkpoint(world, monke
 
 
 def images_of(workplace, folder):
-    from edge_dit.pictures.images import read_folder
+    from edge_dit.pictures.dataset import read_folder
 
     shutil.copytree(workplace / "images", folder)
     return lambda: read_folder(folder, "a sks toy", 64)
@@ -643,6 +643,7 @@ def images_of(workplace, folder):
 
 def test_a_vanished_image(workplace, plan, tmp_path, monkeypatch):
     """Between listing and reading; and between a bank's first half and its second."""
+    from edge_dit.pictures.folder import list_folder
     from edge_dit.reference.precompute import precompute
 
     read = images_of(workplace, tmp_path / "images")
@@ -651,12 +652,14 @@ def test_a_vanished_image(workplace, plan, tmp_path, monkeypatch):
     before = listing(tmp_path / "bank")
     gone = sorted((tmp_path / "images").glob("*.png"))[0]
     data = gone.read_bytes()
-    listed = sorted((tmp_path / "images").glob("*.png"))
+    listed, seen = list_folder(tmp_path / "images"), read()
     gone.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("edge_dit.pictures.images.image_files", lambda folder: listed)
+        patch.setattr("edge_dit.pictures.dataset.list_folder", lambda *_: listed)
         with pytest.raises(BadInput, match=f"{gone.name}: not a readable image"):
             read()
+    with pytest.raises(BadInput, match=f"{gone.name}: not a readable image"):
+        precompute(plan, seen, tmp_path / "bank")
     with pytest.raises(BadInput, match="a bank of another plan, other images"):
         precompute(plan, read(), tmp_path / "bank")
     assert listing(tmp_path / "bank") == before
