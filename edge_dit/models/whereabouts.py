@@ -24,9 +24,9 @@ def remember(folder: Path, model_hash: str) -> None:
             write_json(_file(model_hash), _NOTED[model_hash])
 
 
-def known_folder(name: str, model_hash: str) -> Path:
-    """The folder that was last noted for a hash, of those that are still there. Whether it still
-    holds that model is not checked.
+def known_folders(name: str, model_hash: str) -> list[Path]:
+    """The folders noted for a hash that are still there, the last one first. Whether they still
+    hold that model is not checked.
 
     Args:
         name: of the model, for the message.
@@ -36,9 +36,8 @@ def known_folder(name: str, model_hash: str) -> Path:
         BadInput: none was noted, or all are gone.
     """
     known = _folders(model_hash)
-    for folder in map(Path, known):
-        if folder.is_dir():
-            return folder
+    if there := [folder for folder in map(Path, known) if folder.is_dir()]:
+        return there
     raise BadInput(
         f"model {name}",
         found=f"no longer in {known[0]}" if known else "not known on this machine",

@@ -114,9 +114,7 @@ def plan_of(job: Job, path: Path) -> Plan:
             expected="the job as it was planned",
             remedy="plan again: edge-dit plan JOB -o plan.json; or undo the change",
         )
-    folder = _located(job, plan.model_revision).folder
-    remember(folder, plan.model_hash)
-    return plan.model_copy(update={"model": folder})
+    return plan.model_copy(update={"model": _located(job, plan.model_revision).folder})
 
 
 def _located(job: Job, revision: str | None = None) -> Located:

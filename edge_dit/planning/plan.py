@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from edge_dit.contract.bank import Dtype as BankDtype
 from edge_dit.contract.targets import WIDE, Dtype
 from edge_dit.errors import BadInput
 from edge_dit.models.model import Model, open_model
-from edge_dit.models.whereabouts import known_folder
+from edge_dit.models.whereabouts import known_folders, remember
 from edge_dit.pictures.crop import CropRule
 from edge_dit.store.documents import parse_json, read_whole
 from edge_dit.store.files import write_atomic
@@ -184,7 +185,7 @@ def model_of(plan: Plan, check: bool = True) -> Model:
     """Open the model of a plan (imports torch).
 
     It lies where the plan says or, if that was read from a file, where a model of the same hash was
-    last planned for on this machine.
+    last used on this machine.
 
     Args:
         plan: of the model.
@@ -194,7 +195,17 @@ def model_of(plan: Plan, check: bool = True) -> Model:
         BadInput: the folder is not known or gone, or its weights are not those the plan was made
             for.
     """
-    model = open_model(plan.model or known_folder(plan.model_name, plan.model_hash))
+    if plan.model is not None:
+        return _opened(plan, plan.model, check)
+    *newer, oldest = known_folders(plan.model_name, plan.model_hash)
+    for folder in newer:
+        with suppress(BadInput):  # another model may lie there now
+            return _opened(plan, folder, check)
+    return _opened(plan, oldest, check)
+
+
+def _opened(plan: Plan, folder: Path, check: bool) -> Model:
+    model = open_model(folder)
     if check and model.hash != plan.model_hash:
         raise BadInput(
             model.folder,
@@ -202,4 +213,6 @@ def model_of(plan: Plan, check: bool = True) -> Model:
             expected=f"weights with hash {plan.model_hash[:12]}",
             remedy="plan again: edge-dit plan JOB -o plan.json",
         )
+    if check:
+        remember(folder, plan.model_hash)
     return model

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from edge_dit.errors import BadInput
 from edge_dit.models import whereabouts
-from edge_dit.models.whereabouts import known_folder, remember
+from edge_dit.models.whereabouts import known_folders, remember
 from edge_dit.planning.job import Job, read_job
 from edge_dit.planning.make import make_plan, plan_of
 from edge_dit.planning.plan import model_of, read_plan, write_plan
@@ -141,10 +141,10 @@ def test_damaged_notes_are_no_notes(monkeypatch, tmp_path, damage):
     remember(tmp_path, "a" * 64)
     (notes,) = (tmp_path / "edge-dit" / "models").iterdir()
     notes.write_bytes(damage)
-    assert known_folder("toy", "a" * 64) == tmp_path  # this process knows it still
+    assert known_folders("toy", "a" * 64) == [tmp_path]  # this process knows it still
     whereabouts._NOTED.clear()
     with pytest.raises(BadInput, match="model toy"):
-        known_folder("toy", "a" * 64)
+        known_folders("toy", "a" * 64)
 
 
 def test_a_plan_holds_no_path(planned, workplace):
