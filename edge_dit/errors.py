@@ -57,6 +57,11 @@ class ManyFaults(BadInput):
         return "\n".join(str(fault) for fault in self.faults)
 
 
+def together(where: object, faults: list[BadInput]) -> BadInput:
+    """The error that reports all of ``faults``, of which there is at least one."""
+    return faults[0] if len(faults) == 1 else ManyFaults(where, faults)
+
+
 class CheckFailed(Exception):
     """A check the user asked for did not hold; the command line prints it and exits with 1."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_dit.contract.adamw import AdamW
-from edge_dit.errors import BadInput, ManyFaults
+from edge_dit.errors import BadInput, together
 from edge_dit.models.model import Model, open_model
 from edge_dit.models.source import Located, locate
 from edge_dit.models.whereabouts import remember
@@ -35,7 +35,11 @@ def make_plan(job: Job, request: SplitRequest | None = None) -> Plan:
     Raises:
         BadInput: all faults between job, model and images, together.
     """
+    from edge_dit.models.health import model_faults  # imports torch
+
     source = _located(job)
+    if broken := model_faults(source.folder):
+        raise together(source.folder, broken)
     model = open_model(source.folder)
     selection, _ = find_selection(model.folder, model.hash)
     split = choose_split(model.layers, requested(job.plan, request), selection)
@@ -44,7 +48,7 @@ def make_plan(job: Job, request: SplitRequest | None = None) -> Plan:
     faults += lora_faults(model, split, job.train.lora_targets)
     prompts = captions(image_files(job.data.images), job.data.prompt)
     if faults:
-        raise faults[0] if len(faults) == 1 else ManyFaults("job", faults)
+        raise together("job", faults)
     remember(model.folder, model.hash)
     return Plan(
         family=model.family.name,
