@@ -55,9 +55,10 @@ class Checkpoint:
         self.family, self.folder, self.config = family, folder, config
         stored = stored_in(weights_of(folder, "diffusers", variant))
         self._file_of = {name: tensor.file for name, tensor in stored.items()}
-        check_quantisation(folder / "config.json", config)
-        check_depth(folder / "config.json", config)
-        self._meta = meta_model(family, config)
+        path = folder / "config.json"
+        check_quantisation(path, config)
+        check_depth(path, config)
+        self._meta = meta_model(family, config, path)
         if faults := misfits(stored, self._meta.state_dict(), folder):
             raise together(folder, faults)
         self.names = family.block_names(config)
@@ -121,18 +122,32 @@ class Checkpoint:
         return tensors
 
 
-def meta_model(family: Family, config: dict[str, Any]) -> nn.Module:
+def meta_model(
+    family: Family, config: dict[str, Any], where: object = "transformer/config.json"
+) -> nn.Module:
     """A model of ``config`` on the meta device: it has shapes and takes no memory.
+
+    Args:
+        family: of the transformer.
+        config: of the transformer.
+        where: the configuration was read, for the message.
 
     Raises:
         BadInput: diffusers cannot build it.
     """
     with torch.device("meta"):
-        return build(family, config)
+        return build(family, config, where)
 
 
-def build(family: Family, config: dict[str, Any]) -> nn.Module:
+def build(
+    family: Family, config: dict[str, Any], where: object = "transformer/config.json"
+) -> nn.Module:
     """A model of ``config`` with random weights, float32, on torch's default device.
+
+    Args:
+        family: of the transformer.
+        config: of the transformer.
+        where: the configuration was read, for the message.
 
     Raises:
         BadInput: diffusers cannot build it.
@@ -141,7 +156,7 @@ def build(family: Family, config: dict[str, Any]) -> nn.Module:
         import diffusers
 
         with refusing(
-            "transformer/config.json",
+            where,
             found="diffusers cannot build it",
             expected=f"a configuration of {family.transformer}",
         ):

@@ -354,7 +354,7 @@ def check_folder(part: Component) -> None:
         raise BadInput(
             folder,
             found=found,
-            expected=f"a folder with a {part.kind}, which {INDEX_FILE} names",
+            expected=f"the folder of {part.kind}, which {INDEX_FILE} names",
             remedy=REMEDY,
         )
 
@@ -510,7 +510,7 @@ def _constant(name: str) -> float:
 def brief(error: BaseException) -> str:
     """An error of another library in one printable line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    words = (lines[0] if lines else type(error).__name__)[:300]
+    words = (lines[0] if lines else type(error).__name__)[:160]
     return words if words.isprintable() else ascii(words)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.checkpoint import Checkpoint
@@ -30,6 +31,7 @@ from edge_dit.models.components import (
     refusing,
     variants_in,
 )
+from edge_dit.models.families import detect, family_of
 from edge_dit.models.model import Model, open_model
 from edge_dit.models.pipeline import class_of, load_part, quiet
 from edge_dit.models.weights import (
@@ -59,6 +61,28 @@ QUANTISED_FILES = {
     "quant_strategy.json": "a mixed precision",
 }
 """Files that quantisers leave beside the weights."""
+NEEDED = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+"""Components without which no pipeline works."""
+NEEDED_BY = {name: ("text_encoder_2", "tokenizer_2") for name in ("flux", "sd3")}
+"""Family -> further components that it needs; Stable Diffusion 3 works without its T5."""
+WIDTHS = {
+    "sana": (("caption_channels", ("text_encoder",)),),
+    "pixart": (("caption_channels", ("text_encoder",)),),
+    "qwen_image": (("joint_attention_dim", ("text_encoder",)),),
+    "flux": (
+        ("pooled_projection_dim", ("text_encoder",)),
+        ("joint_attention_dim", ("text_encoder_2",)),
+    ),
+    "sd3": (
+        ("pooled_projection_dim", ("text_encoder", "text_encoder_2")),
+        ("joint_attention_dim", ("text_encoder_3",)),
+    ),
+}
+"""Family -> a width in the transformer's configuration, and the encoders whose output has it."""
+PACKED = ("flux", "qwen_image")
+"""Families whose pipelines pack 2 x 2 latents into a token."""
+ALIASES = {"Transformer2DModel": "PixArtTransformer2DModel"}
+"""Class named by published checkpoints -> the class that diffusers loads for it."""
 BIG = 2**30
 """Bytes of weights from which a progress bar is worth it."""
 PROBE = "a photo of a dog"
@@ -74,23 +98,18 @@ def model_faults(folder: Path, variant: str | None = None) -> list[BadInput]:
         variant: of the weights, see `open_model`.
     """
     stored = Pipeline(folder, variant)
-    faults: list[BadInput] = []
-    _collect(faults, lambda: open_model(folder, variant))
-    if not folder.is_dir() or not (folder / INDEX_FILE).is_file():
-        return faults
-    parts: Iterable[Component] = ()
     try:
+        family = detect(folder)
         parts = stored.components
-        faults += _index_faults(stored)
     except BadInput as fault:
-        faults.append(fault)
+        return [fault]  # nothing can be said of what it names
+    faults = _index_faults(stored, family)
     for part in parts:
         _collect(faults, lambda part=part: _check(part, stored))
     if not faults:
-        model = open_model(folder, variant)
-        _collect(faults, lambda: _check_model(model))
+        _collect(faults, lambda: _check_whole(open_model(folder, variant)))
     _collect_content(faults, parts, variant)
-    return _unique(faults)
+    return faults
 
 
 def _collect(faults: list[BadInput], check: Callable[[], object]) -> None:
@@ -103,16 +122,12 @@ def _collect(faults: list[BadInput], check: Callable[[], object]) -> None:
         faults.append(fault)
 
 
-def _unique(faults: list[BadInput]) -> list[BadInput]:
-    return list({str(fault): fault for fault in faults}.values())
-
-
-def _index_faults(stored: Pipeline) -> list[BadInput]:
+def _index_faults(stored: Pipeline, family: str) -> list[BadInput]:
     """What is wrong with model_index.json as a whole, and with the variant that is asked for."""
     faults = []
     path = stored.folder / INDEX_FILE
     names = {part.name for part in stored.components}
-    if absent := sorted({"transformer", "vae", "scheduler", "text_encoder", "tokenizer"} - names):
+    if absent := sorted({*NEEDED, *NEEDED_BY.get(family, ())} - names):
         faults.append(
             BadInput(
                 path,
@@ -151,14 +166,22 @@ def _check(part: Component, stored: Pipeline) -> None:
         _check_weights(part, stored)
     else:
         for path in part.files():
-            read_json(path, f"the configuration of a {part.kind}")
+            read_json(path, f"the configuration of {part.kind}")
         load_part(part)
 
 
 def _check_weights(part: Component, stored: Pipeline) -> None:
     path = part.folder / "config.json"
-    config = read_json(path, f"the configuration of a {part.kind}")
+    config = read_json(path, f"the configuration of {part.kind}")
     check_quantisation(path, config)
+    named = config.get("_class_name", part.kind)
+    if ALIASES.get(named, named) != ALIASES.get(part.kind, part.kind):
+        raise BadInput(
+            path,
+            found=f"class {named}",
+            expected=f"{part.kind}, which {INDEX_FILE} names",
+            remedy=REMEDY,
+        )
     for name, label in QUANTISED_FILES.items():
         if (part.folder / name).exists():
             check_quantisation(part.folder / name, {"quantization": label})
@@ -168,6 +191,8 @@ def _check_weights(part: Component, stored: Pipeline) -> None:
         model = open_model(stored.folder, stored.variant)
         Checkpoint(model.family, part.folder, model.config, stored.variant)
     elif part.library == "diffusers":
+        if part.name == "vae":
+            family_of(detect(stored.folder)).vae_config(stored.folder)
         _check_numbers(path, config)
         raise_all(part.folder, _misfits_of_diffusers(part, config, tensors))
     else:
@@ -201,7 +226,7 @@ def _misfits_of_diffusers(
     """What does not fit between the tensors of an autoencoder and its configuration."""
     kind = class_of(part)
     path = part.folder / "config.json"
-    with quiet(), refusing(path, "diffusers cannot build it", f"a {part.kind}"):
+    with quiet(), refusing(path, "diffusers cannot build it", part.kind):
         with torch.device("meta"):
             model = kind.from_config(config)
         # Names of attention layers as diffusers wrote them before 0.16: it renames them on loading.
@@ -292,14 +317,74 @@ def _vocabulary_size(encoder: Path) -> int | None:
 # ---------------------------------------------------------------- the whole
 
 
-def _check_model(model: Model) -> None:
+def _check_whole(model: Model) -> None:
     """Raise `BadInput` where components do not fit each other or the family."""
     expected = f"a pipeline of {model.family.name}"
-    with refusing(model.folder / "vae" / "config.json", "unexpected values", expected):
+    vae = model.folder / "vae" / "config.json"
+    with refusing(vae, "unexpected values", expected):
         _ = model.multiple
     path = model.folder / "scheduler" / "scheduler_config.json"
     with refusing(path, "unexpected values", expected):
         _ = model.objective
+    path = model.folder / "transformer" / "config.json"
+    with refusing(path, "its transformer cannot run", expected):
+        _run_on_meta(model)
+    channels = read_json(vae, "an autoencoder")
+    latents = channels.get("latent_channels", channels.get("z_dim"))
+    taken = model.config.get("in_channels")
+    packed = 4 if model.family.name in PACKED else 1
+    if type(latents) is int and taken != latents * packed:
+        raise BadInput(
+            path,
+            found=f"in_channels = {taken}",
+            expected=f"{latents * packed}, by the autoencoder's configuration",
+            remedy="get transformer and autoencoder of one and the same model",
+        )
+    for key, parts in WIDTHS[model.family.name]:
+        _check_width(model, key, parts)
+
+
+def _run_on_meta(model: Model) -> None:
+    """Run the transformer without values: a configuration that contradicts itself raises here."""
+    family, grid = model.family, (4, 4)
+    transformer = model.meta()
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), family.traceable(), torch.no_grad():
+        latents, prompt = family.blank(transformer, grid, 8)
+        inputs = family.inputs(transformer, latents, 500.0, prompt, grid)
+        state, cond = family.begin(transformer, inputs)
+        for block in family.blocks(transformer).values():
+            state = family.run_block(block, state, cond, grid)
+        family.head(transformer, state.image, cond, grid)
+
+
+def _check_width(model: Model, key: str, parts: tuple[str, ...]) -> None:
+    """Raise `BadInput` unless text encoders give what the transformer takes.
+
+    Args:
+        model: opened.
+        key: of the width in the transformer's configuration.
+        parts: text encoders whose outputs, side by side, have this width.
+    """
+    if not all((model.folder / part).is_dir() for part in parts):
+        return  # saved without it
+    width = 0
+    for part in parts:
+        config = read_json(model.folder / part / "config.json", "a text encoder")
+        inner = config.get("text_config")
+        text = {**config, **inner} if isinstance(inner, dict) else config
+        projects = len(parts) > 1  # Stable Diffusion 3 joins the projections of two CLIPs
+        size = text.get("projection_dim") if projects else None
+        size = size or text.get("d_model") or text.get("hidden_size")
+        if type(size) is not int:
+            return
+        width += size
+    if width != model.config.get(key):
+        raise BadInput(
+            model.folder / "transformer" / "config.json",
+            found=f"{key} = {model.config.get(key)}",
+            expected=f"{width}, by {' and '.join(parts)}",
+            remedy="get transformer and text encoders of one and the same model",
+        )
 
 
 def _collect_content(

@@ -115,7 +115,7 @@ def load_part(part: Component, **options: Any) -> Any:
         BadInput: it cannot be loaded, whatever the library raised.
     """
     kind = class_of(part)
-    with quiet(), refusing(part.folder, f"{part.library} cannot load it", f"a {part.kind}"):
+    with quiet(), refusing(part.folder, f"{part.library} cannot load it", part.kind):
         _silence()
         return kind.from_pretrained(part.folder, local_files_only=True, **options)
 

@@ -31,7 +31,8 @@ NOT_FINITE = {
 exponent is all ones is infinite or not a number (IEEE 754)."""
 BITS = {"BOOL": 8, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BF16": 16}
 """Dtypes whose width their name does not say."""
-CHUNK = 16 * 2**20
+CHUNK = 2**20
+"""Bytes read at a time; hashing larger pieces is slower (they leave the cache)."""
 QUANTISED = (
     (
         "bitsandbytes",

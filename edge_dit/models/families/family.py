@@ -318,7 +318,7 @@ def read_config(path: Path, expected: str, *aliases: str) -> dict[str, Any]:
     Raises:
         BadInput: unreadable, or of another class.
     """
-    config = read_json(path, f"the configuration of a {expected}")
+    config = read_json(path, f"the configuration of {expected}")
     named = config.get("_class_name")
     if named not in (expected, *aliases):
         raise BadInput(path, found=f"class {named!r:.80}", expected=expected, remedy=INCOMPLETE)
