@@ -71,6 +71,8 @@ UNQUANTISED = (
     "get the weights that were not quantised, in bfloat16, float16 or float32, from the model's "
     "own repository"
 )
+DEPTH = re.compile("layers|depth|blocks")
+"""Keys of configurations that count layers."""
 DEEPEST = 1000
 """Most layers that a configuration may ask for; public models have fewer than a hundred."""
 
@@ -270,16 +272,16 @@ def _read_index(index: Path) -> dict[str, Path]:
     """Tensor -> shard, by an index of shards, all of which are there."""
     content = read_json(index, "an index of shards")
     named = content.get("weight_map")
+    files = list(named.values()) if isinstance(named, dict) else []
     # diffusers reads "metadata" too
-    whole = isinstance(named, dict) and named and isinstance(content.get("metadata"), dict)
-    if not whole or not all(map(_is_plain, named.values())):
+    if not files or not all(map(_is_plain, files)) or type(content.get("metadata")) is not dict:
         raise BadInput(
             index,
             found="unreadable (not metadata, and a weight_map from tensors to files beside it)",
             expected="an index of shards",
             remedy=REMEDY,
         )
-    shard_of = {name: index.parent / file for name, file in named.items()}
+    shard_of = {name: index.parent / file for name, file in content["weight_map"].items()}
     shards = sorted(set(shard_of.values()))
     absent = [path.name for path in shards if not path.is_symlink() and not path.exists()]
     if absent:
@@ -328,6 +330,9 @@ def _no_weights(folder: Path, library: str, variant: str | None) -> NoWeights:
             "get this part in safetensors, or load it where it is trusted and write it again: "
             "from_pretrained(FOLDER).save_pretrained(FOLDER) of its class"
         )
+    elif any(re.search(r"-\d+-of-\d+", name) for name in named):
+        found = f"shards without their index: {', '.join(named[:3])}"
+        remedy = f"download {index} too"
     elif named:
         found = f"weights under another name: {', '.join(named[:3])}"
         remedy = "save it with save_pretrained of its class, or download it again"
@@ -484,9 +489,14 @@ def check_depth(path: Path, config: dict[str, Any]) -> None:
         config: read from it.
     """
     for key, value in _entries(config):
-        if ("layers" in key or "depth" in key) and isinstance(value, int) and abs(value) > DEEPEST:
+        values = value if isinstance(value, list) else [value]
+        counts = [v for v in values if isinstance(v, int)] if DEPTH.search(key) else []
+        if len(values) > DEEPEST or any(abs(count) > DEEPEST for count in counts):
             raise BadInput(
-                path, found=f"{key} = {value}", expected=f"at most {DEEPEST}", remedy=REMEDY
+                path,
+                found=f"{key} = {value!r:.40}",
+                expected=f"at most {DEEPEST}",
+                remedy=REMEDY,
             )
 
 

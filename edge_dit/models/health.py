@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ ALIASES = {"Transformer2DModel": "PixArtTransformer2DModel"}
 """Class named by published checkpoints -> the class that diffusers loads for it."""
 BIG = 2**30
 """Bytes of weights from which a progress bar is worth it."""
+MOST_STEPS = 1_000_000
+"""Most noise levels of a scheduler; public ones have a thousand."""
 PROBE = "a photo of a dog"
 
 
@@ -104,18 +107,24 @@ def model_faults(folder: Path, variant: str | None = None) -> list[BadInput]:
     except BadInput as fault:
         return [fault]  # nothing can be said of what it names
     faults = _index_faults(stored, family)
+    if "transformer" not in {part.name for part in parts}:
+        with _collecting(faults):
+            open_model(folder, variant)
     for part in parts:
-        _collect(faults, lambda part=part: _check(part, stored))
+        with _collecting(faults), refusing(part.folder, "of unexpected form", part.kind):
+            _check(part, stored)
     if not faults:
-        _collect(faults, lambda: _check_whole(open_model(folder, variant)))
+        with _collecting(faults):
+            _check_whole(open_model(folder, variant))
     _collect_content(faults, parts, variant)
     return faults
 
 
-def _collect(faults: list[BadInput], check: Callable[[], object]) -> None:
-    """Run a check and add what it raises to ``faults``."""
+@contextmanager
+def _collecting(faults: list[BadInput]) -> Iterator[None]:
+    """Add what is raised to ``faults``."""
     try:
-        check()
+        yield
     except ManyFaults as many:
         faults += many.faults
     except BadInput as fault:
@@ -136,7 +145,8 @@ def _index_faults(stored: Pipeline, family: str) -> list[BadInput]:
                 remedy=REMEDY,
             )
         )
-    _collect(faults, lambda: check_quantisation(path, stored.index))
+    with _collecting(faults):
+        check_quantisation(path, stored.index)
     models = [part for part in stored.components if part.is_model]
     if stored.variant and not any(stored.variant in variants_in(p.folder) for p in models):
         known = sorted({name for part in models for name in variants_in(part.folder)})
@@ -166,22 +176,36 @@ def _check(part: Component, stored: Pipeline) -> None:
         _check_weights(part, stored)
     else:
         for path in part.files():
-            read_json(path, f"the configuration of {part.kind}")
+            _check_steps(path, read_json(path, f"the configuration of {part.kind}"))
         load_part(part)
+
+
+def _check_steps(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise `BadInput` for a scheduler whose table of noise levels would fill the memory."""
+    steps = config.get("num_train_timesteps")
+    if isinstance(steps, int) and not 0 < steps <= MOST_STEPS:
+        raise BadInput(
+            path,
+            found=f"num_train_timesteps = {steps}",
+            expected=f"1 to {MOST_STEPS}",
+            remedy=REMEDY,
+        )
 
 
 def _check_weights(part: Component, stored: Pipeline) -> None:
     path = part.folder / "config.json"
     config = read_json(path, f"the configuration of {part.kind}")
     check_quantisation(path, config)
-    named = config.get("_class_name", part.kind)
+    named = str(config.get("_class_name", part.kind))
     if ALIASES.get(named, named) != ALIASES.get(part.kind, part.kind):
         raise BadInput(
             path,
-            found=f"class {named}",
+            found=f"class {named!r:.80}",
             expected=f"{part.kind}, which {INDEX_FILE} names",
             remedy=REMEDY,
         )
+    if (generation := part.folder / "generation_config.json").exists():
+        read_json(generation, "settings of text generation")
     for name, label in QUANTISED_FILES.items():
         if (part.folder / name).exists():
             check_quantisation(part.folder / name, {"quantization": label})
@@ -207,15 +231,18 @@ def raise_all(where: object, faults: list[BadInput]) -> None:
 
 def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
     """Raise `BadInput` for factors of an autoencoder by which latents cannot be scaled."""
-    for key in ("scaling_factor", "latents_std"):
-        values = config.get(key)
-        for value in values if isinstance(values, list) else [values]:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if values is not None and not (number and math.isfinite(value) and value > 0):
+    for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        value = config.get(key)
+        if key not in config or (value is None and key != "scaling_factor"):
+            continue
+        scale = key in ("scaling_factor", "latents_std")
+        for number in value if isinstance(value, list) else [value]:
+            finite = type(number) in (int, float) and math.isfinite(number)
+            if not finite or (scale and number <= 0):
                 raise BadInput(
                     path,
                     found=f"{key} = {value!r:.40}",
-                    expected="a positive number",
+                    expected="a positive number" if scale else "a number",
                     remedy=REMEDY,
                 )
 
@@ -275,9 +302,18 @@ def _check_tokenizer(part: Component, stored: Pipeline) -> None:
         ) from None
     with refusing(_vocabulary(part), "it cannot split a text into tokens", "a vocabulary"):
         words = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())
-        ids = tokenizer(PROBE).input_ids
+        # padded as pipelines do it
+        ids = tokenizer(PROBE, padding="max_length", max_length=16, truncation=True).input_ids
         largest = max(tokenizer.get_vocab().values(), default=0)
         known = [number for number in ids if number not in tokenizer.all_special_ids]
+    limit = tokenizer.model_max_length
+    if type(limit) not in (int, float) or not limit >= 1:
+        raise BadInput(
+            part.folder / "tokenizer_config.json",
+            found=f"model_max_length = {limit!r:.40}",
+            expected="a number of tokens",
+            remedy=REMEDY,
+        )
     if not words or not known:
         raise BadInput(
             _vocabulary(part),
@@ -396,13 +432,12 @@ def _collect_content(
         if part.is_model and not any(str(part.folder) in fault.where for fault in faults):
             files += part.weights(variant).files
     total = sum(path.stat().st_size for path in files)
-    if total < BIG:
+    shown = bar("weights read (GiB)", round(total / BIG)) if total >= BIG else nullcontext()
+    with shown as advance:
         for path in files:
-            _collect(faults, lambda path=path: _check_finite(path))
-    else:
-        with bar("weights read (GiB)", round(total / BIG)) as advance:
-            for path in files:
-                _collect(faults, lambda path=path: _check_finite(path))
+            with _collecting(faults):
+                _check_finite(path)
+            if advance is not None:
                 advance(path.stat().st_size / BIG, path.name)
     keep_measured()
 

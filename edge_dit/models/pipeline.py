@@ -129,7 +129,7 @@ def _load_model(part: Component, variant: str | None, keep_text: bool) -> Any:
     first = next(iter(tensors.values()), None)
     keeps = keep_text and part.name.startswith("text_encoder")
     kept = keeps and first is not None and first.dtype == "BF16"
-    # The weights that were checked, and no pickle beside them.
+    # The weights that were checked, and none of torch's own format beside them.
     options = {"variant": weights.variant, "use_safetensors": True}
     return load_part(part, dtype=torch.bfloat16 if kept else torch.float32, **options)
 

@@ -339,6 +339,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
     "a shard that is half there": (
         each(sharded, renamed(SHARD, f"{SHARD}.part")),
         "transformer", ".part", "finish the download"),
+    "shards without their index": (
+        each(sharded, removed(INDEX)), "transformer", "without their index", "index.json"),
     "a broken link": (
         each(removed(VAE), lambda m: (m / VAE).symlink_to("../../blobs/gone")),
         VAE, "a link to ../../blobs/gone", "download"),
@@ -375,6 +377,19 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
     "a scaling factor that is a text": (
         edited("vae/config.json", scaling_factor="0.36"),
         "vae/config.json", "scaling_factor", "again"),
+    "a scaling factor of null": (
+        edited("vae/config.json", scaling_factor=None),
+        "vae/config.json", "scaling_factor", "again"),
+    "a shift that is a text": (
+        edited("vae/config.json", shift_factor="x"), "vae/config.json", "shift_factor", "again"),
+    "a generation_config that is a list": (
+        replaced("text_encoder_2/generation_config.json", b"[]"),
+        "generation_config.json", "list", "again"),
+    "weights of the original layout": (
+        rewritten(TRANSFORMER, lambda t: {f"model.diffusion_model.{k}": v for k, v in t.items()}),
+        TRANSFORMER, "does not explain", "one and the same model"),
+    "a pipe": (
+        each(removed(VAE), lambda m: os.mkfifo(m / VAE)), VAE, "not a regular file", "again"),
     "a byte order mark": (
         lambda m: replaced("transformer/config.json", b"\xef\xbb\xbf" + (
             m / "transformer/config.json").read_bytes())(m),
@@ -400,6 +415,12 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
     "layers that are a text": (
         edited("transformer/config.json", num_layers="2"),
         "transformer/config.json", "cannot build it", "again"),
+    "layers without end in the VAE": (
+        edited("vae/config.json", layers_per_block=[2, 10**9]),
+        "vae/config.json", "layers_per_block", "again"),
+    "a list without end": (
+        edited("vae/config.json", block_out_channels=[8] * 10**5),
+        "vae/config.json", "block_out_channels", "again"),
     "no heads": (
         edited("text_encoder_2/config.json", num_heads=0, d_kv=0), "text_encoder_2", "", "again"),
     "a VAE of no channels": (
@@ -413,6 +434,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
     "a scheduler of no steps": (
         edited("scheduler/scheduler_config.json", num_train_timesteps=None),
         "scheduler", "", "again"),
+    "noise levels without end": (
+        edited("scheduler/scheduler_config.json", num_train_timesteps=10**13),
+        "scheduler_config.json", "num_train_timesteps", "again"),
     # model_index.json
     "an index that is a list": (
         replaced("model_index.json", b"[]"), "model_index.json", "list", "again"),
@@ -449,6 +473,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
         each(removed("tokenizer/tokenizer.json"), replaced("tokenizer/vocab.json", b"{}"),
              replaced("tokenizer/merges.txt", b"#version: 0.2\n")),
         "tokenizer/vocab.json", "", "again"),
+    "no length of texts": (
+        edited("tokenizer_2/tokenizer_config.json", model_max_length="long"),
+        "tokenizer_2", "", "again"),
+    "a negative length of texts": (
+        edited("tokenizer/tokenizer_config.json", model_max_length=-1),
+        "tokenizer_config.json", "model_max_length", "again"),
+    "no token for padding": (
+        edited("tokenizer/tokenizer_config.json", pad_token=None),
+        "tokenizer", "", "again"),
     "no vocabulary": (removed("tokenizer/tokenizer.json"), "tokenizer", "no vocabulary", "again"),
     "the tokenizer of a larger encoder": (
         edited("text_encoder/config.json", vocab_size=5), "text_encoder", "", ""),
@@ -492,6 +525,7 @@ def test_a_file_without_permission(copied):
         ("transformer/config.json", "axes_dims_rope", [1], "cannot run"),
         ("text_encoder/config.json", "hidden_act", "no such", "cannot load it"),
         ("vae/config.json", "_class_name", "AutoencoderDC", "AutoencoderDC"),
+        ("vae/config.json", "_class_name", ["AutoencoderKL"], "AutoencoderKL"),
         ("vae/config.json", "act_fn", "no such", "cannot build it"),
         ("scheduler/scheduler_config.json", "prediction_type", [], ""),
         ("model_index.json", "text_encoder_2", [None, None], "no text_encoder_2"),

@@ -346,7 +346,9 @@ def tokenizer_of(folder: Path, part: str = "tokenizer") -> Any:
         from transformers import AutoTokenizer
 
         with refusing(folder / part, "transformers cannot load it", "a tokenizer"):
-            return AutoTokenizer.from_pretrained(folder / part, local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                folder / part, local_files_only=True, trust_remote_code=False
+            )
 
 
 def longest(lengths: Mapping[str, int], limit: int) -> int:
