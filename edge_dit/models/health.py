@@ -232,13 +232,13 @@ def raise_all(where: object, faults: list[BadInput]) -> None:
 def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
     """Raise `BadInput` for factors of an autoencoder by which latents cannot be scaled."""
     for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
-        value = config.get(key)
+        value: Any = config.get(key)
         if key not in config or (value is None and key != "scaling_factor"):
             continue
         scale = key in ("scaling_factor", "latents_std")
         for number in value if isinstance(value, list) else [value]:
-            finite = type(number) in (int, float) and math.isfinite(number)
-            if not finite or (scale and number <= 0):
+            finite = isinstance(number, (int, float)) and math.isfinite(number)
+            if not finite or isinstance(number, bool) or (scale and number <= 0):
                 raise BadInput(
                     path,
                     found=f"{key} = {value!r:.40}",

@@ -529,7 +529,7 @@ def test_a_file_without_permission(copied):
         ("vae/config.json", "act_fn", "no such", "cannot build it"),
         ("scheduler/scheduler_config.json", "prediction_type", [], ""),
         ("model_index.json", "text_encoder_2", [None, None], "no text_encoder_2"),
-        ("model_index.json", "transformer", ["diffusers", "SD3Transformer2DModel"], "class Flux"),
+        ("model_index.json", "transformer", ["diffusers", "SD3Transformer2DModel"], "class 'Flux"),
         ("model_index.json", "quantization_config", BNB, "quantised"),
     ],
 )
