@@ -25,7 +25,7 @@ LIMIT = 8 * 2**20
 """Largest configuration read, in bytes. Configurations take kilobytes, indices of shards up to a
 megabyte."""
 LFS = b"version https://git-lfs"
-"""How a git-lfs pointer begins: the file itself was not downloaded."""
+"""How a file begins that git cloned without its content (git-lfs.github.com/spec)."""
 VOCABULARIES = (
     ("tokenizer.json",),
     ("vocab.json", "merges.txt"),
@@ -413,18 +413,18 @@ def file_fault(path: Path) -> BadInput | None:
     if start == LFS:
         return BadInput(
             path,
-            found="a git-lfs pointer in place of the file",
+            found="a Git LFS pointer instead of the file itself",
             expected="the file itself",
-            remedy="run `git lfs install` and `git lfs pull` in the model's folder",
+            remedy="git lfs pull, in that clone",
         )
-    for suffix in HALF:
-        if (half := path.with_name(path.name + suffix)).exists():
-            return BadInput(
-                half,
-                found=f"{path.name} beside it was not downloaded to its end",
-                expected="whole files",
-                remedy="finish the download; if the file is whole, delete the one named here",
-            )
+    # aria2 reserves the whole size at once. What other programs leave may be older than the file.
+    if (half := path.with_name(f"{path.name}.aria2")).exists():
+        return BadInput(
+            half,
+            found=f"{path.name} beside it was not downloaded to its end",
+            expected="whole files",
+            remedy="finish the download; if the file is whole, delete the one named here",
+        )
     return None
 
 

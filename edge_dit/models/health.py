@@ -232,19 +232,22 @@ def raise_all(where: object, faults: list[BadInput]) -> None:
 def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
     """Raise `BadInput` for factors of an autoencoder by which latents cannot be scaled."""
     for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
-        value: Any = config.get(key)
+        value = config.get(key)
         if key not in config or (value is None and key != "scaling_factor"):
             continue
         scale = key in ("scaling_factor", "latents_std")
         for number in value if isinstance(value, list) else [value]:
-            finite = isinstance(number, (int, float)) and math.isfinite(number)
-            if not finite or isinstance(number, bool) or (scale and number <= 0):
+            if not _is_number(number, 0 if scale else -math.inf):
                 raise BadInput(
                     path,
                     found=f"{key} = {value!r:.40}",
                     expected="a positive number" if scale else "a number",
                     remedy=REMEDY,
                 )
+
+
+def _is_number(value: Any, above: float) -> bool:
+    return type(value) in (int, float) and above < value < math.inf
 
 
 def _misfits_of_diffusers(

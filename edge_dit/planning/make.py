@@ -38,9 +38,9 @@ def make_plan(job: Job, request: SplitRequest | None = None) -> Plan:
     from edge_dit.models.health import model_faults  # imports torch
 
     source = _located(job)
-    if broken := model_faults(source.folder):
+    if broken := model_faults(source.folder, job.model.variant):
         raise together(source.folder, broken)
-    model = open_model(source.folder)
+    model = open_model(source.folder, job.model.variant)
     selection, _ = find_selection(model.folder, model.hash)
     split = choose_split(model.layers, requested(job.plan, request), selection)
     sizes = {"train.patch": job.train.patch, "train.resolution": job.train.resolution}
@@ -55,6 +55,7 @@ def make_plan(job: Job, request: SplitRequest | None = None) -> Plan:
         model=model.folder,
         model_name=source.name,
         model_revision=source.revision,
+        model_variant=model.variant,
         model_hash=model.hash,
         layers=model.layers,
         head_skip=split.head_skip,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -15,15 +16,18 @@ from safetensors.torch import load_file, save_file
 
 import pipelines
 import tiny
-from conftest import SAMPLES
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.components import LIMIT
 from edge_dit.models.health import model_faults
 from edge_dit.models.model import open_model
 from edge_dit.models.pipeline import load_pipeline
+from edge_dit.pictures.images import read_folder
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
+from edge_dit.planning.plan import Plan, model_of
+from edge_dit.reference.precompute import precompute
 
+SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 Tensors = dict[str, torch.Tensor]
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -308,15 +312,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
     "NaN in float64 in CLIP": (
         rewritten(CLIP, with_value(float("nan"), torch.float64)), CLIP, "not finite", "again"),
     # half a download
-    "git-lfs pointer": (replaced(TRANSFORMER, LFS), TRANSFORMER, "git-lfs", "git lfs pull"),
-    "git-lfs pointer of an encoder": (replaced(T5, LFS), T5, "git-lfs", "git lfs pull"),
+    "git-lfs pointer": (replaced(TRANSFORMER, LFS), TRANSFORMER, "Git LFS", "git lfs pull"),
+    "git-lfs pointer of an encoder": (replaced(T5, LFS), T5, "Git LFS", "git lfs pull"),
     "git-lfs pointer of a tokenizer": (
         replaced("tokenizer_2/tokenizer.json", LFS), "tokenizer_2/tokenizer.json",
-        "git-lfs", "git lfs pull"),
+        "Git LFS", "git lfs pull"),
     "git-lfs pointer of spiece.model": (
-        replaced("tokenizer_2/spiece.model", LFS), "spiece.model", "git-lfs", "git lfs pull"),
+        replaced("tokenizer_2/spiece.model", LFS), "spiece.model", "Git LFS", "git lfs pull"),
     "git-lfs pointer of a configuration": (
-        replaced("vae/config.json", LFS), "vae/config.json", "git-lfs", "git lfs pull"),
+        replaced("vae/config.json", LFS), "vae/config.json", "Git LFS", "git lfs pull"),
     "empty weights": (replaced(VAE, b""), VAE, "empty", "again"),
     "an empty configuration": (
         replaced("text_encoder/config.json", b""), "text_encoder/config.json", "empty", "again"),
@@ -614,6 +618,7 @@ HEALTHY: dict[str, Callable[[Path], object]] = {
     "a safety checker that is not loaded": edited(
         "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"]
     ),
+    "what a stopped download left beside the file": replaced(f"{T5}.incomplete", b"x"),
     "files that are not loaded": each(
         replaced("README.md", b"x"),
         replaced("flux-Q4.gguf", b"GGUF"),
@@ -679,6 +684,22 @@ def test_a_variant_in_shards(stock, tmp_path):
     assert not model_faults(folder, "fp16")
     open_model(folder, "fp16").checkpoint()
     load_pipeline(folder, variant="fp16")
+
+
+def test_every_stage_takes_the_variant_of_the_job(copied):
+    """Its weights are the only ones; the plan names it."""
+    in_variant("fp16", PARTS)(copied / "model")
+    for caption in (copied / "images").glob("*.txt"):
+        caption.unlink()  # they are longer than the small tokenizer's limit
+    job = (copied / "job.toml").read_text()
+    job = job.replace('path = "model"', 'path = "model"\nvariant = "fp16"')
+    (copied / "job.toml").write_text(re.sub("lora_targets.*", "", job))
+    plan = make_plan(read_job(copied / "job.toml"))
+    assert plan.model_variant == "fp16"
+    stored = Plan.model_validate_json(plan.model_dump_json())
+    assert model_of(stored).variant == "fp16"
+    images = read_folder(copied / "images", "a sks toy", plan.s_max)
+    precompute(plan, images, copied / "bank")
 
 
 def test_a_variant_that_is_not_there(stock, tmp_path):
