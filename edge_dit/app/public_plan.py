@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_dit.budget.limits import Limits
 from edge_dit.contract.targets import TARGETS
-from edge_dit.errors import BadInput, ManyFaults
+from edge_dit.errors import BadInput, raise_any
 from edge_dit.models.public_configs import PublicConfig, public_config
 from edge_dit.planning.split import Split, SplitRequest, choose_split, size_faults
 
@@ -64,8 +64,7 @@ def cost_of(request: PublicRequest) -> tuple[dict[str, Any], list[str]]:
 
     public, patch = request.public()
     split = choose_split(public.layers, request.split)
-    if split.faults:
-        raise split.faults[0] if len(split.faults) == 1 else ManyFaults("cost", split.faults)
+    raise_any("cost", split.faults)
     parameters, columns = cost_of_public(public, split.trained, patch, request.rank)
     summary = _summary(request, public, split, parameters, patch)
     facts = {

@@ -120,7 +120,7 @@ def _judged(road: Road) -> Judged:
         pictures = read_folder(beside, data.prompt, road.plan.s_max, data.recursive, warn)
         measured = "held-out loss"
     model = model_of(road.plan)
-    return Judged(model, load_pipeline(model.folder), pictures, measured)
+    return Judged(model, load_pipeline(model.folder, variant=model.variant), pictures, measured)
 
 
 def _full_lora(road: Road, judged: Judged) -> Path:

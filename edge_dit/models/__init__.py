@@ -2,7 +2,10 @@
 
 families/        what edge-dit knows of each kind of model
 model            a diffusers pipeline folder, opened
-checkpoint       its weights, read lazily
+components       which files of the folder are loaded
+health           is the folder what it seems?
+weights          its safetensors: headers and content
+checkpoint       the transformer's weights, read lazily
 pipeline         the whole pipeline in torch
 objective        what a model is trained to predict
 subgraph         the trained blocks, head and loss

@@ -7,23 +7,28 @@ tensor. So memory holds the blocks in use and nothing else of the model.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from edge_dit.errors import BadInput
+from edge_dit.errors import raise_any
+from edge_dit.models.components import (
+    check_depth,
+    check_quantisation,
+    file_names,
+    refusing,
+    weights_of,
+)
 from edge_dit.models.families.family import Family
 from edge_dit.models.pipeline import quiet
+from edge_dit.models.weights import misfits, stored_in
 
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
-SINGLE = "diffusion_pytorch_model.safetensors"
-REMEDY = "save or download the transformer again"
+INDEX, SINGLE = file_names("diffusers")
 
 
 class Checkpoint:
@@ -33,19 +38,29 @@ class Checkpoint:
         family: of the transformer.
         folder: with its weights, in one safetensors file or in shards with an index.
         config: of the transformer.
+        variant: of the weights, see `edge_dit.models.components.weights_of`.
 
     Raises:
-        BadInput: no weights, a missing or damaged shard, an index that names absent tensors, or
-            tensors that do not fit the configuration.
+        BadInput: no weights, a missing or damaged shard, an index that names absent tensors, a
+            quantised checkpoint, or tensors that are not those of the configuration.
     """
 
-    def __init__(self, family: Family, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        family: Family,
+        folder: Path,
+        config: dict[str, Any],
+        variant: str | None = None,
+    ) -> None:
         self.family, self.folder, self.config = family, folder, config
-        self.names = family.block_names(config)
-        stored = _tensors(folder)
+        stored = stored_in(weights_of(folder, "diffusers", variant))
         self._file_of = {name: tensor.file for name, tensor in stored.items()}
-        self._meta = meta_model(family, config)
-        self._check(stored)
+        path = folder / "config.json"
+        check_quantisation(path, config)
+        check_depth(path, config)
+        self._meta = meta_model(family, config, path)
+        raise_any(folder, misfits(stored, self._meta.state_dict(), folder))
+        self.names = family.block_names(config)
         self._blocks = family.blocks(self._meta)
 
     def skeleton(self) -> nn.Module:
@@ -77,26 +92,6 @@ class Checkpoint:
         self._fill(block, name)
         yield block.eval().requires_grad_(False)
 
-    def _check(self, stored: dict[str, _Stored]) -> None:
-        """Raise `BadInput` unless every tensor of the configuration is stored in its shape."""
-        expected = self._meta.state_dict()
-        missing = sorted(expected.keys() - stored.keys())
-        if missing:
-            raise BadInput(
-                self.folder,
-                found=f"{len(missing)} tensors of the model are in no file, first {missing[0]}",
-                expected=f"all {len(expected)} of its configuration",
-                remedy=REMEDY,
-            )
-        for name, tensor in expected.items():
-            if stored[name].shape != tensor.shape:
-                raise BadInput(
-                    stored[name].file,
-                    found=f"{name} of shape {list(stored[name].shape)}",
-                    expected=f"{list(tensor.shape)}, by config.json",
-                    remedy=REMEDY,
-                )
-
     @property
     def _counts(self) -> tuple[str, ...]:
         return tuple(self.family.containers.values())
@@ -117,27 +112,41 @@ class Checkpoint:
             by_file.setdefault(self._file_of[name], []).append(name)
         tensors = {}
         for path, wanted in by_file.items():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in wanted:
-                        tensors[names[name]] = file.get_tensor(name).to(torch.float32)
-            except (OSError, SafetensorError) as error:
-                raise BadInput(path, found=f"damaged ({error})", remedy=REMEDY) from None
+            with (
+                refusing(path, "damaged", "a whole safetensors file"),
+                safe_open(path, framework="pt") as file,
+            ):
+                for name in wanted:
+                    tensors[names[name]] = file.get_tensor(name).to(torch.float32)
         return tensors
 
 
-def meta_model(family: Family, config: dict[str, Any]) -> nn.Module:
+def meta_model(
+    family: Family, config: dict[str, Any], where: object = "transformer/config.json"
+) -> nn.Module:
     """A model of ``config`` on the meta device: it has shapes and takes no memory.
+
+    Args:
+        family: of the transformer.
+        config: of the transformer.
+        where: the configuration was read, for the message.
 
     Raises:
         BadInput: diffusers cannot build it.
     """
     with torch.device("meta"):
-        return build(family, config)
+        return build(family, config, where)
 
 
-def build(family: Family, config: dict[str, Any]) -> nn.Module:
+def build(
+    family: Family, config: dict[str, Any], where: object = "transformer/config.json"
+) -> nn.Module:
     """A model of ``config`` with random weights, float32, on torch's default device.
+
+    Args:
+        family: of the transformer.
+        config: of the transformer.
+        where: the configuration was read, for the message.
 
     Raises:
         BadInput: diffusers cannot build it.
@@ -145,73 +154,9 @@ def build(family: Family, config: dict[str, Any]) -> nn.Module:
     with quiet():
         import diffusers
 
-        try:
+        with refusing(
+            where,
+            found="diffusers cannot build it",
+            expected=f"a configuration of {family.transformer}",
+        ):
             return getattr(diffusers, family.transformer).from_config(config)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise BadInput(
-                "transformer/config.json",
-                found=f"diffusers cannot build it: {error}",
-                expected=f"a configuration of {family.transformer}",
-            ) from None
-
-
-class _Stored(NamedTuple):
-    """File that stores a tensor, and the shape it is stored in."""
-
-    file: Path
-    shape: tuple[int, ...]
-
-
-def _tensors(folder: Path) -> dict[str, _Stored]:
-    """Every tensor of a transformer's folder by name."""
-    if (folder / INDEX).is_file():
-        return _sharded(folder / INDEX)
-    if (folder / SINGLE).is_file():
-        return _stored_in(folder / SINGLE)
-    raise BadInput(
-        folder, found="no weights", expected=f"{SINGLE}, or shards with {INDEX}", remedy=REMEDY
-    )
-
-
-def _sharded(index: Path) -> dict[str, _Stored]:
-    """The tensors that an index of shards names."""
-    try:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(name): index.parent / Path(str(file)).name for name, file in named.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(index, found=f"unreadable ({error!r})", remedy=REMEDY) from None
-    shards = sorted(set(files.values()))
-    absent = [path.name for path in shards if not path.is_file()]
-    if absent:
-        raise BadInput(
-            index.parent,
-            found=f"{len(absent)} of {len(shards)} shards are missing: {', '.join(absent[:3])}",
-            expected="every file that its index names",
-            remedy="finish the download",
-        )
-    tensors = {}
-    for shard in shards:
-        held = _stored_in(shard)
-        wanted = [name for name, file in files.items() if file == shard]
-        missing = sorted(set(wanted) - held.keys())
-        if missing:
-            raise BadInput(
-                index,
-                found=f"{len(missing)} tensors that {shard.name} does not hold, first {missing[0]}",
-                expected="the index of these shards",
-                remedy=REMEDY,
-            )
-        tensors |= {name: held[name] for name in wanted}
-    return tensors
-
-
-def _stored_in(path: Path) -> dict[str, _Stored]:
-    """The tensors of one file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {
-                name: _Stored(path, tuple(file.get_slice(name).get_shape()))
-                for name in file.keys()  # noqa: SIM118
-            }
-    except (OSError, SafetensorError) as error:
-        raise BadInput(path, found=f"damaged ({error})", remedy=REMEDY) from None

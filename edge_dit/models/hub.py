@@ -57,7 +57,7 @@ def download(
     """The snapshot folder of a pipeline in the hub's cache; what is missing there is downloaded.
 
     Only what `diffusers.DiffusionPipeline.from_pretrained` loads comes: configurations, tokenizers
-    and the safetensors weights of one variant. No pickles, no other formats, no checkpoints beside
+    and the safetensors weights of one variant. No .bin, no other formats, no checkpoints beside
     the folders of the parts, no folder that model_index.json does not name.
 
     Args:
@@ -282,7 +282,7 @@ def _no_weights(where: str, files: list[str], variant: str | None) -> BadInput:
         found="no weights as safetensors"
         if variant is None
         else f"{where} has no variant {variant!r}, nor any other",
-        expected="safetensors; pickles (.bin) are not loaded"
+        expected="safetensors; .bin files are not loaded"
         if variant is None
         else "weights of that variant",
         remedy=f'set variant = "{there[0]}"'

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_dit.errors import require
+from edge_dit.models.components import Pipeline
 from edge_dit.models.families import detect, family_of
-from edge_dit.store.files import sha256
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from edge_dit.models.checkpoint import Checkpoint
     from edge_dit.models.families.family import Family
     from edge_dit.models.objective import Objective
-
-HASHED = ("transformer", "vae", "text_encoder*", "tokenizer*", "scheduler")
-"""Parts of a pipeline folder that decide the bytes of a bank."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +32,13 @@ class Model:
         family: what edge-dit knows of this kind of transformer.
         folder: the diffusers folder.
         config: configuration of the transformer.
+        variant: of the weights, where a component has it ("fp16"); None for those without one.
     """
 
     family: Family
     folder: Path
     config: dict[str, Any]
+    variant: str | None = None
 
     @property
     def layers(self) -> int:
@@ -68,12 +67,17 @@ class Model:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over the configurations and weights of all `HASHED` parts, hexadecimal."""
+        """SHA-256 over every file that is loaded and its path in the folder, hexadecimal.
+
+        Which files those are is `edge_dit.models.components.Pipeline.files`.
+        """
+        from edge_dit.models.weights import hash_of, keep_measured
+
         digest = hashlib.sha256()
-        for folder in (f for part in HASHED for f in sorted(self.folder.glob(part))):
-            for file in sorted(folder.glob("*")):
-                if file.suffix in (".json", ".safetensors"):
-                    digest.update(f"{folder.name}/{file.name} {sha256(file)}\n".encode())
+        for file in Pipeline(self.folder, self.variant).files():
+            name = file.relative_to(self.folder).as_posix()
+            digest.update(f"{name} {hash_of(file)}\n".encode())
+        keep_measured()
         return digest.hexdigest()
 
     def meta(self) -> nn.Module:
@@ -90,15 +94,19 @@ class Model:
         """The transformer's weights, read block by block.
 
         Raises:
-            BadInput: weights are missing, damaged, or not the configuration's.
+            BadInput: weights are missing, damaged, quantised, or not the configuration's.
         """
         from edge_dit.models.checkpoint import Checkpoint
 
-        return Checkpoint(self.family, self.folder / "transformer", self.config)
+        return Checkpoint(self.family, self.folder / "transformer", self.config, self.variant)
 
 
-def open_model(folder: Path) -> Model:
+def open_model(folder: Path, variant: str | None = None) -> Model:
     """Open a diffusers pipeline folder (imports torch).
+
+    Args:
+        folder: of the pipeline.
+        variant: of the weights, as diffusers names it ("fp16").
 
     Raises:
         BadInput: it is not such a folder, no family supports its pipeline, or the transformer's
@@ -107,4 +115,4 @@ def open_model(folder: Path) -> Model:
     name = detect(folder)
     require("torch", "reading a model")
     family = family_of(name)
-    return Model(family, folder, family.config(folder))
+    return Model(family, folder, family.config(folder), variant)

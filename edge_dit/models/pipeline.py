@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
@@ -12,6 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from edge_dit.errors import BadInput, require
+from edge_dit.models.components import (
+    INDEX_FILE,
+    Component,
+    Pipeline,
+    check_folder,
+    check_vocabulary,
+    refusing,
+)
+from edge_dit.models.weights import stored_in
 
 CHATTY = ("torchao", "torch.utils._pytree", "peft", "torch.onnx")
 """Loggers that warn about optional parts of other packages."""
@@ -21,14 +29,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Variables that those packages read when they are first imported; a user's own value stays."""
-VOCABULARIES = (
-    ("tokenizer.json",),
-    ("vocab.json", "merges.txt"),
-    ("spiece.model",),
-    ("tokenizer.model",),
-)
-"""Files that hold a vocabulary; a tokenizer of a supported family has one of these sets."""
-EXPECTED, REMEDY = "a whole pipeline folder", "save or download it again"
 
 
 @contextmanager
@@ -43,7 +43,9 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def load_pipeline(folder: Path, keep_text: bool = False, **parts: Any) -> Any:
+def load_pipeline(
+    folder: Path, keep_text: bool = False, variant: str | None = None, **parts: Any
+) -> Any:
     """The pipeline of a folder in float32, without progress bars.
 
     A part that was saved as absent (Stable Diffusion 3 without its T5) stays absent.
@@ -52,91 +54,91 @@ def load_pipeline(folder: Path, keep_text: bool = False, **parts: Any) -> Any:
         folder: a diffusers folder.
         keep_text: keep text encoders that are stored in bfloat16 as they are. Prompts are then
             encoded in half the memory, but the pipeline itself cannot be called.
+        variant: of the weights, where a part has it.
         parts: components to use instead of the stored ones; None leaves one out.
 
     Raises:
-        BadInput: diffusers cannot load it.
+        BadInput: a part cannot be loaded; it is named.
     """
     require("torch", "loading a model")
     require("diffusers", "loading a model")
-    stored, absent = _parts(folder)
-    for name in stored:
-        if name not in parts and not (folder / name).is_dir():
-            raise BadInput(folder / name, found="no such folder", expected=EXPECTED, remedy=REMEDY)
-        if name.startswith("tokenizer"):
-            check_vocabulary(folder / name)
+    stored = Pipeline(folder, variant)
+    components = [part for part in stored.components if part.name not in parts]
+    for part in components:
+        check_folder(part)
+        if part.is_tokenizer:
+            check_vocabulary(part.folder)
     with quiet():
-        import torch
         from diffusers import DiffusionPipeline
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
 
-        for chatter in (diffusers_logging, transformers_logging):
-            chatter.set_verbosity_error()
-            chatter.disable_progress_bar()
-        try:
+        _silence()
+        for part in components:
+            if part.is_model:
+                parts[part.name] = _load_model(part, variant, keep_text)
+            elif part.is_tokenizer:
+                parts[part.name] = load_part(part)
+        with refusing(folder, "diffusers cannot load it", "a whole pipeline folder"):
+            # diffusers wants an absent part passed as None
             pipeline = DiffusionPipeline.from_pretrained(
-                folder,
-                dtype={**_text_dtypes(folder, stored, keep_text), "default": torch.float32},
-                local_files_only=True,
-                # diffusers wants an absent part passed as None
-                **{**dict.fromkeys(absent), **parts},
+                folder, local_files_only=True, **{**dict.fromkeys(stored.absent), **parts}
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise BadInput(
-                folder,
-                found=f"diffusers cannot load it: {error}",
-                expected=EXPECTED,
-                remedy=REMEDY,
-            ) from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def check_vocabulary(tokenizer: Path) -> None:
-    """Raise `BadInput` when a tokenizer's folder holds no vocabulary.
-
-    transformers 5 would silently make a tokenizer of special tokens only
-    (tokenization_utils_tokenizers.py).
-    """
-    if not any(all((tokenizer / name).is_file() for name in names) for names in VOCABULARIES):
-        raise BadInput(
-            tokenizer,
-            found="no vocabulary in it",
-            expected="one of " + ", ".join(" with ".join(names) for names in VOCABULARIES),
-            remedy=REMEDY,
-        )
-
-
-def _parts(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the parts that a pipeline folder stores, and of those that it was saved without.
+def class_of(part: Component) -> Any:
+    """The class that loads a component.
 
     Raises:
-        BadInput: no readable model_index.json.
+        BadInput: neither diffusers nor transformers has it.
     """
-    path = folder / "model_index.json"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        parts = {name: kind for name, kind in index.items() if isinstance(kind, list)}
-    except (OSError, ValueError, AttributeError) as error:
+    import importlib
+
+    found = None
+    if part.library in ("diffusers", "transformers"):
+        with refusing(part.folder, f"{part.library} has no working {part.kind}", "a component"):
+            found = getattr(importlib.import_module(part.library), part.kind, None)
+    if not hasattr(found, "from_pretrained"):
         raise BadInput(
-            path, found=f"unreadable ({error})", expected=EXPECTED, remedy=REMEDY
-        ) from None
-    stored = [name for name, kind in parts.items() if any(kind)]
-    return stored, [name for name in parts if name not in stored]
+            part.folder.parent / INDEX_FILE,
+            found=f"{part.name} of class {part.kind!r:.80} in {part.library!r:.80}",
+            expected="a class of diffusers or transformers, in the versions that are installed",
+            remedy="point [model] path at a stock pipeline; code of its own is not run",
+        )
+    return found
 
 
-def _text_dtypes(folder: Path, parts: list[str], keep: bool) -> dict[str, Any]:
-    """bfloat16 for each text encoder that is stored so, if ``keep``."""
+def load_part(part: Component, **options: Any) -> Any:
+    """A component by its class's own from_pretrained.
+
+    Raises:
+        BadInput: it cannot be loaded, whatever the library raised.
+    """
+    kind = class_of(part)
+    with quiet(), refusing(part.folder, f"{part.library} cannot load it", part.kind):
+        _silence()
+        return kind.from_pretrained(part.folder, local_files_only=True, **options)
+
+
+def _load_model(part: Component, variant: str | None, keep_text: bool) -> Any:
+    """A component with weights, in float32 unless ``keep_text`` keeps its bfloat16."""
     import torch
-    from safetensors import safe_open
 
-    dtypes = {}
-    for part in parts if keep else []:
-        file = next(iter(sorted((folder / part).glob("*.safetensors"))), None)
-        if part.startswith("text_encoder") and file is not None:
-            with safe_open(file, framework="pt") as tensors:
-                name = next(iter(tensors.keys()), None)
-                if name is not None and tensors.get_slice(name).get_dtype() == "BF16":
-                    dtypes[part] = torch.bfloat16
-    return dtypes
+    weights = part.weights(variant)
+    tensors = stored_in(weights)
+    first = next(iter(tensors.values()), None)
+    keeps = keep_text and part.name.startswith("text_encoder")
+    kept = keeps and first is not None and first.dtype == "BF16"
+    # The weights that were checked, and none of torch's own format beside them.
+    options = {"variant": weights.variant, "use_safetensors": True}
+    return load_part(part, dtype=torch.bfloat16 if kept else torch.float32, **options)
+
+
+def _silence() -> None:
+    """No messages and no progress bars of diffusers and transformers."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for chatter in (diffusers_logging, transformers_logging):
+        chatter.set_verbosity_error()
+        chatter.disable_progress_bar()

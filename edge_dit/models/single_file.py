@@ -217,7 +217,7 @@ def _used(rest: Path, held: list[str]) -> list[Path]:
 
 
 def _plain(part: Path) -> list[Path]:
-    """Files of a part that are loaded: no pickles, no other formats."""
+    """Files of a part that are loaded: no .bin, no other formats."""
     return [file for kind in (*PLAIN, "*.safetensors") for file in part.glob(kind)]
 
 

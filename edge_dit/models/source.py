@@ -20,8 +20,6 @@ OTHER_FORMATS = (".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", "
 """Files of models that are not read."""
 CACHED = "models--"
 """How the hub's cache names the folder of a model: models--org--name."""
-POINTER = b"version https://git-lfs"
-"""How a file begins that git cloned without its content (git-lfs.github.com/spec)."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +197,7 @@ def _snapshot(repo: Path, revision: str | None) -> Path:
 
 
 def _check_whole(found: Located) -> None:
-    """Refuse a download or a clone that stopped half-way.
+    """Refuse a download that stopped half-way.
 
     A leftover `*.incomplete` alone proves nothing: a stopped process leaves it for ever.
     """
@@ -212,12 +210,6 @@ def _check_whole(found: Located) -> None:
                 expected="a whole download; a copied cache needs its blobs, too",
                 remedy=f"copy it with its links followed (cp -rL), or download {found.name} again",
             )
-        if file.suffix in (".safetensors", ".json", ".model") and _is_pointer(file):
-            raise BadInput(
-                file,
-                found="a Git LFS pointer instead of the file itself",
-                remedy="git lfs pull, in that clone",
-            )
     blobs = folder.parent.parent / "blobs" if found.revision else folder / ".cache" / "huggingface"
     gaps = gaps_of(folder)
     if gaps and any(blobs.rglob("*.incomplete")):
@@ -226,10 +218,3 @@ def _check_whole(found: Located) -> None:
             found=f"a download that was stopped: {', '.join(gaps)} missing",
             remedy=f"download it again: {AGAIN}",
         )
-
-
-def _is_pointer(file: Path) -> bool:
-    if not file.is_file() or file.stat().st_size > 1024:
-        return False
-    with file.open("rb") as opened:
-        return opened.read(len(POINTER)) == POINTER

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from edge_dit.contract.bundle import TARGETS
-from edge_dit.errors import BadInput, ManyFaults
+from edge_dit.errors import BadInput, raise_any
 from edge_dit.models.source import BESIDE, settle
 from edge_dit.store.documents import read_whole
 from edge_dit.text import seconds_of, utf8
@@ -259,8 +259,7 @@ def read_job(path: Path) -> Job:
     except ValidationError as error:
         faults = [_fault(path, text, detail) for detail in error.errors()]
     faults += _relations(path, text, raw) + _paths(path, text, raw)
-    if faults:
-        raise faults[0] if len(faults) == 1 else ManyFaults(path, faults)
+    raise_any(path, faults)
     assert job is not None
     return _resolve(job, path.parent)
 

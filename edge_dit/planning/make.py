@@ -49,8 +49,11 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
     Raises:
         BadInput: all faults between job, model and pictures, together.
     """
+    from edge_dit.models.health import model_faults  # imports torch
+
     source = _located(job)
-    model = open_model(source.folder)
+    raise_any(source.folder, model_faults(source.folder, job.model.variant))
+    model = open_model(source.folder, job.model.variant)
     selection, _ = find_selection(model.folder, model.hash)
     split = choose_split(model.layers, requested(job.plan, request), selection)
     sizes = {"train.patch": job.train.patch, "train.resolution": job.train.resolution}
@@ -70,6 +73,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
         model=model.folder,
         model_name=source.name,
         model_revision=source.revision,
+        model_variant=model.variant,
         model_hash=model.hash,
         layers=model.layers,
         head_skip=split.head_skip,

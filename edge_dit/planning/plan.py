@@ -35,6 +35,7 @@ class Plan(BaseModel):
             which people share.
         model_name: bare name of that folder, or of a single file, or the hub id it came from.
         model_revision: commit, if it came from the hub.
+        model_variant: of its weights, see `edge_dit.models.model.open_model`.
         model_hash: `edge_dit.models.model.Model.hash` of that folder.
         layers: transformer blocks of the model.
         head_skip: number of leading blocks that are not trained (n).
@@ -65,6 +66,7 @@ class Plan(BaseModel):
     model: Annotated[Path | None, Field(exclude=True)] = None
     model_name: str
     model_revision: str | None = None
+    model_variant: str | None = None
     model_hash: str
     layers: Positive
     head_skip: Natural
@@ -205,7 +207,7 @@ def model_of(plan: Plan, check: bool = True) -> Model:
 
 
 def _opened(plan: Plan, folder: Path, check: bool) -> Model:
-    model = open_model(folder)
+    model = open_model(folder, plan.model_variant)
     if check and model.hash != plan.model_hash:
         raise BadInput(
             model.folder,

@@ -171,7 +171,9 @@ def _source(
     plan: Plan, model: Model, skeleton: nn.Module, images: list[Captioned], prompts: list[str]
 ) -> _Source:
     """Encode all prompts; only the autoencoder of the pipeline stays in memory after that."""
-    pipeline = load_pipeline(model.folder, keep_text=True, transformer=skeleton)
+    pipeline = load_pipeline(
+        model.folder, keep_text=True, variant=model.variant, transformer=skeleton
+    )
     encoded = model.family.encode_prompts(pipeline, prompts, plan.text_tokens)
     sampler = PatchSampler(plan.crop_rule)
     return _Source(model, skeleton, pipeline.vae.eval(), sampler, plan.grid, images, encoded)

@@ -138,7 +138,7 @@ class TunedSubjects:
             raise BadInput("subjects", found="none", expected="at least one folder of images")
         self.model = model_of(plan)
         self.plan, self.subjects, self.work, self.steps = plan, subjects, work, steps
-        self.pipeline = load_pipeline(self.model.folder)
+        self.pipeline = load_pipeline(self.model.folder, variant=self.model.variant)
 
     def encode(self, images: list[Captioned]) -> list[Whole]:
         """Encode images and captions with the model, for tuning or for losses."""

@@ -38,6 +38,7 @@ VOID = {"meta", "link", "img"}
 PLAN = Plan(
     family="sana",
     model=Path("folder/of/model"),
+    model_name="model",
     model_hash="0" * 64,
     layers=5,
     head_skip=1,

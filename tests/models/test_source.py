@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import original
 from edge_dit.errors import BadInput
+from edge_dit.models.health import model_faults
 from edge_dit.models.model import open_model
 from edge_dit.models.source import Located, locate, settle
 from edge_dit.planning.job import read_job
@@ -232,7 +233,7 @@ def test_pickles_alone_are_refused(hub, tmp_path):
     hub.add("org/old", tmp_path / "old")
     message = refused("org/old")
     assert "safetensors" in message
-    assert "pickles" in message
+    assert ".bin files are not loaded" in message
 
 
 def test_the_plan_of_a_hub_id_from_the_command_line(hub, workplace, tmp_path):
@@ -352,7 +353,8 @@ def test_a_clone_without_git_lfs(tmp_path):
     shutil.copytree(SANA, tmp_path / "tiny")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 99\n"
     (tmp_path / "tiny/vae/diffusion_pytorch_model.safetensors").write_text(pointer)
-    assert "git lfs pull" in refused(tmp_path / "tiny")
+    (fault,) = model_faults(locate(tmp_path / "tiny").folder)
+    assert "git lfs pull" in fault.remedy
 
 
 def test_the_whole_cache_and_a_part_of_a_pipeline(tmp_path):

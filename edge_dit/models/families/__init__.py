@@ -7,12 +7,12 @@ family of a pipeline folder.
 from __future__ import annotations
 
 import importlib
-import json
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_dit.errors import BadInput
+from edge_dit.models.components import read_json
 
 if TYPE_CHECKING:
     from edge_dit.models.families.family import Family
@@ -52,14 +52,18 @@ def detect(model: Path) -> str:
     remedy = f"point [model] path at a diffusers pipeline folder of one of: {supported}"
     if not model.is_dir():
         raise BadInput(model, found="no such folder", expected="a diffusers folder", remedy=remedy)
-    try:
-        name = json.loads(index.read_text())["_class_name"]
-    except FileNotFoundError:
+    if not index.is_symlink() and not index.exists():
         raise BadInput(
             model, found="no model_index.json in it", expected="a diffusers folder", remedy=remedy
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(index, found=f"unreadable ({error})", remedy=remedy) from None
+        )
+    name = read_json(index, "a diffusers pipeline").get("_class_name")
+    if not isinstance(name, str):
+        raise BadInput(
+            index,
+            found=f"pipeline class {name!r:.80}",
+            expected=f"one of {supported}",
+            remedy=remedy,
+        )
     if name not in PIPELINE_FAMILY:
         why = f" ({UNSUPPORTED[name]})" if name in UNSUPPORTED else ""
         raise BadInput(

@@ -13,7 +13,6 @@ tests compare them with the stock forward bit by bit.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -23,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from edge_dit.errors import BadInput
+from edge_dit.models.components import check_vocabulary, read_json, refusing
 from edge_dit.models.objective import Objective
-from edge_dit.models.pipeline import check_vocabulary, quiet
+from edge_dit.models.pipeline import quiet
 
 Grid = tuple[int, int]
 """Token rows and columns."""
@@ -318,18 +318,10 @@ def read_config(path: Path, expected: str, *aliases: str) -> dict[str, Any]:
     Raises:
         BadInput: unreadable, or of another class.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        named = config["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            path,
-            found=f"unreadable ({error})",
-            expected=f"the configuration of a {expected}",
-            remedy=INCOMPLETE,
-        ) from None
+    config = read_json(path, f"the configuration of {expected}")
+    named = config.get("_class_name")
     if named not in (expected, *aliases):
-        raise BadInput(path, found=f"class {named}", expected=expected, remedy=INCOMPLETE)
+        raise BadInput(path, found=f"class {named!r:.80}", expected=expected, remedy=INCOMPLETE)
     return config
 
 
@@ -340,15 +332,7 @@ def scheduler_config(folder: Path) -> dict[str, Any]:
         BadInput: missing or unreadable.
     """
     path = folder / "scheduler" / "scheduler_config.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(
-            path,
-            found=f"unreadable ({error})",
-            expected="a scheduler's configuration",
-            remedy=INCOMPLETE,
-        ) from None
+    return read_json(path, "a scheduler's configuration")
 
 
 def tokenizer_of(folder: Path, part: str = "tokenizer") -> Any:
@@ -361,15 +345,10 @@ def tokenizer_of(folder: Path, part: str = "tokenizer") -> Any:
     with quiet():
         from transformers import AutoTokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(folder / part, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise BadInput(
-                folder / part,
-                found=f"transformers cannot load it: {error}",
-                expected="a tokenizer",
-                remedy="save or download the pipeline again",
-            ) from None
+        with refusing(folder / part, "transformers cannot load it", "a tokenizer"):
+            return AutoTokenizer.from_pretrained(
+                folder / part, local_files_only=True, trust_remote_code=False
+            )
 
 
 def longest(lengths: Mapping[str, int], limit: int) -> int:
