@@ -219,3 +219,13 @@ def test_the_certificate_in_the_documents_has_the_keys_of_one():
     assert one["worst"]["gradients"].keys() == other["worst"]["gradients"].keys()
     for key in [*other, *other["draws"]]:
         assert key in ("draws", "passed") or f"{key}`" in text, key
+
+
+def test_the_tests_that_inputs_names_exist():
+    text = (ROOT / "docs" / "inputs.md").read_text()
+    named = re.findall(r"`(?:[\w/]+/)?(test_\w+\.py)(?:::(test_\w+))?`", text)
+    assert len(named) > 60
+    found = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    for file, test in named:
+        assert file in found, file
+        assert not test or f"def {test}(" in found[file], f"{file}::{test}"
