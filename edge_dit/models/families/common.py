@@ -43,7 +43,7 @@ def patch_misfits(config: Mapping[str, Any], table: bool) -> Misfits:
         table: whether it has sines and cosines of positions.
     """
     if config["sample_size"] < config["patch_size"]:
-        yield "sample_size", f"at least {config['patch_size']}, the patch_size"
+        yield "patch_size", f"at most {config['sample_size']}, the sample_size"
     if table and inner_width(config) % 4:
         yield "attention_head_dim", "a multiple of 4 times num_attention_heads, for the positions"
 
