@@ -366,8 +366,10 @@ def test_a_key_that_is_absent_is_no_traceback(key, place):
     del config[key]
     path.write_text(json.dumps(config))
     plan, fault = attempt(lambda: make_plan(read_job(folder / "job.toml")))
-    assert plan or str(path.parent) in str(fault)
-    assert plan is None or key == "patch_size"
+    if plan is None:
+        assert str(path.parent) in str(fault)
+    else:
+        assert plan.layers == (20 if key == "num_layers" else 4)
 
 
 def test_more_tokens_a_side_than_sd3_has_positions_are_refused(place):
@@ -464,6 +466,8 @@ def test_a_changed_key_works_or_is_refused(family, data, tmp_path):
     if fault is not None:
         assert "config.json: " in str(fault)
         return
+    if made.grid_faults(read, {"train.resolution": max(GRID)}, multiple=1):
+        return
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), made.traceable(), torch.no_grad():
         model = meta_model(made, read)
         latents, prompt = made.blank(model, GRID, TEXT)
@@ -472,6 +476,49 @@ def test_a_changed_key_works_or_is_refused(family, data, tmp_path):
             state = made.run_block(block, state, cond, GRID)
         found = made.learned(made.head(model, state.image, cond, GRID))
     assert found.shape == latents.shape
+
+
+SCHEDULERS = {
+    "sana": "DPMSolverMultistepScheduler",
+    "flux": "FlowMatchEulerDiscreteScheduler",
+    "pixart": "DPMSolverMultistepScheduler",
+}
+
+
+@pytest.mark.parametrize("family", SCHEDULERS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_changed_key_of_a_scheduler_works_or_is_refused(family, data):
+    name = SCHEDULERS[family]
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    config = {**defaults_of(name), **(flow if family == "sana" else {}), "_class_name": name}
+    key = data.draw(st.sampled_from(sorted(config)))
+    config[key] = data.draw(VALUES)
+    learned, fault = attempt(lambda: family_of(family).objective(config))
+    if fault is None:
+        assert all(0 < sigma <= 1 for sigma in learned.sigmas)
+    else:
+        assert str(fault).startswith(("scheduler", "diffusers"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_a_changed_key_of_an_autoencoder_works_or_is_refused(family, data, tmp_path):
+    made = family_of(family)
+    config = {**defaults_of(made.autoencoder), "_class_name": made.autoencoder}
+    config |= {"shift_factor": 0.1} if made.autoencoder == "AutoencoderKL" else {}
+    key = data.draw(st.sampled_from(sorted(made.vae_switches)))
+    config[key] = data.draw(VALUES)
+    (tmp_path / "vae").mkdir(exist_ok=True)
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    read, fault = attempt(lambda: made.vae_config(tmp_path))
+    if fault is None:
+        assert made.multiple({"patch_size": 1}, read) >= 1
+    else:
+        assert f"{key} = " in str(fault) or "values" in str(fault)
 
 
 @pytest.mark.parametrize("class_name", PIPELINE_FAMILY)
