@@ -59,7 +59,6 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
     sizes = {"train.patch": job.train.patch, "train.resolution": job.train.resolution}
     faults = [*split.faults, *size_faults(sizes, model.multiple)]
     faults += model.family.grid_faults(model.config, sizes, model.multiple)
-    _ = model.objective  # refuses schedulers
     faults += lora_faults(model, split, job.train.lora_targets)
     pictures, prompts = None, []
     try:

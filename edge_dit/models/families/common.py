@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_dit.errors import BadInput
+from edge_dit.models.components import refusing
 from edge_dit.models.families import switches
 from edge_dit.models.families.switches import Misfits, Rules
 from edge_dit.models.objective import FlowMatching, flow_sigmas
@@ -96,12 +96,6 @@ def scheduler_objective(
     """
     config = {**switches.defaults_of(str(scheduler.get("_class_name"))), **scheduler}
     switches.check(SCHEDULER, {key: config.get(key) for key in rules}, rules, {})
-    try:
+    expected = f"a configuration of {scheduler['_class_name']}"
+    with refusing(SCHEDULER, "diffusers cannot build it", expected):
         return make(config)
-    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
-        raise BadInput(
-            SCHEDULER,
-            found=f"diffusers cannot build it: {error}",
-            expected=f"a configuration of {scheduler['_class_name']}",
-            remedy=switches.AGAIN,
-        ) from None

@@ -21,7 +21,6 @@ Its timestep is sigma itself, and its guidance is an input.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from edge_dit.models.components import INDEX_FILE, read_json
 from edge_dit.models.families.common import (
     caption_misfits,
     flow_objective,
@@ -131,10 +131,10 @@ class Sana(Family):
                 SANA-Sprint's and the pipeline is not, or the other way round.
         """
         config = super().config(folder)
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        if config["guidance_embeds"] != (index["_class_name"] == SPRINT):
-            wanted = json.dumps(not config["guidance_embeds"])
-            fault = "guidance_embeds", f"{wanted}, by {index['_class_name']} in model_index.json"
+        pipeline = read_json(folder / INDEX_FILE, "a diffusers pipeline").get("_class_name")
+        if config["guidance_embeds"] != (pipeline == SPRINT):
+            wanted = "false" if config["guidance_embeds"] else "true"
+            fault = "guidance_embeds", f"{wanted}, by {pipeline} in {INDEX_FILE}"
             check_fit(folder / "transformer" / "config.json", config, iter([fault]))
         return config
 

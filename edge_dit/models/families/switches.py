@@ -15,10 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edge_dit.errors import BadInput, ManyFaults
+from edge_dit.errors import BadInput, raise_any
+from edge_dit.models.components import REMEDY
 from edge_dit.models.pipeline import quiet
 
-AGAIN = "save or download the model again"
 OTHER = "use a checkpoint without it"
 DEEPEST = 1000
 """Most blocks of a model; public ones have fewer than a hundred."""
@@ -157,7 +157,7 @@ def check(path: Path, config: Mapping[str, Any], rules: Rules, known: Mapping[st
                 faults.append(_fault(path, key, value, rules[key]))
         elif key not in known or not _same(value, known[key]):
             faults.append(_unknown(path, key, value, known))
-    raise_all(path, faults)
+    raise_any(path, faults)
 
 
 def check_fit(path: Path, config: Mapping[str, Any], misfits: Misfits) -> None:
@@ -168,24 +168,18 @@ def check_fit(path: Path, config: Mapping[str, Any], misfits: Misfits) -> None:
         config: read from it.
         misfits: what is wrong with it.
     """
-    raise_all(
+    raise_any(
         path,
         [
             BadInput(
                 path,
                 found=f"{key} = {_shown(config[key])}",
                 expected=expected,
-                remedy=AGAIN,
+                remedy=REMEDY,
             )
             for key, expected in misfits
         ],
     )
-
-
-def raise_all(path: Path, faults: list[BadInput]) -> None:
-    """Raise ``faults`` together, if there are any."""
-    if faults:
-        raise faults[0] if len(faults) == 1 else ManyFaults(path, faults)
 
 
 @cache
@@ -204,7 +198,7 @@ def defaults_of(name: str) -> dict[str, Any]:
             "diffusers",
             found=f"no class {name!r:.80} with a configuration",
             expected="a class of the installed diffusers",
-            remedy=AGAIN,
+            remedy=REMEDY,
         )
     parameters = inspect.signature(kind.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
@@ -213,7 +207,7 @@ def defaults_of(name: str) -> dict[str, Any]:
 def _fault(path: Path, key: str, value: Any, rule: Rule) -> BadInput:
     found = f"{key} = {_shown(value)}"
     if not rule.why:
-        return BadInput(path, found=found, expected=rule.expected, remedy=AGAIN)
+        return BadInput(path, found=found, expected=rule.expected, remedy=REMEDY)
     return BadInput(
         path, found=f"{found}: not implemented", expected=f"{rule.expected}: {rule.why}",
         remedy=OTHER,
