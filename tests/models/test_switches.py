@@ -103,7 +103,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("sana", "guidance_embeds", 1, "false or true"),
     ("sana", "mlp_ratio", 0.001, "width"),
     ("sana", "interpolation_scale", 0, "above 0"),
-    ("sana", "timestep_scale", float("nan"), "above 0"),
+    ("sana", "timestep_scale", -1.0, "above 0"),
     ("sana", "num_layers", 0, "1 to 1000"),
     ("sana", "num_layers", 10**9, "1 to 1000"),
     ("sana", "patch_size", 9, "at most 8, the sample_size"),
@@ -372,9 +372,11 @@ def test_a_key_that_is_absent_is_no_traceback(key, place):
         assert plan.layers == (20 if key == "num_layers" else 4)
 
 
-def test_more_tokens_a_side_than_sd3_has_positions_are_refused(place):
+def test_more_tokens_a_side_than_sd3_has_positions_are_refused(place, changed):
     """Four tokens a side are there: 32 pixels."""
-    folder = place("sd3-medium", "transformer", {"pos_embed_max_size": 4})
+    folder = place("sd3-medium")
+    variant = changed("sd3", {"pos_embed_max_size": 4})
+    variants.transformer(variant).save_pretrained(folder / "model" / "transformer")
     assert make_plan(read_job(folder / "job.toml")).s_max == 32
     job = folder / "job.toml"
     job.write_text(JOB.replace("resolution = 32", "resolution = 40").replace("= 16", "= 30"))
