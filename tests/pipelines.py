@@ -60,6 +60,7 @@ PIPELINES = {
     "sd3.5-medium": ("StableDiffusion3Pipeline", "sd3.5-medium"),
     "pixart-sigma": ("PixArtSigmaPipeline", "pixart-sigma"),
     "qwen-image": ("QwenImagePipeline", "qwen-image"),
+    "qwen-image-zero-cond": ("QwenImagePipeline", "qwen-image-zero-cond"),
 }
 """Name -> pipeline class, and the variant of its transformer."""
 

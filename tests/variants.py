@@ -99,6 +99,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd3.5-large": ("sd3", {**_SD3, "qk_norm": "rms_norm"}),
     "pixart-sigma": ("pixart", _PIXART),
     "qwen-image": ("qwen_image", _QWEN),
+    "qwen-image-zero-cond": ("qwen_image", {**_QWEN, "zero_cond_t": True}),
 }
 """Name -> family and configuration. Every model has four blocks; FLUX's go from double to single
 between the second and the third.

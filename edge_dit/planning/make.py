@@ -58,6 +58,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
     split = choose_split(model.layers, requested(job.plan, request), selection)
     sizes = {"train.patch": job.train.patch, "train.resolution": job.train.resolution}
     faults = [*split.faults, *size_faults(sizes, model.multiple)]
+    faults += model.family.grid_faults(model.config, sizes, model.multiple)
     faults += lora_faults(model, split, job.train.lora_targets)
     pictures, prompts = None, []
     try:

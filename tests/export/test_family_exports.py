@@ -6,8 +6,15 @@ import bundles
 from edge_dit_runtime.session import open_session
 from variants import SPLITS, VARIANTS
 
-FULLEST = ("sana-1.5", "flux-dev", "sd3.5-medium", "pixart-sigma", "qwen-image")
-"""Of each family the variant whose blocks have everything that the others' have."""
+FULLEST = (
+    "sana-1.5",
+    "flux-dev",
+    "sd3.5-medium",
+    "pixart-sigma",
+    "qwen-image",
+    "qwen-image-zero-cond",
+)
+"""Of each family the variants that between them have every part of a block."""
 QUICK = ("flux-dev", "pixart-sigma")
 """Those of which ExecuTorch is not slow to test."""
 SLOW = [("flux-dev", "start"), ("flux-dev", "end"), ("sd3.5-medium", "across")]

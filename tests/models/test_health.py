@@ -418,7 +418,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
         "text_encoder_2/config.json", "num_layers", "again"),
     "layers that are a text": (
         edited("transformer/config.json", num_layers="2"),
-        "transformer/config.json", "cannot build it", "again"),
+        "transformer/config.json", "num_layers =", "again"),
     "layers without end in the VAE": (
         edited("vae/config.json", layers_per_block=[2, 10**9]),
         "vae/config.json", "layers_per_block", "again"),
@@ -429,7 +429,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
         edited("text_encoder_2/config.json", num_heads=0, d_kv=0), "text_encoder_2", "", "again"),
     "a VAE of no channels": (
         edited("vae/config.json", block_out_channels=None),
-        "vae/config.json", "cannot build it", "again"),
+        "vae/config.json", "block_out_channels = null", "again"),
     "no scheduler configuration": (
         removed("scheduler/scheduler_config.json"), "scheduler", "empty", "again"),
     "a scheduler that is a list": (
@@ -526,7 +526,7 @@ def test_a_file_without_permission(copied):
 @pytest.mark.parametrize(
     ("file", "key", "value", "found"),
     [
-        ("transformer/config.json", "axes_dims_rope", [1], "cannot run"),
+        ("transformer/config.json", "axes_dims_rope", [1], "axes_dims_rope = [1]"),
         ("text_encoder/config.json", "hidden_act", "no such", "cannot load it"),
         ("vae/config.json", "_class_name", "AutoencoderDC", "AutoencoderDC"),
         ("vae/config.json", "_class_name", ["AutoencoderKL"], "AutoencoderKL"),

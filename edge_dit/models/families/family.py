@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from edge_dit.errors import BadInput
 from edge_dit.models.components import check_vocabulary, read_json, refusing
+from edge_dit.models.families import switches
+from edge_dit.models.families.switches import Misfits, Rules
 from edge_dit.models.objective import Objective
 from edge_dit.models.pipeline import quiet
 
@@ -92,24 +94,75 @@ class Family:
     """
     per_prompt: ClassVar[tuple[str, ...]]
     """Conditioning that depends on the prompt alone: a bank stores it once per prompt."""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Other classes that published configurations name; diffusers builds `transformer` for them."""
+    switches: ClassVar[Rules]
+    """Every key of the transformer's configuration, and which values are implemented."""
+    vae_switches: ClassVar[Rules]
+    """Keys of the autoencoder's configuration that the family or its pipeline reads."""
 
     # ---------------------------------------------------------------- configuration
 
     def config(self, folder: Path) -> dict[str, Any]:
-        """The transformer's configuration, read from a pipeline folder.
+        """The transformer's configuration, read from a pipeline folder, with every key.
+
+        Keys that the file does not have get the class's default, as in diffusers.
 
         Raises:
-            BadInput: it is missing or of another class.
+            BadInput: it is missing, of another class, or says what is not implemented.
         """
-        return read_config(folder / "transformer" / "config.json", self.transformer)
+        path = folder / "transformer" / "config.json"
+        stored = read_config(path, self.transformer, *self.aliases)
+        own = switches.defaults_of(self.transformer)
+        known = dict(own)
+        for name in self.aliases:
+            known = {**switches.defaults_of(name), **known}
+        switches.check(path, stored, self.switches, known)
+        config = {**own, **stored}
+        switches.check_fit(path, config, self.misfits(config))
+        return config
+
+    def misfits(self, config: Mapping[str, Any]) -> Misfits:
+        """Keys of the transformer's configuration that contradict others.
+
+        Args:
+            config: with every key, each value of which `switches` accepts.
+        """
+        raise NotImplementedError
 
     def vae_config(self, folder: Path) -> dict[str, Any]:
-        """The autoencoder's configuration, read from a pipeline folder.
+        """The autoencoder's configuration, read from a pipeline folder, with every key.
 
         Raises:
-            BadInput: it is missing or of another class.
+            BadInput: it is missing, of another class, or says what is not implemented.
         """
-        return read_config(folder / "vae" / "config.json", self.autoencoder)
+        path = folder / "vae" / "config.json"
+        stored = read_config(path, self.autoencoder)
+        config = {**switches.defaults_of(self.autoencoder), **stored}
+        read = {key: config.get(key) for key in self.vae_switches}
+        switches.check(path, read, self.vae_switches, {})
+        switches.check_fit(path, config, self.vae_misfits(config))
+        return config
+
+    def vae_misfits(self, config: Mapping[str, Any]) -> Misfits:
+        """Keys of the autoencoder's configuration that contradict others.
+
+        Args:
+            config: with every key; `vae_switches` accepts the values that are read.
+        """
+        yield from ()
+
+    def grid_faults(
+        self, config: Mapping[str, Any], sizes: Mapping[str, int], multiple: int
+    ) -> list[BadInput]:
+        """Sizes of pictures that the transformer has no positions for.
+
+        Args:
+            config: of the transformer.
+            sizes: where each stands -> pixels.
+            multiple: pixels per side of a token.
+        """
+        return []
 
     def multiple(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
         """Pixels per side of a token: the autoencoder's downsampling factor times the patch size.

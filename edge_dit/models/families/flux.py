@@ -19,6 +19,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from edge_dit.models.families.common import (
+    SHIFTED_SWITCHES,
+    flow_objective,
+    rotary_misfits,
+)
 from edge_dit.models.families.family import (
     Conditioning,
     Family,
@@ -30,7 +35,17 @@ from edge_dit.models.families.family import (
     pooled_prompt,
     tokenizer_of,
 )
-from edge_dit.models.objective import FlowMatching, flow_sigmas
+from edge_dit.models.families.switches import (
+    DEEPEST,
+    Misfits,
+    Rules,
+    axes,
+    flag,
+    one_of,
+    optional,
+    whole,
+)
+from edge_dit.models.objective import FlowMatching
 
 MAX_TEXT_TOKENS = 512
 """FluxPipeline's max_sequence_length."""
@@ -62,6 +77,30 @@ class Flux(Family):
         "ff_context.net.2",
     )
     per_prompt = ("rope_cos", "rope_sin")
+    switches: ClassVar[Rules] = {
+        "patch_size": one_of(1, why="FluxPipeline packs latents 2 x 2 whatever it says"),
+        "in_channels": whole(),
+        "out_channels": optional(whole()),
+        "num_layers": whole(DEEPEST, least=0),
+        "num_single_layers": whole(DEEPEST, least=0),
+        "attention_head_dim": whole(),
+        "num_attention_heads": whole(),
+        "joint_attention_dim": whole(),
+        "pooled_projection_dim": whole(),
+        "guidance_embeds": flag(),
+        "axes_dims_rope": axes(),
+    }
+    vae_switches = SHIFTED_SWITCHES
+
+    def misfits(self, config: Mapping[str, Any]) -> Misfits:
+        """Blocks of neither kind, channels that cannot be packed, widths that do not add up."""
+        if not config["num_layers"] + config["num_single_layers"]:
+            yield "num_layers", "at least 1 block, of either kind"
+        if config["in_channels"] % 4:
+            yield "in_channels", "a multiple of 4: FluxPipeline packs 2 x 2 latents into a token"
+        if config["out_channels"] not in (None, config["in_channels"]):
+            yield "out_channels", f"{config['in_channels']}, the in_channels, or null"
+        yield from rotary_misfits(config)
 
     def multiple(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
         """Pixels per side of a token; the pipeline packs 2 x 2 latents into one."""
@@ -69,7 +108,7 @@ class Flux(Family):
 
     def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
         """The velocity, noise levels drawn evenly."""
-        return FlowMatching(flow_sigmas(scheduler))
+        return flow_objective(scheduler)
 
     def text_tokens(self, folder: Path, prompts: list[str]) -> int:
         """The full text length, whatever the prompts: padding takes part in attention."""

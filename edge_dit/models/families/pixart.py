@@ -18,15 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from edge_dit.errors import BadInput
+from edge_dit.models.families.common import (
+    KL_SWITCHES,
+    caption_misfits,
+    patch_misfits,
+    scheduler_objective,
+)
 from edge_dit.models.families.family import (
     CROSS_ATTENTION,
-    INCOMPLETE,
     Conditioning,
     Family,
     Grid,
@@ -36,9 +40,23 @@ from edge_dit.models.families.family import (
     longest,
     masked_prompt,
     modulated_conditioning,
-    read_config,
     tokenizer_of,
     unpatchify,
+)
+from edge_dit.models.families.switches import (
+    DEEPEST,
+    LARGEST,
+    MOST_STEPS,
+    Misfits,
+    Rules,
+    flag,
+    idle,
+    no_dropout,
+    one_of,
+    optional,
+    positive,
+    several,
+    whole,
 )
 from edge_dit.models.objective import EpsilonPrediction, alphas_cumprod
 
@@ -61,44 +79,78 @@ class PixArt(Family):
         "ff.net.2",
     )
     per_prompt = ("encoder_hidden_states", "encoder_attention_mask")
+    # Published checkpoints; diffusers loads them as PixArtTransformer2DModel
+    # (models/modeling_utils.py, LegacyModelMixin).
+    aliases = ("Transformer2DModel",)
+    switches: ClassVar[Rules] = {
+        "num_attention_heads": whole(),
+        "attention_head_dim": whole(),
+        "in_channels": whole(),
+        "out_channels": whole(),
+        "num_layers": whole(DEEPEST),
+        "dropout": no_dropout(),
+        "norm_num_groups": idle(),
+        "cross_attention_dim": whole(),
+        "attention_bias": flag(),
+        "sample_size": whole(LARGEST),
+        "patch_size": whole(LARGEST),
+        "activation_fn": one_of("gelu-approximate", why="PixArt-Sigma has no other"),
+        "num_embeds_ada_norm": whole(MOST_STEPS),
+        "upcast_attention": flag(),
+        "norm_type": one_of("ada_norm_single", why="diffusers' PixArt runs with no other"),
+        "norm_elementwise_affine": flag(),
+        "norm_eps": positive(),
+        "interpolation_scale": optional(positive()),
+        "use_additional_conditions": one_of(
+            False,
+            None,
+            why="PixArtSigmaPipeline passes no resolution and no aspect ratio; PixArt-Alpha is not "
+            "supported",
+        ),
+        "caption_channels": whole(),
+        "attention_type": one_of("default", None, why="PixArtSigmaPipeline passes no boxes"),
+    }
+    vae_switches = KL_SWITCHES
+    scheduler_switches: ClassVar[Rules] = {
+        "num_train_timesteps": whole(MOST_STEPS),
+        "beta_start": positive(1),
+        "beta_end": positive(1),
+        "trained_betas": optional(several(positive(1), least=1)),
+        "prediction_type": one_of("epsilon", why="PixArt-Sigma predicts noise"),
+        "rescale_betas_zero_snr": one_of(False, None, why="its noise levels end below all noise"),
+        "use_flow_sigmas": one_of(False, None, why="PixArt-Sigma predicts noise"),
+    }
+    """Keys of the scheduler's configuration on which the objective depends."""
 
     def config(self, folder: Path) -> dict[str, Any]:
         """The transformer's configuration.
 
-        Published checkpoints name the class Transformer2DModel; diffusers loads it as
-        PixArtTransformer2DModel (models/modeling_utils.py, LegacyModelMixin). Sigma has no
-        micro-conditions: PixArtSigmaPipeline passes none, though the class expects them by default
-        at sample_size 128.
+        Sigma has no micro-conditions: PixArtSigmaPipeline passes none, though the class expects
+        them by default at sample_size 128.
 
         Raises:
-            BadInput: it is missing, of another class, or has micro-conditions.
+            BadInput: it is missing, of another class, or says what is not implemented.
         """
-        path = folder / "transformer" / "config.json"
-        config = read_config(path, self.transformer, "Transformer2DModel")
-        if config.get("use_additional_conditions"):
-            raise BadInput(
-                path,
-                found="use_additional_conditions is true",
-                expected="false: PixArtSigmaPipeline passes no resolution and no aspect ratio",
-                remedy="use a PixArt-Sigma checkpoint; PixArt-Alpha is not supported",
-            )
+        config = super().config(folder)
         return {**config, "_class_name": self.transformer, "use_additional_conditions": False}
+
+    def misfits(self, config: Mapping[str, Any]) -> Misfits:
+        """Widths that do not add up; an output without the variance that `learned` leaves out."""
+        yield from patch_misfits(config, table=True)
+        yield from caption_misfits(config)
+        if config["out_channels"] != 2 * config["in_channels"]:
+            yield "out_channels", f"{2 * config['in_channels']}: noise and variance"
 
     def objective(self, scheduler: Mapping[str, Any]) -> EpsilonPrediction:
         """Noise.
 
         Raises:
-            BadInput: the scheduler has another prediction type.
+            BadInput: the scheduler is of another prediction type, or of none.
         """
-        predicted = scheduler.get("prediction_type", "epsilon")
-        if predicted != "epsilon":
-            raise BadInput(
-                "scheduler/scheduler_config.json",
-                found=f"prediction_type {predicted!r}",
-                expected="epsilon, which PixArt-Sigma predicts",
-                remedy=INCOMPLETE,
-            )
-        return EpsilonPrediction(alphas_cumprod(scheduler))
+        rules = self.scheduler_switches
+        return scheduler_objective(
+            scheduler, rules, lambda own: EpsilonPrediction(alphas_cumprod(own))
+        )
 
     def text_tokens(self, folder: Path, prompts: list[str]) -> int:
         """Length of the longest prompt."""

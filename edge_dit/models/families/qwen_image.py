@@ -5,10 +5,14 @@ queries and keys as complex numbers.
 
 Conditioning (D = width, N = image tokens, L = text tokens, d = head width):
 
-    temb                        [1, D]          embedding of the timestep
+    temb                        [1, D]          embedding of the timestep; with zero_cond_t [2, D],
+                                                the second of timestep 0
     encoder_hidden_states_mask  [1, L]          1 for a token, 0 for padding
     rope_image                  [N, d / 2, 2]   real and imaginary parts, the same for every draw
     rope_text                   [L, d / 2, 2]
+
+zero_cond_t modulates the tokens of pictures that are given beside the prompt as if they were free
+of noise. QwenImagePipeline gives none, so every token is of the first kind (modulate_index is 0).
 """
 
 from __future__ import annotations
@@ -16,12 +20,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from edge_dit.models.families.common import (
+    flow_objective,
+    rotary_misfits,
+)
 from edge_dit.models.families.family import (
     Conditioning,
     Family,
@@ -32,7 +40,20 @@ from edge_dit.models.families.family import (
     pack,
     tokenizer_of,
 )
-from edge_dit.models.objective import FlowMatching, flow_sigmas
+from edge_dit.models.families.switches import (
+    DEEPEST,
+    Misfits,
+    Rules,
+    axes,
+    finite,
+    flag,
+    idle,
+    one_of,
+    positive,
+    several,
+    whole,
+)
+from edge_dit.models.objective import FlowMatching
 from edge_dit.models.pipeline import quiet
 
 MAX_TEXT_TOKENS = 512
@@ -50,6 +71,30 @@ class QwenImage(Family):
     lora_targets = tuple(f"attn.{proj}" for proj in ("to_q", "to_k", "to_v", "to_out.0"))
     text_output = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     per_prompt = ("encoder_hidden_states_mask", "rope_image", "rope_text")
+    switches: ClassVar[Rules] = {
+        "patch_size": one_of(2, why="QwenImagePipeline packs latents 2 x 2 whatever it says"),
+        "in_channels": whole(),
+        "out_channels": whole(),
+        "num_layers": whole(DEEPEST),
+        "attention_head_dim": whole(),
+        "num_attention_heads": whole(),
+        "joint_attention_dim": whole(),
+        "guidance_embeds": one_of(False, why="diffusers' own forward fails with it"),
+        "axes_dims_rope": axes(),
+        "zero_cond_t": flag(),
+        "use_additional_t_cond": one_of(False, why="QwenImagePipeline passes no such condition"),
+        "use_layer3d_rope": flag(),
+        # Qwen-Image's own configuration has it, though its class never had pooled text.
+        "pooled_projection_dim": idle(),
+    }
+    vae_switches: ClassVar[Rules] = {
+        "input_channels": one_of(3, why="pictures have red, green and blue"),
+        "z_dim": whole(),
+        "dim_mult": several(whole(), least=1),
+        "temperal_downsample": several(flag()),
+        "latents_mean": several(finite(), least=1),
+        "latents_std": several(positive(), least=1),
+    }
 
     def __init__(self) -> None:
         self._real_rope = False
@@ -58,9 +103,26 @@ class QwenImage(Family):
         """Pixels per side of a token."""
         return 2 ** len(vae["temperal_downsample"]) * config["patch_size"]
 
+    def misfits(self, config: Mapping[str, Any]) -> Misfits:
+        """Channels that differ between input and output, and widths that do not add up."""
+        if config["in_channels"] != 4 * config["out_channels"]:
+            yield "out_channels", "a quarter of in_channels: a token is 2 x 2 latents"
+        yield from rotary_misfits(config)
+
+    def vae_misfits(self, config: Mapping[str, Any]) -> Misfits:
+        """Lists of other lengths than the autoencoder has stages and channels."""
+        if len(config["temperal_downsample"]) != len(config["dim_mult"]) - 1:
+            yield (
+                "temperal_downsample",
+                f"{len(config['dim_mult']) - 1} values, one less than dim_mult",
+            )
+        for key in ("latents_mean", "latents_std"):
+            if len(config[key]) != config["z_dim"]:
+                yield key, f"{config['z_dim']} values, the z_dim"
+
     def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
         """The velocity, noise levels drawn evenly."""
-        return FlowMatching(flow_sigmas(scheduler))
+        return flow_objective(scheduler)
 
     def text_tokens(self, folder: Path, prompts: list[str]) -> int:
         """Length of the longest prompt within the pipeline's template.
@@ -99,15 +161,20 @@ class QwenImage(Family):
         }
 
     def arguments(self, cond: Mapping[str, Tensor], grid: Grid) -> dict[str, Any]:
-        """Temb, the mask as bool, and the rotary embeddings, complex unless `traceable`."""
+        """Temb, the mask as bool, and the rotary embeddings, complex unless `traceable`; with
+        zero_cond_t the kind of each token, [1, N] int32.
+        """
         rope = cond["rope_image"], cond["rope_text"]
         if not self._real_rope:
             rope = torch.view_as_complex(rope[0]), torch.view_as_complex(rope[1])
-        return {
+        arguments = {
             "temb": cond["temb"],
             "encoder_hidden_states_mask": cond["encoder_hidden_states_mask"] > 0.5,
             "image_rotary_emb": rope,
         }
+        if len(cond["temb"]) == 2:
+            arguments["modulate_index"] = torch.zeros(1, grid[0] * grid[1], dtype=torch.int32)
+        return arguments
 
     @contextmanager
     def traceable(self) -> Iterator[None]:
@@ -125,7 +192,10 @@ class QwenImage(Family):
 
     def head(self, model: Any, image: Tensor, cond: Mapping[str, Tensor], grid: Grid) -> Tensor:
         """The velocity [1, N, C], packed."""
-        return model.proj_out(model.norm_out(image, cond["temb"]))
+        temb = cond["temb"]
+        if len(temb) == 2:
+            temb = temb.chunk(2)[0]
+        return model.proj_out(model.norm_out(image, temb))
 
     def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
         """Latents [1, N, C], packed, and a prompt of ``text`` tokens."""

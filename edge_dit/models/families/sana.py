@@ -23,11 +23,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from edge_dit.models.components import INDEX_FILE, read_json
+from edge_dit.models.families.common import (
+    caption_misfits,
+    flow_objective,
+    patch_misfits,
+)
 from edge_dit.models.families.family import (
     CROSS_ATTENTION,
     Conditioning,
@@ -42,11 +48,28 @@ from edge_dit.models.families.family import (
     tokenizer_of,
     unpatchify,
 )
-from edge_dit.models.objective import FlowMatching, flow_sigmas
+from edge_dit.models.families.switches import (
+    DEEPEST,
+    LARGEST,
+    WIDEST,
+    Misfits,
+    Rules,
+    check_fit,
+    finite,
+    flag,
+    no_dropout,
+    one_of,
+    optional,
+    positive,
+    several,
+    whole,
+)
+from edge_dit.models.objective import FlowMatching
 from edge_dit.models.pipeline import quiet
 
 MAX_TEXT_TOKENS = 300
 """SanaPipeline's max_sequence_length."""
+SPRINT = "SanaSprintPipeline"
 SPRINT_GUIDANCE = 4.5
 """SanaSprintPipeline's guidance_scale."""
 
@@ -65,6 +88,65 @@ class Sana(Family):
     )
     before_relu = ("attn1.to_q", "attn1.to_k")
     per_prompt = ("encoder_hidden_states", "encoder_attention_mask")
+    switches: ClassVar[Rules] = {
+        "in_channels": whole(),
+        "out_channels": whole(),
+        "num_attention_heads": whole(),
+        "attention_head_dim": whole(),
+        "num_layers": whole(DEEPEST),
+        "num_cross_attention_heads": whole(),
+        "cross_attention_head_dim": whole(),
+        "cross_attention_dim": whole(),
+        "caption_channels": whole(),
+        "mlp_ratio": positive(),
+        "dropout": no_dropout(),
+        "attention_bias": flag(),
+        "sample_size": whole(LARGEST),
+        "patch_size": whole(LARGEST),
+        "norm_elementwise_affine": flag(),
+        "norm_eps": positive(),
+        "interpolation_scale": optional(positive()),
+        "guidance_embeds": flag(),
+        "guidance_embeds_scale": finite(),
+        "qk_norm": one_of(
+            None,
+            "rms_norm_across_heads",
+            "layer_norm_across_heads",
+            why="SANA's attention runs with no other",
+        ),
+        "timestep_scale": positive(),
+    }
+    vae_switches: ClassVar[Rules] = {
+        "in_channels": one_of(3, why="pictures have red, green and blue"),
+        "latent_channels": whole(),
+        "encoder_block_out_channels": several(whole(), least=1),
+        "scaling_factor": positive(),
+    }
+
+    def config(self, folder: Path) -> dict[str, Any]:
+        """The transformer's configuration.
+
+        Raises:
+            BadInput: it is missing, of another class, or says what is not implemented; or it is
+                SANA-Sprint's and the pipeline is not, or the other way round.
+        """
+        config = super().config(folder)
+        pipeline = read_json(folder / INDEX_FILE, "a diffusers pipeline").get("_class_name")
+        if config["guidance_embeds"] != (pipeline == SPRINT):
+            wanted = "false" if config["guidance_embeds"] else "true"
+            fault = "guidance_embeds", f"{wanted}, by {pipeline} in {INDEX_FILE}"
+            check_fit(folder / "transformer" / "config.json", config, iter([fault]))
+        return config
+
+    def misfits(self, config: Mapping[str, Any]) -> Misfits:
+        """Widths that do not add up, and channels that differ between input and output."""
+        yield from patch_misfits(config, table=config["interpolation_scale"] is not None)
+        yield from caption_misfits(config)
+        hidden = config["mlp_ratio"] * config["num_attention_heads"] * config["attention_head_dim"]
+        if not 1 <= hidden <= WIDEST**2:
+            yield "mlp_ratio", "a ratio that leaves the feed-forward a width"
+        if config["out_channels"] != config["in_channels"]:
+            yield "out_channels", f"{config['in_channels']}, the in_channels: a velocity"
 
     def multiple(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
         """Pixels per side of a token."""
@@ -72,7 +154,7 @@ class Sana(Family):
 
     def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
         """The velocity, noise levels drawn evenly."""
-        return FlowMatching(flow_sigmas(scheduler))
+        return flow_objective(scheduler)
 
     def text_tokens(self, folder: Path, prompts: list[str]) -> int:
         """Length of the longest prompt.
@@ -154,7 +236,7 @@ class Sana(Family):
 
 def is_sprint(pipeline: Any) -> bool:
     """Whether a pipeline is SANA-Sprint's."""
-    return type(pipeline).__name__ == "SanaSprintPipeline"
+    return type(pipeline).__name__ == SPRINT
 
 
 def instruction(pipeline_class: type) -> list[str]:

@@ -13,11 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from edge_dit.errors import BadInput
+from edge_dit.models.families.common import (
+    SHIFTED_SWITCHES,
+    flow_objective,
+    inner_width,
+    patch_misfits,
+)
 from edge_dit.models.families.family import (
     Conditioning,
     Family,
@@ -30,7 +37,17 @@ from edge_dit.models.families.family import (
     tokenizer_of,
     unpatchify,
 )
-from edge_dit.models.objective import FlowMatching, flow_sigmas
+from edge_dit.models.families.switches import (
+    DEEPEST,
+    LARGEST,
+    Misfits,
+    Rules,
+    one_of,
+    optional,
+    several,
+    whole,
+)
+from edge_dit.models.objective import FlowMatching
 
 T5_TOKENS = 77
 """max_sequence_length of diffusers' train_dreambooth_lora_sd3.py."""
@@ -55,12 +72,59 @@ class SD3(Family):
         "ff_context.net.2",
     )
     per_prompt = ()
+    switches: ClassVar[Rules] = {
+        "sample_size": whole(LARGEST),
+        "patch_size": whole(LARGEST),
+        "in_channels": whole(),
+        "out_channels": optional(whole()),
+        "num_layers": whole(DEEPEST),
+        "attention_head_dim": whole(),
+        "num_attention_heads": whole(),
+        "joint_attention_dim": whole(),
+        "caption_projection_dim": whole(),
+        "pooled_projection_dim": whole(),
+        "pos_embed_max_size": whole(LARGEST),
+        "dual_attention_layers": several(whole(DEEPEST, least=0)),
+        "qk_norm": one_of(
+            None,
+            "rms_norm",
+            "layer_norm",
+            "fp32_layer_norm",
+            why="SD3's attention runs with no other",
+        ),
+    }
+    vae_switches = SHIFTED_SWITCHES
+
+    def misfits(self, config: Mapping[str, Any]) -> Misfits:
+        """Widths that differ between text and image, and channels between input and output."""
+        yield from patch_misfits(config, table=True)
+        if config["caption_projection_dim"] != inner_width(config):
+            expected = f"{inner_width(config)}, num_attention_heads times attention_head_dim"
+            yield "caption_projection_dim", expected
+        if config["out_channels"] not in (None, config["in_channels"]):
+            yield "out_channels", f"{config['in_channels']}, the in_channels, or null"
+
+    def grid_faults(
+        self, config: Mapping[str, Any], sizes: Mapping[str, int], multiple: int
+    ) -> list[BadInput]:
+        """Sizes with more tokens a side than the table of positions has."""
+        most = config["pos_embed_max_size"]
+        return [
+            BadInput(
+                where,
+                found=f"{pixels} pixels, {pixels // multiple} tokens a side",
+                expected=f"at most {most} tokens: pos_embed_max_size in transformer/config.json",
+                remedy=f"at most {most * multiple} pixels",
+            )
+            for where, pixels in sizes.items()
+            if pixels // multiple > most
+        ]
 
     def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
         """The velocity. The stock script draws noise levels logit-normally and takes the loss of
         the predicted image (precondition_outputs, after sec. 5 of arXiv 2206.00364).
         """
-        return FlowMatching(flow_sigmas(scheduler), logit_normal=True, precondition=True)
+        return flow_objective(scheduler, logit_normal=True, precondition=True)
 
     def text_tokens(self, folder: Path, prompts: list[str]) -> int:
         """The full text length, whatever the prompts: padding takes part in attention.
