@@ -154,6 +154,7 @@ def verify(
     steps: int = 20,
     targets: Sequence[str] | None = None,
     model: StrPath | None = None,
+    planned: Plan | None = None,
 ) -> Certificate:
     """Compare every target of a bundle with PyTorch; the certificate is written into the bundle.
 
@@ -164,6 +165,7 @@ def verify(
         targets: some of the bundle's; default all.
         model: folder of the model the bundle was made from; default where it was last planned for
             on this machine. Its hash must be the bundle's.
+        planned: the plan that the bundle should be of; default the one in its manifest.
 
     Raises:
         BadInput: bundle and bank do not fit, the model is not known or another one, or torch is
@@ -177,4 +179,5 @@ def verify(
     """
     from edge_dit.app.verify import verify
 
-    return verify(Path(bundle), Path(bank), steps, targets, Path(model) if model else None)
+    folder = Path(model) if model else None
+    return verify(Path(bundle), Path(bank), steps, targets, folder, planned)

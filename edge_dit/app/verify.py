@@ -2,13 +2,11 @@
 
 The host chooses the draws and computes them in PyTorch. Each target and layout computes them in a
 process of its own (`edge_dit_runtime.measure`), because a bad program may abort its process. These
-are compared: the loss and every gradient of one draw with a LoRA B that is not zero; the losses and
-the adapter of a training trajectory from the initial adapter; a few patches of a random image.
-docs/verify.md says what the tolerances are and why.
-
-At some draws rounding decides PyTorch's own gradients, and a comparison would say nothing. If
-possible the host moves a few rows of LoRA B before the step, the same for both sides
-(`edge_dit.reference.kinks`). Otherwise it leaves the draw out, and the certificate counts it.
+are compared: the loss and every gradient of one draw with a LoRA B that is not zero, and of draws
+with every input changed; the losses and the adapter of a training trajectory from the initial
+adapter; single updates from made-up states (`edge_dit_runtime.probes`); patches of random images.
+What manifest and adapter say is compared with the plan (`edge_dit.app.claims`). docs/verify.md says
+what the tolerances are and why.
 """
 
 from __future__ import annotations
@@ -22,10 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
-from edge_dit.contract.adapter import with_random_b
+from edge_dit.app.claims import false_claims
+from edge_dit.app.verify_words import varied_inputs
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import Bundle, open_bundle
 from edge_dit.contract.certificate import (
@@ -37,37 +34,15 @@ from edge_dit.contract.certificate import (
 )
 from edge_dit.contract.integrity import content_faults
 from edge_dit.contract.targets import TARGETS, WIDE
-from edge_dit.errors import CheckFailed, require
+from edge_dit.errors import require
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.progress import bar
 from edge_dit.store.tensors import TensorFile
-from edge_dit_runtime.measure import Point, Task, measure, patches, write_points
-from edge_dit_runtime.training import draw_order
+from edge_dit_runtime.measure import MARK, Points, Task, measure, patches, write_points
+from edge_dit_runtime.probes import PROBES
 
 if TYPE_CHECKING:
     from edge_dit.models.subgraph import TrainableSubgraph
-    from edge_dit.reference.eager import EagerSession
-
-NUDGE = 2e-6
-"""Relative size of the nudge of `is_well_posed`: just above what float32 rounding does."""
-MOST_LEFT_OUT = 0.5
-"""Largest share of the draws that may be left out. With more, a certificate would speak for the
-minority of draws that are easy to compare."""
-KINDS = ("loss", "gradients", "trajectory", "adapter", "patch")
-"""What is compared, in the order of the table."""
-
-
-@dataclass(frozen=True)
-class Points:
-    """Where a target is compared: 1 + steps points, and which draws were left out on the way."""
-
-    points: list[Point]
-    left_out: list[int]
-
-    def draws(self) -> Draws:
-        """The numbers of these draws, for a certificate."""
-        moved = [sum(len(numbers) for numbers, _ in p.rows.values()) for p in self.points]
-        return Draws([point.draw for point in self.points], self.left_out, moved)
 
 
 @dataclass(frozen=True)
@@ -75,6 +50,7 @@ class Reference:
     """PyTorch's results, with frozen matrices rounded as one dtype stores them."""
 
     points: Points
+    draws: Draws
     tensors: Mapping[str, np.ndarray]
 
 
@@ -84,6 +60,7 @@ def verify(
     steps: int = 20,
     targets: Sequence[str] | None = None,
     model: Path | None = None,
+    planned: Plan | None = None,
 ) -> Certificate:
     """Compare every target of a bundle with PyTorch and write the certificate into it.
 
@@ -95,6 +72,7 @@ def verify(
         steps: length of the training trajectory.
         targets: some of the bundle's targets; default all.
         model: its model's folder; default where it was last planned for on this machine.
+        planned: the plan that the bundle should be of; default the one in its manifest.
 
     Raises:
         BadInput: bundle and bank do not fit, the model is gone, or torch is missing.
@@ -104,7 +82,7 @@ def verify(
     import torch
 
     from edge_dit.models.quantize import round_frozen
-    from edge_dit.reference.eager import adapted_subgraph
+    from edge_dit.reference.eager import adapted_subgraph, lora_tensors
 
     opened = open_bundle(bundle)
     draws = Bank(bank, opened.manifest.plan_hash)
@@ -118,13 +96,15 @@ def verify(
     results: dict[str, TargetResult] = {}
     with bar("verify", len(pairs) + 1) as advance:
         plan = Plan.model_validate({**opened.manifest.plan, "model": model})
-        subgraph, _ = adapted_subgraph(plan, model_of(plan))
+        subgraph, batch = adapted_subgraph(plan, model_of(plan))
+        claims = false_claims(opened, plan, subgraph, batch, planned)
+        fresh = lora_tensors(subgraph)
         advance(note="model")
         for target, layout in pairs:
             dtype = opened.dtype(target)
             if dtype not in references:
                 round_frozen(subgraph, dtype)
-                references[dtype] = measure_reference(subgraph, opened, draws, steps)
+                references[dtype] = measure_reference(subgraph, fresh, plan, draws, steps)
             title = opened.titled(target, layout)
             results[title] = verify_target(opened, bank, target, layout, references[dtype])
             advance(note=title)
@@ -134,6 +114,9 @@ def verify(
         steps=steps,
         targets=results,
         changed_files=[f"{where} ({found})" for where, found in changed.items()],
+        false_claims=claims,
+        varied=varied_inputs(opened, plan, steps),
+        exercised=[f"{probe.name}: {probe.shows}" for probe in PROBES],
     )
     write_certificate(opened, certificate)
     return certificate
@@ -143,98 +126,39 @@ def verify(
 
 
 def measure_reference(
-    subgraph: TrainableSubgraph, bundle: Bundle, bank: Bank, steps: int
+    subgraph: TrainableSubgraph,
+    adapter: Mapping[str, np.ndarray],
+    plan: Plan,
+    bank: Bank,
+    steps: int,
 ) -> Reference:
     """Choose where to compare, and compute PyTorch's results there.
 
     Args:
         subgraph: with LoRA in place and frozen matrices rounded to what the target stores.
-        bundle: opened.
+        adapter: the fresh LoRA of the plan.
+        plan: of the bundle.
         bank: its bank.
         steps: length of the trajectory.
 
     Raises:
-        CheckFailed: more than `MOST_LEFT_OUT` of the draws had to be left out.
+        CheckFailed: more than `edge_dit.reference.points.MOST_LEFT_OUT` of the draws had to be left
+            out.
     """
     import torch
 
     from edge_dit.pictures.patch_sampler import PatchSampler
     from edge_dit.reference.eager import EagerSession
+    from edge_dit.reference.points import choose_points
 
-    adapter, adamw = bundle.adapter(), bundle.manifest.optimizer
-    chosen = choose_points(EagerSession(subgraph, adamw), bank, adapter, steps)
-    tensors = measure(EagerSession(subgraph, adamw), bank, adapter, chosen.points)
-    plan = Plan.model_validate(bundle.manifest.plan)
+    chosen = choose_points(EagerSession(subgraph, plan.optimizer), bank, adapter, steps)
+    tensors = measure(EagerSession(subgraph, plan.optimizer), bank, adapter, chosen.points)
     host = PatchSampler(plan.crop_rule)
 
     def sampler(*arrays: np.ndarray) -> np.ndarray:
         return host(*map(torch.from_numpy, arrays)).numpy()
 
-    return Reference(chosen, tensors | patches(sampler, plan.s_max))
-
-
-def choose_points(
-    session: EagerSession, bank: Bank, adapter: Mapping[str, np.ndarray], steps: int
-) -> Points:
-    """1 + ``steps`` points along PyTorch's own trajectory at which gradients do not jump.
-
-    Args:
-        session: PyTorch's; its adapter and optimizer state change.
-        bank: of the bundle.
-        adapter: the initial adapter.
-        steps: length of the trajectory.
-
-    Raises:
-        CheckFailed: more than `MOST_LEFT_OUT` of the draws had to be left out.
-    """
-    from edge_dit.reference.kinks import nudge_from_kinks
-
-    points: list[Point] = []
-    left_out: list[int] = []
-    most = int((steps + 1) * MOST_LEFT_OUT / (1 - MOST_LEFT_OUT))
-    session.load_adapter(with_random_b(adapter))
-    while len(points) <= steps:
-        number = draw_order(len(points) + len(left_out), len(bank), 0)
-        rows = nudge_from_kinks(session.subgraph, bank[number])
-        if rows is None and not is_well_posed(session, bank[number]):
-            left_out.append(number)
-            if len(left_out) > most:
-                raise _too_sensitive(session, len(points), len(left_out))
-            continue
-        points.append(Point(number, rows or {}))
-        if len(points) == 1:
-            session.load_adapter(adapter)
-        else:
-            session.step(bank[number])
-    return Points(points, left_out)
-
-
-def _too_sensitive(session: EagerSession, compared: int, left_out: int) -> CheckFailed:
-    modules = " and ".join(session.subgraph.family.before_relu)
-    return CheckFailed(
-        f"{left_out} of {compared + left_out} draws cannot be compared: rounding decides PyTorch's "
-        f"own gradients there. At most {MOST_LEFT_OUT:.0%} may be left out"
-        + (f"; LoRA on {modules} would let verify move away from such places" if modules else "")
-    )
-
-
-def is_well_posed(session: EagerSession, draw: Mapping[str, np.ndarray]) -> bool:
-    """Whether a nudge of the entry state by `NUDGE` leaves the gradients within tolerance.
-
-    If it does not, rounding decides them, and AdamW turns the difference into whole steps: such a
-    draw says nothing about an export.
-    """
-    session.backward(draw)
-    reference = session.gradients()
-    nudge = NUDGE * np.random.default_rng(0).choice([-1.0, 1.0], draw["entry"].shape)
-    for sign in (1, -1):
-        entry = (draw["entry"] * (1 + sign * nudge)).astype(np.float32)
-        session.backward({**draw, "entry": entry})
-        for name, value in session.gradients().items():
-            limit = TARGETS["onnx"].tolerances["gradients"] * np.abs(reference[name]).max()
-            if np.abs(value - reference[name]).max() > limit:
-                return False
-    return True
+    return Reference(chosen.points, chosen.draws(), tensors | patches(sampler, plan.s_max))
 
 
 # ---------------------------------------------------------------- a target
@@ -244,21 +168,33 @@ def verify_target(
     bundle: Bundle, bank: Path, target: str, layout: str, reference: Reference
 ) -> TargetResult:
     """Measure one target in a child process and compare it with ``reference``."""
-    draws = reference.points.draws()
+    draws = reference.draws
     with tempfile.TemporaryDirectory() as folder:
         out, chosen = Path(folder) / "measured.safetensors", Path(folder) / "points.safetensors"
-        write_points(chosen, reference.points.points)
+        write_points(chosen, reference.points)
         task = Task(str(bundle.folder), str(bank), target, layout, str(chosen), str(out))
         command = [sys.executable, "-m", "edge_dit_runtime.measure"]
         child = subprocess.run(
             command, input=task.as_json(), capture_output=True, text=True, check=False
         )
         if child.returncode != 0 or not out.is_file():
-            why = child.stderr.strip().splitlines()[-1:] or ["no message"]
-            error = f"the process ended with code {child.returncode}: {why[0]}"
-            return TargetResult(draws, error=error)
+            return TargetResult(draws, error=why_ended(child.returncode, child.stderr))
         measured = TensorFile(out).read()
     return TargetResult(draws, differences(reference.tensors, measured, TARGETS[target].tolerances))
+
+
+def why_ended(code: int, written: str) -> str:
+    """Why a child process ended early, for people.
+
+    Args:
+        code: its exit code; negative for a signal.
+        written: its standard error. A message of ours stands whole at its end, after `MARK`; of
+            anything else the last line says most.
+    """
+    _, mark, message = written.rpartition(MARK)
+    if not mark:
+        message = (written.strip().splitlines() or ["no message"])[-1]
+    return f"the process ended with code {code}: {message.strip()}"
 
 
 def differences(
@@ -299,44 +235,3 @@ def _difference(
         relative=relative if np.isfinite(have).all() else np.inf,
         tolerance=tolerances[kind],
     )
-
-
-# ---------------------------------------------------------------- for people
-
-
-def table(certificate: Certificate) -> Table:
-    """The worst relative difference of each kind and target, and how many draws were left out."""
-    limits: dict[str, list[str]] = {}
-    for title in certificate.targets:
-        tolerances = TARGETS[title.partition(" ")[0]].tolerances
-        words = ", ".join(f"{kind} {tolerances[kind]:.0e}" for kind in KINDS)
-        limits.setdefault(words, []).append(title)
-    caption = "\n".join(f"limits of {', '.join(names)}: {words}" for words, names in limits.items())
-    shown = Table(
-        title=f"compared with {certificate.reference}, {certificate.steps} steps",
-        caption=caption,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,  # fits a terminal of 80 columns
-    )
-    shown.add_column("target", min_width=12)
-    for heading in (*KINDS, "draws", "left out", "verdict"):
-        shown.add_column(heading, no_wrap=heading != "left out")
-    for title, result in certificate.targets.items():
-        worst = result.worst
-        cells = [f"{worst[kind].relative:.1e}" if kind in worst else "-" for kind in KINDS]
-        counts = str(len(result.draws.compared)), str(len(result.draws.left_out))
-        shown.add_row(title, *cells, *counts, "passed" if result.passed else "FAILED")
-    return shown
-
-
-def why_failed(certificate: Certificate) -> str:
-    """Lines for people: changed files, and the worst tensor of each target that failed."""
-    lines = ["parity failed"]
-    lines += [f"  not what was exported: {name}" for name in certificate.changed_files]
-    for title, result in certificate.targets.items():
-        if result.error:
-            lines.append(f"  {title}: {result.error}")
-        elif failed := result.failed:
-            lines.append(f"  {title}: {failed[0].in_words()} ({len(failed)} tensors failed)")
-    return "\n".join(lines)

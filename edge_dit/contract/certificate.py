@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import inf, isfinite
+from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -13,7 +14,9 @@ from edge_dit.store.documents import STRICT, parse_json, read_whole
 from edge_dit.store.files import write_json
 
 PARITY = "parity.json"
-SCHEMA = 1
+SCHEMA = 2
+ORDER = ("gradients", "loss", "inputs", "optimizer", "patch", "trajectory", "adapter")
+"""Kinds of tensors, those first whose failure says most of where a fault is."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Difference:
     """How far one tensor is from the reference's.
 
     Attributes:
-        name: "loss", "gradients.<lora>", "trajectory", "adapter.<lora>" or "patch.<number>".
+        name: "loss", "gradients.<lora>", "inputs.<number>.<one of these>", "trajectory",
+            "adapter.<lora>", "optimizer.<probe>.<state>" or "patch.<number>".
         kind: the part of the name before the first dot; each kind has its own tolerance.
         max, mean: absolute differences; infinite where the tensor is missing or not finite.
         cosine: cosine similarity of both tensors, flattened.
@@ -96,13 +100,13 @@ class TargetResult:
 
     @property
     def failed(self) -> list[Difference]:
-        """The tensors beyond their tolerance, the worst first."""
+        """The tensors beyond their tolerance, by `ORDER`, the worst of a kind first."""
 
-        def excess(row: Difference) -> float:
-            ratio = row.relative / row.tolerance
-            return ratio if isfinite(ratio) else inf
+        def place(row: Difference) -> tuple[int, float]:
+            excess = row.relative / row.tolerance
+            return ORDER.index(row.kind), -excess if isfinite(excess) else -inf
 
-        return sorted((t for t in self.tensors if not t.passed), key=lambda t: -excess(t))
+        return sorted((t for t in self.tensors if not t.passed), key=place)
 
     @property
     def worst(self) -> dict[str, Difference]:
@@ -124,6 +128,9 @@ class Certificate:
         steps: length of the trajectory.
         targets: results by `Bundle.titled`: "onnx", "onnx (streamed)".
         changed_files: files that are missing or not as the manifest lists them.
+        false_claims: what manifest and adapter say against the plan, a line each.
+        varied: inputs of the exported graphs that had several values, a line each.
+        exercised: what of the optimizer was tried from made-up states, a line each.
     """
 
     __pydantic_config__ = STRICT
@@ -132,12 +139,18 @@ class Certificate:
     steps: int
     targets: Mapping[str, TargetResult]
     changed_files: list[str] = field(default_factory=list)
-    schema_version: int = SCHEMA
+    false_claims: list[str] = field(default_factory=list)
+    varied: list[str] = field(default_factory=list)
+    exercised: list[str] = field(default_factory=list)
+    schema_version: Literal[2] = SCHEMA
 
     @property
     def passed(self) -> bool:
-        """Whether every difference is within its tolerance, and no file changed."""
-        return not self.changed_files and all(r.passed for r in self.targets.values())
+        """Whether every difference is within its tolerance, no file changed, and manifest and
+        adapter are the plan's.
+        """
+        wrong = self.changed_files or self.false_claims
+        return not wrong and all(result.passed for result in self.targets.values())
 
     def as_json(self) -> dict[str, object]:
         """The fields, and what follows from them (`DERIVED`), as parity.json has them."""
@@ -192,6 +205,8 @@ def why_uncertified(bundle: Bundle, title: str) -> str:
         return f"{PARITY} belongs to another export, or is damaged"
     if certificate.changed_files:
         return f"{PARITY} says that files changed"
+    if certificate.false_claims:
+        return f"{PARITY} says that the manifest is not the plan's"
     if title not in certificate.targets:
         return f"{PARITY} has no result of {title}"
     return "" if certificate.targets[title].passed else f"{PARITY} says that {title} failed"

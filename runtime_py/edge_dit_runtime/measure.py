@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from edge_dit.contract.adamw import learning_rate
 from edge_dit.contract.adapter import Rows, with_random_b
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import open_bundle
 from edge_dit.contract.integrity import check_confined
+from edge_dit.errors import BadInput
 from edge_dit.store.tensors import TensorFile, write_tensors
+from edge_dit_runtime.probes import PROBES, inflated, sampler_inputs, varied
 from edge_dit_runtime.session import open_sampler, open_session
-from edge_dit_runtime.sessions.trainer import Tensors, Trainer
+from edge_dit_runtime.sessions.trainer import Session, Tensors
 
-PATCHES = ((0.0, 0.2, 0.9), (0.37, 0.6, 0.1), (0.83, 1.0, 0.0), (1.0, 0.5, 0.5))
-"""(sigma, u, v) of the patches that are compared."""
+MARK = "edge-dit: "
+"""Stands before a message for people on the child's standard error."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,27 @@ class Point:
 
     draw: int
     rows: Rows
+
+
+@dataclass(frozen=True)
+class Points:
+    """All that is compared.
+
+    Attributes:
+        first: where the gradients are compared.
+        varied: the draws that are changed in every input.
+        trajectory: the steps.
+        probes: the draw of each of `PROBES`; those after the last one are left out.
+    """
+
+    first: Point
+    varied: list[Point]
+    trajectory: list[Point]
+    probes: list[Point]
+
+    def all(self) -> list[Point]:
+        """Every point, in the order in which it is measured."""
+        return [self.first, *self.varied, *self.trajectory, *self.probes]
 
 
 @dataclass(frozen=True)
@@ -65,32 +89,53 @@ class Task:
 
 
 def measure(
-    session: Trainer, bank: Bank, adapter: Mapping[str, np.ndarray], points: Sequence[Point]
+    session: Session, bank: Bank, adapter: Mapping[str, np.ndarray], points: Points
 ) -> Tensors:
-    """What verify compares, by name: "loss", "gradients.<name>", "trajectory" (the loss of every
-    step) and "adapter.<name>". The session's adapter and optimizer state change.
+    """What verify compares, by name: "loss", "gradients.<name>", "inputs.<number>.loss" and
+    ".<name>" (`varied`), "trajectory" (the loss of every step), "adapter.<name>" after it, and
+    "optimizer.<probe>.<name of a state>" (`PROBES`). The session's state changes.
 
     Args:
         session: freshly opened.
         bank: of the bundle.
         adapter: the initial adapter.
-        points: first the one whose gradients are compared, then those of the trajectory.
+        points: where.
     """
-    first, *trajectory = points
-    session.load_adapter(with_random_b(adapter))
-    _set_rows(session, first.rows)
-    measured: Tensors = {"loss": np.array([session.backward(bank[first.draw])])}
-    measured |= {f"gradients.{name}": value for name, value in session.gradients().items()}
+    random = with_random_b(adapter)
+    measured = _backward(session, bank[points.first.draw], random, points.first)
+    for number, point in enumerate(points.varied):
+        draw = varied(bank[point.draw], number)
+        found = _backward(session, draw, random, point)
+        measured |= {f"inputs.{number}.{name}": value for name, value in found.items()}
     session.load_adapter(adapter)
-    losses = []
-    for point in trajectory:
+    losses, rate = [], session.lr
+    for number, point in enumerate(points.trajectory):
         _set_rows(session, point.rows)
+        session.lr = learning_rate(number, len(points.trajectory), rate)
         losses.append(session.step(bank[point.draw]))
     measured["trajectory"] = np.array(losses)
-    return measured | {f"adapter.{name}": value for name, value in session.adapter().items()}
+    measured |= {f"adapter.{name}": value for name, value in session.adapter().items()}
+    for probe, point in zip(PROBES, points.probes, strict=False):
+        session.load_state_dict(probe.state(adapter))
+        _set_rows(session, point.rows)
+        session.lr = probe.lr
+        session.step(inflated(bank[point.draw], probe))
+        state = session.state_dict()
+        measured |= {f"optimizer.{probe.name}.{name}": value for name, value in state.items()}
+    session.lr = rate
+    return measured
 
 
-def _set_rows(session: Trainer, rows: Rows) -> None:
+def _backward(
+    session: Session, draw: Mapping[str, np.ndarray], adapter: Mapping[str, np.ndarray], at: Point
+) -> Tensors:
+    session.load_adapter(adapter)
+    _set_rows(session, at.rows)
+    measured: Tensors = {"loss": np.array([session.backward(draw)])}
+    return measured | {f"gradients.{name}": value for name, value in session.gradients().items()}
+
+
+def _set_rows(session: Session, rows: Rows) -> None:
     if not rows:
         return
     adapter = session.adapter()
@@ -100,40 +145,43 @@ def _set_rows(session: Trainer, rows: Rows) -> None:
 
 
 def patches(sampler: Callable[..., np.ndarray], s_max: int) -> Tensors:
-    """Patches of a random image, by "patch.<number>".
+    """Patches of random images of several sizes, by "patch.<number>".
 
     Args:
         sampler: as `edge_dit_runtime.session.open_sampler` opens it.
         s_max: of the plan, pixels.
     """
-    rng = np.random.default_rng(0)
-    image = rng.uniform(-1, 1, (1, 3, s_max + 9, s_max + 5)).astype(np.float32)
     return {
-        f"patch.{number}": np.asarray(
-            sampler(image, np.array([sigma], np.float32), np.array([u, v], np.float32))
-        )
-        for number, (sigma, u, v) in enumerate(PATCHES)
+        f"patch.{number}": np.asarray(sampler(*inputs))
+        for number, inputs in enumerate(sampler_inputs(s_max))
     }
 
 
-def write_points(path: Path, points: Sequence[Point]) -> None:
+def write_points(path: Path, points: Points) -> None:
     """Write points to a safetensors file."""
-    tensors = {"draws": np.array([point.draw for point in points], np.int64)}
-    for step, point in enumerate(points):
+    counts = [len(points.varied), len(points.trajectory), len(points.probes)]
+    every = points.all()
+    tensors = {
+        "counts": np.array(counts, np.int64),
+        "draws": np.array([point.draw for point in every], np.int64),
+    }
+    for number, point in enumerate(every):
         for name, (numbers, values) in point.rows.items():
-            tensors |= {f"{step}.numbers.{name}": numbers, f"{step}.values.{name}": values}
+            tensors |= {f"{number}.numbers.{name}": numbers, f"{number}.values.{name}": values}
     write_tensors(path, tensors)
 
 
-def read_points(path: Path) -> list[Point]:
+def read_points(path: Path) -> Points:
     """The points of a file written by `write_points`."""
     tensors = TensorFile(path).read()
-    points = [Point(int(draw), {}) for draw in tensors.pop("draws")]
+    changed, steps, _ = tensors.pop("counts").tolist()
+    every = [Point(int(draw), {}) for draw in tensors.pop("draws")]
     for key, numbers in tensors.items():
         step, kind, name = key.split(".", 2)
         if kind == "numbers":
-            points[int(step)].rows[name] = (numbers, tensors[f"{step}.values.{name}"])
-    return points
+            every[int(step)].rows[name] = (numbers, tensors[f"{step}.values.{name}"])
+    first, rest = every[0], every[1:]
+    return Points(first, rest[:changed], rest[changed : changed + steps], rest[changed + steps :])
 
 
 def run(task: Task) -> None:
@@ -154,4 +202,7 @@ def run(task: Task) -> None:
 
 
 if __name__ == "__main__":
-    run(Task(**json.load(sys.stdin)))
+    try:
+        run(Task(**json.load(sys.stdin)))
+    except BadInput as error:  # the whole of it: the host shows what stands after the mark
+        sys.exit(f"{MARK}{error}")
