@@ -5,6 +5,10 @@ process of its own (`edge_dit_runtime.measure`), because a bad program may abort
 are compared: the loss and every gradient of one draw with a LoRA B that is not zero, and of draws
 with every input changed; the losses and the adapter of a training trajectory from the initial
 adapter; single updates from made-up states (`edge_dit_runtime.probes`); patches of random images.
+At some draws rounding decides PyTorch's own
+gradients, and a comparison would say nothing. If possible a few rows of LoRA B are moved before the
+step (`edge_dit.reference.kinks`). Otherwise the draw is left out, and counted.
+
 What manifest and adapter say is compared with the plan (`edge_dit.app.claims`). docs/verify.md says
 what the tolerances are and why.
 """
@@ -14,8 +18,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +27,8 @@ import numpy as np
 
 from edge_dit.app.claims import false_claims
 from edge_dit.app.verify_words import varied_inputs
+from edge_dit.contract.adamw import learning_rate
+from edge_dit.contract.adapter import with_random_b
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import Bundle, open_bundle
 from edge_dit.contract.certificate import (
@@ -34,15 +40,25 @@ from edge_dit.contract.certificate import (
 )
 from edge_dit.contract.integrity import content_faults
 from edge_dit.contract.targets import TARGETS, WIDE
-from edge_dit.errors import require
+from edge_dit.errors import CheckFailed, require
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.progress import bar
 from edge_dit.store.tensors import TensorFile
-from edge_dit_runtime.measure import MARK, Points, Task, measure, patches, write_points
-from edge_dit_runtime.probes import PROBES
+from edge_dit_runtime.measure import MARK, Point, Points, Task, measure, patches, write_points
+from edge_dit_runtime.probes import PROBES, VARIATIONS, inflated, varied
+from edge_dit_runtime.sessions.trainer import Session, Tensors
+from edge_dit_runtime.training import draw_order
 
 if TYPE_CHECKING:
     from edge_dit.models.subgraph import TrainableSubgraph
+    from edge_dit.reference.eager import EagerSession
+
+
+NUDGE = 2e-6
+"""Relative size of the nudge of `is_well_posed`: just above what float32 rounding does."""
+MOST_LEFT_OUT = 0.5
+"""Largest share of the draws that may be left out. With more, a certificate would speak for the
+minority of draws that are easy to compare."""
 
 
 @dataclass(frozen=True)
@@ -142,14 +158,12 @@ def measure_reference(
         steps: length of the trajectory.
 
     Raises:
-        CheckFailed: more than `edge_dit.reference.points.MOST_LEFT_OUT` of the draws had to be left
-            out.
+        CheckFailed: more than `MOST_LEFT_OUT` of the draws had to be left out.
     """
     import torch
 
     from edge_dit.pictures.patch_sampler import PatchSampler
     from edge_dit.reference.eager import EagerSession
-    from edge_dit.reference.points import choose_points
 
     chosen = choose_points(EagerSession(subgraph, plan.optimizer), bank, adapter, steps)
     tensors = measure(EagerSession(subgraph, plan.optimizer), bank, adapter, chosen.points)
@@ -159,6 +173,121 @@ def measure_reference(
         return host(*map(torch.from_numpy, arrays)).numpy()
 
     return Reference(chosen.points, chosen.draws(), tensors | patches(sampler, plan.s_max))
+
+
+# ---------------------------------------------------------------- where to compare
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Where a target is compared, and which draws were left out on the way."""
+
+    points: Points
+    left_out: list[int]
+
+    def draws(self) -> Draws:
+        """The numbers of the draws as they are stored, for a certificate."""
+        stored = [self.points.first, *self.points.trajectory]
+        moved = [sum(len(numbers) for numbers, _ in point.rows.values()) for point in stored]
+        return Draws([point.draw for point in stored], self.left_out, moved)
+
+
+@dataclass
+class _Search:
+    """Takes draws in the order of a shuffled bank."""
+
+    session: EagerSession
+    bank: Bank
+    most: int
+    taken: int = 0
+    left_out: list[int] = field(default_factory=list)
+
+    def next(self, changed: Callable[[Tensors], Tensors] = dict) -> Point:
+        """The next draw, ``changed``, at which gradients do not jump, for the session's adapter.
+
+        Raises:
+            CheckFailed: too many were left out.
+        """
+        from edge_dit.reference.kinks import nudge_from_kinks
+
+        while True:
+            number = draw_order(self.taken, len(self.bank), 0)
+            self.taken += 1
+            draw = changed(self.bank[number])
+            rows = nudge_from_kinks(self.session.subgraph, draw)
+            if rows is not None or is_well_posed(self.session, draw):
+                return Point(number, rows or {})
+            self.left_out.append(number)
+            if len(self.left_out) > self.most:
+                raise _too_sensitive(self.session, self.taken, len(self.left_out))
+
+
+def choose_points(
+    session: EagerSession, bank: Bank, adapter: Mapping[str, np.ndarray], steps: int
+) -> Chosen:
+    """Points along PyTorch's own trajectory, and for changed inputs and made-up states, at which
+    gradients do not jump.
+
+    Args:
+        session: PyTorch's; its adapter and optimizer state change.
+        bank: of the bundle.
+        adapter: the initial adapter.
+        steps: length of the trajectory.
+
+    Raises:
+        CheckFailed: more than `MOST_LEFT_OUT` of the draws had to be left out.
+    """
+    random, rate = with_random_b(adapter), session.lr
+    most = int((steps + 1) * MOST_LEFT_OUT / (1 - MOST_LEFT_OUT))
+    search = _Search(session, bank, most)
+    session.load_adapter(random)
+    first = search.next()
+    session.load_adapter(adapter)
+    trajectory = []
+    for number in range(steps):
+        trajectory.append(search.next())
+        session.lr = learning_rate(number, steps, rate)
+        session.step(bank[trajectory[-1].draw])
+    # These draws are changed, so that they say nothing of the bank's: counted on their own.
+    made_up = _Search(session, bank, len(bank))
+    changed = []
+    for number in range(VARIATIONS):
+        session.load_adapter(random)
+        changed.append(made_up.next(lambda draw, seed=number: varied(draw, seed)))
+    probes = []
+    for probe in PROBES:
+        session.load_state_dict(probe.state(adapter))
+        probes.append(made_up.next(lambda draw, probe=probe: inflated(draw, probe)))
+    session.lr = rate
+    return Chosen(Points(first, changed, trajectory, probes), search.left_out)
+
+
+def _too_sensitive(session: EagerSession, tried: int, left_out: int) -> CheckFailed:
+    modules = " and ".join(session.subgraph.family.before_relu)
+    return CheckFailed(
+        f"{left_out} of {tried} draws cannot be compared: rounding decides PyTorch's "
+        f"own gradients there. At most {MOST_LEFT_OUT:.0%} may be left out"
+        + (f"; LoRA on {modules} would let verify move away from such places" if modules else "")
+    )
+
+
+def is_well_posed(session: Session, draw: Mapping[str, np.ndarray]) -> bool:
+    """Whether a nudge of the entry state by `NUDGE` leaves the gradients within tolerance.
+
+    If it does not, rounding decides them, and AdamW turns the difference into whole steps: such a
+    draw says nothing about an export.
+    """
+    session.backward(draw)
+    reference = session.gradients()
+    nudge = NUDGE * np.random.default_rng(0).choice([-1.0, 1.0], draw["entry"].shape)
+    for sign in (1, -1):
+        entry = (draw["entry"] * (1 + sign * nudge)).astype(np.float32)
+        session.backward({**draw, "entry": entry})
+        for name, value in session.gradients().items():
+            limit = TARGETS["onnx"].tolerances["gradients"] * np.abs(reference[name]).max()
+            if np.abs(value - reference[name]).max() > limit:
+                return False
+    return True
 
 
 # ---------------------------------------------------------------- a target

@@ -28,7 +28,7 @@ from edge_dit.contract.targets import TARGETS
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.store.files import sha256
 from edge_dit.store.tensors import TensorFile, write_tensors
-from edge_dit_runtime.measure import Point, measure
+from edge_dit_runtime.measure import Points, measure
 from edge_dit_runtime.session import open_session
 
 STEPS = 20
@@ -434,7 +434,7 @@ class Truth:
     bundle: Path
     bank: Any
     adapter: dict[str, np.ndarray]
-    points: list[Point]
+    points: Points
     found: dict[str, np.ndarray]
 
 
