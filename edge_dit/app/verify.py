@@ -18,7 +18,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +27,6 @@ import numpy as np
 
 from edge_dit.app.claims import false_claims
 from edge_dit.app.verify_words import varied_inputs
-from edge_dit.contract.adamw import learning_rate
-from edge_dit.contract.adapter import with_random_b
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import Bundle, open_bundle
 from edge_dit.contract.certificate import (
@@ -44,9 +42,9 @@ from edge_dit.errors import CheckFailed, require
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.progress import bar
 from edge_dit.store.tensors import TensorFile
-from edge_dit_runtime.measure import MARK, Point, Points, Task, measure, patches, write_points
-from edge_dit_runtime.probes import PROBES, VARIATIONS, inflated, varied
-from edge_dit_runtime.sessions.trainer import Session, Tensors
+from edge_dit_runtime.measure import MARK, Change, Point, Task, measure, patches, write_points
+from edge_dit_runtime.probes import PROBES
+from edge_dit_runtime.sessions.trainer import Session
 from edge_dit_runtime.training import draw_order
 
 if TYPE_CHECKING:
@@ -65,7 +63,7 @@ minority of draws that are easy to compare."""
 class Reference:
     """PyTorch's results, with frozen matrices rounded as one dtype stores them."""
 
-    points: Points
+    points: list[Point]
     draws: Draws
     tensors: Mapping[str, np.ndarray]
 
@@ -165,101 +163,72 @@ def measure_reference(
     from edge_dit.pictures.patch_sampler import PatchSampler
     from edge_dit.reference.eager import EagerSession
 
-    chosen = choose_points(EagerSession(subgraph, plan.optimizer), bank, adapter, steps)
-    tensors = measure(EagerSession(subgraph, plan.optimizer), bank, adapter, chosen.points)
+    session = EagerSession(subgraph, plan.optimizer)
+    search = Search(session, bank, steps)
+    tensors = measure(session, bank, adapter, steps, search.next)
     host = PatchSampler(plan.crop_rule)
 
     def sampler(*arrays: np.ndarray) -> np.ndarray:
         return host(*map(torch.from_numpy, arrays)).numpy()
 
-    return Reference(chosen.points, chosen.draws(), tensors | patches(sampler, plan.s_max))
+    return Reference(search.points, search.draws(), tensors | patches(sampler, plan.s_max))
 
 
 # ---------------------------------------------------------------- where to compare
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """Where a target is compared, and which draws were left out on the way."""
-
-    points: Points
-    left_out: list[int]
-
-    def draws(self) -> Draws:
-        """The numbers of the draws as they are stored, for a certificate."""
-        stored = [self.points.first, *self.points.trajectory]
-        moved = [sum(len(numbers) for numbers, _ in point.rows.values()) for point in stored]
-        return Draws([point.draw for point in stored], self.left_out, moved)
-
-
 @dataclass
-class _Search:
-    """Takes draws in the order of a shuffled bank."""
+class Search:
+    """Finds the points of `edge_dit_runtime.measure.measure` at which PyTorch's gradients do not
+    jump, and keeps them.
+
+    Draws are taken in the order of a shuffled bank: first those that are compared as they are
+    stored, then those that are changed.
+
+    Attributes:
+        session: PyTorch's.
+        bank: of the bundle.
+        steps: length of the trajectory.
+        points: found so far.
+        left_out: numbers of the stored draws that were left out.
+    """
 
     session: EagerSession
     bank: Bank
-    most: int
-    taken: int = 0
+    steps: int
+    points: list[Point] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
 
-    def next(self, changed: Callable[[Tensors], Tensors] = dict) -> Point:
-        """The next draw, ``changed``, at which gradients do not jump, for the session's adapter.
+    def next(self, change: Change) -> Point:
+        """The next point, for the adapter that the session has now.
 
         Raises:
-            CheckFailed: too many were left out.
+            CheckFailed: more than `MOST_LEFT_OUT` of the draws had to be left out.
         """
         from edge_dit.reference.kinks import nudge_from_kinks
 
+        passed_over: list[int] = []
+        limit = len(self.bank)
+        if len(self.points) <= self.steps:
+            passed_over = self.left_out
+            limit = int(MOST_LEFT_OUT / (1 - MOST_LEFT_OUT) * (self.steps + 1))
         while True:
-            number = draw_order(self.taken, len(self.bank), 0)
-            self.taken += 1
-            draw = changed(self.bank[number])
+            taken = len(self.points) + len(passed_over)
+            number = draw_order(taken, len(self.bank), 0)
+            draw = change(self.bank[number])
             rows = nudge_from_kinks(self.session.subgraph, draw)
             if rows is not None or is_well_posed(self.session, draw):
-                return Point(number, rows or {})
-            self.left_out.append(number)
-            if len(self.left_out) > self.most:
-                raise _too_sensitive(self.session, self.taken, len(self.left_out))
+                self.points.append(Point(number, rows or {}))
+                return self.points[-1]
+            passed_over.append(number)
+            if len(passed_over) > limit:
+                raise _too_sensitive(self.session, taken + 1, len(passed_over))
 
-
-def choose_points(
-    session: EagerSession, bank: Bank, adapter: Mapping[str, np.ndarray], steps: int
-) -> Chosen:
-    """Points along PyTorch's own trajectory, and for changed inputs and made-up states, at which
-    gradients do not jump.
-
-    Args:
-        session: PyTorch's; its adapter and optimizer state change.
-        bank: of the bundle.
-        adapter: the initial adapter.
-        steps: length of the trajectory.
-
-    Raises:
-        CheckFailed: more than `MOST_LEFT_OUT` of the draws had to be left out.
-    """
-    random, rate = with_random_b(adapter), session.lr
-    most = int((steps + 1) * MOST_LEFT_OUT / (1 - MOST_LEFT_OUT))
-    search = _Search(session, bank, most)
-    session.load_adapter(random)
-    first = search.next()
-    session.load_adapter(adapter)
-    trajectory = []
-    for number in range(steps):
-        trajectory.append(search.next())
-        session.lr = learning_rate(number, steps, rate)
-        session.step(bank[trajectory[-1].draw])
-    # These draws are changed, so that they say nothing of the bank's: counted on their own.
-    made_up = _Search(session, bank, len(bank))
-    changed = []
-    for number in range(VARIATIONS):
-        session.load_adapter(random)
-        changed.append(made_up.next(lambda draw, seed=number: varied(draw, seed)))
-    probes = []
-    for probe in PROBES:
-        session.load_state_dict(probe.state(adapter))
-        probes.append(made_up.next(lambda draw, probe=probe: inflated(draw, probe)))
-    session.lr = rate
-    return Chosen(Points(first, changed, trajectory, probes), search.left_out)
+    def draws(self) -> Draws:
+        """The numbers of the draws that are compared as they are stored, for a certificate."""
+        stored = self.points[: self.steps + 1]
+        moved = [sum(len(numbers) for numbers, _ in point.rows.values()) for point in stored]
+        return Draws([point.draw for point in stored], self.left_out, moved)
 
 
 def _too_sensitive(session: EagerSession, tried: int, left_out: int) -> CheckFailed:
@@ -301,7 +270,8 @@ def verify_target(
     with tempfile.TemporaryDirectory() as folder:
         out, chosen = Path(folder) / "measured.safetensors", Path(folder) / "points.safetensors"
         write_points(chosen, reference.points)
-        task = Task(str(bundle.folder), str(bank), target, layout, str(chosen), str(out))
+        steps = len(draws.compared) - 1
+        task = Task(str(bundle.folder), str(bank), target, layout, str(chosen), steps, str(out))
         command = [sys.executable, "-m", "edge_dit_runtime.measure"]
         child = subprocess.run(
             command, input=task.as_json(), capture_output=True, text=True, check=False
@@ -345,7 +315,7 @@ def _difference(
     name: str, want: np.ndarray, have: np.ndarray | None, tolerances: Mapping[str, float]
 ) -> Difference:
     kind = name.partition(".")[0]
-    if have is None or have.shape != want.shape:
+    if have is None or have.shape != want.shape or not np.isfinite(have).all():
         return Difference(name, kind, np.inf, np.inf, 0.0, np.inf, tolerances[kind])
     want, have = want.astype(np.float64).ravel(), have.astype(np.float64).ravel()
     error = np.abs(want - have)
@@ -361,6 +331,6 @@ def _difference(
         max=float(error.max()),
         mean=float(error.mean()),
         cosine=float(want @ have / norms) if norms > 0 else 1.0,
-        relative=relative if np.isfinite(have).all() else np.inf,
+        relative=relative,
         tolerance=tolerances[kind],
     )

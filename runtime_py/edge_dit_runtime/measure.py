@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ from edge_dit.contract.bundle import open_bundle
 from edge_dit.contract.integrity import check_confined
 from edge_dit.errors import BadInput
 from edge_dit.store.tensors import TensorFile, write_tensors
-from edge_dit_runtime.probes import PROBES, inflated, sampler_inputs, varied
+from edge_dit_runtime.probes import PROBES, VARIATIONS, sampler_inputs, varied
 from edge_dit_runtime.session import open_sampler, open_session
+from edge_dit_runtime.sessions.state import check_draw
 from edge_dit_runtime.sessions.trainer import Session, Tensors
 
 MARK = "edge-dit: "
@@ -44,25 +46,10 @@ class Point:
     rows: Rows
 
 
-@dataclass(frozen=True)
-class Points:
-    """All that is compared.
-
-    Attributes:
-        first: where the gradients are compared.
-        varied: the draws that are changed in every input.
-        trajectory: the steps.
-        probes: the draw of each of `PROBES`; those after the last one are left out.
-    """
-
-    first: Point
-    varied: list[Point]
-    trajectory: list[Point]
-    probes: list[Point]
-
-    def all(self) -> list[Point]:
-        """Every point, in the order in which it is measured."""
-        return [self.first, *self.varied, *self.trajectory, *self.probes]
+Change = Callable[[Tensors], Tensors]
+"""Makes the draw that is compared out of the stored one."""
+NextPoint = Callable[[Change], Point]
+"""The next point, for the adapter that the session has now."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +60,7 @@ class Task:
         bundle, bank: folders.
         target, layout: one of the bundle's targets and layouts.
         points: file written by `write_points`.
+        steps: length of the trajectory.
         out: safetensors file to write, with the tensors of `measure` and `patches`.
     """
 
@@ -81,6 +69,7 @@ class Task:
     target: str
     layout: str
     points: str
+    steps: int
     out: str
 
     def as_json(self) -> str:
@@ -89,7 +78,11 @@ class Task:
 
 
 def measure(
-    session: Session, bank: Bank, adapter: Mapping[str, np.ndarray], points: Points
+    session: Session,
+    bank: Bank,
+    adapter: Mapping[str, np.ndarray],
+    steps: int,
+    next_point: NextPoint,
 ) -> Tensors:
     """What verify compares, by name: "loss", "gradients.<name>", "inputs.<number>.loss" and
     ".<name>" (`varied`), "trajectory" (the loss of every step), "adapter.<name>" after it, and
@@ -99,40 +92,45 @@ def measure(
         session: freshly opened.
         bank: of the bundle.
         adapter: the initial adapter.
-        points: where.
+        steps: length of the trajectory.
+        next_point: the host searches for them here, a device replays them.
     """
-    random = with_random_b(adapter)
-    measured = _backward(session, bank[points.first.draw], random, points.first)
-    for number, point in enumerate(points.varied):
-        draw = varied(bank[point.draw], number)
-        found = _backward(session, draw, random, point)
-        measured |= {f"inputs.{number}.{name}": value for name, value in found.items()}
+
+    def backward(change: Change) -> Tensors:
+        session.load_adapter(with_random_b(adapter))
+        draw = _arrive(session, bank, change, next_point)
+        measured: Tensors = {"loss": np.array([session.backward(draw)])}
+        named = session.gradients().items()
+        return measured | {f"gradients.{name}": value for name, value in named}
+
+    measured = backward(dict)
     session.load_adapter(adapter)
     losses, rate = [], session.lr
-    for number, point in enumerate(points.trajectory):
-        _set_rows(session, point.rows)
-        session.lr = learning_rate(number, len(points.trajectory), rate)
-        losses.append(session.step(bank[point.draw]))
+    for number in range(steps):
+        draw = _arrive(session, bank, dict, next_point)
+        session.lr = learning_rate(number, steps, rate)
+        losses.append(session.step(draw))
     measured["trajectory"] = np.array(losses)
     measured |= {f"adapter.{name}": value for name, value in session.adapter().items()}
-    for probe, point in zip(PROBES, points.probes, strict=False):
+    for number in range(VARIATIONS):
+        found = backward(partial(varied, seed=number))
+        measured |= {f"inputs.{number}.{name}": value for name, value in found.items()}
+    for probe in PROBES:
         session.load_state_dict(probe.state(adapter))
-        _set_rows(session, point.rows)
+        draw = _arrive(session, bank, probe.draw, next_point)
         session.lr = probe.lr
-        session.step(inflated(bank[point.draw], probe))
+        session.step(draw)
         state = session.state_dict()
         measured |= {f"optimizer.{probe.name}.{name}": value for name, value in state.items()}
     session.lr = rate
     return measured
 
 
-def _backward(
-    session: Session, draw: Mapping[str, np.ndarray], adapter: Mapping[str, np.ndarray], at: Point
-) -> Tensors:
-    session.load_adapter(adapter)
-    _set_rows(session, at.rows)
-    measured: Tensors = {"loss": np.array([session.backward(draw)])}
-    return measured | {f"gradients.{name}": value for name, value in session.gradients().items()}
+def _arrive(session: Session, bank: Bank, change: Change, next_point: NextPoint) -> Tensors:
+    """The draw of the next point; its rows are set."""
+    point = next_point(change)
+    _set_rows(session, point.rows)
+    return change(bank[point.draw])
 
 
 def _set_rows(session: Session, rows: Rows) -> None:
@@ -157,31 +155,30 @@ def patches(sampler: Callable[..., np.ndarray], s_max: int) -> Tensors:
     }
 
 
-def write_points(path: Path, points: Points) -> None:
+def write_points(path: Path, points: Sequence[Point]) -> None:
     """Write points to a safetensors file."""
-    counts = [len(points.varied), len(points.trajectory), len(points.probes)]
-    every = points.all()
-    tensors = {
-        "counts": np.array(counts, np.int64),
-        "draws": np.array([point.draw for point in every], np.int64),
-    }
-    for number, point in enumerate(every):
+    tensors = {"draws": np.array([point.draw for point in points], np.int64)}
+    for number, point in enumerate(points):
         for name, (numbers, values) in point.rows.items():
             tensors |= {f"{number}.numbers.{name}": numbers, f"{number}.values.{name}": values}
     write_tensors(path, tensors)
 
 
-def read_points(path: Path) -> Points:
+def read_points(path: Path) -> list[Point]:
     """The points of a file written by `write_points`."""
     tensors = TensorFile(path).read()
-    changed, steps, _ = tensors.pop("counts").tolist()
-    every = [Point(int(draw), {}) for draw in tensors.pop("draws")]
+    points = [Point(int(draw), {}) for draw in tensors.pop("draws")]
     for key, numbers in tensors.items():
-        step, kind, name = key.split(".", 2)
+        number, kind, name = key.split(".", 2)
         if kind == "numbers":
-            every[int(step)].rows[name] = (numbers, tensors[f"{step}.values.{name}"])
-    first, rest = every[0], every[1:]
-    return Points(first, rest[:changed], rest[changed : changed + steps], rest[changed + steps :])
+            points[int(number)].rows[name] = (numbers, tensors[f"{number}.values.{name}"])
+    return points
+
+
+def replayed(points: Sequence[Point]) -> NextPoint:
+    """The points of a list, one after the other."""
+    following = iter(points)
+    return lambda _: next(following)
 
 
 def run(task: Task) -> None:
@@ -194,8 +191,12 @@ def run(task: Task) -> None:
     bundle = open_bundle(Path(task.bundle))
     bank = Bank(Path(task.bank), bundle.manifest.plan_hash)
     check_confined(bundle, task.target)
+    points = read_points(Path(task.points))
+    for point in points:
+        check_draw(bank[point.draw], bundle.manifest, bank.in_words(point.draw))
+    next_point = replayed(points)
     session = open_session(bundle, task.target, task.layout)
-    measured = measure(session, bank, bundle.adapter(), read_points(Path(task.points)))
+    measured = measure(session, bank, bundle.adapter(), task.steps, next_point)
     del session
     measured |= patches(open_sampler(bundle, task.target), bundle.manifest.plan["s_max"])
     write_tensors(Path(task.out), measured)

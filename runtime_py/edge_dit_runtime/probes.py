@@ -75,6 +75,10 @@ class Probe:
             state |= {kind + name: array.astype(np.float32) for kind, array in kinds}
         return state
 
+    def draw(self, stored: Mapping[str, np.ndarray]) -> Tensors:
+        """The draw to step at, made out of a stored one."""
+        return {**stored, TARGET: stored[TARGET] * np.float32(self.target)}
+
 
 PROBES = (
     Probe("clipped", "clipping, and the first update", 3e-4, 0, 0.02, 0.0, 0.0, 1e3),
@@ -99,11 +103,6 @@ def varied(draw: Mapping[str, np.ndarray], seed: int) -> Tensors:
         noise = rng.normal(0, SPREAD * size, value.shape)
         changed[name] = (value + noise).astype(np.float32)
     return changed
-
-
-def inflated(draw: Mapping[str, np.ndarray], probe: Probe) -> Tensors:
-    """The draw of a probe."""
-    return {**draw, TARGET: draw[TARGET] * np.float32(probe.target)}
 
 
 def sampler_inputs(s_max: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -14,7 +14,7 @@ from edge_dit.contract.bundle import open_bundle
 from edge_dit.contract.certificate import Draws, TargetResult, read_certificate
 from edge_dit.contract.targets import TARGETS
 from edge_dit.errors import CheckFailed
-from edge_dit_runtime.measure import Point, Points, read_points, write_points
+from edge_dit_runtime.measure import Point, read_points, write_points
 from edge_dit_runtime.probes import PLACES, PROBES, SIZES, VARIATIONS
 
 
@@ -136,15 +136,12 @@ def test_every_target_passes_where_rows_are_set_before_its_steps(road, bundle, m
 
 def test_points_are_handed_over_whole(tmp_path):
     rows = (np.array([1, 5]), np.array([[1.0, 2.0], [3.0, 4.0]], np.float32))
-    moved = Point(2, {"transformer.0.a.lora_B.weight": rows, "b": rows})
-    points = Points(Point(7, {}), [Point(1, {})], [moved, Point(5, {})], [Point(3, {})])
+    points = [Point(7, {}), Point(2, {"transformer.0.a.lora_B.weight": rows, "b": rows})]
     write_points(tmp_path / "points", points)
     found = read_points(tmp_path / "points")
-    assert [point.draw for point in found.all()] == [7, 1, 2, 5, 3]
-    assert [len(part) for part in (found.varied, found.trajectory, found.probes)] == [1, 2, 1]
-    assert found.trajectory[0].rows.keys() == moved.rows.keys()
-    assert not any(point.rows for point in found.all() if point.draw != 2)
-    for have in found.trajectory[0].rows.values():
+    assert [point.draw for point in found] == [7, 2]
+    assert [point.rows.keys() for point in found] == [{}.keys(), points[1].rows.keys()]
+    for have in found[1].rows.values():
         assert all(np.array_equal(a, b) for a, b in zip(have, rows, strict=True))
 
 
