@@ -313,6 +313,10 @@ def verify(
     plan_file: Annotated[
         Path | None, typer.Option("--plan", help="plan.json that the bundle should be of.")
     ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the bank's pictures: compare stored draws with them too."),
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say what was varied, exercised, and out of reach.")
     ] = False,
@@ -330,7 +334,7 @@ def verify(
         open_bundle(bundle).facts(name)
     planned = read_plan(plan_file) if plan_file else None
     certificate = api.verify(
-        bundle, bank, steps=steps, targets=target, model=model, planned=planned
+        bundle, bank, steps=steps, targets=target, model=model, planned=planned, images=images
     )
     if as_json:
         print(json.dumps(certificate.as_json()))

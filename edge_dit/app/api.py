@@ -155,6 +155,7 @@ def verify(
     targets: Sequence[str] | None = None,
     model: StrPath | None = None,
     planned: Plan | None = None,
+    images: StrPath | None = None,
 ) -> Certificate:
     """Compare every target of a bundle with PyTorch; the certificate is written into the bundle.
 
@@ -166,10 +167,12 @@ def verify(
         model: folder of the model the bundle was made from; default where it was last planned for
             on this machine. Its hash must be the bundle's.
         planned: the plan that the bundle should be of; default the one in its manifest.
+        images: folder of the pictures that the bank was made of: stored draws are then compared
+            with them too (docs/verify.md, "The bank").
 
     Raises:
-        BadInput: bundle and bank do not fit, the model is not known or another one, or torch is
-            missing.
+        BadInput: bundle and bank do not fit, the model is not known or another one, ``images``
+            holds none of the bank's pictures, or torch is missing.
         CheckFailed: too few draws can be compared.
 
     Example:
@@ -179,5 +182,5 @@ def verify(
     """
     from edge_dit.app.verify import verify
 
-    folder = Path(model) if model else None
-    return verify(Path(bundle), Path(bank), steps, targets, folder, planned)
+    folder, pictures = (Path(path) if path else None for path in (model, images))
+    return verify(Path(bundle), Path(bank), steps, targets, folder, planned, pictures)

@@ -9,8 +9,9 @@ At some draws rounding decides PyTorch's own
 gradients, and a comparison would say nothing. If possible a few rows of LoRA B are moved before the
 step (`edge_dit.reference.kinks`). Otherwise the draw is left out, and counted.
 
-What manifest and adapter say is compared with the plan (`edge_dit.app.claims`). docs/verify.md says
-what the tolerances are and why.
+What manifest and adapter say is compared with the plan (`edge_dit.app.claims`), and some draws of
+the bank with the same draws recomputed (`edge_dit.reference.evidence`). docs/verify.md says what
+the tolerances are and why.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import Bundle, open_bundle
 from edge_dit.contract.certificate import (
     Certificate,
-    Difference,
     Draws,
     TargetResult,
+    differences,
     write_certificate,
 )
 from edge_dit.contract.integrity import content_faults
 from edge_dit.contract.targets import TARGETS, WIDE
 from edge_dit.errors import CheckFailed, require
+from edge_dit.pictures.images import read_folder
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.progress import bar
 from edge_dit.store.tensors import TensorFile
@@ -59,6 +61,10 @@ MOST_LEFT_OUT = 0.5
 minority of draws that are easy to compare."""
 
 
+ANY_CAPTION = "-"
+"""For pictures without one: prompts are read from the bank, captions are not."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """PyTorch's results, with frozen matrices rounded as one dtype stores them."""
@@ -75,6 +81,7 @@ def verify(
     targets: Sequence[str] | None = None,
     model: Path | None = None,
     planned: Plan | None = None,
+    images: Path | None = None,
 ) -> Certificate:
     """Compare every target of a bundle with PyTorch and write the certificate into it.
 
@@ -87,9 +94,12 @@ def verify(
         targets: some of the bundle's targets; default all.
         model: its model's folder; default where it was last planned for on this machine.
         planned: the plan that the bundle should be of; default the one in its manifest.
+        images: folder of the pictures that the bank was made of; stored draws are then compared
+            with those pictures too.
 
     Raises:
-        BadInput: bundle and bank do not fit, the model is gone, or torch is missing.
+        BadInput: bundle and bank do not fit, the model is gone, none of the bank's pictures is in
+            ``images``, or torch is missing.
         CheckFailed: more than `MOST_LEFT_OUT` of the draws had to be left out.
     """
     require("torch", "the PyTorch reference of verify")
@@ -97,6 +107,7 @@ def verify(
 
     from edge_dit.models.quantize import round_frozen
     from edge_dit.reference.eager import adapted_subgraph, lora_tensors
+    from edge_dit.reference.evidence import examine
 
     opened = open_bundle(bundle)
     draws = Bank(bank, opened.manifest.plan_hash)
@@ -108,9 +119,14 @@ def verify(
     pairs = [(target, layout) for target in names for layout in opened.layouts(target)]
     references: dict[str, Reference] = {}
     results: dict[str, TargetResult] = {}
-    with bar("verify", len(pairs) + 1) as advance:
+    with bar("verify", len(pairs) + 2) as advance:
         plan = Plan.model_validate({**opened.manifest.plan, "model": model})
-        subgraph, batch = adapted_subgraph(plan, model_of(plan))
+        stock = model_of(plan)
+        pictures = read_folder(images, ANY_CAPTION, plan.s_max) if images else []
+        # First, so that text encoders and trained blocks are not in memory together.
+        evidence = examine(plan, stock, draws, pictures)
+        advance(note="bank")
+        subgraph, batch = adapted_subgraph(plan, stock)
         claims = false_claims(opened, plan, subgraph, batch, planned)
         fresh = lora_tensors(subgraph)
         advance(note="model")
@@ -127,6 +143,7 @@ def verify(
         reference=f"torch {torch.__version__} eager, float32",
         steps=steps,
         targets=results,
+        bank=evidence,
         changed_files=[f"{where} ({found})" for where, found in changed.items()],
         false_claims=claims,
         varied=varied_inputs(opened, plan, steps),
@@ -294,43 +311,3 @@ def why_ended(code: int, written: str) -> str:
     if not mark:
         message = (written.strip().splitlines() or ["no message"])[-1]
     return f"the process ended with code {code}: {message.strip()}"
-
-
-def differences(
-    reference: Mapping[str, np.ndarray],
-    measured: Mapping[str, np.ndarray],
-    tolerances: Mapping[str, float],
-) -> list[Difference]:
-    """How far each tensor of ``reference`` is from the one measured.
-
-    Args:
-        reference: PyTorch's tensors, by the names of `edge_dit_runtime.measure.measure`.
-        measured: the target's tensors.
-        tolerances: by kind, the largest `Difference.relative` that passes.
-    """
-    return [_difference(n, want, measured.get(n), tolerances) for n, want in reference.items()]
-
-
-def _difference(
-    name: str, want: np.ndarray, have: np.ndarray | None, tolerances: Mapping[str, float]
-) -> Difference:
-    kind = name.partition(".")[0]
-    if have is None or have.shape != want.shape or not np.isfinite(have).all():
-        return Difference(name, kind, np.inf, np.inf, 0.0, np.inf, tolerances[kind])
-    want, have = want.astype(np.float64).ravel(), have.astype(np.float64).ravel()
-    error = np.abs(want - have)
-    if kind == "trajectory":
-        relative = float((error / np.abs(want)).max())  # each step's loss against its own size
-    else:
-        scale = np.abs(want).max()
-        relative = float(error.max() / scale) if scale > 0 else float(error.max())
-    norms = np.linalg.norm(want) * np.linalg.norm(have)
-    return Difference(
-        name=name,
-        kind=kind,
-        max=float(error.max()),
-        mean=float(error.mean()),
-        cosine=float(want @ have / norms) if norms > 0 else 1.0,
-        relative=relative,
-        tolerance=tolerances[kind],
-    )

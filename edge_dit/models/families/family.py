@@ -92,6 +92,10 @@ class Family:
     """
     per_prompt: ClassVar[tuple[str, ...]]
     """Conditioning that depends on the prompt alone: a bank stores it once per prompt."""
+    samples_posterior: ClassVar[bool] = True
+    """Whether `encode_image` samples the autoencoder's posterior. It then takes one normal number
+    from its generator for each element of the latents.
+    """
 
     # ---------------------------------------------------------------- configuration
 

@@ -65,6 +65,7 @@ class Sana(Family):
     )
     before_relu = ("attn1.to_q", "attn1.to_k")
     per_prompt = ("encoder_hidden_states", "encoder_attention_mask")
+    samples_posterior = False
 
     def multiple(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
         """Pixels per side of a token."""
