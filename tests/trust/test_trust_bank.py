@@ -11,7 +11,7 @@ import fnmatch
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from edge_dit.contract.bundle import open_bundle
 from edge_dit.contract.certificate import BankResult, read_certificate, why_uncertified
 from edge_dit.errors import BadInput
 from edge_dit.models.families.flux import Flux
+from edge_dit.models.model import Model
 from edge_dit.pictures.images import Captioned, read_folder
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
@@ -75,7 +76,11 @@ class Made:
 
     def examined(self, bank: Path | None = None, pictures: bool = False) -> BankResult:
         images = self.images if pictures else []
-        return examine(self.plan, model_of(self.plan), Bank(bank or self.bank), images)
+        return examine(self.plan, self.model, Bank(bank or self.bank), images)
+
+    @cached_property
+    def model(self) -> Model:
+        return model_of(self.plan)
 
 
 def in_small_shards(plan: Plan, images: list[Captioned], folder: Path) -> None:
@@ -462,7 +467,7 @@ def test_a_right_bank_passes(make, bank):
 
 
 def made_of_prompt(made: Made) -> set[str]:
-    return {f"cond.{name}" for name in model_of(made.plan).family.per_prompt}
+    return {f"cond.{name}" for name in made.model.family.per_prompt}
 
 
 @pytest.mark.parametrize("threads", [2])
@@ -528,7 +533,7 @@ def test_weights_that_changed_since(make, tmp_path):
     """A model whose last block was retrained: its bank, and the one of the stock model."""
     made = make("sana")
     folder = tmp_path / "model"
-    shutil.copytree(model_of(made.plan).folder, folder)
+    shutil.copytree(made.model.folder, folder)
     from diffusers import SanaTransformer2DModel
 
     transformer = SanaTransformer2DModel.from_pretrained(folder / "transformer")
@@ -622,12 +627,12 @@ def test_pictures_of_others_are_refused(make):
     made = make("sana")
     others = [replace(image, sha256="0" * 64) for image in made.images]
     with pytest.raises(BadInput, match="none of which the bank lists"):
-        examine(made.plan, model_of(made.plan), Bank(made.bank), others)
+        examine(made.plan, made.model, Bank(made.bank), others)
 
 
 def test_some_pictures_are_better_than_none(make):
     made = make("pixart-sigma")
-    result = examine(made.plan, model_of(made.plan), Bank(made.bank), made.images[:1])
+    result = examine(made.plan, made.model, Bank(made.bank), made.images[:1])
     assert result.passed
     assert result.recomputed[0].startswith("from their pictures, all of draws 0")
     assert any(line.startswith("from the stored entry") for line in result.recomputed)
@@ -642,7 +647,7 @@ def test_some_pictures_are_better_than_none(make):
 )
 def test_without_a_text_encoder_the_rest_is_recomputed(make, tmp_path, name, caught):
     made = make(name)
-    model = model_of(made.plan)
+    model = made.model
     shutil.copytree(model.folder, tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "text_encoder")
     shutil.rmtree(tmp_path / "model" / "vae")
@@ -666,7 +671,7 @@ def test_noise_follows_from_the_seed_alone(make, name):
     from edge_dit.models.pipeline import load_pipeline
 
     made = make(name)
-    model = model_of(made.plan)
+    model = made.model
     generator = torch.Generator().manual_seed(5)
     pixels = torch.rand(1, 3, 32, 32) * 2 - 1
     clean = model.family.encode_image(load_pipeline(model.folder).vae, pixels, generator)
