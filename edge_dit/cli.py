@@ -311,22 +311,38 @@ def verify(
         Path | None,
         typer.Option(help="Folder of the bundle's model; default where it was last planned for."),
     ] = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="plan.json that the bundle should be of.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the bank's pictures: compare stored draws with them too."),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what was varied, exercised, and out of reach.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare every target with PyTorch; exit code 1 when one fails."""
     from edge_dit.app import api
-    from edge_dit.app.verify import table, why_failed
+    from edge_dit.app.verify_words import explained, table, why_failed
     from edge_dit.contract.bundle import open_bundle
     from edge_dit.contract.targets import check_targets
+    from edge_dit.planning.plan import read_plan
 
     check_targets(target)
     for name in target or []:
         open_bundle(bundle).facts(name)
-    certificate = api.verify(bundle, bank, steps=steps, targets=target, model=model)
+    planned = read_plan(plan_file) if plan_file else None
+    certificate = api.verify(
+        bundle, bank, steps=steps, targets=target, model=model, planned=planned, images=images
+    )
     if as_json:
         print(json.dumps(certificate.as_json()))
     else:
         out.print(table(certificate))
+        for line in explained(certificate) if explain else []:
+            out.print(line, markup=False)
     if not certificate.passed:
         raise CheckFailed(why_failed(certificate))
 

@@ -3,7 +3,7 @@
 import json
 import re
 import runpy
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ from edge_dit.budget.footprint import Profile, Runtime, read_profile
 from edge_dit.cli import app
 from edge_dit.contract.bank import Draw, Index
 from edge_dit.contract.bundle import FileSpec, Manifest, TensorSpec
-from edge_dit.contract.certificate import Certificate, Difference, Draws, TargetResult
+from edge_dit.contract.certificate import (
+    BankResult,
+    Certificate,
+    Difference,
+    Draws,
+    TargetResult,
+)
 from edge_dit.planning.selection import Between, Selection
 from edge_dit_runtime.training import Run
 from test_layout import MAY_IMPORT
@@ -210,8 +216,11 @@ def test_the_certificate_in_the_documents_has_the_keys_of_one():
     said = json.loads(example)
     row = Difference("gradients.a", "gradients", 1e-9, 1e-9, 1.0, 1e-6, 1e-4)
     result = TargetResult(Draws([4], [1], [0]), [row])
-    made: Any = Certificate("0", "torch", 3, {"onnx": result}).as_json()
+    bank = BankResult("0", [0], [replace(row, name="bank.draw 0.entry", kind="bank")])
+    made: Any = Certificate("0", "torch", 3, {"onnx": result}, bank).as_json()
     assert said.keys() == made.keys()
+    assert said["bank"].keys() == made["bank"].keys()
+    assert [key for key in made["bank"] if key != "passed" and f"`bank.{key}`" not in text] == []
     (one,) = said["targets"].values()
     other = made["targets"]["onnx"]
     assert one.keys() == other.keys()

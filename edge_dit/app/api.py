@@ -163,6 +163,8 @@ def verify(
     steps: int = 20,
     targets: Sequence[str] | None = None,
     model: StrPath | None = None,
+    planned: Plan | None = None,
+    images: StrPath | None = None,
 ) -> Certificate:
     """Compare every target of a bundle with PyTorch; the certificate is written into the bundle.
 
@@ -173,10 +175,13 @@ def verify(
         targets: some of the bundle's; default all.
         model: folder of the model the bundle was made from; default where it was last planned for
             on this machine. Its hash must be the bundle's.
+        planned: the plan that the bundle should be of; default the one in its manifest.
+        images: folder of the pictures that the bank was made of: stored draws are then compared
+            with them too (docs/verify.md, "The bank").
 
     Raises:
-        BadInput: bundle and bank do not fit, the model is not known or another one, or torch is
-            missing.
+        BadInput: bundle and bank do not fit, the model is not known or another one, ``images``
+            holds none of the bank's pictures, or torch is missing.
         CheckFailed: too few draws can be compared.
 
     Example:
@@ -186,4 +191,5 @@ def verify(
     """
     from edge_dit.app.verify import verify
 
-    return verify(Path(bundle), Path(bank), steps, targets, Path(model) if model else None)
+    folder, pictures = (Path(path) if path else None for path in (model, images))
+    return verify(Path(bundle), Path(bank), steps, targets, folder, planned, pictures)

@@ -20,7 +20,7 @@ from typing import Any
 from edge_dit.app import api
 from edge_dit.app.describe import plan_in_words
 from edge_dit.app.planner import plan_job
-from edge_dit.app.verify import table, why_failed
+from edge_dit.app.verify_words import table, why_failed
 from edge_dit.contract.adapter import loading_hint
 from edge_dit.contract.adapter_formats import format_of
 from edge_dit.contract.bundle import MANIFEST, open_bundle

@@ -2,13 +2,16 @@
 
 The host chooses the draws and computes them in PyTorch. Each target and layout computes them in a
 process of its own (`edge_dit_runtime.measure`), because a bad program may abort its process. These
-are compared: the loss and every gradient of one draw with a LoRA B that is not zero; the losses and
-the adapter of a training trajectory from the initial adapter; a few patches of a random image.
-docs/verify.md says what the tolerances are and why.
+are compared: the loss and every gradient of one draw with a LoRA B that is not zero, and of draws
+with every input changed; the losses and the adapter of a training trajectory from the initial
+adapter; single updates from made-up states (`edge_dit_runtime.probes`); patches of random images.
+At some draws rounding decides PyTorch's own
+gradients, and a comparison would say nothing. If possible a few rows of LoRA B are moved before the
+step (`edge_dit.reference.kinks`). Otherwise the draw is left out, and counted.
 
-At some draws rounding decides PyTorch's own gradients, and a comparison would say nothing. If
-possible the host moves a few rows of LoRA B before the step, the same for both sides
-(`edge_dit.reference.kinks`). Otherwise it leaves the draw out, and the certificate counts it.
+What manifest and adapter say is compared with the plan (`edge_dit.app.claims`), and some draws of
+the bank with the same draws recomputed (`edge_dit.reference.evidence`). docs/verify.md says what
+the tolerances are and why.
 """
 
 from __future__ import annotations
@@ -17,64 +20,57 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
-from edge_dit.contract.adapter import with_random_b
+from edge_dit.app.claims import false_claims
+from edge_dit.app.verify_words import varied_inputs
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import Bundle, open_bundle
 from edge_dit.contract.certificate import (
     Certificate,
-    Difference,
     Draws,
     TargetResult,
+    differences,
     write_certificate,
 )
 from edge_dit.contract.integrity import content_faults
 from edge_dit.contract.targets import TARGETS, WIDE
 from edge_dit.errors import CheckFailed, require
+from edge_dit.pictures.dataset import read_folder
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.progress import bar
 from edge_dit.store.tensors import TensorFile
-from edge_dit_runtime.measure import Point, Task, measure, patches, write_points
+from edge_dit_runtime.measure import MARK, Change, Point, Task, measure, patches, write_points
+from edge_dit_runtime.probes import PROBES
+from edge_dit_runtime.sessions.trainer import Session
 from edge_dit_runtime.training import draw_order
 
 if TYPE_CHECKING:
     from edge_dit.models.subgraph import TrainableSubgraph
     from edge_dit.reference.eager import EagerSession
 
+
 NUDGE = 2e-6
 """Relative size of the nudge of `is_well_posed`: just above what float32 rounding does."""
 MOST_LEFT_OUT = 0.5
 """Largest share of the draws that may be left out. With more, a certificate would speak for the
 minority of draws that are easy to compare."""
-KINDS = ("loss", "gradients", "trajectory", "adapter", "patch")
-"""What is compared, in the order of the table."""
 
 
-@dataclass(frozen=True)
-class Points:
-    """Where a target is compared: 1 + steps points, and which draws were left out on the way."""
-
-    points: list[Point]
-    left_out: list[int]
-
-    def draws(self) -> Draws:
-        """The numbers of these draws, for a certificate."""
-        moved = [sum(len(numbers) for numbers, _ in p.rows.values()) for p in self.points]
-        return Draws([point.draw for point in self.points], self.left_out, moved)
+ANY_CAPTION = "-"
+"""For pictures without one: prompts are read from the bank, captions are not."""
 
 
 @dataclass(frozen=True)
 class Reference:
     """PyTorch's results, with frozen matrices rounded as one dtype stores them."""
 
-    points: Points
+    points: list[Point]
+    draws: Draws
     tensors: Mapping[str, np.ndarray]
 
 
@@ -84,6 +80,8 @@ def verify(
     steps: int = 20,
     targets: Sequence[str] | None = None,
     model: Path | None = None,
+    planned: Plan | None = None,
+    images: Path | None = None,
 ) -> Certificate:
     """Compare every target of a bundle with PyTorch and write the certificate into it.
 
@@ -95,16 +93,21 @@ def verify(
         steps: length of the training trajectory.
         targets: some of the bundle's targets; default all.
         model: its model's folder; default where it was last planned for on this machine.
+        planned: the plan that the bundle should be of; default the one in its manifest.
+        images: folder of the pictures that the bank was made of; stored draws are then compared
+            with those pictures too.
 
     Raises:
-        BadInput: bundle and bank do not fit, the model is gone, or torch is missing.
+        BadInput: bundle and bank do not fit, the model is gone, none of the bank's pictures is in
+            ``images``, or torch is missing.
         CheckFailed: more than `MOST_LEFT_OUT` of the draws had to be left out.
     """
     require("torch", "the PyTorch reference of verify")
     import torch
 
     from edge_dit.models.quantize import round_frozen
-    from edge_dit.reference.eager import adapted_subgraph
+    from edge_dit.reference.eager import adapted_subgraph, lora_tensors
+    from edge_dit.reference.evidence import examine
 
     opened = open_bundle(bundle)
     draws = Bank(bank, opened.manifest.plan_hash)
@@ -116,15 +119,22 @@ def verify(
     pairs = [(target, layout) for target in names for layout in opened.layouts(target)]
     references: dict[str, Reference] = {}
     results: dict[str, TargetResult] = {}
-    with bar("verify", len(pairs) + 1) as advance:
+    with bar("verify", len(pairs) + 2) as advance:
         plan = Plan.model_validate({**opened.manifest.plan, "model": model})
-        subgraph, _ = adapted_subgraph(plan, model_of(plan))
+        stock = model_of(plan)
+        pictures = read_folder(images, ANY_CAPTION, plan.s_max, recursive=True) if images else []
+        # First, so that text encoders and trained blocks are not in memory together.
+        evidence = examine(plan, stock, draws, pictures)
+        advance(note="bank")
+        subgraph, batch = adapted_subgraph(plan, stock)
+        claims = false_claims(opened, plan, subgraph, batch, planned)
+        fresh = lora_tensors(subgraph)
         advance(note="model")
         for target, layout in pairs:
             dtype = opened.dtype(target)
             if dtype not in references:
                 round_frozen(subgraph, dtype)
-                references[dtype] = measure_reference(subgraph, opened, draws, steps)
+                references[dtype] = measure_reference(subgraph, fresh, plan, draws, steps)
             title = opened.titled(target, layout)
             results[title] = verify_target(opened, bank, target, layout, references[dtype])
             advance(note=title)
@@ -133,7 +143,11 @@ def verify(
         reference=f"torch {torch.__version__} eager, float32",
         steps=steps,
         targets=results,
+        bank=evidence,
         changed_files=[f"{where} ({found})" for where, found in changed.items()],
+        false_claims=claims,
+        varied=varied_inputs(opened, plan, steps),
+        exercised=[f"{probe.name}: {probe.shows}" for probe in PROBES],
     )
     write_certificate(opened, certificate)
     return certificate
@@ -143,13 +157,18 @@ def verify(
 
 
 def measure_reference(
-    subgraph: TrainableSubgraph, bundle: Bundle, bank: Bank, steps: int
+    subgraph: TrainableSubgraph,
+    adapter: Mapping[str, np.ndarray],
+    plan: Plan,
+    bank: Bank,
+    steps: int,
 ) -> Reference:
     """Choose where to compare, and compute PyTorch's results there.
 
     Args:
         subgraph: with LoRA in place and frozen matrices rounded to what the target stores.
-        bundle: opened.
+        adapter: the fresh LoRA of the plan.
+        plan: of the bundle.
         bank: its bank.
         steps: length of the trajectory.
 
@@ -161,64 +180,84 @@ def measure_reference(
     from edge_dit.pictures.patch_sampler import PatchSampler
     from edge_dit.reference.eager import EagerSession
 
-    adapter, adamw = bundle.adapter(), bundle.manifest.optimizer
-    chosen = choose_points(EagerSession(subgraph, adamw), bank, adapter, steps)
-    tensors = measure(EagerSession(subgraph, adamw), bank, adapter, chosen.points)
-    plan = Plan.model_validate(bundle.manifest.plan)
+    session = EagerSession(subgraph, plan.optimizer)
+    search = Search(session, bank, steps)
+    tensors = measure(session, bank, adapter, steps, search.next)
     host = PatchSampler(plan.crop_rule)
 
     def sampler(*arrays: np.ndarray) -> np.ndarray:
         return host(*map(torch.from_numpy, arrays)).numpy()
 
-    return Reference(chosen, tensors | patches(sampler, plan.s_max))
+    return Reference(search.points, search.draws(), tensors | patches(sampler, plan.s_max))
 
 
-def choose_points(
-    session: EagerSession, bank: Bank, adapter: Mapping[str, np.ndarray], steps: int
-) -> Points:
-    """1 + ``steps`` points along PyTorch's own trajectory at which gradients do not jump.
+# ---------------------------------------------------------------- where to compare
 
-    Args:
-        session: PyTorch's; its adapter and optimizer state change.
+
+@dataclass
+class Search:
+    """Finds the points of `edge_dit_runtime.measure.measure` at which PyTorch's gradients do not
+    jump, and keeps them.
+
+    Draws are taken in the order of a shuffled bank: first those that are compared as they are
+    stored, then those that are changed.
+
+    Attributes:
+        session: PyTorch's.
         bank: of the bundle.
-        adapter: the initial adapter.
         steps: length of the trajectory.
-
-    Raises:
-        CheckFailed: more than `MOST_LEFT_OUT` of the draws had to be left out.
+        points: found so far.
+        left_out: numbers of the stored draws that were left out.
     """
-    from edge_dit.reference.kinks import nudge_from_kinks
 
-    points: list[Point] = []
-    left_out: list[int] = []
-    most = int((steps + 1) * MOST_LEFT_OUT / (1 - MOST_LEFT_OUT))
-    session.load_adapter(with_random_b(adapter))
-    while len(points) <= steps:
-        number = draw_order(len(points) + len(left_out), len(bank), 0)
-        rows = nudge_from_kinks(session.subgraph, bank[number])
-        if rows is None and not is_well_posed(session, bank[number]):
-            left_out.append(number)
-            if len(left_out) > most:
-                raise _too_sensitive(session, len(points), len(left_out))
-            continue
-        points.append(Point(number, rows or {}))
-        if len(points) == 1:
-            session.load_adapter(adapter)
-        else:
-            session.step(bank[number])
-    return Points(points, left_out)
+    session: EagerSession
+    bank: Bank
+    steps: int
+    points: list[Point] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
+
+    def next(self, change: Change) -> Point:
+        """The next point, for the adapter that the session has now.
+
+        Raises:
+            CheckFailed: more than `MOST_LEFT_OUT` of the draws had to be left out.
+        """
+        from edge_dit.reference.kinks import nudge_from_kinks
+
+        passed_over: list[int] = []
+        limit = len(self.bank)
+        if len(self.points) <= self.steps:
+            passed_over = self.left_out
+            limit = int(MOST_LEFT_OUT / (1 - MOST_LEFT_OUT) * (self.steps + 1))
+        while True:
+            taken = len(self.points) + len(passed_over)
+            number = draw_order(taken, len(self.bank), 0)
+            draw = change(self.bank[number])
+            rows = nudge_from_kinks(self.session.subgraph, draw)
+            if rows is not None or is_well_posed(self.session, draw):
+                self.points.append(Point(number, rows or {}))
+                return self.points[-1]
+            passed_over.append(number)
+            if len(passed_over) > limit:
+                raise _too_sensitive(self.session, taken + 1, len(passed_over))
+
+    def draws(self) -> Draws:
+        """The numbers of the draws that are compared as they are stored, for a certificate."""
+        stored = self.points[: self.steps + 1]
+        moved = [sum(len(numbers) for numbers, _ in point.rows.values()) for point in stored]
+        return Draws([point.draw for point in stored], self.left_out, moved)
 
 
-def _too_sensitive(session: EagerSession, compared: int, left_out: int) -> CheckFailed:
+def _too_sensitive(session: EagerSession, tried: int, left_out: int) -> CheckFailed:
     modules = " and ".join(session.subgraph.family.before_relu)
     return CheckFailed(
-        f"{left_out} of {compared + left_out} draws cannot be compared: rounding decides PyTorch's "
+        f"{left_out} of {tried} draws cannot be compared: rounding decides PyTorch's "
         f"own gradients there. At most {MOST_LEFT_OUT:.0%} may be left out"
         + (f"; LoRA on {modules} would let verify move away from such places" if modules else "")
     )
 
 
-def is_well_posed(session: EagerSession, draw: Mapping[str, np.ndarray]) -> bool:
+def is_well_posed(session: Session, draw: Mapping[str, np.ndarray]) -> bool:
     """Whether a nudge of the entry state by `NUDGE` leaves the gradients within tolerance.
 
     If it does not, rounding decides them, and AdamW turns the difference into whole steps: such a
@@ -244,99 +283,31 @@ def verify_target(
     bundle: Bundle, bank: Path, target: str, layout: str, reference: Reference
 ) -> TargetResult:
     """Measure one target in a child process and compare it with ``reference``."""
-    draws = reference.points.draws()
+    draws = reference.draws
     with tempfile.TemporaryDirectory() as folder:
         out, chosen = Path(folder) / "measured.safetensors", Path(folder) / "points.safetensors"
-        write_points(chosen, reference.points.points)
-        task = Task(str(bundle.folder), str(bank), target, layout, str(chosen), str(out))
+        write_points(chosen, reference.points)
+        steps = len(draws.compared) - 1
+        task = Task(str(bundle.folder), str(bank), target, layout, str(chosen), steps, str(out))
         command = [sys.executable, "-m", "edge_dit_runtime.measure"]
         child = subprocess.run(
             command, input=task.as_json(), capture_output=True, text=True, check=False
         )
         if child.returncode != 0 or not out.is_file():
-            why = child.stderr.strip().splitlines()[-1:] or ["no message"]
-            error = f"the process ended with code {child.returncode}: {why[0]}"
-            return TargetResult(draws, error=error)
+            return TargetResult(draws, error=why_ended(child.returncode, child.stderr))
         measured = TensorFile(out).read()
     return TargetResult(draws, differences(reference.tensors, measured, TARGETS[target].tolerances))
 
 
-def differences(
-    reference: Mapping[str, np.ndarray],
-    measured: Mapping[str, np.ndarray],
-    tolerances: Mapping[str, float],
-) -> list[Difference]:
-    """How far each tensor of ``reference`` is from the one measured.
+def why_ended(code: int, written: str) -> str:
+    """Why a child process ended early, for people.
 
     Args:
-        reference: PyTorch's tensors, by the names of `edge_dit_runtime.measure.measure`.
-        measured: the target's tensors.
-        tolerances: by kind, the largest `Difference.relative` that passes.
+        code: its exit code; negative for a signal.
+        written: its standard error. A message of ours stands whole at its end, after `MARK`; of
+            anything else the last line says most.
     """
-    return [_difference(n, want, measured.get(n), tolerances) for n, want in reference.items()]
-
-
-def _difference(
-    name: str, want: np.ndarray, have: np.ndarray | None, tolerances: Mapping[str, float]
-) -> Difference:
-    kind = name.partition(".")[0]
-    if have is None or have.shape != want.shape:
-        return Difference(name, kind, np.inf, np.inf, 0.0, np.inf, tolerances[kind])
-    want, have = want.astype(np.float64).ravel(), have.astype(np.float64).ravel()
-    error = np.abs(want - have)
-    if kind == "trajectory":
-        relative = float((error / np.abs(want)).max())  # each step's loss against its own size
-    else:
-        scale = np.abs(want).max()
-        relative = float(error.max() / scale) if scale > 0 else float(error.max())
-    norms = np.linalg.norm(want) * np.linalg.norm(have)
-    return Difference(
-        name=name,
-        kind=kind,
-        max=float(error.max()),
-        mean=float(error.mean()),
-        cosine=float(want @ have / norms) if norms > 0 else 1.0,
-        relative=relative if np.isfinite(have).all() else np.inf,
-        tolerance=tolerances[kind],
-    )
-
-
-# ---------------------------------------------------------------- for people
-
-
-def table(certificate: Certificate) -> Table:
-    """The worst relative difference of each kind and target, and how many draws were left out."""
-    limits: dict[str, list[str]] = {}
-    for title in certificate.targets:
-        tolerances = TARGETS[title.partition(" ")[0]].tolerances
-        words = ", ".join(f"{kind} {tolerances[kind]:.0e}" for kind in KINDS)
-        limits.setdefault(words, []).append(title)
-    caption = "\n".join(f"limits of {', '.join(names)}: {words}" for words, names in limits.items())
-    shown = Table(
-        title=f"compared with {certificate.reference}, {certificate.steps} steps",
-        caption=caption,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,  # fits a terminal of 80 columns
-    )
-    shown.add_column("target", min_width=12)
-    for heading in (*KINDS, "draws", "left out", "verdict"):
-        shown.add_column(heading, no_wrap=heading != "left out")
-    for title, result in certificate.targets.items():
-        worst = result.worst
-        cells = [f"{worst[kind].relative:.1e}" if kind in worst else "-" for kind in KINDS]
-        counts = str(len(result.draws.compared)), str(len(result.draws.left_out))
-        shown.add_row(title, *cells, *counts, "passed" if result.passed else "FAILED")
-    return shown
-
-
-def why_failed(certificate: Certificate) -> str:
-    """Lines for people: changed files, and the worst tensor of each target that failed."""
-    lines = ["parity failed"]
-    lines += [f"  not what was exported: {name}" for name in certificate.changed_files]
-    for title, result in certificate.targets.items():
-        if result.error:
-            lines.append(f"  {title}: {result.error}")
-        elif failed := result.failed:
-            lines.append(f"  {title}: {failed[0].in_words()} ({len(failed)} tensors failed)")
-    return "\n".join(lines)
+    _, mark, message = written.rpartition(MARK)
+    if not mark:
+        message = (written.strip().splitlines() or ["no message"])[-1]
+    return f"the process ended with code {code}: {message.strip()}"

@@ -45,7 +45,8 @@ comparison of gradients would say nothing."""
 
 
 def with_random_b(adapter: Mapping[str, np.ndarray], std: float = B_STD) -> dict[str, np.ndarray]:
-    """``adapter`` with B drawn from N(0, std^2); the same at every call.
+    """``adapter`` with B drawn from N(0, std^2); the same at every call, whatever the
+    order of the tensors.
 
     Args:
         adapter: LoRA tensors by diffusers name, float32.
@@ -54,7 +55,7 @@ def with_random_b(adapter: Mapping[str, np.ndarray], std: float = B_STD) -> dict
     rng = np.random.default_rng(0)
     return {
         name: rng.normal(0, std, value.shape).astype(np.float32) if ".lora_B." in name else value
-        for name, value in adapter.items()
+        for name, value in sorted(adapter.items())
     }
 
 

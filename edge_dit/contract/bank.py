@@ -237,6 +237,30 @@ class Bank:
         shard = self._read(shard_path(self.folder, number // self.index.shard), number)
         return {**self._prompts[draw.prompt], **shard}
 
+    def shapes(self) -> Iterator[dict[str, tuple[int, ...]]]:
+        """Names and shapes of each draw's tensors, by the files' headers; no tensor is read.
+
+        Raises:
+            BadInput: a file is damaged.
+        """
+        of_prompt = self._shapes(self.folder / PROMPTS)
+        for shard in range(self.index.shards):
+            of_draw = self._shapes(shard_path(self.folder, shard))
+            for number in self.index.members(shard):
+                prompt = self.index.draws[number].prompt
+                yield {**of_prompt.get(prompt, {}), **of_draw.get(number, {})}
+
+    def _shapes(self, path: Path) -> dict[int, dict[str, tuple[int, ...]]]:
+        """Number of a draw or prompt -> names and shapes of its tensors in a file."""
+        shapes: dict[int, dict[str, tuple[int, ...]]] = {}
+        try:
+            for name, place in self._file(path).header.tensors.items():
+                number, _, tensor = name.partition(".")
+                shapes.setdefault(int(number), {})[tensor] = place.shape
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from None
+        return shapes
+
     def in_words(self, number: int) -> str:
         """A draw for a message: "draw 3 (image dog.png, sigma 0.512)"."""
         draw = self.index.draws[number]
@@ -265,11 +289,7 @@ class Bank:
             if not stored and not may_lack:
                 raise ValueError(f"no item {number}")
         except (OSError, ValueError) as error:
-            raise BadInput(
-                path,
-                found=f"damaged ({error})",
-                remedy="remove it and run the same edge-dit precompute again",
-            ) from None
+            raise _damaged(path, error) from None
         return {
             name.removeprefix(prefix): value.astype(np.float32, copy=False)
             for name, value in stored.items()
@@ -284,3 +304,8 @@ class Bank:
                 raise ValueError("it belongs to another bank")
             self._files[path] = file
         return self._files[path]
+
+
+def _damaged(path: Path, error: Exception) -> BadInput:
+    remedy = "remove it and run the same edge-dit precompute again"
+    return BadInput(path, found=f"damaged ({error})", remedy=remedy)

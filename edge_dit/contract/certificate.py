@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import inf, isfinite
+from typing import Literal
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from edge_dit.contract.bundle import Bundle
@@ -13,7 +15,9 @@ from edge_dit.store.documents import STRICT, parse_json, read_whole
 from edge_dit.store.files import write_json
 
 PARITY = "parity.json"
-SCHEMA = 1
+SCHEMA = 2
+ORDER = ("gradients", "loss", "inputs", "optimizer", "patch", "trajectory", "adapter")
+"""Kinds of tensors, those first whose failure says most of where a fault is."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,9 @@ class Difference:
     """How far one tensor is from the reference's.
 
     Attributes:
-        name: "loss", "gradients.<lora>", "trajectory", "adapter.<lora>" or "patch.<number>".
+        name: "loss", "gradients.<lora>", "inputs.<number>.<one of these>", "trajectory",
+            "adapter.<lora>", "optimizer.<probe>.<state>" or "patch.<number>"; of a bank
+            "bank.draw <number>.<tensor>", see `edge_dit.reference.evidence`.
         kind: the part of the name before the first dot; each kind has its own tolerance.
         max, mean: absolute differences; infinite where the tensor is missing or not finite.
         cosine: cosine similarity of both tensors, flattened.
@@ -50,6 +56,46 @@ class Difference:
             f"{self.name}: max difference {self.max:.3e}, mean {self.mean:.3e}, cosine "
             f"{self.cosine:.6f}; relative {self.relative:.3e} > tolerance {self.tolerance:.0e}"
         )
+
+
+def differences(
+    reference: Mapping[str, np.ndarray],
+    measured: Mapping[str, np.ndarray],
+    tolerances: Mapping[str, float],
+) -> list[Difference]:
+    """How far each tensor of ``reference`` is from the one measured.
+
+    Args:
+        reference: PyTorch's tensors, by the names of `edge_dit_runtime.measure.measure`.
+        measured: the target's tensors.
+        tolerances: by kind, the largest `Difference.relative` that passes.
+    """
+    return [_difference(n, want, measured.get(n), tolerances) for n, want in reference.items()]
+
+
+def _difference(
+    name: str, want: np.ndarray, have: np.ndarray | None, tolerances: Mapping[str, float]
+) -> Difference:
+    kind = name.partition(".")[0]
+    if have is None or have.shape != want.shape or not np.isfinite(have).all():
+        return Difference(name, kind, np.inf, np.inf, 0.0, np.inf, tolerances[kind])
+    want, have = want.astype(np.float64).ravel(), have.astype(np.float64).ravel()
+    error = np.abs(want - have)
+    if kind == "trajectory":
+        relative = float((error / np.abs(want)).max())  # each step's loss against its own size
+    else:
+        scale = np.abs(want).max()
+        relative = float(error.max() / scale) if scale > 0 else float(error.max())
+    norms = np.linalg.norm(want) * np.linalg.norm(have)
+    return Difference(
+        name=name,
+        kind=kind,
+        max=float(error.max()),
+        mean=float(error.mean()),
+        cosine=float(want @ have / norms) if norms > 0 else 1.0,
+        relative=relative,
+        tolerance=tolerances[kind],
+    )
 
 
 @dataclass(frozen=True)
@@ -96,13 +142,13 @@ class TargetResult:
 
     @property
     def failed(self) -> list[Difference]:
-        """The tensors beyond their tolerance, the worst first."""
+        """The tensors beyond their tolerance, by `ORDER`, the worst of a kind first."""
 
-        def excess(row: Difference) -> float:
-            ratio = row.relative / row.tolerance
-            return ratio if isfinite(ratio) else inf
+        def place(row: Difference) -> tuple[int, float]:
+            excess = row.relative / row.tolerance
+            return ORDER.index(row.kind), -excess if isfinite(excess) else -inf
 
-        return sorted((t for t in self.tensors if not t.passed), key=lambda t: -excess(t))
+        return sorted((t for t in self.tensors if not t.passed), key=place)
 
     @property
     def worst(self) -> dict[str, Difference]:
@@ -115,6 +161,38 @@ class TargetResult:
 
 
 @dataclass(frozen=True)
+class BankResult:
+    """How far stored draws are from the same draws recomputed.
+
+    Attributes:
+        index_sha256: SHA-256 of the bank's index.json, which its other files name.
+        draws: numbers of the draws that were recomputed.
+        tensors: every difference, prompts first, of each draw in the order of computation.
+        false_claims: what index.json says against the plan, a line each.
+        recomputed: what was recomputed and from what, a line each.
+        out_of_reach: what could not be, and why, a line each.
+    """
+
+    __pydantic_config__ = STRICT
+    index_sha256: str
+    draws: list[int]
+    tensors: list[Difference]
+    false_claims: list[str] = field(default_factory=list)
+    recomputed: list[str] = field(default_factory=list)
+    out_of_reach: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether there are differences, all within tolerance, and the index is the plan's."""
+        return bool(self.tensors) and not self.false_claims and not self.failed
+
+    @property
+    def failed(self) -> list[Difference]:
+        """The tensors beyond their tolerance: of each draw first that which others follow from."""
+        return [row for row in self.tensors if not row.passed]
+
+
+@dataclass(frozen=True)
 class Certificate:
     """Every target of a bundle, compared with PyTorch.
 
@@ -123,7 +201,11 @@ class Certificate:
         reference: what the targets were compared with ("torch 2.13.0 eager, float32").
         steps: length of the trajectory.
         targets: results by `Bundle.titled`: "onnx", "onnx (streamed)".
+        bank: whether the draws they were compared at are the plan's; None where there was none.
         changed_files: files that are missing or not as the manifest lists them.
+        false_claims: what manifest and adapter say against the plan, a line each.
+        varied: inputs of the exported graphs that had several values, a line each.
+        exercised: what of the optimizer was tried from made-up states, a line each.
     """
 
     __pydantic_config__ = STRICT
@@ -131,13 +213,20 @@ class Certificate:
     reference: str
     steps: int
     targets: Mapping[str, TargetResult]
+    bank: BankResult | None = None
     changed_files: list[str] = field(default_factory=list)
-    schema_version: int = SCHEMA
+    false_claims: list[str] = field(default_factory=list)
+    varied: list[str] = field(default_factory=list)
+    exercised: list[str] = field(default_factory=list)
+    schema_version: Literal[2] = SCHEMA
 
     @property
     def passed(self) -> bool:
-        """Whether every difference is within its tolerance, and no file changed."""
-        return not self.changed_files and all(r.passed for r in self.targets.values())
+        """Whether every difference is within its tolerance, no file changed, and manifest, adapter
+        and bank are the plan's.
+        """
+        wrong = self.changed_files or self.false_claims or (self.bank and not self.bank.passed)
+        return not wrong and all(result.passed for result in self.targets.values())
 
     def as_json(self) -> dict[str, object]:
         """The fields, and what follows from them (`DERIVED`), as parity.json has them."""
@@ -151,7 +240,11 @@ class Certificate:
             }
             for name, result in self.targets.items()
         }
-        return {"passed": self.passed, **asdict(self), "targets": targets}
+        made = {"passed": self.passed, **asdict(self), "targets": targets}
+        if self.bank:
+            failed = [asdict(row) for row in self.bank.failed]
+            made["bank"] = {"passed": self.bank.passed, **asdict(self.bank), "failed": failed}
+        return made
 
 
 DERIVED = ("passed", "worst", "failed", "left_out_share")
@@ -172,6 +265,8 @@ def read_certificate(bundle: Bundle) -> Certificate | None:
             name: {key: value for key, value in result.items() if key not in DERIVED}
             for name, result in raw["targets"].items()
         }
+        if stored.get("bank"):
+            stored["bank"] = {k: v for k, v in stored["bank"].items() if k not in DERIVED}
         certificate = TypeAdapter(Certificate).validate_python(stored)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError):
         return None
@@ -192,6 +287,10 @@ def why_uncertified(bundle: Bundle, title: str) -> str:
         return f"{PARITY} belongs to another export, or is damaged"
     if certificate.changed_files:
         return f"{PARITY} says that files changed"
+    if certificate.false_claims:
+        return f"{PARITY} says that the manifest is not the plan's"
+    if certificate.bank and not certificate.bank.passed:
+        return f"{PARITY} says that the bank is not the plan's"
     if title not in certificate.targets:
         return f"{PARITY} has no result of {title}"
     return "" if certificate.targets[title].passed else f"{PARITY} says that {title} failed"

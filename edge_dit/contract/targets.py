@@ -139,7 +139,15 @@ class OrtTrainingFacts(Facts):
 
 # ---------------------------------------------------------------- the records
 
-_FLOAT32 = {"loss": 1e-4, "gradients": 1e-4, "trajectory": 1e-4, "adapter": 1e-3, "patch": 1e-5}
+_FLOAT32 = {
+    "loss": 1e-4,
+    "gradients": 1e-4,
+    "inputs": 1e-4,
+    "trajectory": 1e-4,
+    "adapter": 1e-3,
+    "optimizer": 1e-4,
+    "patch": 1e-5,
+}
 _EXECUTORCH = {**dict.fromkeys(_FLOAT32, 1e-3), "patch": 1e-5}
 
 

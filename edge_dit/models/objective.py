@@ -48,6 +48,10 @@ class FlowMatching:
         """The velocity eps - x_0."""
         return noise - clean
 
+    def clean(self, target: Tensor, noise: Tensor) -> Tensor:
+        """The clean latents x_0 of a target."""
+        return noise - target
+
     def weight(self, sigma: float) -> float | None:
         """Weight of a draw's loss; None if every draw weighs 1."""
         return sigma**2 if self.precondition else None
@@ -81,6 +85,9 @@ class EpsilonPrediction:
     def target(self, clean: Tensor, noise: Tensor) -> Tensor:
         """The noise eps."""
         return noise
+
+    def clean(self, target: Tensor, noise: Tensor) -> None:
+        """None: the target says nothing of the clean latents."""
 
     def weight(self, sigma: float) -> float | None:
         """None: every draw weighs 1."""

@@ -1,6 +1,6 @@
 """PyTorch's own training step: the same sub-graph, loss and AdamW in eager mode.
 
-Exports are compared with it. `EagerSession` is a `edge_dit_runtime.session.Trainer`.
+Exports are compared with it. `EagerSession` is a `edge_dit_runtime.session.Session`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from edge_dit.contract.adamw import AdamW
+from edge_dit.contract.names import ADAPTED, MOMENTS, STEP
 from edge_dit.models.model import Model
 from edge_dit.models.subgraph import (
     TrainableSubgraph,
@@ -114,7 +115,7 @@ class ClippedAdamW:
 
 
 class EagerSession:
-    """A sub-graph trained by torch: a `Trainer` of `edge_dit_runtime.session`.
+    """A sub-graph trained by torch: a `Session` of `edge_dit_runtime.session`.
 
     Args:
         subgraph: with LoRA in place; its parameters are trained in place.
@@ -125,6 +126,7 @@ class EagerSession:
         self.subgraph = subgraph
         self.parameters = subgraph.lora_parameters()
         self.optimizer = ClippedAdamW(self.parameters.values(), adamw)
+        self.lr = adamw.lr
 
     def backward(self, draw: Mapping[str, np.ndarray]) -> float:
         """Loss of one draw; its gradients are kept."""
@@ -133,7 +135,7 @@ class EagerSession:
 
     def update(self) -> None:
         """One AdamW step with the kept gradients, after clipping."""
-        self.optimizer.step()
+        self.optimizer.step(self.lr)
 
     def step(self, draw: Mapping[str, np.ndarray]) -> float:
         """`backward`, then `update`; the loss before the update."""
@@ -153,3 +155,21 @@ class EagerSession:
         """Replace the LoRA tensors."""
         for name, parameter in self.parameters.items():
             parameter.data.copy_(torch.from_numpy(adapter[name]))
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Copies of adapter and moments, float32, and "step", int64 [1]; after an update."""
+        kept = self.optimizer.optimizer.state
+        state = {ADAPTED + name: value for name, value in self.adapter().items()}
+        for name, parameter in self.parameters.items():
+            state |= {kind + name: copied(kept[parameter][kind[:-1]]) for kind in MOMENTS}
+            state[STEP] = np.array([int(kept[parameter][STEP])], np.int64)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue from a `state_dict`."""
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(torch.from_numpy(state[ADAPTED + name]))
+            self.optimizer.optimizer.state[parameter] = {
+                STEP: torch.tensor(float(state[STEP][0])),
+                **{kind[:-1]: torch.from_numpy(state[kind + name].copy()) for kind in MOMENTS},
+            }

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from edge_dit.contract import bank
+from edge_dit.contract.names import COND
 from edge_dit.models.checkpoint import Checkpoint
 from edge_dit.models.families.family import Conditioning, Family, Grid, Prompt, State
 from edge_dit.models.model import Model
@@ -57,7 +59,8 @@ def precompute(plan: Plan, images: list[Captioned], folder: Path) -> bank.Index:
     shards = range(index.shards) if missing is None else missing
     drawn = {index.draws[number].image for shard in shards for number in index.members(shard)}
     check_readable(images[number] for number in sorted(drawn))
-    source = _source(plan, model, skeleton, images, index.prompts)
+    prompts, numbered = dict(enumerate(index.prompts)), dict(enumerate(images))
+    source = source_of(plan, model, encoders_of(model, skeleton), prompts, numbered)
     if missing is None:  # not before: a pipeline that cannot be loaded leaves no bank behind
         missing = bank.begin(folder, index)
     if not (folder / bank.PROMPTS).is_file():
@@ -67,10 +70,10 @@ def precompute(plan: Plan, images: list[Captioned], folder: Path) -> bank.Index:
         for shard in missing:
             numbers = index.members(shard)
             starts = [source.start(index.draws[number]) for number in numbers]
-            kept = _states_at(_borders(plan), checkpoint, starts, plan.grid, advance)
+            kept = states_at(borders_of(plan), checkpoint, starts, plan.grid, advance)
             stored = (
-                bank.narrowed(_stored(plan, model.family, start, states), plan.bank_dtype)
-                for start, states in zip(starts, kept, strict=True)
+                bank.narrowed(_without_prompt(model.family, batch), plan.bank_dtype)
+                for batch in map(partial(tensors_of, plan), starts, kept)
             )
             bank.write_shard(folder, shard, dict(zip(numbers, stored, strict=True)))
     return index
@@ -105,8 +108,10 @@ def plan_index(
 # ---------------------------------------------------------------- draws before the first block
 
 
-class _Start(NamedTuple):
-    """A draw before the first block: state, conditioning, target, and weight of its loss."""
+class Start(NamedTuple):
+    """A draw before the first block, or before a later one: state, conditioning, target, and weight
+    of its loss.
+    """
 
     state: State
     cond: Conditioning
@@ -115,36 +120,40 @@ class _Start(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """What all draws are made from.
 
     Attributes:
         model: of the plan.
         skeleton: its transformer, blocks on the meta device.
-        vae: the autoencoder.
+        vae: the autoencoder; None where no image is encoded.
         sampler: cuts patches out of images.
         grid: token rows and columns of a patch.
-        images: as read.
-        prompts: encoded, in the order of the bank's index.
+        images: as read, by number.
+        prompts: encoded, by number in the bank's index.
     """
 
     model: Model
     skeleton: nn.Module
-    vae: nn.Module
+    vae: nn.Module | None
     sampler: PatchSampler
     grid: Grid
-    images: list[Captioned]
-    prompts: list[Prompt]
+    images: Mapping[int, Captioned]
+    prompts: Mapping[int, Prompt]
 
     @torch.no_grad()
-    def start(self, draw: bank.Draw) -> _Start:
-        """Cut, encode and noise the patch of a draw, and run the model up to its first block."""
-        family, objective = self.model.family, self.model.objective
+    def start(self, draw: bank.Draw) -> Start:
+        """Cut and encode the patch of a draw, then `enter`."""
         pixels = torch.from_numpy(self.images[draw.image].pixels).unsqueeze(0)
         patch = self.sampler(pixels, torch.tensor([draw.sigma]), torch.tensor([draw.u, draw.v]))
         generator = torch.Generator().manual_seed(draw.seed)
-        clean = family.encode_image(self.vae, patch, generator)
-        noise = torch.randn(clean.shape, generator=generator)
+        return self.enter(draw, self.model.family.encode_image(self.vae, patch, generator))
+
+    @torch.no_grad()
+    def enter(self, draw: bank.Draw, clean: Tensor) -> Start:
+        """Add a draw's noise to its clean latents, and run the model up to its first block."""
+        family, objective = self.model.family, self.model.objective
+        noise = noise_of(family, draw.seed, clean.shape)
         inputs = family.inputs(
             self.skeleton,
             objective.noised(clean, noise, draw.sigma),
@@ -153,30 +162,80 @@ class _Source:
             self.grid,
         )
         state, cond = family.begin(self.skeleton, inputs)
-        return _Start(state, cond, objective.target(clean, noise), objective.weight(draw.sigma))
+        return Start(state, cond, objective.target(clean, noise), objective.weight(draw.sigma))
 
     def per_prompt(self, tokens: int) -> list[Mapping[str, np.ndarray]]:
         """Conditioning that depends on the prompt alone, of each prompt of ``tokens`` tokens."""
         family = self.model.family
         latents, _ = family.blank(self.skeleton, self.grid, tokens)
         stored: list[Mapping[str, np.ndarray]] = []
-        for prompt in self.prompts:
+        for prompt in self.prompts.values():
             inputs = family.inputs(self.skeleton, latents, 0.0, prompt, self.grid)
             _, cond = family.begin(self.skeleton, inputs)
-            stored.append({f"cond.{name}": cond[name].numpy() for name in family.per_prompt})
+            stored.append({COND + name: cond[name].numpy() for name in family.per_prompt})
         return stored
 
 
-def _source(
-    plan: Plan, model: Model, skeleton: nn.Module, images: list[Captioned], prompts: list[str]
-) -> _Source:
-    """Encode all prompts; only the autoencoder of the pipeline stays in memory after that."""
-    pipeline = load_pipeline(
-        model.folder, keep_text=True, variant=model.variant, transformer=skeleton
+def noise_of(family: Family, seed: int, shape: Sequence[int]) -> Tensor:
+    """The noise of a draw. One generator makes all its random numbers: first those that
+    `Family.encode_image` takes, then the noise.
+
+    Args:
+        family: of the model.
+        seed: of the draw.
+        shape: of its latents.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if family.samples_posterior:
+        torch.randn(*shape, generator=generator)
+    return torch.randn(*shape, generator=generator)
+
+
+def encoders_of(model: Model, skeleton: nn.Module, vae: bool = True) -> Any:
+    """A model's pipeline, to encode prompts and images with.
+
+    Args:
+        model: whose.
+        skeleton: its transformer, blocks on the meta device.
+        vae: whether images are encoded; the autoencoder is not loaded otherwise.
+
+    Raises:
+        BadInput: diffusers cannot load it.
+    """
+    parts = {"transformer": skeleton, **({} if vae else {"vae": None})}
+    return load_pipeline(model.folder, keep_text=True, variant=model.variant, **parts)
+
+
+def source_of(
+    plan: Plan,
+    model: Model,
+    pipeline: Any,
+    prompts: Mapping[int, str],
+    images: Mapping[int, Captioned],
+) -> Source:
+    """Encode prompts. Of the pipeline only transformer and autoencoder are needed after that; the
+    caller should not keep it.
+
+    Args:
+        plan: of the bank.
+        model: of the plan.
+        pipeline: from `encoders_of`.
+        prompts: texts by number.
+        images: by number.
+
+    Raises:
+        BadInput: a prompt is longer than the plan's.
+    """
+    encoded = model.family.encode_prompts(pipeline, list(prompts.values()), plan.text_tokens)
+    return Source(
+        model,
+        pipeline.transformer,
+        pipeline.vae.eval() if images else None,
+        PatchSampler(plan.crop_rule),
+        plan.grid,
+        images,
+        dict(zip(prompts, encoded, strict=True)),
     )
-    encoded = model.family.encode_prompts(pipeline, prompts, plan.text_tokens)
-    sampler = PatchSampler(plan.crop_rule)
-    return _Source(model, skeleton, pipeline.vae.eval(), sampler, plan.grid, images, encoded)
 
 
 # ---------------------------------------------------------------- draws through the blocks
@@ -185,19 +244,20 @@ States = dict[int, State]
 """Number of a block -> the state that enters it; the number of blocks -> the last state."""
 
 
-def _borders(plan: Plan) -> set[int]:
+def borders_of(plan: Plan) -> set[int]:
     """Numbers of the blocks that a stored tensor needs the entering state of."""
     runs = inner_runs(plan.trained)
     return {plan.head_skip, plan.layers - plan.tail_skip, plan.layers, *runs, *runs.values()}
 
 
 @torch.no_grad()
-def _states_at(
+def states_at(
     borders: set[int],
     checkpoint: Checkpoint,
-    starts: list[_Start],
+    starts: list[Start],
     grid: Grid,
     advance: Callable[..., None],
+    first: int = 0,
 ) -> list[States]:
     """Run draws through the model, block by block; each draw's states at the borders.
 
@@ -207,11 +267,12 @@ def _states_at(
         starts: the draws.
         grid: token rows and columns of a patch.
         advance: of a progress bar that counts draws.
+        first: number of the block that the draws start at.
     """
     layers = len(checkpoint.names)
     states = [start.state for start in starts]
     kept: list[States] = [{} for _ in starts]
-    for number in range(layers + 1):
+    for number in range(first, layers + 1):
         if number in borders:
             for states_of_draw, state in zip(kept, states, strict=True):
                 states_of_draw[number] = state
@@ -222,18 +283,17 @@ def _states_at(
                 checkpoint.family.run_block(block, state, start.cond, grid)
                 for state, start in zip(states, starts, strict=True)
             ]
-        advance(len(starts) / layers)
+        advance(len(starts) / (layers - first))
     return kept
 
 
-def _stored(plan: Plan, family: Family, start: _Start, states: States) -> dict[str, np.ndarray]:
-    """The tensors that a bank stores of a draw.
+def tensors_of(plan: Plan, start: Start, states: States) -> dict[str, np.ndarray]:
+    """The tensors of a draw, with those that depend on its prompt alone.
 
     Args:
         plan: of the bank.
-        family: of its model.
         start: the draw.
-        states: at the `_borders` of the plan.
+        states: at the `borders_of` of the plan.
     """
     tail = difference(states[plan.layers], states[plan.layers - plan.tail_skip])
     inner = {
@@ -242,5 +302,10 @@ def _stored(plan: Plan, family: Family, start: _Start, states: States) -> dict[s
     }
     entry = states[plan.head_skip]
     batch = as_batch(entry, tail.image, start.cond, start.target, start.weight, inner)
-    shared = {f"cond.{name}" for name in family.per_prompt}
-    return {name: value.numpy() for name, value in batch.items() if name not in shared}
+    return {name: value.numpy() for name, value in batch.items()}
+
+
+def _without_prompt(family: Family, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A draw without the tensors that depend on its prompt alone."""
+    shared = {COND + name for name in family.per_prompt}
+    return {name: value for name, value in batch.items() if name not in shared}

@@ -80,17 +80,27 @@ def _manifest(
         family=plan.family,
         plan=plan.shared(),
         plan_hash=plan.identity(),
-        tensors=[
-            *_specs(source.batch, "batch"),
-            *_specs(parameters, "lora"),
-            TensorSpec(name=LOSS, shape=(), role="output"),
-            *_specs({GRAD + name: p for name, p in parameters.items()}, "output"),
-        ],
+        tensors=tensor_specs(source.batch, parameters),
         optimizer=plan.optimizer,
         targets=targets,
         tools={name: importlib.metadata.version(name) for name in dict.fromkeys(packages)},
         files=files,
     )
+
+
+def tensor_specs(batch: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> list[TensorSpec]:
+    """The tensors of a manifest, in the order of the graphs' arguments.
+
+    Args:
+        batch: a draw, from `edge_dit.reference.eager.adapted_subgraph`.
+        parameters: LoRA tensors by name.
+    """
+    return [
+        *_specs(batch, "batch"),
+        *_specs(parameters, "lora"),
+        TensorSpec(name=LOSS, shape=(), role="output"),
+        *_specs({GRAD + name: p for name, p in parameters.items()}, "output"),
+    ]
 
 
 def _specs(

@@ -12,20 +12,25 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from edge_dit.contract.adamw import learning_rate
 from edge_dit.contract.adapter import Rows, with_random_b
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import open_bundle
 from edge_dit.contract.integrity import check_confined
+from edge_dit.errors import BadInput
 from edge_dit.store.tensors import TensorFile, write_tensors
+from edge_dit_runtime.probes import PROBES, VARIATIONS, sampler_inputs, varied
 from edge_dit_runtime.session import open_sampler, open_session
-from edge_dit_runtime.sessions.trainer import Tensors, Trainer
+from edge_dit_runtime.sessions.state import check_draw
+from edge_dit_runtime.sessions.trainer import Session, Tensors
 
-PATCHES = ((0.0, 0.2, 0.9), (0.37, 0.6, 0.1), (0.83, 1.0, 0.0), (1.0, 0.5, 0.5))
-"""(sigma, u, v) of the patches that are compared."""
+MARK = "edge-dit: "
+"""Stands before a message for people on the child's standard error."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,12 @@ class Point:
     rows: Rows
 
 
+Change = Callable[[Tensors], Tensors]
+"""Makes the draw that is compared out of the stored one."""
+NextPoint = Callable[[Change], Point]
+"""The next point, for the adapter that the session has now."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What a child process measures.
@@ -49,6 +60,7 @@ class Task:
         bundle, bank: folders.
         target, layout: one of the bundle's targets and layouts.
         points: file written by `write_points`.
+        steps: length of the trajectory.
         out: safetensors file to write, with the tensors of `measure` and `patches`.
     """
 
@@ -57,6 +69,7 @@ class Task:
     target: str
     layout: str
     points: str
+    steps: int
     out: str
 
     def as_json(self) -> str:
@@ -65,32 +78,62 @@ class Task:
 
 
 def measure(
-    session: Trainer, bank: Bank, adapter: Mapping[str, np.ndarray], points: Sequence[Point]
+    session: Session,
+    bank: Bank,
+    adapter: Mapping[str, np.ndarray],
+    steps: int,
+    next_point: NextPoint,
 ) -> Tensors:
-    """What verify compares, by name: "loss", "gradients.<name>", "trajectory" (the loss of every
-    step) and "adapter.<name>". The session's adapter and optimizer state change.
+    """What verify compares, by name: "loss", "gradients.<name>", "inputs.<number>.loss" and
+    ".<name>" (`varied`), "trajectory" (the loss of every step), "adapter.<name>" after it, and
+    "optimizer.<probe>.<name of a state>" (`PROBES`). The session's state changes.
 
     Args:
         session: freshly opened.
         bank: of the bundle.
         adapter: the initial adapter.
-        points: first the one whose gradients are compared, then those of the trajectory.
+        steps: length of the trajectory.
+        next_point: the host searches for them here, a device replays them.
     """
-    first, *trajectory = points
-    session.load_adapter(with_random_b(adapter))
-    _set_rows(session, first.rows)
-    measured: Tensors = {"loss": np.array([session.backward(bank[first.draw])])}
-    measured |= {f"gradients.{name}": value for name, value in session.gradients().items()}
+
+    def backward(change: Change) -> Tensors:
+        session.load_adapter(with_random_b(adapter))
+        draw = _arrive(session, bank, change, next_point)
+        measured: Tensors = {"loss": np.array([session.backward(draw)])}
+        named = session.gradients().items()
+        return measured | {f"gradients.{name}": value for name, value in named}
+
+    measured = backward(dict)
     session.load_adapter(adapter)
-    losses = []
-    for point in trajectory:
-        _set_rows(session, point.rows)
-        losses.append(session.step(bank[point.draw]))
+    losses, rate = [], session.lr
+    for number in range(steps):
+        draw = _arrive(session, bank, dict, next_point)
+        session.lr = learning_rate(number, steps, rate)
+        losses.append(session.step(draw))
     measured["trajectory"] = np.array(losses)
-    return measured | {f"adapter.{name}": value for name, value in session.adapter().items()}
+    measured |= {f"adapter.{name}": value for name, value in session.adapter().items()}
+    for number in range(VARIATIONS):
+        found = backward(partial(varied, seed=number))
+        measured |= {f"inputs.{number}.{name}": value for name, value in found.items()}
+    for probe in PROBES:
+        session.load_state_dict(probe.state(adapter))
+        draw = _arrive(session, bank, probe.draw, next_point)
+        session.lr = probe.lr
+        session.step(draw)
+        state = session.state_dict()
+        measured |= {f"optimizer.{probe.name}.{name}": value for name, value in state.items()}
+    session.lr = rate
+    return measured
 
 
-def _set_rows(session: Trainer, rows: Rows) -> None:
+def _arrive(session: Session, bank: Bank, change: Change, next_point: NextPoint) -> Tensors:
+    """The draw of the next point; its rows are set."""
+    point = next_point(change)
+    _set_rows(session, point.rows)
+    return change(bank[point.draw])
+
+
+def _set_rows(session: Session, rows: Rows) -> None:
     if not rows:
         return
     adapter = session.adapter()
@@ -100,28 +143,24 @@ def _set_rows(session: Trainer, rows: Rows) -> None:
 
 
 def patches(sampler: Callable[..., np.ndarray], s_max: int) -> Tensors:
-    """Patches of a random image, by "patch.<number>".
+    """Patches of random images of several sizes, by "patch.<number>".
 
     Args:
         sampler: as `edge_dit_runtime.session.open_sampler` opens it.
         s_max: of the plan, pixels.
     """
-    rng = np.random.default_rng(0)
-    image = rng.uniform(-1, 1, (1, 3, s_max + 9, s_max + 5)).astype(np.float32)
     return {
-        f"patch.{number}": np.asarray(
-            sampler(image, np.array([sigma], np.float32), np.array([u, v], np.float32))
-        )
-        for number, (sigma, u, v) in enumerate(PATCHES)
+        f"patch.{number}": np.asarray(sampler(*inputs))
+        for number, inputs in enumerate(sampler_inputs(s_max))
     }
 
 
 def write_points(path: Path, points: Sequence[Point]) -> None:
     """Write points to a safetensors file."""
     tensors = {"draws": np.array([point.draw for point in points], np.int64)}
-    for step, point in enumerate(points):
+    for number, point in enumerate(points):
         for name, (numbers, values) in point.rows.items():
-            tensors |= {f"{step}.numbers.{name}": numbers, f"{step}.values.{name}": values}
+            tensors |= {f"{number}.numbers.{name}": numbers, f"{number}.values.{name}": values}
     write_tensors(path, tensors)
 
 
@@ -130,10 +169,16 @@ def read_points(path: Path) -> list[Point]:
     tensors = TensorFile(path).read()
     points = [Point(int(draw), {}) for draw in tensors.pop("draws")]
     for key, numbers in tensors.items():
-        step, kind, name = key.split(".", 2)
+        number, kind, name = key.split(".", 2)
         if kind == "numbers":
-            points[int(step)].rows[name] = (numbers, tensors[f"{step}.values.{name}"])
+            points[int(number)].rows[name] = (numbers, tensors[f"{number}.values.{name}"])
     return points
+
+
+def replayed(points: Sequence[Point]) -> NextPoint:
+    """The points of a list, one after the other."""
+    following = iter(points)
+    return lambda _: next(following)
 
 
 def run(task: Task) -> None:
@@ -146,12 +191,19 @@ def run(task: Task) -> None:
     bundle = open_bundle(Path(task.bundle))
     bank = Bank(Path(task.bank), bundle.manifest.plan_hash)
     check_confined(bundle, task.target)
+    points = read_points(Path(task.points))
+    for point in points:
+        check_draw(bank[point.draw], bundle.manifest, bank.in_words(point.draw))
+    next_point = replayed(points)
     session = open_session(bundle, task.target, task.layout)
-    measured = measure(session, bank, bundle.adapter(), read_points(Path(task.points)))
+    measured = measure(session, bank, bundle.adapter(), task.steps, next_point)
     del session
     measured |= patches(open_sampler(bundle, task.target), bundle.manifest.plan["s_max"])
     write_tensors(Path(task.out), measured)
 
 
 if __name__ == "__main__":
-    run(Task(**json.load(sys.stdin)))
+    try:
+        run(Task(**json.load(sys.stdin)))
+    except BadInput as error:  # the whole of it: the host shows what stands after the mark
+        sys.exit(f"{MARK}{error}")

@@ -41,7 +41,7 @@ def files(folder):
 def test_it_ends_with_an_adapter_and_says_how_to_load_it(walked):
     road, said = walked
     assert (road.lora("onnx") / "pytorch_lora_weights.safetensors").is_file()
-    assert f'pipe.load_lora_weights("{road.lora("onnx")}")' in said
+    assert f"pipe.load_lora_weights({str(road.lora('onnx'))!r})" in said
     assert list(road.plan.targets) == ["onnx"]
     assert json.loads((road.bundle("onnx") / "parity.json").read_text())["passed"]
 

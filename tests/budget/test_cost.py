@@ -167,4 +167,4 @@ def test_a_plan_that_is_written_is_read_back(road, monkeypatch, capsys, tmp_path
     code, text, _ = run(monkeypatch, capsys, "plan", road.job, "-o", path)
     assert code == 0
     assert "activations" in text
-    assert read_plan(path) == road.plan
+    assert read_plan(path) == road.plan.model_copy(update={"model": None})

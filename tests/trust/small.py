@@ -79,7 +79,7 @@ def write_bundle(folder: Path, location: str | None = None, rank: int = 2) -> Pa
     write_adapter(folder / ADAPTER, adapter, rank, 2.0)
     manifest = Manifest(
         family="sana",
-        plan={"model": "model", "rank": 2, "alpha": 2.0, "steps": 12, "seed": 3},
+        plan={"model_name": "model", "rank": 2, "alpha": 2.0, "steps": 12, "seed": 3},
         plan_hash=PLAN_HASH,
         tensors=[
             *(TensorSpec(name=n, shape=s, role="batch") for n, s in BATCH.items()),

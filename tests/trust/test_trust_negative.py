@@ -19,7 +19,7 @@ import onnx
 import pytest
 from onnx import GraphProto, NodeProto, external_data_helper, helper, numpy_helper
 
-from edge_dit.app.verify import choose_points, differences, verify
+from edge_dit.app.verify import Search, differences, verify
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import ADAPTER, Bundle, FileSpec, open_bundle, write_manifest
 from edge_dit.contract.certificate import Draws, TargetResult
@@ -28,7 +28,7 @@ from edge_dit.contract.targets import TARGETS
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.store.files import sha256
 from edge_dit.store.tensors import TensorFile, write_tensors
-from edge_dit_runtime.measure import Point, measure
+from edge_dit_runtime.measure import Point, measure, replayed
 from edge_dit_runtime.session import open_session
 
 STEPS = 20
@@ -340,7 +340,7 @@ class Corruption:
         return self.file.partition("/")[0]
 
 
-ONLY_ADAMW = {"named": ("adapter.*",), "spared": ("loss", "gradients.*")}
+ONLY_ADAMW = {"named": ("optimizer.*",), "spared": ("loss", "gradients.*")}
 
 
 def only(*gradients: str) -> dict[str, tuple[str, ...]]:
@@ -451,9 +451,10 @@ def truth(road) -> Truth:
     bundle = open_bundle(road.bundle)
     bank = Bank(road.bank, bundle.manifest.plan_hash)
     adapter = bundle.adapter()
-    points = choose_points(eager_session(bundle), bank, adapter, STEPS).points
-    found = measure(eager_session(bundle), bank, adapter, points)
-    return Truth(road.bundle, bank, adapter, points, found)
+    session = eager_session(bundle)
+    search = Search(session, bank, STEPS)
+    found = measure(session, bank, adapter, STEPS, search.next)
+    return Truth(road.bundle, bank, adapter, search.points, found)
 
 
 @pytest.fixture(scope="module")
@@ -495,7 +496,7 @@ def relist(bundle: Path, target: str) -> None:
 def compared(truth: Truth, bundle: Path, target: str, layout: str | None = None) -> TargetResult:
     """As `edge_dit.app.verify.verify` compares, but in this process."""
     session = open_session(open_bundle(bundle), target, layout)
-    found = measure(session, truth.bank, truth.adapter, truth.points)
+    found = measure(session, truth.bank, truth.adapter, STEPS, replayed(truth.points))
     return result_of(truth.found, found, target)
 
 
@@ -605,11 +606,11 @@ def check_no_alarm(truth: Truth, seed: int, sessions: list[tuple[str, str | None
     opened = open_bundle(truth.bundle)
     bank, adapter = seeded(truth.bank, truth.adapter, seed)
     eager: Any = eager_session(opened)
-    points = choose_points(eager, bank, adapter, STEPS).points  # type: ignore[arg-type]
-    want = measure(eager_session(opened), bank, adapter, points)  # type: ignore[arg-type]
+    search = Search(eager, bank, STEPS)  # type: ignore[arg-type]
+    want = measure(eager, bank, adapter, STEPS, search.next)  # type: ignore[arg-type]
     for target, layout in sessions:
         session = open_session(opened, target, layout)
-        found = measure(session, bank, adapter, points)  # type: ignore[arg-type]
+        found = measure(session, bank, adapter, STEPS, replayed(search.points))  # type: ignore[arg-type]
         result = result_of(want, found, target)
         assert result.passed, (seed, target, layout, result.failed[:1])
 

@@ -100,6 +100,10 @@ class Family:
     """Every key of the transformer's configuration, and which values are implemented."""
     vae_switches: ClassVar[Rules]
     """Keys of the autoencoder's configuration that the family or its pipeline reads."""
+    samples_posterior: ClassVar[bool] = True
+    """Whether `encode_image` samples the autoencoder's posterior. It then takes one normal number
+    from its generator for each element of the latents.
+    """
 
     # ---------------------------------------------------------------- configuration
 

@@ -1,6 +1,6 @@
 """One module per target, and what they share.
 
-trainer          the protocols `Trainer` and `Session`
+trainer          what every session can do
 graph            the session of targets whose programs have no state
 onnx             plain ONNX; streamed runs it block by block
 executorch       ExecuTorch programs

@@ -1,4 +1,4 @@
-"""The protocols of a loaded bundle, the same for every target."""
+"""What every target's session can do."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import numpy as np
 Tensors = dict[str, np.ndarray]
 
 
-class Trainer(Protocol):
-    """A train step and its adapter. PyTorch's reference has it too, so that verify can compare.
+class Session(Protocol):
+    """A train step, its adapter, its learning rate, and a state that can be saved. PyTorch's
+    reference has it too, so that verify can compare.
 
     Tensors are float32 numpy arrays; LoRA tensors go by their diffusers names, as in
     adapter.safetensors.
     """
+
+    lr: float
+    """Learning rate of the next updates; at first the manifest's."""
 
     def backward(self, draw: Mapping[str, np.ndarray]) -> float:
         """Loss of one draw; keeps its gradients, and does not change the adapter.
@@ -44,13 +48,6 @@ class Trainer(Protocol):
     def load_adapter(self, adapter: Mapping[str, np.ndarray]) -> None:
         """Replace the LoRA tensors; the optimiser state is kept."""
         ...
-
-
-class Session(Trainer, Protocol):
-    """A loaded bundle: a trainer with a learning rate, and a state that can be saved."""
-
-    lr: float
-    """Learning rate of the next updates; at first the manifest's."""
 
     def state_dict(self) -> Tensors:
         """Everything a resumed run needs to give the same bits: "adapter.<name>", "exp_avg.<name>",
