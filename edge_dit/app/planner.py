@@ -56,21 +56,20 @@ class Planned:
     doubts: list[str]
 
     def in_words(self) -> list[str]:
-        """Pictures, selection, choice and footprints as lines for people."""
-        lines = self.pictures.in_words()
-        lines.append(f"blocks by {self.source}" if self.selection else f"split: {self.source}")
+        """Selection, choice or footprints, and pictures as lines for people."""
+        lines = [f"blocks by {self.source}" if self.selection else f"split: {self.source}"]
         skipped = self.plan.layers - len(self.plan.trained)
         better = self.selection.proposed(skipped) if self.selection else None
         if better and self.plan.inner_skips == [better.run]:
             lines.append(better.in_words())
         if self.choice is not None:
-            return lines + self.choice.in_words()
+            return [*lines, *self.choice.in_words(), *self.pictures.in_words()]
         for name, takes in self.footprints.items():
             lines.append(
                 f"{name}: about {size(takes.anonymous)} anonymous and {size(takes.file)} of files, "
                 f"{takes.seconds:.2g} s a step, bundle {size(takes.bundle)}"
             )
-        return lines
+        return [*lines, *self.pictures.in_words()]
 
 
 def plan_job(
