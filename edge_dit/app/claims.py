@@ -58,14 +58,10 @@ def false_claims(
     if planned is not None:
         said |= _pairs("plan", plan.shared(), planned.shared())
     specs = tensor_specs(batch, subgraph.lora_parameters())
-    for name, other in (("tensors", manifest.tensors), ("plan's tensors", specs)):
-        if len({spec.name for spec in other}) < len(other):
-            said[name] = ("a name twice", "each name once")
-    said |= _pairs(
-        "tensors", *({s.name: s.model_dump() for s in side} for side in (manifest.tensors, specs))
-    )
-    if [s.name for s in manifest.tensors] != [s.name for s in specs]:
-        said["tensors"] = ("another order of arguments", "that of the plan's sub-graph")
+    sides = manifest.tensors, specs
+    said |= _pairs("tensors", *({spec.name: spec.model_dump() for spec in side} for side in sides))
+    if [spec.name for spec in manifest.tensors] != [spec.name for spec in specs]:
+        said["tensors"] = ("another order, or a name twice", "the order of the graphs' arguments")
     for target in manifest.targets:
         said |= _of_target(bundle, plan, target)
     lines = [

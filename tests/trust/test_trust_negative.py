@@ -306,6 +306,15 @@ def no_bias_correction(graph: Graph) -> None:
         graph.replace(graph.after(doubled, "Div").output[0], graph.constant(1))
 
 
+def baked(name: str, value: list[float]) -> Callable[[Graph], None]:
+    """An input that the graph no longer reads."""
+    return lambda graph: graph.replace(name, graph.constant(value))
+
+
+def never_clipped(graph: Graph) -> None:
+    graph.replace(graph.node("Clip").output[0], graph.constant(1))
+
+
 def attribute(name: str, value: Any) -> Callable[[Graph], None]:
     return lambda graph: set_attribute(graph.node("AdamWOptimizer"), name, value)
 
@@ -412,7 +421,12 @@ CORRUPTIONS = [
     Corruption("stale beta2", stale(0.999, 0.99), file=OPTIMIZER, **ONLY_ADAMW),
     Corruption("stale eps", stale(1e-6, 1e-4), file=OPTIMIZER, **ONLY_ADAMW),
     Corruption("stale weight decay", stale(0.01, 0.1), file=OPTIMIZER, **ONLY_ADAMW),
+    Corruption("no weight decay", stale(0.01, 0.0), file=OPTIMIZER, **ONLY_ADAMW),
+    Corruption("weight decay 0.05", stale(0.01, 0.05), file=OPTIMIZER, **ONLY_ADAMW),
     Corruption("no bias correction", no_bias_correction, file=OPTIMIZER, **ONLY_ADAMW),
+    Corruption("lr baked in", baked("lr", [1e-3]), file=OPTIMIZER, **ONLY_ADAMW),
+    Corruption("step baked in", baked("step", [3]), file=OPTIMIZER, **ONLY_ADAMW),
+    Corruption("never clipped", never_clipped, file=OPTIMIZER, **ONLY_ADAMW),
     Corruption("no tail residual", no_tail, file="onnx/head.onnx", layout="streamed"),
     Corruption("target of the wrong sign", target_sign, file="onnx/head.onnx", layout="streamed"),
     Corruption("no tail residual", no_tail, file=ORT_STEP),
@@ -424,6 +438,9 @@ CORRUPTIONS = [
     ),
     Corruption("stale eps", attribute("epsilon", 1e-4), file=ORT_OPTIMIZER, **ONLY_ADAMW),
     Corruption("clipped at a thousandth", clipped_early, file=ORT_OPTIMIZER, **ONLY_ADAMW),
+    Corruption("never clipped", baked("clip.factor", [1]), file=ORT_OPTIMIZER, **ONLY_ADAMW),
+    Corruption("lr baked in", baked("learning_rate", [1e-3]), file=ORT_OPTIMIZER, **ONLY_ADAMW),
+    Corruption("no weight decay", attribute("weight_decay", 0.0), file=ORT_OPTIMIZER, **ONLY_ADAMW),
 ]
 
 
