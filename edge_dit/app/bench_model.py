@@ -19,6 +19,8 @@ from edge_dit.store.files import write_atomic, write_json
 
 MODEL = "model"
 """Folder of the model within the work folder."""
+SCHEDULERS = {"pixart": "DDPMScheduler"}
+"""Class of the scheduler of families that do not learn by flow matching."""
 MARKER = ".edge-dit-bench"
 """File that marks a work folder of the bench: such a folder may be emptied."""
 VECTOR_STD, MATRIX_STD = 0.1, 0.02
@@ -77,7 +79,8 @@ def random_model(case: Case, work: Path) -> Plan:
     if not _holds(model / "case.json", made_of):
         _empty(work)
         write_json(model / "model_index.json", {"_class_name": FAMILIES[public.family][0]})
-        write_json(model / "scheduler" / "scheduler_config.json", {"num_train_timesteps": 1000})
+        kind = SCHEDULERS.get(public.family, "FlowMatchEulerDiscreteScheduler")
+        write_json(model / "scheduler" / "scheduler_config.json", {"_class_name": kind})
         write_json(model / "transformer" / "config.json", config)
         random_weights(family, config, model / "transformer")
         write_json(model / "case.json", made_of)  # last: it says that the model is whole

@@ -81,7 +81,7 @@ def test_damage_within_is_found_before_any_work(folder, road, tmp_path_factory, 
         (folder / name).write_bytes(data)
     pictures = read_folder(folder, "a toy", road.plan.s_max)
     bank = tmp_path_factory.mktemp("work") / "bank"
-    monkeypatch.setattr(module, "_source", None)  # nothing is loaded
+    monkeypatch.setattr(module, "encoders_of", None)  # nothing is loaded
     with pytest.raises(ManyFaults, match=r"(?s)1\.png: not a readable.*3\.png: not a readable"):
         module.precompute(road.plan, pictures, bank)
     assert not bank.exists()
