@@ -60,8 +60,11 @@ def false_claims(
     specs = tensor_specs(batch, subgraph.lora_parameters())
     sides = manifest.tensors, specs
     said |= _pairs("tensors", *({spec.name: spec.model_dump() for spec in side} for side in sides))
-    if [spec.name for spec in manifest.tensors] != [spec.name for spec in specs]:
-        said["tensors"] = ("another order, or a name twice", "the order of the graphs' arguments")
+    have, want = ([spec.name for spec in side] for side in sides)
+    if have != want:
+        first = next((name for name, other in zip(have, want, strict=False) if name != other), "")
+        found = f"another order, or a name twice, from {first or 'the end'} on"
+        said["tensors"] = (found, "the order of the graphs' arguments")
     for target in manifest.targets:
         said |= _of_target(bundle, plan, target)
     lines = [

@@ -19,8 +19,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,17 @@ from edge_dit.pictures.dataset import read_folder
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.progress import bar
 from edge_dit.store.tensors import TensorFile
-from edge_dit_runtime.measure import MARK, Change, Point, Task, measure, patches, write_points
+from edge_dit_runtime.measure import (
+    MARK,
+    Change,
+    Point,
+    Task,
+    measure,
+    measure_gradients,
+    patches,
+    replayed,
+    write_points,
+)
 from edge_dit_runtime.probes import PROBES
 from edge_dit_runtime.sessions.trainer import Session
 from edge_dit_runtime.training import draw_order
@@ -52,6 +63,7 @@ from edge_dit_runtime.training import draw_order
 if TYPE_CHECKING:
     from edge_dit.models.subgraph import TrainableSubgraph
     from edge_dit.reference.eager import EagerSession
+    from edge_dit.reference.locate import Modules, Profiles
 
 
 NUDGE = 2e-6
@@ -67,11 +79,35 @@ ANY_CAPTION = "-"
 
 @dataclass(frozen=True)
 class Reference:
-    """PyTorch's results, with frozen matrices rounded as one dtype stores them."""
+    """PyTorch's results, with frozen matrices rounded as one dtype stores them.
+
+    Attributes:
+        points: where they were computed.
+        draws: their numbers.
+        tensors: the results.
+        gradients: computes the loss and gradients again, for a sub-graph that was changed.
+        session: whose sub-graph that is.
+    """
 
     points: list[Point]
     draws: Draws
     tensors: Mapping[str, np.ndarray]
+    gradients: Callable[[], Mapping[str, np.ndarray]]
+    session: EagerSession
+
+    @cached_property
+    def modules(self) -> Modules:
+        """Modules of the sub-graph's blocks."""
+        from edge_dit.reference.locate import called_modules
+
+        return called_modules(self.session.subgraph, self.gradients)
+
+    @cached_property
+    def profiles(self) -> Profiles:
+        """What faults in each module look like."""
+        from edge_dit.reference.locate import profiles
+
+        return profiles(self.session.subgraph, self.gradients, TARGETS["onnx"].tolerances)
 
 
 def verify(
@@ -188,7 +224,11 @@ def measure_reference(
     def sampler(*arrays: np.ndarray) -> np.ndarray:
         return host(*map(torch.from_numpy, arrays)).numpy()
 
-    return Reference(search.points, search.draws(), tensors | patches(sampler, plan.s_max))
+    def gradients() -> Mapping[str, np.ndarray]:
+        return measure_gradients(session, bank, adapter, dict, replayed(search.points))
+
+    tensors |= patches(sampler, plan.s_max)
+    return Reference(search.points, search.draws(), tensors, gradients, session)
 
 
 # ---------------------------------------------------------------- where to compare
@@ -296,7 +336,25 @@ def verify_target(
         if child.returncode != 0 or not out.is_file():
             return TargetResult(draws, error=why_ended(child.returncode, child.stderr))
         measured = TensorFile(out).read()
-    return TargetResult(draws, differences(reference.tensors, measured, TARGETS[target].tolerances))
+    return compared(reference, measured, target)
+
+
+def compared(reference: Reference, measured: Mapping[str, np.ndarray], target: str) -> TargetResult:
+    """What a target computed beside what PyTorch did, and where it is most likely wrong.
+
+    Args:
+        reference: PyTorch's; its sub-graph must still be as it was then.
+        measured: by the same names.
+        target: whose tolerances count.
+    """
+    rows = differences(reference.tensors, measured, TARGETS[target].tolerances)
+    result = TargetResult(reference.draws, rows)
+    if not any(row.kind == "gradients" for row in result.failed):
+        return result
+    from edge_dit.reference.locate import likely_module
+
+    likely = likely_module(rows, reference.profiles)
+    return replace(result, likely=likely, beside=reference.modules.beside(likely))
 
 
 def why_ended(code: int, written: str) -> str:

@@ -73,7 +73,7 @@ def why_failed(certificate: Certificate) -> str:
         if result.error:
             lines.append(f"  {title}: {result.error}")
         elif failed := result.failed:
-            lines.append(f"  {title}: {failed[0].in_words()} ({len(failed)} tensors failed)")
+            lines.append(f"  {title}: {result.in_words()} ({len(failed)} tensors failed)")
     return "\n".join(lines)
 
 

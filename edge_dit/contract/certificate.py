@@ -128,12 +128,17 @@ class TargetResult:
         draws: at which it was compared.
         tensors: every difference; empty if the target's process ended early.
         error: why that process ended early, or empty.
+        likely: module of the model in which a fault makes errors most like these
+            (`edge_dit.reference.locate`); empty if none does.
+        beside: modules with LoRA that are nearest to it, or itself.
     """
 
     __pydantic_config__ = STRICT
     draws: Draws
     tensors: list[Difference] = field(default_factory=list)
     error: str = ""
+    likely: str = ""
+    beside: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -142,13 +147,21 @@ class TargetResult:
 
     @property
     def failed(self) -> list[Difference]:
-        """The tensors beyond their tolerance, by `ORDER`, the worst of a kind first."""
+        """The tensors beyond their tolerance, by `ORDER`. Of a kind first those of modules beside
+        the likely one, then the worst.
+        """
 
-        def place(row: Difference) -> tuple[int, float]:
+        def place(row: Difference) -> tuple[int, bool, float]:
             excess = row.relative / row.tolerance
-            return ORDER.index(row.kind), -excess if isfinite(excess) else -inf
+            near = any(f".{module}." in row.name for module in self.beside)
+            return ORDER.index(row.kind), not near, -excess if isfinite(excess) else -inf
 
         return sorted((t for t in self.tensors if not t.passed), key=place)
+
+    def in_words(self) -> str:
+        """The first of the failed tensors, and where the fault is most likely."""
+        guess = f", most like a fault in {self.likely}" if self.likely else ""
+        return self.failed[0].in_words() + guess
 
     @property
     def worst(self) -> dict[str, Difference]:

@@ -97,11 +97,7 @@ def measure(
     """
 
     def backward(change: Change) -> Tensors:
-        session.load_adapter(with_random_b(adapter))
-        draw = _arrive(session, bank, change, next_point)
-        measured: Tensors = {"loss": np.array([session.backward(draw)])}
-        named = session.gradients().items()
-        return measured | {f"gradients.{name}": value for name, value in named}
+        return measure_gradients(session, bank, adapter, change, next_point)
 
     measured = backward(dict)
     session.load_adapter(adapter)
@@ -124,6 +120,27 @@ def measure(
         measured |= {f"optimizer.{probe.name}.{name}": value for name, value in state.items()}
     session.lr = rate
     return measured
+
+
+def measure_gradients(
+    session: Session,
+    bank: Bank,
+    adapter: Mapping[str, np.ndarray],
+    change: Change,
+    next_point: NextPoint,
+) -> Tensors:
+    """Loss and gradients, named as in `measure`; the session's adapter changes.
+
+    Args:
+        session, bank, adapter: as of `measure`.
+        change: of the stored draw.
+        next_point: of which the next is taken.
+    """
+    session.load_adapter(with_random_b(adapter))
+    draw = _arrive(session, bank, change, next_point)
+    measured: Tensors = {"loss": np.array([session.backward(draw)])}
+    named = session.gradients().items()
+    return measured | {f"gradients.{name}": value for name, value in named}
 
 
 def _arrive(session: Session, bank: Bank, change: Change, next_point: NextPoint) -> Tensors:

@@ -8,10 +8,8 @@ A run can be stopped and started again: worlds and verdicts in FOLDER are kept. 
 - Equivalent: not caught, and at fresh points (`fresh_points`: 8 draws, 20 updates, 20 patches) the
   mutant is within the target's own tolerances of the clean bundle. Any other miss is a gap.
 - Block named: of a caught mutant of one block, that the first line of verify has the block.
-- Module named: of a caught mutant of one module, that this line has the module, if it carries LoRA.
-  Else a nearest one: modules are listed in the order in which the block calls them. LoRA modules
-  that are called one after another, with no other module between them, make a stage. Nearest are
-  the modules of the last stage before the wrong module and of the first behind it.
+- Module named: of a caught mutant of one module, that this line has the module, or, if it carries
+  no LoRA, one of the nearest that do (`edge_dit.reference.locate.Modules.beside`).
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +37,7 @@ from pydantic import ValidationError
 from worlds import World, make_world
 
 from edge_dit.app.claims import false_claims
-from edge_dit.app.verify import Reference, measure_reference, verify_target
+from edge_dit.app.verify import Reference, compared, measure_reference, verify_target
 from edge_dit.contract.adapter import with_random_b
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import ADAPTER, MANIFEST, Bundle, open_bundle
@@ -129,61 +127,9 @@ def sample(mutants: Iterable[Mutant], each: int) -> list[Mutant]:
 # ---------------------------------------------------------------- names
 
 
-def call_order(subgraph: Any, batch: Mapping[str, Any]) -> dict[str, list[tuple[str, bool]]]:
-    """Of every trained block, (module, carries LoRA) in the order of their calls.
-
-    Args:
-        subgraph: of a plan, with LoRA.
-        batch: a draw of its shapes.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    order: dict[str, list[tuple[str, bool]]] = defaultdict(list)
-    handles = []
-    for full, module in subgraph.named_modules():
-        found = re.search(r"((?:\w+_)?transformer_blocks\.\d+)\.(.+)$", full)
-        if not found or ".base_layer" in full or ".lora_" in full:
-            continue
-        carries = isinstance(module, BaseTunerLayer)
-        if carries or not list(module.children()):
-            entry = (order[found[1]], found[2], carries)
-            handles.append(module.register_forward_hook(lambda *_, e=entry: e[0].append(e[1:])))
-    subgraph(batch)
-    for handle in handles:
-        handle.remove()
-    return dict(order)
-
-
-def nearest(calls: Sequence[tuple[str, bool]], module: str) -> set[str]:
-    """Modules that may be named for ``module``; see the top of this file."""
-    names = [name for name, _ in calls]
-    if module not in names:
-        return {module}
-    place = names.index(module)
-    if calls[place][1]:
-        return {module}
-    return _stage(calls[place + 1 :]) | _stage(calls[:place][::-1])
-
-
-def _stage(calls: Sequence[tuple[str, bool]]) -> set[str]:
-    found: set[str] = set()
-    for name, carries in calls:
-        if carries:
-            found.add(name)
-        elif found:
-            break
-    return found
-
-
 def names_block(line: str, block: str) -> bool:
     """Whether a line of verify has a tensor of the block."""
     return bool(re.search(rf"(?<!\w){re.escape(block)}\.", line))
-
-
-def names_module(line: str, block: str | None, modules: Iterable[str]) -> bool:
-    """Whether a line has a tensor of one of the modules; without a block, of any block."""
-    before = re.escape(block) if block else r"transformer_blocks\.\d+"
-    return any(re.search(rf"{before}\.{re.escape(m)}\.", line) for m in modules)
 
 
 # ---------------------------------------------------------------- verify
@@ -217,11 +163,6 @@ class Judge:
         fresh = lora_tensors(subgraph)
         return measure_reference(subgraph, fresh, self.plan, self.bank, STEPS)
 
-    @cached_property
-    def calls(self) -> dict[str, list[tuple[str, bool]]]:
-        """See `call_order`."""
-        return call_order(*self._subgraph)
-
     def mutants(self) -> list[Mutant]:
         """Every mutant of the bundle."""
         return sites(self.clean, self.family, self.bank[0])
@@ -239,9 +180,8 @@ class Judge:
         if how != "missed" and mutant.block:
             block = names_block(line, mutant.block)
         if how != "missed" and mutant.module:
-            lists = [v for k, v in self.calls.items() if mutant.block in (None, k)]
-            allowed = {m for calls in lists for m in nearest(calls, mutant.module)}
-            module = names_module(line, mutant.block, allowed)
+            blocks = [mutant.block] if mutant.block else list(self.reference.modules.calls)
+            module = any(self._names(line, f"{name}.{mutant.module}") for name in blocks)
         facts = {k: v for k, v in vars(mutant).items() if k != "plant"}
         return Verdict(
             mutant.key,
@@ -252,6 +192,10 @@ class Judge:
             named_block=block,
             named_module=module,
         )
+
+    def _names(self, line: str, module: str) -> bool:
+        allowed = (module, *self.reference.modules.beside(module))
+        return any(re.search(rf"(?<!\w){re.escape(name)}\b", line) for name in allowed)
 
     def clean_result(self, target: str, layout: str) -> TargetResult:
         """Of the clean bundle."""
@@ -277,15 +221,20 @@ class Judge:
             return "refused", str(fault)
         if result.error:
             return "refused", result.error
-        return ("compared", result.failed[0].in_words()) if result.failed else ("missed", "")
+        return ("compared", result.in_words()) if result.failed else ("missed", "")
 
     def _claims(self, bundle: Bundle) -> list[str]:
         """As `edge_dit.app.verify.verify` works them out, from the bundle's own plan."""
         from edge_dit.reference.eager import adapted_subgraph
+        from edge_dit.reference.evidence import examine
 
         plan = Plan.model_validate({**bundle.manifest.plan, "model": self.plan.model})
         subgraph, batch = adapted_subgraph(plan, model_of(plan))
-        return false_claims(bundle, plan, subgraph, batch)
+        if claims := false_claims(bundle, plan, subgraph, batch):
+            return claims
+        return examine(
+            plan, model_of(plan), Bank(self.bank_folder, plan.identity()), []
+        ).false_claims
 
     def _compare(self, bundle: Bundle, target: str, layout: str) -> TargetResult:
         """In this process; ExecuTorch, whose bad programs abort, in a child like verify."""
@@ -301,8 +250,7 @@ class Judge:
             raise
         except Exception as error:  # of the runtime: in verify the child ends with it
             return TargetResult(reference.draws, error=str(error)[-300:])
-        rows = differences(reference.tensors, found, TARGETS[target].tolerances)
-        return TargetResult(reference.draws, rows)
+        return compared(reference, found, target)
 
     def _fresh(self, folder: Path, mutant: Mutant) -> float | None:
         """The largest share of a tolerance that tells mutant and clean bundle apart."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -72,7 +73,7 @@ def make_world(
         folder: where all of it goes; what is there already is kept.
         name: of the pipeline.
         targets: to export.
-        seed: of the plan, and of the pictures.
+        seed: of the plan, the pictures, and the transformer's weights.
         rank: of the LoRA.
     """
     from edge_dit.reference.precompute import precompute
@@ -82,6 +83,7 @@ def make_world(
     if not world.is_file():
         if not (folder / "model" / "model_index.json").is_file():
             pipelines.write_pipeline(name, folder / "model")
+            _shuffle_weights(folder / "model" / "transformer", seed)
         _write_images(folder / "images", seed)
         quoted = ", ".join(f'"{target}"' for target in targets)
         text = JOB.format(prompt=pipelines.SHORT, rank=rank, draws=DRAWS, seed=seed, targets=quoted)
@@ -94,6 +96,16 @@ def make_world(
         export(plan, folder / "bundle", plan.targets)
     plan = Plan.model_validate_json(stored.read_text())
     return World(name, plan, folder / "bank", folder / "bundle")
+
+
+def _shuffle_weights(folder: Path, seed: int) -> None:
+    """Other weights of the same distributions: the numbers of each tensor change places."""
+    rng = np.random.default_rng(seed)
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    for name, value in sorted(tensors.items()):
+        tensors[name] = rng.permuted(value.ravel()).reshape(value.shape)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _write_images(folder: Path, seed: int) -> None:

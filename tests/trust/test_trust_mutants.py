@@ -1,0 +1,97 @@
+"""What verify finds of mistakes that are planted by kind in bundles of all families."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from mutants import FAMILIES, Judge, Verdict, judge_of, run, sample, summary
+from planting import CLAIMS, Mutant, place_of
+from worlds import make_world
+
+from edge_dit.app.verify import verify
+from edge_dit.reference.locate import Modules
+from pipelines import PIPELINES
+
+LEAST_PLANTED, LEAST_CAUGHT = 150, 0.98
+LEAST_BLOCK, LEAST_MODULE = 0.9, 0.8
+CLEAN = [(name, seed) for seed in range(5) for name in PIPELINES]
+"""Clean bundles: every pipeline with five seeds."""
+WIDE = {("sana-1.5", 0), ("flux-dev", 0), ("qwen-image", 0)}
+"""Those of which every target is verified."""
+
+
+def check(verdicts: Sequence[Verdict]) -> None:
+    """That every quota is kept."""
+    found = summary(verdicts)
+    gaps = [miss for miss in found["misses"] if miss["reason"] == "gap"]
+    assert found["caught_share"] >= LEAST_CAUGHT, gaps
+    assert found["named_block"] >= LEAST_BLOCK * found["with_a_block"], found["not_named"]
+    assert found["named_module"] >= LEAST_MODULE * found["with_a_module"], found["not_named"]
+
+
+def few(judge: Judge, each: int, of_executorch: int) -> list[Verdict]:
+    chosen: list[Mutant] = []
+    for mutant in sample(judge.mutants(), each):
+        if mutant.target == "executorch":
+            of_executorch -= 1
+            if of_executorch < 0:
+                continue
+        chosen.append(mutant)
+    return [judge.verdict(mutant) for mutant in chosen]
+
+
+def test_a_sample_of_mutants_is_caught_and_named(road, tmp_path):
+    """30 of them; the matrix has more."""
+    world = make_world(tmp_path, FAMILIES["flux"], ("onnx",))
+    verdicts = few(Judge(road.plan, road.bank, road.bundle, "sana"), 4, 2)
+    verdicts += few(judge_of(world, "flux"), 3, 0)
+    assert len(verdicts) == 30
+    check(verdicts)
+
+
+@pytest.mark.matrix
+def test_mutants_of_every_family_target_and_layout(tmp_path):
+    verdicts = run(tmp_path, list(FAMILIES), each=10)
+    assert len(verdicts) >= LEAST_PLANTED
+    assert {v.family for v in verdicts} == set(FAMILIES)
+    cells = {("onnx", layout) for layout in ("fused", "recompute", "streamed")}
+    cells |= {("ort-training", "fused"), ("executorch", "fused"), (CLAIMS, "fused")}
+    assert {(v.target, v.layout) for v in verdicts} == cells
+    check(verdicts)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("name", "seed"), CLEAN, ids=lambda value: str(value))
+def test_clean_bundles_pass(tmp_path, name, seed):
+    """Other weights, pictures, LoRA and ranks."""
+    targets = ("onnx", "ort-training", "executorch") if (name, seed) in WIDE else ("onnx",)
+    world = make_world(tmp_path, name, targets, seed=seed, rank=1 + seed)
+    certificate = verify(world.bundle, world.bank, model=world.plan.model)
+    failed = [row.in_words() for result in certificate.targets.values() for row in result.failed]
+    assert certificate.passed, (failed, certificate.false_claims, certificate.bank)
+
+
+def test_places_are_read_from_names():
+    to_q = ("transformer_blocks.1", "attn1.to_q")
+    for name in (
+        "transformer_blocks__1__attn1__to_q__base_layer__weight",
+        "grad.transformer.transformer_blocks.1.attn1.to_q.lora_B.weight",
+        "transformer_blocks.1.attn1.to_q.bias",
+        "exp_avg.transformer.transformer_blocks.1.attn1.to_q.lora_A.weight",
+    ):
+        assert place_of(name) == to_q
+    single = place_of("single_transformer_blocks.0.proj_mlp.weight")
+    assert single == ("single_transformer_blocks.0", "proj_mlp")
+    table = place_of("transformer_blocks__1__scale_shift_table__as_1x6x32")
+    assert table == ("transformer_blocks.1", None)
+    assert place_of("proj_out.weight") == (None, None)
+
+
+def test_nearest_modules_are_the_stages_around():
+    calls = [("norm", False), ("q", True), ("k", True), ("mid", False), ("out", True), ("ff", True)]
+    modules = Modules({"block": calls})
+    assert modules.beside("k") == ["k"]
+    assert set(modules.beside("mid")) == {"q", "k", "out", "ff"}
+    assert set(modules.beside("norm")) == {"q", "k"}
+    assert modules.beside("head") == []
