@@ -32,9 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from planting import CLAIMS, Mutant, relist, sites
 from pydantic import ValidationError
-from worlds import World, make_world
 
 from edge_dit.app.claims import false_claims
 from edge_dit.app.verify import Reference, compared, measure_reference, verify_target
@@ -49,6 +51,7 @@ from edge_dit.planning.plan import Plan, model_of
 from edge_dit_runtime.measure import measure, patches, replayed
 from edge_dit_runtime.probes import Probe, varied
 from edge_dit_runtime.session import open_sampler, open_session
+from worlds import World, make_world
 
 FAMILIES = {
     "sana": "sana-1.5",

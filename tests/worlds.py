@@ -1,6 +1,6 @@
 """A small pipeline of a family on disk, with a plan, a bank and a bundle: what mutants are made of.
 
-python tests/trust/worlds.py FOLDER PIPELINE [TARGET ...]
+python tests/worlds.py FOLDER PIPELINE [TARGET ...]
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pipelines
 from edge_dit.pictures.dataset import read_folder
