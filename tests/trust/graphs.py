@@ -43,7 +43,7 @@ class Graph:
         assert kept in node.input
         self.replace(node.output[0], kept)
 
-    def constant(self, value: Any, dtype: type = np.float32) -> str:
+    def constant(self, value: Any, dtype: Any = np.float32) -> str:
         """A new constant."""
         name = f"wrong_{len(self.proto.initializer)}"
         self.proto.initializer.append(numpy_helper.from_array(np.array(value, dtype), name))

@@ -48,6 +48,7 @@ from edge_dit.contract.integrity import content_faults
 from edge_dit.contract.targets import TARGETS
 from edge_dit.errors import BadInput, CheckFailed
 from edge_dit.planning.plan import Plan, model_of
+from edge_dit.store.tensors import TensorFile, write_tensors
 from edge_dit_runtime.measure import measure, patches, replayed
 from edge_dit_runtime.probes import Probe, varied
 from edge_dit_runtime.session import open_sampler, open_session
@@ -74,7 +75,8 @@ class Verdict:
     Attributes:
         key: of the mutant.
         kind, family, target, layout, file, site, block, module: of the mutant.
-        how: "compared", "refused", "claimed" or "missed".
+        how: "compared", "refused", "claimed", "claimed with --plan" (only where verify is told the
+            plan: how many steps and draws are meant no number shows) or "missed".
         line: the first line that verify gives.
         worst: of a miss, the largest share of a tolerance that is used at fresh points.
         named_block, named_module: None where the mutant has none.
@@ -216,8 +218,10 @@ class Judge:
         try:
             bundle = open_bundle(folder)
             if mutant.target == CLAIMS:
-                claims = self._claims(bundle)
-                return ("claimed", claims[0]) if claims else ("missed", "")
+                if claims := self._claims(bundle):
+                    return "claimed", claims[0]
+                claims = self._claims(bundle, self.plan)
+                return ("claimed with --plan", claims[0]) if claims else ("missed", "")
             assert content_faults(bundle, mutant.target, verify_hashes=True) == []
             result = self._compare(bundle, mutant.target, mutant.layout)
         except (BadInput, CheckFailed, ValidationError) as fault:
@@ -226,18 +230,13 @@ class Judge:
             return "refused", result.error
         return ("compared", result.in_words()) if result.failed else ("missed", "")
 
-    def _claims(self, bundle: Bundle) -> list[str]:
-        """As `edge_dit.app.verify.verify` works them out, from the bundle's own plan."""
+    def _claims(self, bundle: Bundle, planned: Plan | None = None) -> list[str]:
+        """As `edge_dit.app.verify.verify` works them out."""
         from edge_dit.reference.eager import adapted_subgraph
-        from edge_dit.reference.evidence import examine
 
         plan = Plan.model_validate({**bundle.manifest.plan, "model": self.plan.model})
         subgraph, batch = adapted_subgraph(plan, model_of(plan))
-        if claims := false_claims(bundle, plan, subgraph, batch):
-            return claims
-        return examine(
-            plan, model_of(plan), Bank(self.bank_folder, plan.identity()), []
-        ).false_claims
+        return false_claims(bundle, plan, subgraph, batch, planned)
 
     def _compare(self, bundle: Bundle, target: str, layout: str) -> TargetResult:
         """In this process; ExecuTorch, whose bad programs abort, in a child like verify."""
@@ -261,11 +260,11 @@ class Judge:
             return None
         found = []
         for bundle in (self.clean.folder, folder):
-            out = folder.parent / f"{len(found)}.npz"
+            out = folder.parent / f"{len(found)}.safetensors"
             task = [bundle, self.bank_folder, mutant.target, mutant.layout, out]
             subprocess.run([sys.executable, __file__, "--fresh", *map(str, task)], check=True)
-            found.append(dict(np.load(out)))
-        rows = differences(*found, TARGETS[mutant.target].tolerances)
+            found.append(TensorFile(out).read())
+        rows = differences(found[0], found[1], TARGETS[mutant.target].tolerances)
         return max(row.relative / row.tolerance for row in rows)
 
 
@@ -395,7 +394,8 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.fresh:
         bundle, bank, target, layout, out = asked.fresh
-        np.savez(out, **fresh_points(open_bundle(Path(bundle)), Bank(Path(bank)), target, layout))
+        tensors = fresh_points(open_bundle(Path(bundle)), Bank(Path(bank)), target, layout)
+        write_tensors(Path(out), tensors)
         return
     asked.work.mkdir(parents=True, exist_ok=True)
     found = summary(run(asked.work, asked.families, asked.each))

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import pytest
 from mutants import FAMILIES, Judge, Verdict, judge_of, run, sample, summary
 from planting import CLAIMS, Mutant, place_of
-from worlds import make_world
 
 from edge_dit.app.verify import verify
 from edge_dit.reference.locate import Modules
 from pipelines import PIPELINES
+from worlds import make_world
 
 LEAST_PLANTED, LEAST_CAUGHT = 150, 0.98
 LEAST_BLOCK, LEAST_MODULE = 0.9, 0.8
