@@ -63,7 +63,12 @@ class World:
 
 
 def make_world(
-    folder: Path, name: str, targets: tuple[str, ...], seed: int = 3, rank: int = 2
+    folder: Path,
+    name: str,
+    targets: tuple[str, ...],
+    seed: int = 3,
+    rank: int = 2,
+    reweighed: bool = False,
 ) -> World:
     """Plan, precompute and export a pipeline of `pipelines.PIPELINES`, once for a folder.
 
@@ -71,8 +76,9 @@ def make_world(
         folder: where all of it goes; what is there already is kept.
         name: of the pipeline.
         targets: to export.
-        seed: of the plan, the pictures, and the transformer's weights.
+        seed: of the plan and the pictures.
         rank: of the LoRA.
+        reweighed: whether the transformer gets other weights, of the seed too.
     """
     from edge_dit.reference.precompute import precompute
     from edge_dit_export.export import export
@@ -81,7 +87,8 @@ def make_world(
     if not world.is_file():
         if not (folder / "model" / "model_index.json").is_file():
             pipelines.write_pipeline(name, folder / "model")
-            _shuffle_weights(folder / "model" / "transformer", seed)
+            if reweighed:
+                _shuffle_weights(folder / "model" / "transformer", seed)
         _write_images(folder / "images", seed)
         quoted = ", ".join(f'"{target}"' for target in targets)
         text = JOB.format(prompt=pipelines.SHORT, rank=rank, draws=DRAWS, seed=seed, targets=quoted)

@@ -9,6 +9,7 @@ from mutants import FAMILIES, Judge, Verdict, judge_of, run, sample, summary
 from planting import CLAIMS, Mutant, place_of
 
 from edge_dit.app.verify import verify
+from edge_dit.contract.certificate import Difference, Draws, TargetResult
 from edge_dit.reference.locate import Modules
 from pipelines import PIPELINES
 from worlds import make_world
@@ -41,13 +42,48 @@ def few(judge: Judge, each: int, of_executorch: int) -> list[Verdict]:
     return [judge.verdict(mutant) for mutant in chosen]
 
 
-def test_a_sample_of_mutants_is_caught_and_named(road, tmp_path):
+@pytest.fixture(scope="module")
+def judge(road) -> Judge:
+    return Judge(road.plan, road.bank, road.bundle, "sana")
+
+
+def test_a_sample_of_mutants_is_caught_and_named(judge, tmp_path):
     """30 of them; the matrix has more."""
     world = make_world(tmp_path, FAMILIES["flux"], ("onnx",))
-    verdicts = few(Judge(road.plan, road.bank, road.bundle, "sana"), 4, 2)
+    verdicts = few(judge, 4, 2)
     verdicts += few(judge_of(world, "flux"), 3, 0)
     assert len(verdicts) == 30
     check(verdicts)
+
+
+@pytest.mark.parametrize("module", ["ff.conv_depth", "attn1.to_v"])
+def test_a_wrong_module_without_lora_is_named(judge, module):
+    """Its own gradients do not exist: only errors of the others tell."""
+    (mutant,) = [
+        mutant
+        for mutant in judge.mutants()
+        if mutant.kind == "weight: noise of 1e-2"
+        if (mutant.target, mutant.layout) == ("onnx", "fused")
+        if (mutant.block, mutant.module) == ("transformer_blocks.1", module)
+        if mutant.site.endswith("weight")
+    ]
+    line = judge.verdict(mutant).line
+    assert line.endswith(f"most like a fault in transformer_blocks.1.{module}")
+
+
+def test_gradients_beside_the_likely_module_come_first():
+    rows = [
+        Difference(f"gradients.{name}.lora_A.weight", "gradients", 1, 1, 0, error, 1e-4)
+        for name, error in (("a.to_q", 0.9), ("a.to_k", 0.1), ("b.to_k", 0.5))
+    ]
+    result = TargetResult(Draws([0], [], [0]), rows, likely="a.norm", beside=["a.to_k"])
+    assert [row.name.split(".lora")[0] for row in result.failed] == [
+        "gradients.a.to_k",
+        "gradients.a.to_q",
+        "gradients.b.to_k",
+    ]
+    assert result.in_words().startswith("gradients.a.to_k")
+    assert result.in_words().endswith("most like a fault in a.norm")
 
 
 @pytest.mark.matrix
@@ -66,7 +102,7 @@ def test_mutants_of_every_family_target_and_layout(tmp_path):
 def test_clean_bundles_pass(tmp_path, name, seed):
     """Other weights, pictures, LoRA and ranks."""
     targets = ("onnx", "ort-training", "executorch") if (name, seed) in WIDE else ("onnx",)
-    world = make_world(tmp_path, name, targets, seed=seed, rank=1 + seed)
+    world = make_world(tmp_path, name, targets, seed=seed, rank=1 + seed, reweighed=True)
     certificate = verify(world.bundle, world.bank, model=world.plan.model)
     failed = [row.in_words() for result in certificate.targets.values() for row in result.failed]
     assert certificate.passed, (failed, certificate.false_claims, certificate.bank)
