@@ -175,12 +175,12 @@ class Judge:
     def verdict(self, mutant: Mutant) -> Verdict:
         """Plant a mutant in a copy, and ask verify."""
         with tempfile.TemporaryDirectory() as name:
-            folder = self._copy(Path(name) / "bundle", mutant.target)
+            folder = self.copy(Path(name) / "bundle", mutant.target)
             mutant.plant(folder)
             relist(folder)
             assert (folder / MANIFEST).read_bytes() != (self.clean.folder / MANIFEST).read_bytes()
             how, line = self._ask(folder, mutant)
-            worst = self._fresh(folder, mutant) if how == "missed" else None
+            worst = self.share_at_fresh_points(folder, mutant) if how == "missed" else None
         block = module = None
         if how != "missed" and mutant.block:
             block = names_block(line, mutant.block)
@@ -206,7 +206,8 @@ class Judge:
         """Of the clean bundle."""
         return self._compare(self.clean, target, layout)
 
-    def _copy(self, folder: Path, target: str) -> Path:
+    def copy(self, folder: Path, target: str) -> Path:
+        """The clean bundle, as far as a target reads it."""
         if target != CLAIMS:
             shutil.copytree(self.clean.folder / target, folder / target)
         folder.mkdir(exist_ok=True)
@@ -254,7 +255,7 @@ class Judge:
             return TargetResult(reference.draws, error=str(error)[-300:])
         return compared(reference, found, target)
 
-    def _fresh(self, folder: Path, mutant: Mutant) -> float | None:
+    def share_at_fresh_points(self, folder: Path, mutant: Mutant) -> float | None:
         """The largest share of a tolerance that tells mutant and clean bundle apart."""
         if mutant.target == CLAIMS:
             return None

@@ -71,6 +71,23 @@ def test_a_wrong_module_without_lora_is_named(judge, module):
     assert line.endswith(f"most like a fault in transformer_blocks.1.{module}")
 
 
+def test_fresh_points_tell_a_real_mutant(judge, tmp_path):
+    """A miss is called equivalent where they do not: so they must be able to."""
+    (mutant,) = [
+        mutant
+        for mutant in judge.mutants()
+        if mutant.kind == "gradient 0.1 % too large" and mutant.layout == "fused"
+        if mutant.target == "onnx" and mutant.site.endswith("1.attn2.to_v.lora_A.weight")
+    ]
+    shares = []
+    for plant in (mutant.plant, lambda _: None):
+        folder = judge.copy(tmp_path / str(len(shares)) / "bundle", "onnx")
+        plant(folder)
+        shares.append(judge.share_at_fresh_points(folder, mutant))
+    assert shares[0] > 1
+    assert shares[1] == 0
+
+
 def test_gradients_beside_the_likely_module_come_first():
     rows = [
         Difference(f"gradients.{name}.lora_A.weight", "gradients", 1, 1, 0, error, 1e-4)
