@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from mutants import FAMILIES, Judge, Verdict, judge_of, run, sample, summary
@@ -123,6 +125,19 @@ def test_clean_bundles_pass(tmp_path, name, seed):
     certificate = verify(world.bundle, world.bank, model=world.plan.model)
     failed = [row.in_words() for result in certificate.targets.values() for row in result.failed]
     assert certificate.passed, (failed, certificate.false_claims, certificate.bank)
+
+
+def test_verify_md_quotes_the_results():
+    docs = Path(__file__).resolve().parent.parent.parent / "docs"
+    found = json.loads((docs / "results" / "mutants.json").read_text())
+    of, caught = found["planted"] - found["equivalent"], found["caught"]
+    words = (
+        f"Of {found['planted']} planted, {found['equivalent']} are equivalent and {caught} of the "
+        f"other {of} were caught. Of {found['with_a_block']} in one block, the first line named "
+        f"the block in {found['named_block']}; of {found['with_a_module']} in one module, the "
+        f"module in {found['named_module']}."
+    )
+    assert words in " ".join((docs / "verify.md").read_text().split())
 
 
 def test_places_are_read_from_names():
