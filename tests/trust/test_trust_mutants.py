@@ -58,21 +58,21 @@ def test_a_sample_of_mutants_is_caught_and_named(judge, tmp_path):
     check(verdicts)
 
 
-@pytest.mark.parametrize("module", ["ff.conv_depth", "attn1.to_v"])
-def test_a_wrong_module_without_lora_is_named(judge, module):
+def test_a_wrong_module_without_lora_is_named(judge):
     """Its own gradients do not exist: only errors of the others tell."""
     (mutant,) = [
         mutant
         for mutant in judge.mutants()
         if mutant.kind == "weight: noise of 1e-2"
         if (mutant.target, mutant.layout) == ("onnx", "fused")
-        if (mutant.block, mutant.module) == ("transformer_blocks.1", module)
+        if (mutant.block, mutant.module) == ("transformer_blocks.1", "ff.conv_depth")
         if mutant.site.endswith("weight")
     ]
     line = judge.verdict(mutant).line
-    assert line.endswith(f"most like a fault in transformer_blocks.1.{module}")
+    assert line.endswith("most like a fault in transformer_blocks.1.ff.conv_depth")
 
 
+@pytest.mark.slow
 def test_fresh_points_tell_a_real_mutant(judge, tmp_path):
     """A miss is called equivalent where they do not: so they must be able to."""
     (mutant,) = [
