@@ -63,11 +63,8 @@ def false_claims(
     have, want = ([spec.name for spec in side] for side in sides)
     if have != want:
         first = next((name for name, other in zip(have, want, strict=False) if name != other), "")
-        found = "another order, or a name twice"
-        said[f"tensors from {first or 'the end'} on"] = (
-            found,
-            "the order of the graphs' arguments",
-        )
+        found = f"{first}: another order, or a name twice"
+        said["tensors"] = (found, "the order of the graphs' arguments")
     for target in manifest.targets:
         said |= _of_target(bundle, plan, target)
     lines = [
