@@ -8,6 +8,7 @@ whose profile is most like the errors that were measured is where to look first.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,10 @@ FLOOR, CEILING = 1e-6, 10.0
 """Errors are compared between these: below is rounding, above any is as wrong."""
 ALIKE = 1.0
 """Largest spread of measured errors over a profile's, in powers of e, that says something."""
+MOST_SECONDS = 300.0
+"""Longest time that is spent on profiles. A model of real size would take hours; nothing is said of
+where its fault is but the gradients themselves.
+"""
 LORA, BASE = ".lora_", ".base_layer"
 Tensors = Mapping[str, np.ndarray]
 Profiles = Mapping[str, list[Mapping[str, float]]]
@@ -97,18 +102,21 @@ def called_modules(subgraph: TrainableSubgraph, compute: Callable[[], object]) -
 def profiles(
     subgraph: TrainableSubgraph, compute: Callable[[], Tensors], tolerances: Mapping[str, float]
 ) -> Profiles:
-    """Errors of every gradient by name, for faults in each frozen module by name.
+    """Errors of every gradient by name, for faults in each frozen module by name; none if that
+    would take longer than `MOST_SECONDS`.
 
     Args:
         subgraph: with LoRA in place; the same again afterwards.
         compute: its gradients, by the names of `edge_dit_runtime.measure.measure`.
         tolerances: as `differences` takes them.
     """
+    started = time.monotonic()
     right = compute()
+    frozen = [(n, p) for n, p in subgraph.named_parameters() if LORA not in n]
     found: dict[str, list[Mapping[str, float]]] = {}
-    for name, parameter in subgraph.named_parameters():
-        if LORA in name:
-            continue
+    if len(frozen) * len(AMOUNTS) * (time.monotonic() - started) > MOST_SECONDS:
+        return found
+    for name, parameter in frozen:
         module = name.replace(BASE, "").rpartition(".")[0]
         for _ in _made_wrong(parameter):
             rows = differences(right, compute(), tolerances)
@@ -137,8 +145,8 @@ def likely_module(rows: Sequence[Difference], known: Profiles) -> str:
     errors = {row.name: row.relative for row in rows if row.kind == "gradients"}
     worst = max(errors, key=lambda name: errors[name]).split(LORA)[0]
     others = [error for name, error in errors.items() if not name.startswith(worst + LORA)]
-    if max(others, default=0) <= ALONE * max(errors.values()):
-        return ""  # no fault of the forward pass looks so
+    if not known or max(others, default=0) <= ALONE * max(errors.values()):
+        return ""  # the latter is how no fault of the forward pass looks
     names = list(errors)
     have = _logarithms(errors, names)
     spread, module = min(

@@ -94,7 +94,7 @@ def run_precompute(world: World, out: Path) -> None:
     import edge_dit.reference.precompute as module
     from edge_dit.pictures.dataset import read_folder
     from edge_dit.planning.job import read_job
-    from edge_dit.planning.plan import read_plan
+    from edge_dit.planning.make import plan_of
 
     plan_index = module.plan_index
 
@@ -102,7 +102,8 @@ def run_precompute(world: World, out: Path) -> None:
         return replace(plan_index(*arguments), shard=SHARD)
 
     module.plan_index = small_shards
-    job, plan = read_job(world.path("job.toml")), read_plan(world.path("plan.json"))
+    job = read_job(world.path("job.toml"))
+    plan = plan_of(job, world.path("plan.json"))
     images = read_folder(job.data.images, job.data.prompt, plan.s_max)
     module.precompute(plan, images, out)
 
@@ -132,10 +133,12 @@ def run_adapter(world: World, out: Path) -> None:
 
 
 def run_export(world: World, out: Path) -> None:
-    from edge_dit.planning.plan import read_plan
+    from edge_dit.planning.job import read_job
+    from edge_dit.planning.make import plan_of
     from edge_dit_export.export import export
 
-    export(read_plan(world.path("plan.json")), out, ["onnx"])
+    job = read_job(world.path("job.toml"))
+    export(plan_of(job, world.path("plan.json")), out, ["onnx"])
 
 
 RUN: dict[str, Callable[[World, Path], None]] = {

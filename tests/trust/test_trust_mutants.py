@@ -163,3 +163,16 @@ def test_nearest_modules_are_the_stages_around():
     assert set(modules.beside("mid")) == {"q", "k", "out", "ff"}
     assert set(modules.beside("norm")) == {"q", "k"}
     assert modules.beside("head") == []
+
+
+def test_a_model_too_large_for_profiles_is_not_located(plan, monkeypatch):
+    from edge_dit.planning.plan import model_of
+    from edge_dit.reference import locate
+    from edge_dit.reference.eager import adapted_subgraph
+
+    subgraph, _ = adapted_subgraph(plan, model_of(plan))
+    monkeypatch.setattr(locate, "MOST_SECONDS", 0.0)
+    assert locate.profiles(subgraph, lambda: {}, {}) == {}
+    row = Difference("gradients.a.lora_A.weight", "gradients", 1, 1, 0, 1, 1e-4)
+    other = Difference("gradients.b.lora_A.weight", "gradients", 1, 1, 0, 1, 1e-4)
+    assert locate.likely_module([row, other], {}) == ""
