@@ -84,7 +84,7 @@ def quickstart(
         CheckFailed: a target does not compute what PyTorch computes.
     """
     started = time.monotonic()
-    road = begin(job_path, out, None, say)
+    road = begin(job_path, out, None, say, [target] if target else [])
     targets = [target] if target else road.plan.targets if compare else road.plan.targets[:1]
     for name in targets:
         exported_as(road.plan, name)

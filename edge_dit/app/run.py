@@ -12,7 +12,7 @@ A stage that is done already is skipped, so the same command continues a run tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,17 @@ def run(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
     return road
 
 
-def begin(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
+def begin(
+    job_path: Path, out: Path, target: str | None, say: Say, trained: Sequence[str] = ()
+) -> Road:
     """Plan the job, or read the plan that is in ``out`` already.
+
+    Args:
+        job_path: the job file.
+        out: folder for everything.
+        target: the only one to plan for; None for the job's.
+        say: prints to the user.
+        trained: further targets, which the plan must export.
 
     Raises:
         BadInput: faults of the job; or ``out`` belongs to another job, or to this one before it was
@@ -127,8 +136,9 @@ def begin(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
     else:
         planned = plan_job(job, targets=[target] if target else [])
         plan = planned.plan
+        for name in [*trained, *([target] if target else [])]:
+            exported_as(plan, name)  # before anything is written
         if target:
-            exported_as(plan, target)
             plan = plan.model_copy(update={"targets": [variant_of(target).target]})
         for line in planned.in_words():
             say(line)

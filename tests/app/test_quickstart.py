@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from edge_dit.app.quickstart import loss_table, quickstart
+from edge_dit.errors import BadInput
 
 
 @pytest.mark.slow
@@ -25,6 +26,12 @@ def test_quickstart_leaves_everything_and_can_be_repeated(road, tmp_path):
     assert losses["onnx"] != losses["before"]
     # There is no folder of held-out images beside this job's.
     assert "loss on the training pictures" in (out / "losses.md").read_text()
+
+
+def test_a_target_that_the_job_does_not_export_leaves_nothing(road, tmp_path):
+    with pytest.raises(BadInput, match="does not export"):
+        quickstart(road.job, tmp_path / "out", "onnx:recompute", print)
+    assert not (tmp_path / "out").exists()
 
 
 def test_loss_table_gives_the_share_of_full_lora():
