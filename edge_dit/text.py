@@ -1,4 +1,4 @@
-"""Text for people: sizes and tables; reads times."""
+"""Text of files and for people: decodes, reads times, writes sizes and tables."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import re
 from collections.abc import Sequence
 
 BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # it begins as UTF-16's does
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+"""Byte order mark -> encoding, of those that are not read."""
 SECONDS = {"s": 1.0, "ms": 0.001}
 
 
@@ -16,14 +23,20 @@ def utf8(data: bytes) -> str:
     Raises:
         ValueError: not UTF-8; it says what the file looks like.
     """
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:400]:
-        raise ValueError("not text in UTF-8, but in UTF-16, or no text at all")
+    if mark := next((name for mark, name in MARKS.items() if data.startswith(mark)), None):
+        raise ValueError(f"{mark}, by its byte order mark")
+    if data.count(0) > len(data) // 4:
+        raise ValueError("UTF-16 without a byte order mark, by its NUL bytes")
+    if b"\0" in data:
+        raise ValueError(f"a NUL byte at {data.index(0)}: not text")
+    if data.lstrip().startswith(b"{\\rtf"):
+        raise ValueError("rich text (RTF)")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        byte, line = data[error.start], data.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"not text in UTF-8: byte 0x{data[error.start]:02x} in line {line}"
+            f"byte 0x{byte:02x} at {error.start}: not UTF-8, perhaps cp1252 (line {line})"
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 

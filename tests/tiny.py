@@ -40,6 +40,32 @@ targets = ["onnx", "ort-training", "executorch"]
 """
 
 
+def job(prompt: str = "a sks toy", export: str = "", **train: object) -> str:
+    """A job of a pipeline in "model" and pictures in "images": all but the first and the last block
+    train.
+
+    Args:
+        prompt: of pictures without a caption.
+        export: lines of [export].
+        train: values of [train] by key.
+    """
+    keys = "\n".join(f"{key} = {value}" for key, value in train.items())
+    return f"""
+[model]
+path = "model"
+[data]
+images = "images"
+prompt = "{prompt}"
+[plan]
+head_skip = 1
+tail_skip = 1
+[train]
+{keys}
+[export]
+{export}
+"""
+
+
 GRID = (4, 4)
 """Token grid of a test patch."""
 TEXT = 10

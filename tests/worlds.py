@@ -5,6 +5,7 @@ python tests/worlds.py FOLDER PIPELINE [TARGET ...]
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,33 +15,12 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import pipelines
+import tiny
 from edge_dit.pictures.dataset import read_folder
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan
 
-JOB = """
-[model]
-path = "model"
-[data]
-images = "images"
-prompt = "{prompt}"
-[plan]
-head_skip = 1
-tail_skip = 1
-[train]
-resolution = 48
-patch = 32
-rank = {rank}
-alpha = 3
-lr = 1e-3
-steps = 20
-draws = {draws}
-seed = {seed}
-[export]
-recompute = true
-targets = [{targets}]
-"""
 DRAWS = 24
 """Enough that a trajectory of 20 steps sees different ones."""
 
@@ -90,8 +70,10 @@ def make_world(
             if reweighed:
                 _shuffle_weights(folder / "model" / "transformer", seed)
         _write_images(folder / "images", seed)
-        quoted = ", ".join(f'"{target}"' for target in targets)
-        text = JOB.format(prompt=pipelines.SHORT, rank=rank, draws=DRAWS, seed=seed, targets=quoted)
+        sizes = {"resolution": 48, "patch": 32, "rank": rank, "alpha": 3, "lr": 1e-3}
+        counts = {"steps": 20, "draws": DRAWS, "seed": seed}
+        export_keys = f"recompute = true\ntargets = {json.dumps(list(targets))}"
+        text = tiny.job(pipelines.SHORT, export_keys, **sizes, **counts)
         (folder / "job.toml").write_text(text)
         job = read_job(folder / "job.toml")
         plan = make_plan(job)

@@ -89,7 +89,8 @@ def read_pictures(job: Job, plan: Plan) -> list[Captioned]:
     A picture is decoded when its ``pixels`` are asked for; a few stay in memory.
 
     Raises:
-        BadInput: every picture that is none or truncated, and every missing caption, together.
+        BadInput: every picture that is none or truncated, and every missing caption, together; or
+            the job changed since its plan.
 
     Example:
         >>> pictures = ed.read_pictures(job, plan)
@@ -97,7 +98,9 @@ def read_pictures(job: Job, plan: Plan) -> list[Captioned]:
         (3, (3, 64, 64))
     """
     from edge_dit.pictures.dataset import LISTED, read_folder
+    from edge_dit.planning.make import check_unchanged
 
+    check_unchanged(job, plan, "plan")
     data = job.data
     pictures = read_folder(data.images, data.prompt, plan.s_max, data.recursive)
     small = [picture.name for picture in pictures if picture.upscaled]

@@ -5,9 +5,10 @@ process of its own (`edge_dit_runtime.measure`), because a bad program may abort
 are compared: the loss and every gradient of one draw with a LoRA B that is not zero, and of draws
 with every input changed; the losses and the adapter of a training trajectory from the initial
 adapter; single updates from made-up states (`edge_dit_runtime.probes`); patches of random images.
-At some draws rounding decides PyTorch's own
-gradients, and a comparison would say nothing. If possible a few rows of LoRA B are moved before the
-step (`edge_dit.reference.kinks`). Otherwise the draw is left out, and counted.
+
+At some draws rounding decides PyTorch's own gradients, and a comparison would say nothing. If
+possible a few rows of LoRA B are moved before the step (`edge_dit.reference.kinks`). Otherwise the
+draw is left out, and counted.
 
 What manifest and adapter say is compared with the plan (`edge_dit.app.claims`), and some draws of
 the bank with the same draws recomputed (`edge_dit.reference.evidence`). docs/verify.md says what
@@ -65,14 +66,11 @@ if TYPE_CHECKING:
     from edge_dit.reference.eager import EagerSession
     from edge_dit.reference.locate import Modules, Profiles
 
-
 NUDGE = 2e-6
 """Relative size of the nudge of `is_well_posed`: just above what float32 rounding does."""
 MOST_LEFT_OUT = 0.5
 """Largest share of the draws that may be left out. With more, a certificate would speak for the
 minority of draws that are easy to compare."""
-
-
 ANY_CAPTION = "-"
 """For pictures without one: prompts are read from the bank, captions are not."""
 
@@ -227,7 +225,7 @@ def measure_reference(
     def gradients() -> Mapping[str, np.ndarray]:
         return measure_gradients(session, bank, adapter, dict, replayed(search.points))
 
-    tensors |= patches(sampler, plan.s_max)
+    tensors |= patches(sampler, plan.shared())
     return Reference(search.points, search.draws(), tensors, gradients, session)
 
 

@@ -9,7 +9,7 @@ from edge_dit.contract.bundle import Bundle
 from edge_dit.contract.certificate import BankResult, Certificate
 from edge_dit.contract.targets import TARGETS
 from edge_dit.planning.plan import Plan
-from edge_dit_runtime.probes import PLACES, PROBES, SIZES, VARIATIONS
+from edge_dit_runtime.probes import ANYWHERE, PLACES, PROBES, SIZES, VARIATIONS
 
 KINDS = ("loss", "gradients", "inputs", "trajectory", "adapter", "optimizer", "patch")
 """What is compared, in the order of the table."""
@@ -95,8 +95,8 @@ def varied_inputs(bundle: Bundle, plan: Plan, steps: int) -> list[str]:
         f"optimizer, lr: falling from {plan.optimizer.lr:g} over {steps} steps; {rates}",
         f"optimizer, updates done: 0 to {steps - 1}; {updates}",
         "optimizer: parameters, gradients and both moments of every LoRA tensor",
-        f"patch sampler: images of {sizes} pixels; {len(PLACES)} noise levels and places in each, "
-        "all borders",
+        f"patch sampler: images of {sizes} pixels; {len(PLACES) + ANYWHERE} noise levels and "
+        "places in each, all borders, and those at which a side or position is about to be rounded",
     ]
 
 

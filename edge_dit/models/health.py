@@ -32,7 +32,7 @@ from edge_dit.models.components import (
     variants_in,
 )
 from edge_dit.models.families import detect, family_of
-from edge_dit.models.families.family import scheduler_config
+from edge_dit.models.families.family import NEEDED, Family, scheduler_config
 from edge_dit.models.model import Model, open_model
 from edge_dit.models.pipeline import class_of, load_part, quiet
 from edge_dit.models.weights import (
@@ -62,28 +62,6 @@ QUANTISED_FILES = {
     "quant_strategy.json": "a mixed precision",
 }
 """Files that quantisers leave beside the weights."""
-NEEDED = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
-"""Components without which no pipeline works."""
-NEEDED_BY = {name: ("text_encoder_2", "tokenizer_2") for name in ("flux", "sd3")}
-"""Family -> further components that it needs; Stable Diffusion 3 works without its T5."""
-WIDTHS = {
-    "sana": (("caption_channels", ("text_encoder",)),),
-    "pixart": (("caption_channels", ("text_encoder",)),),
-    "qwen_image": (("joint_attention_dim", ("text_encoder",)),),
-    "flux": (
-        ("pooled_projection_dim", ("text_encoder",)),
-        ("joint_attention_dim", ("text_encoder_2",)),
-    ),
-    "sd3": (
-        ("pooled_projection_dim", ("text_encoder", "text_encoder_2")),
-        ("joint_attention_dim", ("text_encoder_3",)),
-    ),
-}
-"""Family -> a width in the transformer's configuration, and the encoders whose output has it."""
-PACKED = ("flux", "qwen_image")
-"""Families whose pipelines pack 2 x 2 latents into a token."""
-ALIASES = {"Transformer2DModel": "PixArtTransformer2DModel"}
-"""Class named by published checkpoints -> the class that diffusers loads for it."""
 BIG = 2**30
 """Bytes of weights from which a progress bar is worth it."""
 PROBE = "a photo of a dog"
@@ -104,7 +82,7 @@ def model_faults(folder: Path, variant: str | None = None) -> list[BadInput]:
         parts = stored.components
     except BadInput as fault:
         return [fault]  # nothing can be said of what it names
-    faults = _index_faults(stored, family)
+    faults = _index_faults(stored, family_of(family))
     if "transformer" not in {part.name for part in parts}:
         with _collecting(faults):
             open_model(folder, variant)
@@ -129,12 +107,12 @@ def _collecting(faults: list[BadInput]) -> Iterator[None]:
         faults.append(fault)
 
 
-def _index_faults(stored: Pipeline, family: str) -> list[BadInput]:
+def _index_faults(stored: Pipeline, family: Family) -> list[BadInput]:
     """What is wrong with model_index.json as a whole, and with the variant that is asked for."""
     faults = []
     path = stored.folder / INDEX_FILE
     names = {part.name for part in stored.components}
-    if absent := sorted({*NEEDED, *NEEDED_BY.get(family, ())} - names):
+    if absent := sorted({*NEEDED, *family.needs} - names):
         faults.append(
             BadInput(
                 path,
@@ -182,7 +160,9 @@ def _check_weights(part: Component, stored: Pipeline) -> None:
     config = read_json(path, f"the configuration of {part.kind}")
     check_quantisation(path, config)
     named = str(config.get("_class_name", part.kind))
-    if ALIASES.get(named, named) != ALIASES.get(part.kind, part.kind):
+    family = family_of(detect(stored.folder))
+    same = {family.transformer, *family.aliases}  # diffusers builds one class for all of them
+    if named != part.kind and not {named, part.kind} <= same:
         raise BadInput(
             path,
             found=f"class {named!r:.80}",
@@ -325,7 +305,7 @@ def _check_whole(model: Model) -> None:
     channels = read_json(vae, "an autoencoder")
     latents = channels.get("latent_channels", channels.get("z_dim"))
     taken = model.config.get("in_channels")
-    packed = 4 if model.family.name in PACKED else 1
+    packed = model.family.packed
     if type(latents) is int and taken != latents * packed:
         raise BadInput(
             path,
@@ -333,7 +313,7 @@ def _check_whole(model: Model) -> None:
             expected=f"{latents * packed}, by the autoencoder's configuration",
             remedy="get transformer and autoencoder of one and the same model",
         )
-    for key, parts in WIDTHS[model.family.name]:
+    for key, parts in model.family.text_widths.items():
         _check_width(model, key, parts)
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from edge_dit.errors import BadInput, is_installed, require
+from edge_dit.models.components import INDEX_FILE, read_json
 from edge_dit.models.families import detect
 from edge_dit.models.pipeline import quiet
 
 PLACE = "model.path"
-INDEX = "model_index.json"
 VARIANT = re.compile(r"\.([^./]+?)(?:-\d{5}-of-\d{5})?\.safetensors$")
 """The variant in a weight file's name: `model.fp16.safetensors`, `model.fp16-00001-of-00002...`."""
 PLAIN = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -78,7 +78,7 @@ def download(
     from huggingface_hub import hf_hub_download, snapshot_download
 
     with _explained(repo, revision, variant), quiet():
-        folder = Path(hf_hub_download(repo, INDEX, revision=revision)).parent
+        folder = Path(hf_hub_download(repo, INDEX_FILE, revision=revision)).parent
         detect(folder)  # before gigabytes of a pipeline that no family supports
         parts = parts_of(folder)
         commit = folder.name
@@ -96,14 +96,8 @@ def parts_of(folder: Path) -> list[str]:
     Raises:
         BadInput: no readable model_index.json.
     """
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        return [name for name, kind in index.items() if isinstance(kind, list) and any(kind)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(
-            path, found=f"unreadable ({error})", expected="a pipeline", remedy="download it again"
-        ) from None
+    index = read_json(folder / INDEX_FILE, "a diffusers pipeline")
+    return [name for name, kind in index.items() if isinstance(kind, list) and any(kind)]
 
 
 def gaps_of(folder: Path) -> list[str]:
@@ -261,7 +255,7 @@ def _no_pipeline(where: str, repo: str, revision: str | None) -> BadInput:
         remedy += f"; or fetch one file (hf download {repo} {single[0]}) and give its path"
     return BadInput(
         where,
-        found=f"no {INDEX} in it" + (f", but {', '.join(files[:5])}" if files else ""),
+        found=f"no {INDEX_FILE} in it" + (f", but {', '.join(files[:5])}" if files else ""),
         expected="a whole pipeline in diffusers format",
         remedy=remedy,
     )

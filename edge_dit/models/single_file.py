@@ -9,7 +9,6 @@ diffusers names for this kind of checkpoint. The folder that is made stays in ed
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -19,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from edge_dit.errors import BadInput, require
+from edge_dit.models.components import INDEX_FILE, read_json
 from edge_dit.models.families import detect
-from edge_dit.models.hub import INDEX, PLAIN, download, gaps_of, parts_of
+from edge_dit.models.hub import PLAIN, download, gaps_of, parts_of
 from edge_dit.models.pipeline import quiet
 from edge_dit.progress import bar
 from edge_dit.store.files import cache_folder, sha256, whole_folder
@@ -126,15 +126,18 @@ def convert(path: Path, config: Path | str | None = None) -> Path:
             remedy=CONFIG,
         )
     target = cache_folder() / "converted" / f"{path.stem}-{_key(path, rest, held)[:16]}"
-    if not (target / INDEX).is_file():
-        with whole_folder(target, INDEX) as building, bar(f"convert {path.name}", len(parts)) as on:
+    if not (target / INDEX_FILE).is_file():
+        with (
+            whole_folder(target, INDEX_FILE) as building,
+            bar(f"convert {path.name}", len(parts)) as on,
+        ):
             for part in parts:
                 if part in held:
                     _convert(file, rest, part).save_pretrained(building / part)
                 else:
                     _take(rest / part, building / part)
                 on(note=part)
-            shutil.copyfile(rest / INDEX, building / INDEX)
+            shutil.copyfile(rest / INDEX_FILE, building / INDEX_FILE)
     return target
 
 
@@ -210,7 +213,7 @@ def _key(path: Path, rest: Path, held: list[str]) -> str:
 def _used(rest: Path, held: list[str]) -> list[Path]:
     """Files of ``rest`` that go into the folder: of held parts the configuration only."""
     parts = [rest / part for part in parts_of(rest)]
-    files = [rest / INDEX]
+    files = [rest / INDEX_FILE]
     for part in parts:
         files += [part / "config.json"] if part.name in held else _plain(part)
     return [file for file in files if file.is_file()]
@@ -238,7 +241,7 @@ def _convert(file: _File, rest: Path, part: str) -> Any:
     Raises:
         BadInput: diffusers does not convert it, or its configuration does not fit.
     """
-    index = json.loads((rest / INDEX).read_text(encoding="utf-8"))
+    index = read_json(rest / INDEX_FILE, "a diffusers pipeline")
     library, name = index[part]
     options: dict[str, Any] = {"config": str(rest), "local_files_only": True}
     with quiet():

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_dit.errors import BadInput
-from edge_dit.models.hub import AGAIN, INDEX, PLACE, download, gaps_of, is_hub_id
+from edge_dit.models.components import INDEX_FILE
+from edge_dit.models.hub import AGAIN, PLACE, download, gaps_of, is_hub_id
+from edge_dit.store.files import path_from
 
 EXPECTED = "a folder, a .safetensors file, or a hub id (org/name)"
 BESIDE = "paths are relative to the job file"
@@ -48,10 +49,7 @@ def settle(text: str, base: Path, place: str = PLACE) -> Path | str:
     Raises:
         BadInput: neither exists nor can be a hub id; or a file in another format.
     """
-    path = Path(text)
-    with suppress(RuntimeError):  # a user of that name is not known: it may be a folder's name
-        path = path.expanduser()
-    path = base / path
+    path = path_from(base, text)
     try:
         if text.strip() and path.is_dir():
             return path.resolve()
@@ -142,9 +140,9 @@ def _folder(path: Path, revision: str | None) -> Located:
         folder = _snapshot(repo, revision)
         return Located(folder, _id_of(repo), folder.name)
     _no_key(path, "a folder without revisions", revision=revision)
-    if (path / INDEX).is_file():
+    if (path / INDEX_FILE).is_file():
         return Located(path, path.name)
-    if (path.parent / INDEX).is_file():
+    if (path.parent / INDEX_FILE).is_file():
         remedy = f"give the whole pipeline, {path.parent}"
     elif inside := sorted(one.name for one in path.glob(f"{CACHED}*--*")):
         remedy = f"it is a hub cache: give one of {', '.join(inside)} in it, or its hub id"
@@ -153,7 +151,7 @@ def _folder(path: Path, revision: str | None) -> Located:
     else:
         remedy = ""
     if remedy:
-        raise BadInput(path, found=f"no {INDEX} in it", expected=EXPECTED, remedy=remedy)
+        raise BadInput(path, found=f"no {INDEX_FILE} in it", expected=EXPECTED, remedy=remedy)
     return Located(path, path.name)  # `detect` says what is missing
 
 

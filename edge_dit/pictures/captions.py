@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import posixpath
@@ -17,18 +16,13 @@ from edge_dit.errors import BadInput
 from edge_dit.pictures.folder import LeftOut, Listing, shown
 from edge_dit.store.documents import parse_json, read_whole
 from edge_dit.store.files import open_regular
+from edge_dit.text import utf8
 
 COLUMNS = ("text", "caption", "prompt")
 """Names of a table's column of captions: imagefolder's, and those that trainers' options name."""
 FILE_NAME = "file_name"
 LONGEST = 64 * 2**10
 """Largest file of one caption, bytes; text encoders read a few hundred words."""
-MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 UNSEEN = (
     "\u00ad\u061c\u115f\u1160\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e"
     "\u2060\u2061\u2062\u2063\u2064\u2066\u2067\u2068\u2069\u2800\u3164\ufeff\uffa0"
@@ -80,26 +74,17 @@ def clean(text: str) -> str:
 
 
 def decoded(path: Path, data: bytes) -> str:
-    """The text of a file, without byte order mark.
+    """The text of a file.
 
     Raises:
         BadInput: it is not UTF-8; the message says what it looks like.
     """
-    found = ""
-    if mark := next((name for mark, name in MARKS.items() if data.startswith(mark)), None):
-        found = f"{mark}, by its byte order mark"
-    elif data.count(0) > len(data) // 4:
-        found = "UTF-16 without a byte order mark, by its NUL bytes"
-    elif b"\0" in data:
-        found = f"a NUL byte at {data.index(0)}: not text"
-    elif data.lstrip().startswith(b"{\\rtf"):
-        found = "rich text (RTF)"
-    else:
-        try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            found = f"byte 0x{data[error.start]:02x} at {error.start}: not UTF-8, perhaps cp1252"
-    raise BadInput(path, found=found, expected="plain text in UTF-8", remedy="save it as UTF-8")
+    try:
+        return utf8(data)
+    except ValueError as error:
+        raise BadInput(
+            path, found=str(error), expected="plain text in UTF-8", remedy="save it as UTF-8"
+        ) from None
 
 
 def checked(place: object, text: object) -> str:

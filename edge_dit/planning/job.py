@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import reprlib
 import tomllib
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +22,7 @@ from edge_dit.contract.bundle import TARGETS
 from edge_dit.errors import BadInput, raise_any
 from edge_dit.models.source import BESIDE, settle
 from edge_dit.store.documents import read_whole
+from edge_dit.store.files import path_from
 from edge_dit.text import seconds_of, utf8
 
 SIZE = re.compile(r"\s*\d{1,12}(\.\d{1,12})?\s*[kmgt]i?b\s*", re.IGNORECASE | re.ASCII)
@@ -388,7 +388,9 @@ def _resolve(job: Job, base: Path) -> Job:
                     if (value := getattr(job.model, key)) is not None
                 }
             ),
-            "data": job.data.model_copy(update={"images": _from(base, job.data.images)}),
+            "data": job.data.model_copy(
+                update={"images": path_from(base, job.data.images).resolve()}
+            ),
         }
     )
 
@@ -424,13 +426,6 @@ def _paths(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
 def _is_folder(base: Path, path: str) -> bool:
     """Whether a folder is there; a name that no folder can have is none."""
     try:
-        return bool(path.strip()) and _from(base, Path(path)).is_dir()
+        return bool(path.strip()) and path_from(base, path).is_dir()
     except (OSError, ValueError):
         return False
-
-
-def _from(base: Path, path: Path) -> Path:
-    """A path of the job from the job's folder; ``~`` is the user's folder."""
-    with suppress(RuntimeError):  # a user of that name is not known: it may be a folder's name
-        path = path.expanduser()
-    return (base / path).resolve()

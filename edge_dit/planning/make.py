@@ -111,15 +111,26 @@ def plan_of(job: Job, path: Path) -> Plan:
         BadInput: not a plan; or the job was changed since, with every key that was.
     """
     plan = read_plan(path)
+    check_unchanged(job, plan, path)
+    return plan.model_copy(update={"model": _located(job, plan.model_revision).folder})
+
+
+def check_unchanged(job: Job, plan: Plan, where: object) -> None:
+    """Raise `BadInput` with every key of a job that changed since its plan.
+
+    Args:
+        job: as it is now.
+        plan: of the job.
+        where: the plan was read, for the message.
+    """
     if changed := changes(plan.asked, job.asked()):
         raise BadInput(
-            path,
+            where,
             found="the plan of another job, or of this one before it was changed: "
             + "; ".join(f"{key}: the plan says {old}, the job {new}" for key, old, new in changed),
             expected="the job as it was planned",
             remedy="plan again: edge-dit plan JOB -o plan.json; or undo the change",
         )
-    return plan.model_copy(update={"model": _located(job, plan.model_revision).folder})
 
 
 def _located(job: Job, revision: str | None = None) -> Located:

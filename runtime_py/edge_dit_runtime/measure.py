@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -159,16 +160,17 @@ def _set_rows(session: Session, rows: Rows) -> None:
     session.load_adapter(adapter)
 
 
-def patches(sampler: Callable[..., np.ndarray], s_max: int) -> Tensors:
+def patches(sampler: Callable[..., np.ndarray], plan: Mapping[str, Any]) -> Tensors:
     """Patches of random images of several sizes, by "patch.<number>".
 
     Args:
         sampler: as `edge_dit_runtime.session.open_sampler` opens it.
-        s_max: of the plan, pixels.
+        plan: of the bundle's manifest.
     """
+    sizes = (plan[name] for name in ("s_min", "s_max", "multiple"))
     return {
         f"patch.{number}": np.asarray(sampler(*inputs))
-        for number, inputs in enumerate(sampler_inputs(s_max))
+        for number, inputs in enumerate(sampler_inputs(*sizes))
     }
 
 
@@ -215,7 +217,7 @@ def run(task: Task) -> None:
     session = open_session(bundle, task.target, task.layout)
     measured = measure(session, bank, bundle.adapter(), task.steps, next_point)
     del session
-    measured |= patches(open_sampler(bundle, task.target), bundle.manifest.plan["s_max"])
+    measured |= patches(open_sampler(bundle, task.target), bundle.manifest.plan)
     write_tensors(Path(task.out), measured)
 
 

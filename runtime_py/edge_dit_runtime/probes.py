@@ -33,7 +33,13 @@ PLACES = (
     (0.0, 0.0, 0.0),
     (0.62, 0.0, 1.0),
 )
-"""(sigma, u, v) of the patches that are compared in an image of each size."""
+"""(sigma, u, v) of patches that are compared in an image of each size, all borders among them."""
+ANYWHERE = 16
+"""Further patches in each image, at random."""
+BELOW = 0.02
+"""How far below a step a value lies that is about to be rounded: crop sides are rounded to a
+multiple, positions to a pixel. Whatever is a little too large then goes a step further.
+"""
 
 
 @dataclass(frozen=True)
@@ -105,16 +111,23 @@ def varied(draw: Mapping[str, np.ndarray], seed: int) -> Tensors:
     return changed
 
 
-def sampler_inputs(s_max: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def sampler_inputs(
+    s_min: int, s_max: int, multiple: int
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Image [1, 3, H, W], sigma [1] and uv [2], float32, of every patch that is compared.
 
     Args:
-        s_max: of the plan, pixels.
+        s_min, s_max, multiple: of the plan, pixels; see `edge_dit.pictures.crop.CropRule`.
     """
     rng = np.random.default_rng(0)
+    sides = np.arange(s_min, s_max, multiple)[[0, -1]] if s_max > s_min else np.empty(0)
+    levels = (sides - s_min + (0.5 - BELOW) * multiple) / max(s_max - s_min, 1)
     inputs = []
     for rows, columns in SIZES:
         image = rng.uniform(-1, 1, (1, 3, s_max + rows, s_max + columns)).astype(np.float32)
-        for sigma, u, v in PLACES:
+        # At sigma = 1 the crop's side is s_max, so that these are the free rows and columns.
+        u, v = ((free - BELOW) / (free + 1) if free else 0.5 for free in (columns, rows))
+        edges = [(1.0, u, v), *((level, 0.5, 0.5) for level in levels)]
+        for sigma, u, v in (*PLACES, *edges, *rng.uniform(size=(ANYWHERE, 3))):
             inputs.append((image, np.array([sigma], np.float32), np.array([u, v], np.float32)))
     return inputs

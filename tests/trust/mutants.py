@@ -35,7 +35,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from planting import CLAIMS, Mutant, relist, sites
+from planting import CLAIMS, Mutant, Site, relist, sites
 from pydantic import ValidationError
 
 from edge_dit.app.claims import false_claims
@@ -69,12 +69,10 @@ FRESH_DRAWS, FRESH_UPDATES, FRESH_PATCHES = 8, 20, 20
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(Site):
     """What verify says of a mutant.
 
     Attributes:
-        key: of the mutant.
-        kind, family, target, layout, file, site, block, module: of the mutant.
         how: "compared", "refused", "claimed", "claimed with --plan" (only where verify is told the
             plan: how many steps and draws are meant no number shows) or "missed".
         line: the first line that verify gives.
@@ -82,15 +80,6 @@ class Verdict:
         named_block, named_module: None where the mutant has none.
     """
 
-    key: str
-    kind: str
-    family: str
-    target: str
-    layout: str
-    file: str
-    site: str
-    block: str | None
-    module: str | None
     how: str
     line: str
     worst: float | None
@@ -189,7 +178,6 @@ class Judge:
             module = any(self._names(line, f"{name}.{mutant.module}") for name in blocks)
         facts = {k: v for k, v in vars(mutant).items() if k != "plant"}
         return Verdict(
-            mutant.key,
             **facts,
             how=how,
             line=line,
@@ -248,7 +236,7 @@ class Judge:
             session = open_session(bundle, target, layout)
             points = replayed(reference.points)
             found = measure(session, self.bank, bundle.adapter(), STEPS, points)
-            found |= patches(open_sampler(bundle, target), self.plan.s_max)
+            found |= patches(open_sampler(bundle, target), self.plan.shared())
         except BadInput:
             raise
         except Exception as error:  # of the runtime: in verify the child ends with it

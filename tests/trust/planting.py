@@ -43,8 +43,8 @@ Place = tuple[str | None, str | None]
 
 
 @dataclass(frozen=True)
-class Mutant:
-    """One planted mistake.
+class Site:
+    """Where a bundle is wrong, and in which way.
 
     Attributes:
         kind: the way of being wrong.
@@ -54,7 +54,6 @@ class Mutant:
         site: where in the file.
         block: of the model, "transformer_blocks.1"; None where it is not one block's.
         module: of the block, "attn1.to_q"; None where it is not one module's.
-        plant: changes the file in a copy of the bundle.
     """
 
     kind: str
@@ -65,12 +64,22 @@ class Mutant:
     site: str
     block: str | None
     module: str | None
-    plant: Plant
 
     @property
     def key(self) -> str:
         """What tells it from all others."""
         return "|".join((self.family, self.target, self.layout, self.file, self.kind, self.site))
+
+
+@dataclass(frozen=True)
+class Mutant(Site):
+    """One planted mistake.
+
+    Attributes:
+        plant: changes the file in a copy of the bundle.
+    """
+
+    plant: Plant
 
 
 def relist(bundle: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 import pipelines
+import tiny
 from edge_dit.app.verify import verify
 from edge_dit.app.verify_words import explained, table, why_failed
 from edge_dit.cli import main
@@ -42,27 +43,17 @@ from edge_dit.store.documents import write_document
 from edge_dit.store.tensors import TensorFile
 
 DRAWS, SHARD = 12, 4
-JOB = """
-[model]
-path = "model"
-[data]
-images = "images"
-prompt = "a sks toy"
-[plan]
-head_skip = 1
-tail_skip = 1
-[train]
-resolution = 48
-patch = 32
-rank = 2
-alpha = 3
-lr = 0.05
-steps = 3
-draws = 12
-seed = 3
-[export]
-targets = ["onnx"]
-"""
+JOB = tiny.job(
+    export='targets = ["onnx"]',
+    resolution=48,
+    patch=32,
+    rank=2,
+    alpha=3,
+    lr=0.05,
+    steps=3,
+    draws=DRAWS,
+    seed=3,
+)
 INNER = {"head_skip": 0, "tail_skip": 0, "inner_skips": [(1, 2)]}
 
 

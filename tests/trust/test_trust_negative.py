@@ -29,8 +29,8 @@ from edge_dit.contract.targets import TARGETS
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.store.files import sha256
 from edge_dit.store.tensors import TensorFile, write_tensors
-from edge_dit_runtime.measure import Point, measure, replayed
-from edge_dit_runtime.session import open_session
+from edge_dit_runtime.measure import Point, measure, patches, replayed
+from edge_dit_runtime.session import open_sampler, open_session
 
 STEPS = 20
 """As `edge-dit verify`: in fewer a weight decay ten times too large stays within tolerance."""
@@ -573,6 +573,29 @@ def off_by_one_crop(graph: Graph) -> None:
     for node in list(graph.proto.node):
         if node.output[0] != moved and start.output[0] in node.input:
             node.input[list(node.input).index(start.output[0])] = moved
+
+
+@pytest.mark.parametrize(
+    ("wrong", "place"), [(0, "span of sides"), (1, "pixel")], ids=["sides", "positions"]
+)
+def test_a_sampler_that_is_a_little_off_is_seen(road, loaded, tmp_path, wrong, place):
+    """Rounding hides both but near a step: s_max - s_min, and the 1 of u (free + 1), 5 % larger."""
+    bundle = copied(road.bundle, "onnx", tmp_path)
+    model = loaded("onnx/patch_sampler.onnx")
+    graph = Graph(model.graph)
+    right = open_sampler(open_bundle(bundle), "onnx")
+    if wrong == 0:
+        growth = graph.node("Mul", "sigma")
+        growth.input[1] = graph.constant(1.05 * (road.plan.s_max - road.plan.s_min))
+    else:
+        free = graph.after(graph.after(graph.node("Slice", "uv"), "Mul"), "Floor").input[0]
+        added = graph.before(graph.before(free).input[1])
+        added.input[1] = graph.constant(1.05)
+    onnx.save(model, bundle / "onnx" / "patch_sampler.onnx")
+    plan = road.plan.shared()
+    want = patches(right, plan)
+    found = patches(open_sampler(open_bundle(bundle), "onnx"), plan)
+    assert not result_of(want, found, "onnx").passed, place
 
 
 @pytest.mark.parametrize("target", ["onnx", "ort-training"])

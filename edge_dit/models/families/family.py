@@ -64,6 +64,10 @@ class _StandIn(nn.Module):
         return (bound.arguments["encoder_hidden_states"], image) if self.joint else image
 
 
+NEEDED = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+"""Components without which no pipeline works."""
+
+
 class Family:
     """One kind of Diffusion Transformer. A subclass fills in what differs."""
 
@@ -96,6 +100,14 @@ class Family:
     """Conditioning that depends on the prompt alone: a bank stores it once per prompt."""
     aliases: ClassVar[tuple[str, ...]] = ()
     """Other classes that published configurations name; diffusers builds `transformer` for them."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Components of the pipeline, beside `NEEDED`, without which it does not work."""
+    text_widths: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Width in the transformer's configuration -> text encoders whose outputs, side by side, have
+    it.
+    """
+    packed: ClassVar[int] = 1
+    """Channels of the transformer for each of the latents: 4 where 2 x 2 latents are a token."""
     switches: ClassVar[Rules]
     """Every key of the transformer's configuration, and which values are implemented."""
     vae_switches: ClassVar[Rules]

@@ -77,6 +77,12 @@ class Flux(Family):
         "ff_context.net.2",
     )
     per_prompt = ("rope_cos", "rope_sin")
+    needs = ("text_encoder_2", "tokenizer_2")
+    text_widths: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "pooled_projection_dim": ("text_encoder",),
+        "joint_attention_dim": ("text_encoder_2",),
+    }
+    packed = 4
     switches: ClassVar[Rules] = {
         "patch_size": one_of(1, why="FluxPipeline packs latents 2 x 2 whatever it says"),
         "in_channels": whole(),

@@ -82,6 +82,7 @@ class PixArt(Family):
     # Published checkpoints; diffusers loads them as PixArtTransformer2DModel
     # (models/modeling_utils.py, LegacyModelMixin).
     aliases = ("Transformer2DModel",)
+    text_widths: ClassVar[Mapping[str, tuple[str, ...]]] = {"caption_channels": ("text_encoder",)}
     switches: ClassVar[Rules] = {
         "num_attention_heads": whole(),
         "attention_head_dim": whole(),

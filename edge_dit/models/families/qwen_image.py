@@ -71,6 +71,10 @@ class QwenImage(Family):
     lora_targets = tuple(f"attn.{proj}" for proj in ("to_q", "to_k", "to_v", "to_out.0"))
     text_output = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     per_prompt = ("encoder_hidden_states_mask", "rope_image", "rope_text")
+    text_widths: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "joint_attention_dim": ("text_encoder",)
+    }
+    packed = 4
     switches: ClassVar[Rules] = {
         "patch_size": one_of(2, why="QwenImagePipeline packs latents 2 x 2 whatever it says"),
         "in_channels": whole(),

@@ -72,6 +72,11 @@ class SD3(Family):
         "ff_context.net.2",
     )
     per_prompt = ()
+    needs = ("text_encoder_2", "tokenizer_2")  # it works without its T5
+    text_widths: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "pooled_projection_dim": ("text_encoder", "text_encoder_2"),
+        "joint_attention_dim": ("text_encoder_3",),
+    }
     switches: ClassVar[Rules] = {
         "sample_size": whole(LARGEST),
         "patch_size": whole(LARGEST),
