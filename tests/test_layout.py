@@ -18,15 +18,15 @@ PACKAGES = {
 }
 GROUND = {"errors", "text", "progress"}
 DEVICE = {"ground", "store", "contract"}
-"""Floors that the runtime stands on: no torch, no host module."""
-HOST = DEVICE | {"pictures", "models"}
+PICTURES = DEVICE | {"pictures"}
+HOST = PICTURES | {"models"}
 MAY_IMPORT = {
     "ground": set(),
     "store": {"ground"},
     "contract": {"ground", "store"},
-    "runtime": DEVICE,
     "pictures": DEVICE,
-    "models": DEVICE,
+    "runtime": PICTURES,
+    "models": PICTURES,
     "planning": HOST,
     "reference": HOST | {"planning"},
     "budget": HOST | {"planning"},

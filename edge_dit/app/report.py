@@ -156,7 +156,7 @@ def sample_patches(
     require("torch", "the patch sampler")
     import torch
 
-    from edge_dit.pictures.patch_sampler import PatchSampler
+    from edge_dit.models.patch_sampler import PatchSampler
 
     sampler = PatchSampler(plan.crop_rule)
     samples = []

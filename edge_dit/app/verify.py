@@ -211,7 +211,7 @@ def measure_reference(
     """
     import torch
 
-    from edge_dit.pictures.patch_sampler import PatchSampler
+    from edge_dit.models.patch_sampler import PatchSampler
     from edge_dit.reference.eager import EagerSession
 
     session = EagerSession(subgraph, plan.optimizer)

@@ -34,7 +34,8 @@ from edge_dit.store.documents import STRICT, read_document, validated, write_doc
 from edge_dit.store.files import sha256
 from edge_dit.store.tensors import TensorFile, write_tensors
 
-SCHEMA = 1
+SCHEMA = 2
+"""2: noise, crops and order by `edge_dit.contract.noise`; 1 had torch's and numpy's."""
 SHARD = 64
 """Default number of draws in a shard: a few megabytes, so that a stopped run loses only seconds."""
 HALVED = (ENTRY, ENTRY_TEXT, TAIL_RESIDUAL, TARGET, RESIDUAL, RESIDUAL_TEXT)

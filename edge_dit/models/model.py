@@ -19,9 +19,9 @@ from edge_dit.models.families import detect, family_of
 if TYPE_CHECKING:
     from torch import nn
 
+    from edge_dit.contract.objective import Objective
     from edge_dit.models.checkpoint import Checkpoint
     from edge_dit.models.families.family import Family
-    from edge_dit.models.objective import Objective
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The crop of the timestep-aware dynamic patch (docs/method.md, Eq. 1), in numpy.
 
-`edge_dit.pictures.patch_sampler` computes the same crop in torch, and is what is exported.
+`edge_dit.models.patch_sampler` computes the same crop in torch, and is what is exported.
 """
 
 from __future__ import annotations

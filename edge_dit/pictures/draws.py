@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from edge_dit.contract.bank import Draw
+from edge_dit.contract.noise import CROP, seed_of, uniform
 from edge_dit.pictures.crop import CropRule
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -26,22 +25,22 @@ def plan_draws(
     """All draws of a bank.
 
     Images take turns. The golden-ratio sequence spreads noise levels evenly over the training
-    density. Crop position and noise are pseudo-random.
+    density. Crop position and noise are pseudo-random, by `edge_dit.contract.noise`.
 
     Args:
         count: number of draws.
         seed: of the bank.
         level: share in [0, 1) of the training density -> noise level
-            (`edge_dit.models.objective.FlowMatching.level`).
+            (`edge_dit.contract.objective.FlowMatching.level`).
         prompt_of_image: number of each image's prompt.
         sizes: height and width of each image in pixels.
         rule: of the crops.
     """
-    offset = np.random.default_rng(seed).random()
+    offset = float(uniform(seed, CROP, 1)[0])
     draws = []
     for number in range(count):
-        draw_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
-        u, v = map(float, np.random.default_rng(draw_seed).random(2, dtype=np.float32))
+        draw_seed = seed_of(seed, number)
+        u, v = map(float, uniform(draw_seed, CROP, 2))
         # The draws of each single image must cover the noise levels too.
         turn, image = divmod(number, len(sizes))
         sigma = level((offset + turn * GOLDEN + image / len(sizes)) % 1.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor
 
 from edge_dit.contract.adapter import peft_folder
+from edge_dit.contract.noise import POSTERIOR
 from edge_dit.models.families.family import Grid, Prompt
 from edge_dit.models.model import Model
 from edge_dit.models.pipeline import quiet
 from edge_dit.pictures.dataset import Captioned
 from edge_dit.planning.plan import Plan
+from edge_dit.reference.precompute import normal_of
 
 LEVELS = 8
 """Noise levels at which the loss is measured, the middles of equal parts of (0, 1)."""
@@ -54,7 +57,7 @@ def encode_whole(plan: Plan, model: Model, pipeline: Any, images: list[Captioned
         top, left = (height - plan.s_max) // 2, (width - plan.s_max) // 2
         square = image.pixels[:, top : top + plan.s_max, left : left + plan.s_max]
         pixels = torch.from_numpy(square.copy()).unsqueeze(0)
-        clean = family.encode_image(pipeline.vae, pixels, torch.Generator().manual_seed(number))
+        clean = family.encode_image(pipeline.vae, pixels, partial(normal_of, number, POSTERIOR))
         tokens = family.text_tokens(model.folder, [image.caption])
         prompt = family.encode_prompts(pipeline, [image.caption], tokens)[0]
         encoded.append(Whole(clean, prompt, (side, side)))

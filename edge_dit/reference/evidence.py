@@ -37,13 +37,14 @@ from edge_dit.contract.names import (
     TARGET,
     WEIGHT,
 )
+from edge_dit.contract.noise import NOISE
 from edge_dit.errors import BadInput
 from edge_dit.models.checkpoint import Checkpoint
 from edge_dit.models.families.family import State
 from edge_dit.models.model import Model
+from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.subgraph import as_batch
 from edge_dit.pictures.dataset import Captioned
-from edge_dit.pictures.patch_sampler import PatchSampler
 from edge_dit.planning.plan import Plan
 from edge_dit.reference.eager import blank_batch
 from edge_dit.reference.index_claims import false_index
@@ -52,7 +53,7 @@ from edge_dit.reference.precompute import (
     Start,
     borders_of,
     encoders_of,
-    noise_of,
+    normal_of,
     source_of,
     states_at,
     tensors_of,
@@ -274,7 +275,7 @@ class _Work:
             return self.source.start(draw)
         model = self.source.model
         target = _nudged(torch.from_numpy(stored[TARGET]), nudge)
-        noise = noise_of(model.family, draw.seed, target.shape)
+        noise = normal_of(draw.seed, NOISE, tuple(target.shape))
         clean = model.objective.clean(target, noise)
         start = self.source.enter(draw, noise if clean is None else clean)
         kept = {name: torch.from_numpy(stored[COND + name]) for name in self.unknown}

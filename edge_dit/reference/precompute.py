@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from edge_dit.contract import bank
 from edge_dit.contract.names import COND
+from edge_dit.contract.noise import NOISE, POSTERIOR, normal
 from edge_dit.models.checkpoint import Checkpoint
 from edge_dit.models.families.family import Conditioning, Family, Grid, Prompt, State
 from edge_dit.models.model import Model
+from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.models.subgraph import as_batch, difference, inner_runs
 from edge_dit.pictures.dataset import Captioned, check_readable
 from edge_dit.pictures.draws import plan_draws
-from edge_dit.pictures.patch_sampler import PatchSampler
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.progress import bar
 from edge_dit.reference.eager import blank_batch
@@ -146,14 +147,14 @@ class Source:
         """Cut and encode the patch of a draw, then `enter`."""
         pixels = torch.from_numpy(self.images[draw.image].pixels).unsqueeze(0)
         patch = self.sampler(pixels, torch.tensor([draw.sigma]), torch.tensor([draw.u, draw.v]))
-        generator = torch.Generator().manual_seed(draw.seed)
-        return self.enter(draw, self.model.family.encode_image(self.vae, patch, generator))
+        posterior = partial(normal_of, draw.seed, POSTERIOR)
+        return self.enter(draw, self.model.family.encode_image(self.vae, patch, posterior))
 
     @torch.no_grad()
     def enter(self, draw: bank.Draw, clean: Tensor) -> Start:
         """Add a draw's noise to its clean latents, and run the model up to its first block."""
         family, objective = self.model.family, self.model.objective
-        noise = noise_of(family, draw.seed, clean.shape)
+        noise = normal_of(draw.seed, NOISE, tuple(clean.shape))
         inputs = family.inputs(
             self.skeleton,
             objective.noised(clean, noise, draw.sigma),
@@ -176,19 +177,9 @@ class Source:
         return stored
 
 
-def noise_of(family: Family, seed: int, shape: Sequence[int]) -> Tensor:
-    """The noise of a draw. One generator makes all its random numbers: first those that
-    `Family.encode_image` takes, then the noise.
-
-    Args:
-        family: of the model.
-        seed: of the draw.
-        shape: of its latents.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    if family.samples_posterior:
-        torch.randn(*shape, generator=generator)
-    return torch.randn(*shape, generator=generator)
+def normal_of(seed: int, stream: int, shape: tuple[int, ...]) -> Tensor:
+    """`edge_dit.contract.noise.normal` as a tensor."""
+    return torch.from_numpy(normal(seed, stream, shape))
 
 
 def encoders_of(model: Model, skeleton: nn.Module, vae: bool = True) -> Any:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from edge_dit.contract.noise import POSTERIOR
 from edge_dit.errors import BadInput
 from edge_dit.models.families import PIPELINE_FAMILY, family_of
 from edge_dit.models.pipeline import quiet
+from edge_dit.reference.precompute import normal_of
 
 KINDS = {
     "dinov2": "DINOv2",
@@ -96,8 +99,8 @@ def _latents(pipeline: Any) -> Embedder:
             batch = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
             # The same noise each time the posterior is sampled, so that equal pictures have equal
             # vectors.
-            generator = torch.Generator().manual_seed(0)
-            rows.append(family.encode_image(pipeline.vae, batch, generator).flatten())
+            posterior = partial(normal_of, 0, POSTERIOR)
+            rows.append(family.encode_image(pipeline.vae, batch, posterior).flatten())
         return torch.stack(rows)
 
     return Embedder("VAE latents", "", features)

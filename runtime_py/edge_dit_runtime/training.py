@@ -24,6 +24,7 @@ from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import Bundle, open_bundle
 from edge_dit.contract.certificate import why_uncertified
 from edge_dit.contract.integrity import check_bundle
+from edge_dit.contract.noise import permutation
 from edge_dit.errors import BadInput
 from edge_dit.progress import bar, warn
 from edge_dit.store.documents import validated
@@ -74,7 +75,7 @@ def draw_order(step: int, draws: int, seed: int) -> int:
         seed: the plan's seed.
     """
     epoch, position = divmod(step, draws)
-    return int(np.random.default_rng([seed, epoch]).permutation(draws)[position])
+    return int(permutation(draws, seed, epoch)[position])
 
 
 def train(

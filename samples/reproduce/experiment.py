@@ -25,8 +25,10 @@ from torch import Tensor
 
 from edge_dit.contract.adamw import learning_rate
 from edge_dit.contract.bank import Draw
+from edge_dit.contract.noise import NOISE, POSTERIOR
 from edge_dit.models.families.family import State
 from edge_dit.models.model import Model
+from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.models.subgraph import (
     TrainableSubgraph,
@@ -37,13 +39,13 @@ from edge_dit.models.subgraph import (
 )
 from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.pictures.draws import plan_draws
-from edge_dit.pictures.patch_sampler import PatchSampler
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import NAME, Selection, read_selection
 from edge_dit.planning.split import split_by_ratio
 from edge_dit.reference.evaluate import LEVELS, Whole, encode_whole
+from edge_dit.reference.precompute import normal_of
 from edge_dit_runtime.training import draw_order
 from training import Progress
 
@@ -160,9 +162,9 @@ def begin(run: Run, draw: Draw) -> Through:
     pixels = torch.from_numpy(subject.train[draw.image].pixels).unsqueeze(0)
     sampler = PatchSampler(replace(plan.crop_rule, s_min=side_of(arm, plan)))
     patch = sampler(pixels, torch.tensor([share]), torch.tensor([draw.u, draw.v]))
-    generator = torch.Generator().manual_seed(draw.seed)
-    clean = family.encode_image(pipeline.vae, patch, generator)
-    noise = torch.randn(clean.shape, generator=generator)
+    posterior = functools.partial(normal_of, draw.seed, POSTERIOR)
+    clean = family.encode_image(pipeline.vae, patch, posterior)
+    noise = normal_of(draw.seed, NOISE, tuple(clean.shape))
     inputs = family.inputs(
         pipeline.transformer,
         objective.noised(clean, noise, draw.sigma),

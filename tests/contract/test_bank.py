@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from edge_dit.contract import bank
 from edge_dit.contract.bank import Bank, Crop, Draw, Index
+from edge_dit.contract.objective import FlowMatching
 from edge_dit.errors import BadInput
-from edge_dit.models.objective import FlowMatching
 from edge_dit.pictures.crop import CropRule
 from edge_dit.pictures.draws import plan_draws
 from edge_dit.store.documents import write_document

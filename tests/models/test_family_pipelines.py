@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,21 @@ from edge_dit.cli import main
 from edge_dit.contract.adapter import read_adapter, write_adapter_folder
 from edge_dit.contract.adapter_formats import DIFFUSERS, PEFT, format_of
 from edge_dit.contract.bank import Bank
+from edge_dit.contract.noise import NOISE, POSTERIOR
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.checkpoint import INDEX, SINGLE
 from edge_dit.models.families import PIPELINE_FAMILY, family_of
 from edge_dit.models.families.family import Family, scheduler_config
 from edge_dit.models.model import open_model
+from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.pictures.dataset import Captioned, read_folder
-from edge_dit.pictures.patch_sampler import PatchSampler
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.reference.eager import adapted_subgraph
 from edge_dit.reference.evaluate import adapted, encode_whole, heldout_loss
-from edge_dit.reference.precompute import precompute
+from edge_dit.reference.precompute import normal_of, precompute
 from pipelines import LONG, PIPELINES, SHORT, SIZE
 
 ONE_EACH = ("sana-sprint", "flux-dev", "sd3.5-medium", "pixart-sigma", "qwen-image")
@@ -260,7 +261,8 @@ def test_encoding_an_image_is_undone_by_the_pipelines_own_decoding(stock, name):
     pipeline, vae = made.pipeline, made.pipeline.vae
     generator = torch.Generator().manual_seed(3)
     pixels = torch.rand(1, 3, *SIZE, generator=generator) * 2 - 1
-    latents = made.family.encode_image(vae, pixels, torch.Generator().manual_seed(4))
+    posterior = torch.Generator().manual_seed(4)
+    latents = made.family.encode_image(vae, pixels, lambda s: torch.randn(s, generator=posterior))
     film = pixels.unsqueeze(2) if made.family.name == "qwen_image" else pixels
     with torch.no_grad():
         raw = vae.encode(film)
@@ -522,9 +524,9 @@ def test_a_bank_holds_what_hooks_on_the_stock_transformer_see(road, name):
     for number, draw in enumerate(bank.index.draws):
         pixels = torch.from_numpy(made.images[draw.image].pixels)[None]
         patch = sampler(pixels, torch.tensor([draw.sigma]), torch.tensor([draw.u, draw.v]))
-        generator = torch.Generator().manual_seed(draw.seed)
-        clean = family.encode_image(pipeline.vae, patch, generator)
-        noise = torch.randn(clean.shape, generator=generator)
+        posterior = partial(normal_of, draw.seed, POSTERIOR)
+        clean = family.encode_image(pipeline.vae, patch, posterior)
+        noise = normal_of(draw.seed, NOISE, tuple(clean.shape))
         noised = objective.noised(clean, noise, draw.sigma)
         prompt = bank.index.prompts[draw.prompt]
         assert prompt == (LONG.strip(), SHORT)[draw.image]
@@ -803,7 +805,7 @@ def test_half_precision_on_disk_is_float32_in_use(stock, name, tmp_path):
     encoded = made.family.encode_prompts(pipeline, [SHORT], tokens)[0]
     assert {value.dtype for value in encoded.values()} == {torch.float32}
     pixels = torch.zeros(1, 3, *SIZE)
-    latents = made.family.encode_image(pipeline.vae, pixels, torch.Generator())
+    latents = made.family.encode_image(pipeline.vae, pixels, torch.zeros)
     assert latents.dtype == torch.float32
 
 

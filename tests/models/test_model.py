@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
+from edge_dit.contract.objective import FlowMatching
 from edge_dit.errors import BadInput
 from edge_dit.models.families.sana import FAMILY
 from edge_dit.models.model import open_model
-from edge_dit.models.objective import FlowMatching
 
 
 def test_a_folder_opened(workplace):

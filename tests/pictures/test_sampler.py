@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.pictures.crop import CropRule
-from edge_dit.pictures.patch_sampler import PatchSampler
 from edge_dit_runtime.probes import sampler_inputs
 
 unit = st.floats(0, 1, width=32)

@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from edge_dit.contract.objective import FlowMatching
 from edge_dit.models.components import refusing
 from edge_dit.models.families import switches
 from edge_dit.models.families.switches import Misfits, Rules
-from edge_dit.models.objective import FlowMatching, flow_sigmas
 
 KL_SWITCHES: Rules = {
     "in_channels": switches.one_of(3, why="pictures have red, green and blue"),
@@ -99,3 +102,40 @@ def scheduler_objective(
     expected = f"a configuration of {scheduler['_class_name']}"
     with refusing(SCHEDULER, "diffusers cannot build it", expected):
         return make(config)
+
+
+def flow_sigmas(scheduler: Mapping[str, Any]) -> np.ndarray:
+    """All noise levels of a flow-matching scheduler, ascending, float32 [T].
+
+    FlowMatchEulerDiscreteScheduler computes them itself; with dynamic shifting they are unshifted,
+    as diffusers' training scripts use them. Other schedulers shift the T levels k / T, k = 1..T, by
+    s: sigma -> s sigma / (1 + (s - 1) sigma) (DPMSolverMultistepScheduler.set_timesteps with
+    use_flow_sigmas).
+
+    Args:
+        scheduler: its configuration.
+    """
+    if scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        own: Any = FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler))
+        sigmas = own.sigmas[own.sigmas > 0].numpy()
+        return np.sort(sigmas).astype(np.float32)
+    steps = int(scheduler.get("num_train_timesteps", 1000))
+    shift = float(scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
+    linear = np.arange(1, steps + 1, dtype=np.float64) / steps
+    return (shift * linear / (1 + (shift - 1) * linear)).astype(np.float32)
+
+
+def alphas_cumprod(scheduler: Mapping[str, Any]) -> np.ndarray:
+    """a_t of a diffusion scheduler by timestep, float64 [T].
+
+    Args:
+        scheduler: its configuration.
+    """
+    from diffusers import DDPMScheduler
+
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    options = {key: scheduler[key] for key in keys if scheduler.get(key) is not None}
+    own: Any = DDPMScheduler(**options)
+    return own.alphas_cumprod.to(torch.float64).numpy()

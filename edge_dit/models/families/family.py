@@ -13,7 +13,7 @@ tests compare them with the stock forward bit by bit.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -21,15 +21,17 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from edge_dit.contract.objective import Objective
 from edge_dit.errors import BadInput
 from edge_dit.models.components import check_vocabulary, read_json, refusing
 from edge_dit.models.families import switches
 from edge_dit.models.families.switches import Misfits, Rules
-from edge_dit.models.objective import Objective
 from edge_dit.models.pipeline import quiet
 
 Grid = tuple[int, int]
 """Token rows and columns."""
+Normal = Callable[[tuple[int, ...]], Tensor]
+"""Gives standard normal numbers, float32, of a shape."""
 Prompt = dict[str, Tensor]
 """An encoded prompt: the arguments of the stock forward that depend on the text alone."""
 Conditioning = dict[str, Tensor]
@@ -113,9 +115,7 @@ class Family:
     vae_switches: ClassVar[Rules]
     """Keys of the autoencoder's configuration that the family or its pipeline reads."""
     samples_posterior: ClassVar[bool] = True
-    """Whether `encode_image` samples the autoencoder's posterior. It then takes one normal number
-    from its generator for each element of the latents.
-    """
+    """Whether `encode_image` samples the autoencoder's posterior, as stock training scripts do."""
 
     # ---------------------------------------------------------------- configuration
 
@@ -326,13 +326,14 @@ class Family:
 
     # ---------------------------------------------------------------- pipeline
 
-    def encode_image(self, vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    def encode_image(self, vae: Any, pixels: Tensor, posterior: Normal) -> Tensor:
         """Clean latents, scaled (and packed) as the transformer takes them.
 
         Args:
             vae: the autoencoder.
             pixels: [1, 3, H, W] float32 in [-1, 1]; sides are multiples of `multiple`.
-            generator: samples the posterior, in families whose training script does so.
+            posterior: gives standard normal numbers of a shape, in families that sample the
+                autoencoder's posterior.
         """
         raise NotImplementedError
 
@@ -464,6 +465,12 @@ def cut(prompt: Prompt, name: str, mask: str, tokens: int) -> Prompt:
 
 
 # ---------------------------------------------------------------- shared by several families
+
+
+def sampled(distribution: Any, posterior: Normal) -> Tensor:
+    """A sample of an autoencoder's posterior (DiagonalGaussianDistribution.sample)."""
+    return distribution.mean + distribution.std * posterior(tuple(distribution.mean.shape))
+
 
 CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask", "timestep")
 """Block arguments of SANA and PixArt that are conditioning under the same name."""

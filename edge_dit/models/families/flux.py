@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from edge_dit.contract.objective import FlowMatching
 from edge_dit.models.families.common import (
     SHIFTED_SWITCHES,
     flow_objective,
@@ -28,11 +29,13 @@ from edge_dit.models.families.family import (
     Conditioning,
     Family,
     Grid,
+    Normal,
     Prompt,
     blank_pooled,
     longest,
     pack,
     pooled_prompt,
+    sampled,
     tokenizer_of,
 )
 from edge_dit.models.families.switches import (
@@ -45,7 +48,6 @@ from edge_dit.models.families.switches import (
     optional,
     whole,
 )
-from edge_dit.models.objective import FlowMatching
 
 MAX_TEXT_TOKENS = 512
 """FluxPipeline's max_sequence_length."""
@@ -160,9 +162,9 @@ class Flux(Family):
         return latents, blank_pooled(model.config, text)
 
     @torch.no_grad()
-    def encode_image(self, vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    def encode_image(self, vae: Any, pixels: Tensor, posterior: Normal) -> Tensor:
         """Latents [1, N, C], packed."""
-        latents = vae.encode(pixels).latent_dist.sample(generator)
+        latents = sampled(vae.encode(pixels).latent_dist, posterior)
         return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
 
     @torch.no_grad()

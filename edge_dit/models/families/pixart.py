@@ -23,8 +23,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from edge_dit.contract.objective import EpsilonPrediction
 from edge_dit.models.families.common import (
     KL_SWITCHES,
+    alphas_cumprod,
     caption_misfits,
     patch_misfits,
     scheduler_objective,
@@ -34,12 +36,14 @@ from edge_dit.models.families.family import (
     Conditioning,
     Family,
     Grid,
+    Normal,
     Prompt,
     blank_caption,
     blank_latents,
     longest,
     masked_prompt,
     modulated_conditioning,
+    sampled,
     tokenizer_of,
     unpatchify,
 )
@@ -58,7 +62,6 @@ from edge_dit.models.families.switches import (
     several,
     whole,
 )
-from edge_dit.models.objective import EpsilonPrediction, alphas_cumprod
 
 MAX_TEXT_TOKENS = 300
 """PixArtSigmaPipeline's max_sequence_length."""
@@ -195,9 +198,9 @@ class PixArt(Family):
         return blank_latents(model.config, grid), blank_caption(model.config, text)
 
     @torch.no_grad()
-    def encode_image(self, vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    def encode_image(self, vae: Any, pixels: Tensor, posterior: Normal) -> Tensor:
         """Latents [1, C, h, w]."""
-        return vae.encode(pixels).latent_dist.sample(generator) * vae.config.scaling_factor
+        return sampled(vae.encode(pixels).latent_dist, posterior) * vae.config.scaling_factor
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from edge_dit.contract.objective import FlowMatching
 from edge_dit.models.families.common import (
     flow_objective,
     rotary_misfits,
@@ -34,10 +35,12 @@ from edge_dit.models.families.family import (
     Conditioning,
     Family,
     Grid,
+    Normal,
     Prompt,
     cut,
     longest,
     pack,
+    sampled,
     tokenizer_of,
 )
 from edge_dit.models.families.switches import (
@@ -53,7 +56,6 @@ from edge_dit.models.families.switches import (
     several,
     whole,
 )
-from edge_dit.models.objective import FlowMatching
 from edge_dit.models.pipeline import quiet
 
 MAX_TEXT_TOKENS = 512
@@ -211,9 +213,9 @@ class QwenImage(Family):
         return torch.zeros(1, grid[0] * grid[1], config.in_channels), prompt
 
     @torch.no_grad()
-    def encode_image(self, vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    def encode_image(self, vae: Any, pixels: Tensor, posterior: Normal) -> Tensor:
         """Latents [1, N, C], packed; to the autoencoder an image is a film of one frame."""
-        latents = vae.encode(pixels.unsqueeze(2)).latent_dist.sample(generator)
+        latents = sampled(vae.encode(pixels.unsqueeze(2)).latent_dist, posterior)
         mean, std = (
             torch.tensor(values).reshape(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)

@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from edge_dit.contract.objective import FlowMatching
 from edge_dit.models.components import INDEX_FILE, read_json
 from edge_dit.models.families.common import (
     caption_misfits,
@@ -39,6 +40,7 @@ from edge_dit.models.families.family import (
     Conditioning,
     Family,
     Grid,
+    Normal,
     Prompt,
     blank_caption,
     blank_latents,
@@ -64,7 +66,6 @@ from edge_dit.models.families.switches import (
     several,
     whole,
 )
-from edge_dit.models.objective import FlowMatching
 from edge_dit.models.pipeline import quiet
 
 MAX_TEXT_TOKENS = 300
@@ -209,7 +210,7 @@ class Sana(Family):
         return blank_latents(model.config, grid), blank_caption(model.config, text)
 
     @torch.no_grad()
-    def encode_image(self, vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    def encode_image(self, vae: Any, pixels: Tensor, posterior: Normal) -> Tensor:
         """Latents [1, C, h, w]; the autoencoder is deterministic."""
         return vae.encode(pixels).latent * vae.config.scaling_factor
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from edge_dit.contract.objective import FlowMatching
 from edge_dit.errors import BadInput
 from edge_dit.models.families.common import (
     SHIFTED_SWITCHES,
@@ -29,11 +30,13 @@ from edge_dit.models.families.family import (
     Conditioning,
     Family,
     Grid,
+    Normal,
     Prompt,
     blank_latents,
     blank_pooled,
     longest,
     pooled_prompt,
+    sampled,
     tokenizer_of,
     unpatchify,
 )
@@ -47,7 +50,6 @@ from edge_dit.models.families.switches import (
     several,
     whole,
 )
-from edge_dit.models.objective import FlowMatching
 
 T5_TOKENS = 77
 """max_sequence_length of diffusers' train_dreambooth_lora_sd3.py."""
@@ -168,9 +170,9 @@ class SD3(Family):
         return blank_latents(model.config, grid), blank_pooled(model.config, text)
 
     @torch.no_grad()
-    def encode_image(self, vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    def encode_image(self, vae: Any, pixels: Tensor, posterior: Normal) -> Tensor:
         """Latents [1, C, h, w]; the inverse of what StableDiffusion3Pipeline decodes."""
-        latents = vae.encode(pixels).latent_dist.sample(generator)
+        latents = sampled(vae.encode(pixels).latent_dist, posterior)
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 
 from edge_dit.contract.names import SAMPLER_INPUTS
 from edge_dit.contract.targets import OPTIMIZER_PROGRAM, SAMPLER_PROGRAM, TRAIN_PROGRAM
-from edge_dit.pictures.patch_sampler import PatchSampler
+from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit_export import passes
 from edge_dit_export.graph.flat_program import flat_program
 from edge_dit_export.targets.source import Source

@@ -22,7 +22,7 @@ from onnxscript.optimizer import fold_constants
 from torch import Tensor, fx, nn
 
 from edge_dit.contract.names import PATCH, SAMPLER_INPUTS
-from edge_dit.pictures.patch_sampler import PatchSampler
+from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit_export.graph.flat_program import flat_program
 
 OPSET = 18

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.targets import WIDE, Dtype
+from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.subgraph import TrainableSubgraph
 from edge_dit.pictures.crop import CropRule
-from edge_dit.pictures.patch_sampler import PatchSampler
 from edge_dit_export.graph.optimizer import AdamWStep, trace_optimizer
 from edge_dit_export.graph.trace import TracedStep
 from edge_dit_export.graph.train_step import trace_train_step

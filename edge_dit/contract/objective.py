@@ -1,17 +1,17 @@
-"""What a model is trained to predict, and at which noise levels.
+"""What a model is trained to predict, and at which noise levels; of torch tensors or numpy arrays.
 
 In every family the noise level ``sigma`` of a draw is t / T in (0, 1], the argument of Eq. 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+Array = Any
+"""A torch tensor or a numpy array, float32."""
 
 
 class FlowMatching:
@@ -40,15 +40,15 @@ class FlowMatching:
         """The pipeline's timestep of a noise level: sigma T."""
         return sigma * len(self.sigmas)
 
-    def noised(self, clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    def noised(self, clean: Array, noise: Array, sigma: float) -> Array:
         """The noised latents x_t."""
         return (1 - sigma) * clean + sigma * noise
 
-    def target(self, clean: Tensor, noise: Tensor) -> Tensor:
+    def target(self, clean: Array, noise: Array) -> Array:
         """The velocity eps - x_0."""
         return noise - clean
 
-    def clean(self, target: Tensor, noise: Tensor) -> Tensor:
+    def clean(self, target: Array, noise: Array) -> Array:
         """The clean latents x_0 of a target."""
         return noise - target
 
@@ -77,16 +77,16 @@ class EpsilonPrediction:
         """The scheduler's timestep of a noise level, a whole number in 0 .. T - 1."""
         return float(max(0, round(sigma * len(self.sigmas)) - 1))
 
-    def noised(self, clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    def noised(self, clean: Array, noise: Array, sigma: float) -> Array:
         """The noised latents x_t."""
         alpha = float(self.alphas_cumprod[int(self.timestep(sigma))])
         return alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
 
-    def target(self, clean: Tensor, noise: Tensor) -> Tensor:
+    def target(self, clean: Array, noise: Array) -> Array:
         """The noise eps."""
         return noise
 
-    def clean(self, target: Tensor, noise: Tensor) -> None:
+    def clean(self, target: Array, noise: Array) -> None:
         """None: the target says nothing of the clean latents."""
 
     def weight(self, sigma: float) -> float | None:
@@ -95,40 +95,3 @@ class EpsilonPrediction:
 
 
 Objective = FlowMatching | EpsilonPrediction
-
-
-def flow_sigmas(scheduler: Mapping[str, Any]) -> np.ndarray:
-    """All noise levels of a flow-matching scheduler, ascending, float32 [T].
-
-    FlowMatchEulerDiscreteScheduler computes them itself; with dynamic shifting they are unshifted,
-    as diffusers' training scripts use them. Other schedulers shift the T levels k / T, k = 1..T, by
-    s: sigma -> s sigma / (1 + (s - 1) sigma) (DPMSolverMultistepScheduler.set_timesteps with
-    use_flow_sigmas).
-
-    Args:
-        scheduler: its configuration.
-    """
-    if scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        own: Any = FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler))
-        sigmas = own.sigmas[own.sigmas > 0].numpy()
-        return np.sort(sigmas).astype(np.float32)
-    steps = int(scheduler.get("num_train_timesteps", 1000))
-    shift = float(scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
-    linear = np.arange(1, steps + 1, dtype=np.float64) / steps
-    return (shift * linear / (1 + (shift - 1) * linear)).astype(np.float32)
-
-
-def alphas_cumprod(scheduler: Mapping[str, Any]) -> np.ndarray:
-    """a_t of a diffusion scheduler by timestep, float64 [T].
-
-    Args:
-        scheduler: its configuration.
-    """
-    from diffusers import DDPMScheduler
-
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    options = {key: scheduler[key] for key in keys if scheduler.get(key) is not None}
-    own: Any = DDPMScheduler(**options)
-    return own.alphas_cumprod.to(torch.float64).numpy()
