@@ -30,7 +30,7 @@ import numpy as np
 
 from edge_dit.app.claims import false_claims
 from edge_dit.app.verify_words import varied_inputs
-from edge_dit.contract.bank import Bank
+from edge_dit.contract.bank import Bank, draw_order
 from edge_dit.contract.bundle import Bundle, open_bundle
 from edge_dit.contract.certificate import (
     Certificate,
@@ -59,7 +59,6 @@ from edge_dit_runtime.measure import (
 )
 from edge_dit_runtime.probes import PROBES
 from edge_dit_runtime.sessions.trainer import Session
-from edge_dit_runtime.training import draw_order
 
 if TYPE_CHECKING:
     from edge_dit.models.subgraph import TrainableSubgraph

@@ -37,10 +37,11 @@ from typing import Any
 from edge_dit.budget.cost import Shapes
 from edge_dit.budget.footprint import MEMORY_ERROR, TIME_ERROR, Footprint, Footprints, Profile
 from edge_dit.budget.limits import Limits
+from edge_dit.contract.split import trained_blocks
 from edge_dit.contract.targets import VARIANTS, TargetVariant, variant_of
 from edge_dit.errors import BadInput
 from edge_dit.models.families.family import Family
-from edge_dit.planning.plan import Plan, model_of, trained_blocks
+from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import Selection
 from edge_dit.text import size
 

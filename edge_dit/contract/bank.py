@@ -29,6 +29,7 @@ from edge_dit.contract.names import (
     TAIL_RESIDUAL,
     TARGET,
 )
+from edge_dit.contract.noise import permutation
 from edge_dit.errors import BadInput
 from edge_dit.store.documents import STRICT, read_document, validated, write_document
 from edge_dit.store.files import sha256
@@ -189,6 +190,18 @@ def read_index(folder: Path) -> Index:
     if any(draw.prompt >= len(index.prompts) for draw in index.draws):
         raise BadInput(path, found="a draw has a prompt that it does not list", remedy=remedy)
     return index
+
+
+def draw_order(step: int, draws: int, seed: int) -> int:
+    """Number of the draw that a step trains on: every epoch is a permutation of the bank.
+
+    Args:
+        step: from 0.
+        draws: number of draws in the bank.
+        seed: the plan's seed.
+    """
+    epoch, position = divmod(step, draws)
+    return int(permutation(draws, seed, epoch)[position])
 
 
 class Bank:

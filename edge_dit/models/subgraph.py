@@ -11,7 +11,6 @@ An inner residual also covers text tokens, because later blocks read them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,17 +26,8 @@ from edge_dit.contract.names import (
     WEIGHT,
     residual_names,
 )
+from edge_dit.contract.split import inner_runs
 from edge_dit.models.families.family import Family, Grid, State
-
-
-def inner_runs(trained: Sequence[int]) -> dict[int, int]:
-    """Runs of skipped blocks between trained ones: next trained block -> first block of the run.
-
-    Args:
-        trained: numbers of the trained blocks, ascending: [0, 3] gives {3: 1}.
-    """
-    pairs = pairwise(trained)
-    return {after: before + 1 for before, after in pairs if after > before + 1}
 
 
 def difference(after: State, before: State) -> State:

@@ -2,16 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from edge_dit.contract import bank
 from edge_dit.contract.bank import Draw
 from edge_dit.contract.noise import CROP, seed_of, uniform
 from edge_dit.pictures.crop import CropRule
+from edge_dit.pictures.dataset import Captioned
 
 GOLDEN = (5**0.5 - 1) / 2
 """Step of the additive recurrence that spreads noise levels. Any prefix of it covers (0, 1) evenly
 (H. Weyl; Roberts, "The unreasonable effectiveness of quasirandom sequences").
 """
+
+
+SHARD_BYTES = 128 * 2**20
+"""About how many bytes of draws are in memory at once. The draws of a shard go through the model
+together, block by block, so each block is read once per shard.
+"""
+
+
+@dataclass(frozen=True)
+class BankRequest:
+    """What decides a bank, beside its pictures.
+
+    Attributes:
+        plan_hash: `edge_dit.planning.plan.Plan.identity`.
+        draws: number of draws.
+        seed: of the plan.
+        rule: of the crops.
+        dtype: of large tensors, see `edge_dit.contract.bank.Index`.
+        bytes_each: of a draw's float32 tensors, those of its prompt too.
+    """
+
+    plan_hash: str
+    draws: int
+    seed: int
+    rule: CropRule
+    dtype: bank.Dtype
+    bytes_each: int
+
+
+def bank_index(
+    asked: BankRequest, images: Sequence[Captioned], level: Callable[[float], float]
+) -> bank.Index:
+    """The index of a bank: all its draws, by request and pictures alone.
+
+    Args:
+        asked: of the bank.
+        images: from `edge_dit.pictures.dataset.read_folder`.
+        level: see `plan_draws`.
+    """
+    prompts = list(dict.fromkeys(image.caption for image in images))
+    draws = plan_draws(
+        asked.draws,
+        asked.seed,
+        level,
+        [prompts.index(image.caption) for image in images],
+        [image.size for image in images],
+        asked.rule,
+    )
+    named = [{"name": image.name, "sha256": image.sha256} for image in images]
+    shard = max(1, min(bank.SHARD, SHARD_BYTES // asked.bytes_each))
+    return bank.Index(asked.plan_hash, named, prompts, draws, shard, asked.dtype)
 
 
 def plan_draws(

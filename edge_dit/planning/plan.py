@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.bank import Dtype as BankDtype
+from edge_dit.contract.split import trained_blocks
 from edge_dit.contract.targets import WIDE, Dtype
 from edge_dit.errors import BadInput
 from edge_dit.models.model import Model, open_model
@@ -136,21 +136,6 @@ class Plan(BaseModel):
             },
         )
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
-
-
-def trained_blocks(
-    layers: int, head_skip: int, tail_skip: int, inner_skips: Sequence[tuple[int, int]] = ()
-) -> list[int]:
-    """Numbers of the blocks that are not skipped, ascending.
-
-    Args:
-        layers: number of blocks of the model.
-        head_skip: number of leading blocks to skip (n).
-        tail_skip: number of trailing blocks to skip (m).
-        inner_skips: runs [first, end) of blocks to skip between them.
-    """
-    inside = {number for first, end in inner_skips for number in range(first, end)}
-    return [n for n in range(head_skip, layers - tail_skip) if n not in inside]
 
 
 def read_plan(path: Path) -> Plan:

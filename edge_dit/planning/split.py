@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from edge_dit.contract.split import trained_blocks
 from edge_dit.errors import BadInput
 from edge_dit.planning.job import PlanOptions
-from edge_dit.planning.plan import trained_blocks
 from edge_dit.planning.selection import Selection
 
 RATIO = 0.5

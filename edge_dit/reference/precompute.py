@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,22 +15,18 @@ from torch import Tensor, nn
 from edge_dit.contract import bank
 from edge_dit.contract.names import COND
 from edge_dit.contract.noise import NOISE, POSTERIOR, normal
+from edge_dit.contract.split import inner_runs
 from edge_dit.models.checkpoint import Checkpoint
-from edge_dit.models.families.family import Conditioning, Family, Grid, Prompt, State
+from edge_dit.models.families.family import Conditioning, Grid, Prompt, State
 from edge_dit.models.model import Model
 from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.pipeline import load_pipeline
-from edge_dit.models.subgraph import as_batch, difference, inner_runs
-from edge_dit.pictures.dataset import Captioned, check_readable
-from edge_dit.pictures.draws import plan_draws
+from edge_dit.models.subgraph import as_batch, difference
+from edge_dit.pictures.dataset import Captioned
+from edge_dit.pictures.draws import BankRequest, bank_index
+from edge_dit.pictures.filling import fill
 from edge_dit.planning.plan import Plan, model_of
-from edge_dit.progress import bar
 from edge_dit.reference.eager import blank_batch
-
-SHARD_BYTES = 128 * 2**20
-"""About how many bytes of draws are in memory at once. The draws of a shard go through the model
-together, block by block, so each block is read from disk once per shard.
-"""
 
 
 def precompute(plan: Plan, images: list[Captioned], folder: Path) -> bank.Index:
@@ -53,31 +49,35 @@ def precompute(plan: Plan, images: list[Captioned], folder: Path) -> bank.Index:
     checkpoint = model.checkpoint()
     skeleton = checkpoint.skeleton()
     index = plan_index(plan, model, images, blank_batch(plan, model, skeleton))
-    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    missing = bank.begin(folder, index) if occupied else None
-    if missing == [] and (folder / bank.PROMPTS).is_file():
-        return index
-    shards = range(index.shards) if missing is None else missing
-    drawn = {index.draws[number].image for shard in shards for number in index.members(shard)}
-    check_readable(images[number] for number in sorted(drawn))
-    prompts, numbered = dict(enumerate(index.prompts)), dict(enumerate(images))
-    source = source_of(plan, model, encoders_of(model, skeleton), prompts, numbered)
-    if missing is None:  # not before: a pipeline that cannot be loaded leaves no bank behind
-        missing = bank.begin(folder, index)
-    if not (folder / bank.PROMPTS).is_file():
-        bank.write_prompts(folder, source.per_prompt(plan.text_tokens))
-    done = len(index.draws) - sum(len(index.members(shard)) for shard in missing)
-    with bar("precompute", len(index.draws), done) as advance:
-        for shard in missing:
-            numbers = index.members(shard)
-            starts = [source.start(index.draws[number]) for number in numbers]
-            kept = states_at(borders_of(plan), checkpoint, starts, plan.grid, advance)
-            stored = (
-                bank.narrowed(_without_prompt(model.family, batch), plan.bank_dtype)
-                for batch in map(partial(tensors_of, plan), starts, kept)
-            )
-            bank.write_shard(folder, shard, dict(zip(numbers, stored, strict=True)))
+
+    def maker() -> _Maker:
+        prompts, numbered = dict(enumerate(index.prompts)), dict(enumerate(images))
+        source = source_of(plan, model, encoders_of(model, skeleton), prompts, numbered)
+        return _Maker(plan, index, checkpoint, source)
+
+    fill(folder, index, images, {COND + name for name in model.family.per_prompt}, maker)
     return index
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes draws with torch, see `edge_dit.pictures.filling.Maker`."""
+
+    plan: Plan
+    index: bank.Index
+    checkpoint: Checkpoint
+    source: Source
+
+    def per_prompt(self) -> list[Mapping[str, np.ndarray]]:
+        return self.source.per_prompt(self.plan.text_tokens)
+
+    def draws(
+        self, numbers: Sequence[int], advance: Callable[..., None]
+    ) -> Iterator[dict[str, np.ndarray]]:
+        starts = [self.source.start(self.index.draws[number]) for number in numbers]
+        borders, grid = borders_of(self.plan), self.plan.grid
+        kept = states_at(borders, self.checkpoint, starts, grid, advance)
+        return map(partial(tensors_of, self.plan), starts, kept)
 
 
 def plan_index(
@@ -91,19 +91,11 @@ def plan_index(
         images: from `edge_dit.pictures.dataset.read_folder`.
         blank: a draw of the plan's shapes.
     """
-    prompts = list(dict.fromkeys(image.caption for image in images))
-    draws = plan_draws(
-        plan.draws,
-        plan.seed,
-        model.objective.level,
-        [prompts.index(image.caption) for image in images],
-        [image.size for image in images],
-        plan.crop_rule,
-    )
-    named = [{"name": image.name, "sha256": image.sha256} for image in images]
     bytes_each = sum(4 * value.numel() for value in blank.values())
-    shard = max(1, min(bank.SHARD, SHARD_BYTES // bytes_each))
-    return bank.Index(plan.identity(), named, prompts, draws, shard, plan.bank_dtype)
+    asked = BankRequest(
+        plan.identity(), plan.draws, plan.seed, plan.crop_rule, plan.bank_dtype, bytes_each
+    )
+    return bank_index(asked, images, model.objective.level)
 
 
 # ---------------------------------------------------------------- draws before the first block
@@ -294,9 +286,3 @@ def tensors_of(plan: Plan, start: Start, states: States) -> dict[str, np.ndarray
     entry = states[plan.head_skip]
     batch = as_batch(entry, tail.image, start.cond, start.target, start.weight, inner)
     return {name: value.numpy() for name, value in batch.items()}
-
-
-def _without_prompt(family: Family, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A draw without the tensors that depend on its prompt alone."""
-    shared = {COND + name for name in family.per_prompt}
-    return {name: value for name, value in batch.items() if name not in shared}

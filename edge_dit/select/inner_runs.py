@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from edge_dit.planning.plan import trained_blocks
+from edge_dit.contract.split import trained_blocks
 from edge_dit.planning.selection import Between, Selection
 from edge_dit.reference.evaluate import LEVELS
 from edge_dit.select.replay import losses_of_splits

@@ -27,7 +27,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from edge_dit.planning.plan import Plan, trained_blocks
+from edge_dit.contract.split import trained_blocks
+from edge_dit.planning.plan import Plan
 from edge_dit.planning.selection import Selection
 from edge_dit.progress import bar
 from edge_dit.reference.evaluate import LEVELS

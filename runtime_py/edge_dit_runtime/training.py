@@ -20,11 +20,10 @@ import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter
 
 from edge_dit.contract.adamw import learning_rate
-from edge_dit.contract.bank import Bank
+from edge_dit.contract.bank import Bank, draw_order
 from edge_dit.contract.bundle import Bundle, open_bundle
 from edge_dit.contract.certificate import why_uncertified
 from edge_dit.contract.integrity import check_bundle
-from edge_dit.contract.noise import permutation
 from edge_dit.errors import BadInput
 from edge_dit.progress import bar, warn
 from edge_dit.store.documents import validated
@@ -64,18 +63,6 @@ class _Training:
     folder: RunFolder
     run: Run
     seed: int
-
-
-def draw_order(step: int, draws: int, seed: int) -> int:
-    """Number of the draw that a step trains on: every epoch is a permutation of the bank.
-
-    Args:
-        step: from 0.
-        draws: number of draws in the bank.
-        seed: the plan's seed.
-    """
-    epoch, position = divmod(step, draws)
-    return int(permutation(draws, seed, epoch)[position])
 
 
 def train(

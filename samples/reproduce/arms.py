@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from edge_dit.planning.plan import trained_blocks
+from edge_dit.contract.split import trained_blocks
 
 CROPS: dict[str, Callable[[float, float], float]] = {
     "resize": lambda sigma, chance: 1.0,

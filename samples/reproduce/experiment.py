@@ -24,7 +24,7 @@ from subjects import HELD_OUT, VIEWS, caption
 from torch import Tensor
 
 from edge_dit.contract.adamw import learning_rate
-from edge_dit.contract.bank import Draw
+from edge_dit.contract.bank import Draw, draw_order
 from edge_dit.contract.noise import NOISE, POSTERIOR
 from edge_dit.models.families.family import State
 from edge_dit.models.model import Model
@@ -46,7 +46,6 @@ from edge_dit.planning.selection import NAME, Selection, read_selection
 from edge_dit.planning.split import split_by_ratio
 from edge_dit.reference.evaluate import LEVELS, Whole, encode_whole
 from edge_dit.reference.precompute import normal_of
-from edge_dit_runtime.training import draw_order
 from training import Progress
 
 GENERATION: dict[str, dict[str, Any]] = {

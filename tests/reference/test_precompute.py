@@ -6,6 +6,7 @@ import torch
 
 from edge_dit.contract import bank as banks
 from edge_dit.contract.bank import Bank
+from edge_dit.contract.noise import NOISE
 from edge_dit.errors import BadInput
 from edge_dit.models.families.family import State
 from edge_dit.models.families.sana import FAMILY
@@ -14,7 +15,7 @@ from edge_dit.pictures.dataset import read_folder
 from edge_dit.planning.job import read_job
 from edge_dit.planning.plan import model_of
 from edge_dit.reference.eager import adapted_subgraph
-from edge_dit.reference.precompute import precompute
+from edge_dit.reference.precompute import normal_of, precompute
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_a_draw_holds_what_the_equations_say(road, images):
         )
         with torch.no_grad():
             clean = pipeline.vae.encode(patch).latent * pipeline.vae.config.scaling_factor
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(draw.seed))
+        noise = normal_of(draw.seed, NOISE, tuple(clean.shape))
         np.testing.assert_allclose(stored["target"], noise - clean, atol=1e-4)
         noised = (1 - draw.sigma) * clean + draw.sigma * noise
         tokens = plan.text_tokens

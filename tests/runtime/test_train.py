@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_dit.contract.adapter import read_adapter
+from edge_dit.contract.bank import draw_order
 from edge_dit.errors import BadInput
 from edge_dit_runtime.run_folder import RunFolder
-from edge_dit_runtime.training import draw_order, train
+from edge_dit_runtime.training import train
 
 STEPS = 12
 

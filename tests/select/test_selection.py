@@ -13,16 +13,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 import pipelines
 from edge_dit.contract.adapter import write_adapter_folder
+from edge_dit.contract.split import inner_runs as runs_between
+from edge_dit.contract.split import trained_blocks
 from edge_dit.errors import BadInput
 from edge_dit.models.families.sana import FAMILY
 from edge_dit.models.model import Model, open_model
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.models.subgraph import TrainableSubgraph, as_batch, difference
-from edge_dit.models.subgraph import inner_runs as runs_between
 from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
-from edge_dit.planning.plan import model_of, trained_blocks
+from edge_dit.planning.plan import model_of
 from edge_dit.planning.selection import (
     NAME,
     cache_file,
