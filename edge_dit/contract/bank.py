@@ -12,7 +12,7 @@ draw is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -149,7 +149,7 @@ def begin(folder: Path, index: Index) -> list[int]:
     return [s for s in range(index.shards) if not shard_path(folder, s).is_file()]
 
 
-def write_prompts(folder: Path, prompts: list[Mapping[str, np.ndarray]]) -> None:
+def write_prompts(folder: Path, prompts: Sequence[Mapping[str, np.ndarray]]) -> None:
     """Write the tensors that depend on the prompt alone; item n belongs to prompt n."""
     _write(folder / PROMPTS, dict(enumerate(prompts)))
 

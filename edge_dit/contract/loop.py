@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edge_dit.contract.names import PlainName
@@ -48,6 +49,10 @@ def base_file(kind: str) -> str:
 def paint_file(kind: str) -> str:
     """Forward graph of a kind of blocks, of a picture."""
     return f"{PAINT}{kind}.forward.onnx"
+
+
+def _channels(numbers: list[float]) -> np.ndarray:
+    return np.array(numbers, np.float32).reshape(1, -1, 1, 1)
 
 
 class _Part(BaseModel):
@@ -82,6 +87,27 @@ class Latents(_Part):
     packed: bool
     factor: Annotated[int, Field(ge=1, le=1024)]
     samples: bool
+
+    def scaled(self, raw: np.ndarray) -> np.ndarray:
+        """The transformer's latents, float32, of the autoencoder's [1, C, h, w]."""
+        latents = (raw - _channels(self.shift)) * _channels(self.scale)
+        if not self.packed:
+            return latents
+        _, channels, height, width = latents.shape
+        split = latents.reshape(1, channels, height // 2, 2, width // 2, 2)
+        return split.transpose(0, 2, 4, 1, 3, 5).reshape(1, height * width // 4, channels * 4)
+
+    def raw(self, latents: np.ndarray, side: int) -> np.ndarray:
+        """The autoencoder's latents [1, C, side, side], float32, of the transformer's."""
+        if self.packed:
+            split = latents.reshape(1, side // 2, side // 2, -1, 2, 2)
+            latents = split.transpose(0, 3, 1, 4, 2, 5).reshape(1, -1, side, side)
+        return latents / _channels(self.scale) + _channels(self.shift)
+
+    def shape(self, side: int) -> tuple[int, ...]:
+        """Shape of the transformer's latents of a square of ``side`` latents."""
+        channels = len(self.scale)
+        return (1, side * side // 4, channels * 4) if self.packed else (1, channels, side, side)
 
 
 class Levels(_Part):
@@ -144,6 +170,8 @@ class LoopFacts(BaseModel):
         timestep_factor: the transformer's timestep over the scheduler's.
         tile: side in pixels of the squares that encoder and decoder take.
         prompts: texts whose tensors are in `TABLES`, by number.
+        caption: of pictures that have none of their own; the job's [data] prompt.
+        previews: numbers of the prompts that are painted while training.
         negative: number of the default negative prompt, if guidance needs one.
         negatives: numbers of the prompts that are encoded as negative ones.
         painting: None if the model's scheduler cannot be written down.
@@ -160,6 +188,8 @@ class LoopFacts(BaseModel):
     timestep_factor: float
     tile: Annotated[int, Field(ge=1)]
     prompts: list[str]
+    caption: str | None = None
+    previews: list[int] = []
     negatives: list[int] = []
     negative: int | None = None
     painting: Painting | None = None
@@ -174,6 +204,9 @@ class LoopFacts(BaseModel):
         missing += [name for name in blocks if name not in self.block_graphs]
         if missing:
             raise ValueError(f"no graph {missing[0]!r:.80}")
-        if any(not 0 <= n < len(self.prompts) for n in (*self.negatives, self.negative or 0)):
-            raise ValueError("a negative prompt that is not in the list")
+        if any(
+            not 0 <= n < len(self.prompts)
+            for n in (*self.negatives, *self.previews, self.negative or 0)
+        ):
+            raise ValueError("a prompt that is not in the list")
         return self

@@ -29,3 +29,17 @@ def inner_runs(trained: Sequence[int]) -> dict[int, int]:
     """
     pairs = pairwise(trained)
     return {after: before + 1 for before, after in pairs if after > before + 1}
+
+
+def borders(layers: int, trained: Sequence[int], tail: bool) -> set[int]:
+    """Numbers of the blocks that a stored tensor needs the entering state of; ``layers`` is the
+    last state.
+
+    Args:
+        layers: number of blocks of the model.
+        trained: numbers of the trained blocks, ascending.
+        tail: whether the residual of the skipped tail is stored.
+    """
+    runs = inner_runs(trained)
+    end = {trained[-1] + 1, layers} if tail else set()
+    return {trained[0], *runs, *runs.values(), *end}

@@ -18,7 +18,7 @@ Tensors = Mapping[str, np.ndarray]
 class Maker(Protocol):
     """Makes the tensors of draws, with a model at hand."""
 
-    def per_prompt(self) -> list[Tensors]:
+    def per_prompt(self) -> Sequence[Tensors]:
         """What depends on the prompt alone, of every prompt of the bank, by batch names."""
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import struct
 import threading
@@ -19,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from edge_dit.errors import BadInput, missing_extra, require
 from edge_dit.pictures.colour import profile_fault, to_srgb
 from edge_dit.pictures.folder import FORMATS, HEIF
-from edge_dit.store.files import open_regular
+from edge_dit.store.files import open_regular, write_atomic
 
 MOST_PIXELS = 200_000_000
 """Largest picture read, in pixels: the largest sensor of a phone. A limit of ours, for memory: one
@@ -62,6 +63,8 @@ TAIL = 4096
 """Bytes from the end in which a JPEG must say that it ends."""
 
 _LIMIT = threading.RLock()
+WRITTEN = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+"""Endings of pictures that we write -> Pillow's formats."""
 
 
 @dataclass(frozen=True)
@@ -335,3 +338,28 @@ def _boxes_end_at(file: BinaryIO, end: int) -> bool:
             return length == 0
         place += length
     return place == end
+
+
+def write_picture(path: Path, pixels: np.ndarray) -> None:
+    """Write a picture as PNG or JPEG, by the file's name; whole, or not at all.
+
+    Args:
+        path: ends in .png, .jpg or .jpeg.
+        pixels: [H, W, 3] uint8, sRGB.
+
+    Raises:
+        BadInput: the name ends in something else, or the file cannot be written.
+    """
+    check_name(path)
+    kind = WRITTEN[path.suffix.lower()]
+    content = io.BytesIO()
+    options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+    Image.fromarray(pixels).save(content, kind, **options)
+    write_atomic(path, content.getvalue())
+
+
+def check_name(path: Path) -> None:
+    """Raise `BadInput` unless `write_picture` can write a file of this name."""
+    if path.suffix.lower() not in WRITTEN:
+        expected = f"a picture: {' or '.join(WRITTEN)}"
+        raise BadInput(path, found=f"a name that ends in {path.suffix!r:.20}", expected=expected)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edge_dit.contract import bank
 from edge_dit.contract.names import COND
 from edge_dit.contract.noise import NOISE, POSTERIOR, normal
-from edge_dit.contract.split import inner_runs
+from edge_dit.contract.split import borders, inner_runs
 from edge_dit.models.checkpoint import Checkpoint
 from edge_dit.models.families.family import Conditioning, Grid, Prompt, State
 from edge_dit.models.model import Model
@@ -229,8 +229,7 @@ States = dict[int, State]
 
 def borders_of(plan: Plan) -> set[int]:
     """Numbers of the blocks that a stored tensor needs the entering state of."""
-    runs = inner_runs(plan.trained)
-    return {plan.head_skip, plan.layers - plan.tail_skip, plan.layers, *runs, *runs.values()}
+    return borders(plan.layers, plan.trained, tail=True)
 
 
 @torch.no_grad()

@@ -26,11 +26,11 @@ from edge_dit.app.verify import verify
 from edge_dit.app.verify_words import explained, table, why_failed
 from edge_dit.cli import main
 from edge_dit.contract import bank as banks
+from edge_dit.contract import noise
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import open_bundle
 from edge_dit.contract.certificate import BankResult, read_certificate, why_uncertified
 from edge_dit.errors import BadInput
-from edge_dit.models.families.flux import Flux
 from edge_dit.models.model import Model
 from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.job import read_job
@@ -473,22 +473,22 @@ def test_another_order_of_sums_is_no_alarm(make, threads):
 
 
 def test_what_a_model_makes_of_float16_is_measured(tmp_path):
-    """Draw 14 of tiny-flux has so little noise that a rounded target moves its tail by more than
-    the tolerance. That is no alarm, and a wrong tail there still is one.
+    """Draw 10 of tiny-flux at seed 4 has so little noise that a rounded target moves its tail by
+    more than the tolerance. That is no alarm, and a wrong tail there still is one.
     """
     job = read_job(Path(pipelines.__file__).parent.parent / "samples" / "flux.toml")
-    plan = make_plan(job).model_copy(update={"draws": 15, "bank_dtype": "float16"})
+    plan = make_plan(job).model_copy(update={"draws": 15, "seed": 4, "bank_dtype": "float16"})
     images = read_folder(job.data.images, job.data.prompt, plan.s_max)
     precompute(plan, images, tmp_path / "right")
     made = Made(plan, images, tmp_path / "right")
     found = made.examined()
     assert found.passed
-    (row,) = [row for row in found.tensors if row.name == "bank.draw 14.tail_residual"]
+    (row,) = [row for row in found.tensors if row.name == "bank.draw 10.tail_residual"]
     assert TOLERANCES["float16"] < row.relative < row.tolerance < 0.1
     wrong = content(tmp_path / "right")
-    wrong.draws[14]["tail_residual"] = wrong.draws[13]["tail_residual"]
+    wrong.draws[10]["tail_residual"] = wrong.draws[9]["tail_residual"]
     failed = made.examined(write(wrong, tmp_path / "wrong")).failed
-    assert [row.name for row in failed] == ["bank.draw 14.tail_residual"]
+    assert [row.name for row in failed] == ["bank.draw 10.tail_residual"]
 
 
 # Banks that were made wrongly, not changed afterwards
@@ -537,10 +537,10 @@ def test_weights_that_changed_since(make, tmp_path):
     assert {row.name.split(".", 2)[2] for row in found.failed} == {"tail_residual"}
 
 
-def test_noise_that_forgets_the_posterior(make, tmp_path, monkeypatch):
+def test_noise_of_the_posteriors_stream(make, tmp_path, monkeypatch):
     made = make("flux-dev")
     with monkeypatch.context() as patch:
-        patch.setattr(Flux, "samples_posterior", False)
+        patch.setattr(precomputing, "NOISE", noise.POSTERIOR)
         in_small_shards(made.plan, made.images, tmp_path / "bank")
     failed = made.examined(tmp_path / "bank").failed
     assert failed[0].name == "bank.draw 0.target to entry"

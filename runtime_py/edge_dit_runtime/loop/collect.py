@@ -1,0 +1,125 @@
+"""Pictures -> bank, on the device; the same draws, names and digests as a host's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from edge_dit.contract import bank
+from edge_dit.contract.bundle import Bundle, open_bundle
+from edge_dit.contract.integrity import check_bundle
+from edge_dit.errors import BadInput, raise_any
+from edge_dit.pictures.dataset import Captioned, read_folder
+from edge_dit.pictures.draws import BankRequest, bank_index
+from edge_dit.pictures.filling import fill
+from edge_dit.store.files import StrPath
+from edge_dit_runtime.loop.parts import TARGET, Parts
+from edge_dit_runtime.loop.starts import Starts, planned_of
+
+
+def collect(
+    bundle: StrPath,
+    images: StrPath,
+    folder: StrPath,
+    *,
+    prompt: str | None = None,
+    recursive: bool = False,
+) -> bank.Index:
+    """Make the bank of a bundle from pictures, or finish one that was stopped.
+
+    Args:
+        bundle: exported with the loop's parts.
+        images: folder of pictures, with captions as `edge-dit precompute` reads them.
+        folder: where the bank goes.
+        prompt: caption of pictures without one of their own; default the job's.
+        recursive: read sub-folders too.
+
+    Returns:
+        The bank's index.
+
+    Raises:
+        BadInput: the bundle lacks the loop's parts or a caption, or is damaged; ``folder`` holds
+            another bank; pictures cannot be read.
+
+    Example:
+        >>> index = er.collect("loop_bundle", "images", "device_bank")
+        >>> len(index.draws) > 0
+        True
+    """
+    opened = open_bundle(Path(bundle))
+    parts = open_parts(opened)
+    pictures = read_pictures(parts, Path(images), prompt, recursive)
+    plan = planned_of(opened)
+    sizes = opened.manifest.shapes("batch").values()
+    asked = BankRequest(
+        opened.manifest.plan_hash,
+        plan.draws,
+        plan.seed,
+        plan.crop_rule,
+        plan.bank_dtype,
+        sum(4 * prod(shape) for shape in sizes),
+    )
+    index = bank_index(asked, pictures, parts.objective.level)
+    starts = Starts(parts, pictures, dict(enumerate(map(parts.prompt, index.prompts))))
+    fill(Path(folder), index, pictures, starts.shared, lambda: _Maker(starts, index))
+    return index
+
+
+def open_parts(bundle: Bundle) -> Parts:
+    """The loop's parts of a bundle, its files checked.
+
+    Raises:
+        BadInput: it lacks them, or is damaged.
+    """
+    bundle.facts(TARGET)
+    check_bundle(bundle, TARGET)
+    return Parts(bundle)
+
+
+def read_pictures(
+    parts: Parts, folder: Path, prompt: str | None, recursive: bool = False
+) -> list[Captioned]:
+    """The pictures of a folder, each with a caption that the bundle knows.
+
+    Args:
+        parts: of the bundle.
+        folder: with the pictures.
+        prompt: caption of pictures without one of their own; default the job's.
+        recursive: read sub-folders too.
+
+    Raises:
+        BadInput: pictures cannot be read or have no caption; the bundle lacks captions, all named.
+    """
+    caption = parts.facts.caption if prompt is None else prompt
+    side = planned_of(parts.bundle).s_max
+    pictures = read_folder(folder, caption, side, recursive)
+    faults = []
+    for text in dict.fromkeys(picture.caption for picture in pictures):
+        try:
+            parts.prompt(text)
+        except BadInput as fault:
+            faults.append(fault)
+    raise_any(folder, faults)
+    return pictures
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes draws with the bundle's graphs, see `edge_dit.pictures.filling.Maker`."""
+
+    starts: Starts
+    index: bank.Index
+
+    def per_prompt(self) -> Sequence[Mapping[str, np.ndarray]]:
+        return self.starts.per_prompt()
+
+    def draws(
+        self, numbers: Sequence[int], advance: Callable[..., None]
+    ) -> Iterator[Mapping[str, np.ndarray]]:
+        drawn = [self.index.draws[number] for number in numbers]
+        begun = [self.starts.enter(draw, self.starts.encode(draw)) for draw in drawn]
+        return iter(self.starts.tensors(begun, advance))

@@ -1,0 +1,159 @@
+"""A draw on its way: picture, patch, latents, noise, state; then block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, TypeAdapter
+
+from edge_dit.contract import bank
+from edge_dit.contract.bundle import REMEDY, Bundle
+from edge_dit.contract.names import (
+    ENTRY,
+    ENTRY_TEXT,
+    TAIL_RESIDUAL,
+    TARGET,
+    WEIGHT,
+    residual_names,
+)
+from edge_dit.contract.noise import NOISE, normal
+from edge_dit.contract.split import borders, inner_runs, trained_blocks
+from edge_dit.pictures.crop import CropRule
+from edge_dit.pictures.dataset import Captioned
+from edge_dit.store.documents import validated
+from edge_dit_runtime.loop.parts import TARGET as ONNX
+from edge_dit_runtime.loop.parts import Parts
+from edge_dit_runtime.session import open_sampler
+from edge_dit_runtime.sessions.trainer import Tensors
+
+
+class Planned(BaseModel):
+    """The part of a manifest's plan that draws are made by."""
+
+    layers: int
+    head_skip: int
+    tail_skip: int
+    inner_skips: list[tuple[int, int]] = []
+    tail: str = "stored"
+    s_min: int
+    s_max: int
+    multiple: int
+    draws: int
+    steps: int
+    seed: int
+    bank_dtype: Literal["float32", "float16"] = "float32"
+
+    @property
+    def trained(self) -> list[int]:
+        """Numbers of the trained blocks, ascending."""
+        return trained_blocks(self.layers, self.head_skip, self.tail_skip, self.inner_skips)
+
+    @property
+    def crop_rule(self) -> CropRule:
+        """Of the crops that patches are made of."""
+        return CropRule(self.s_min, self.s_max, self.multiple)
+
+
+def planned_of(bundle: Bundle) -> Planned:
+    """The plan in a manifest.
+
+    Raises:
+        BadInput: it lacks what draws are made by.
+    """
+    return validated(bundle.folder, TypeAdapter(Planned), bundle.manifest.plan, REMEDY)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A draw before the first block: state by `STATE`, conditioning by batch names, target, and
+    weight of its loss.
+    """
+
+    state: Tensors
+    cond: Tensors
+    target: np.ndarray
+    weight: float | None
+
+
+class Starts:
+    """Makes the tensors of draws.
+
+    Args:
+        parts: of the bundle.
+        images: by number.
+        prompts: number in the bank's index -> number in the bundle.
+    """
+
+    def __init__(
+        self, parts: Parts, images: Sequence[Captioned], prompts: Mapping[int, int]
+    ) -> None:
+        self.parts, self.images, self.prompts = parts, images, prompts
+        self.plan = planned_of(parts.bundle)
+        self._sampler = open_sampler(parts.bundle, ONNX)
+        self.shape = parts.facts.latents.shape(self.plan.s_min // parts.facts.latents.factor)
+
+    def encode(self, draw: bank.Draw) -> np.ndarray:
+        """Clean latents of a draw's patch."""
+        pixels = self.images[draw.image].pixels[None]
+        sigma, place = np.array([draw.sigma], np.float32), np.array([draw.u, draw.v], np.float32)
+        return self.parts.encode(self._sampler(pixels, sigma, place), draw.seed)
+
+    def enter(self, draw: bank.Draw, clean: np.ndarray) -> Start:
+        """Add a draw's noise to its clean latents, and run the model up to its first block."""
+        objective, noise = self.parts.objective, normal(draw.seed, NOISE, clean.shape)
+        noised = np.asarray(objective.noised(clean, noise, draw.sigma), np.float32)
+        timestep = objective.timestep(draw.sigma)
+        state, cond = self.parts.begin(noised, timestep, self.prompts[draw.prompt])
+        target = np.asarray(objective.target(clean, noise), np.float32)
+        return Start(state, cond, target, objective.weight(draw.sigma))
+
+    def per_prompt(self) -> list[Tensors]:
+        """Conditioning that depends on the prompt alone, of every prompt of the index."""
+        names = self.shared
+        blank = np.zeros(self.shape, np.float32)
+        begun = [self.parts.begin(blank, 0.0, number)[1] for number in self.prompts.values()]
+        return [{name: cond[name] for name in names} for cond in begun]
+
+    @property
+    def shared(self) -> list[str]:
+        """Names of the batch tensors that depend on the prompt alone."""
+        return self.parts.facts.per_prompt
+
+    def tensors(
+        self, starts: Sequence[Start], advance: Callable[..., None] = lambda _share: None
+    ) -> list[Tensors]:
+        """The batch tensors of draws, with those of their prompts.
+
+        Args:
+            starts: the draws, before the first block.
+            advance: is told how many draws were done, in fractions.
+        """
+        plan = self.plan
+        wanted = borders(plan.layers, plan.trained, plan.tail == "stored")
+        states, conds = [start.state for start in starts], [start.cond for start in starts]
+        kept: list[dict[int, Tensors]] = [{} for _ in starts]
+        last = max(wanted)
+        for number in range(last + 1):
+            if number in wanted:
+                for of_draw, state in zip(kept, states, strict=True):
+                    of_draw[number] = state
+            if number < last:
+                states = self.parts.through_base(self.parts.facts.blocks[number], states, conds)
+            advance(len(starts) / (last + 1))
+        return [self._batch(*pair) for pair in zip(starts, kept, strict=True)]
+
+    def _batch(self, start: Start, states: Mapping[int, Tensors]) -> Tensors:
+        plan, batch = self.plan, dict(states[self.plan.head_skip])
+        for after, first in inner_runs(plan.trained).items():
+            names = dict(zip((ENTRY, ENTRY_TEXT), residual_names(first), strict=True))
+            batch |= {names[n]: states[after][n] - value for n, value in states[first].items()}
+        batch |= {**start.cond, TARGET: start.target}
+        if plan.tail == "stored":
+            end = states[plan.layers - plan.tail_skip]
+            batch[TAIL_RESIDUAL] = states[plan.layers][ENTRY] - end[ENTRY]
+        if start.weight is not None:
+            batch[WEIGHT] = np.array([start.weight], np.float32)
+        return batch
