@@ -19,8 +19,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from edge_dit.contract.graphs import GraphNames, StreamedBlock
 from edge_dit.contract.names import PlainName
-from edge_dit.contract.targets import GraphNames, StreamedBlock
 
 BEGIN, ENCODER, DECODER, PREDICT = (
     "begin.onnx",
