@@ -288,6 +288,10 @@ def export(
     plan_file: PlanFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle goes.")],
     target: Targets = None,
+    loop: Annotated[
+        bool,
+        typer.Option("--loop", help="Also what the device makes draws and pictures with."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write the trainable sub-graph and the patch sampler for every target."""
@@ -295,7 +299,10 @@ def export(
     from edge_dit.app.describe import bundle_in_words
     from edge_dit.planning.make import plan_of
 
-    bundle = api.export(plan_of(api.read_job(job), plan_file), output, target)
+    read = api.read_job(job)
+    planned = plan_of(read, plan_file)
+    planned = planned.model_copy(update={"loop": planned.loop or loop})
+    bundle = api.export(planned, output, target, job=read)
     manifest = bundle.manifest
     facts = {"targets": manifest.targets, "bytes": sum(file.bytes for file in manifest.files)}
     report(as_json, facts, *bundle_in_words(bundle))

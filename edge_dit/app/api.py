@@ -135,17 +135,24 @@ def precompute(plan: Plan, pictures: list[Captioned], folder: StrPath) -> Bank:
     return Bank(Path(folder), plan.identity())
 
 
-def export(plan: Plan, folder: StrPath, targets: Sequence[str] | None = None) -> Bundle:
+def export(
+    plan: Plan,
+    folder: StrPath,
+    targets: Sequence[str] | None = None,
+    *,
+    job: Job | None = None,
+) -> Bundle:
     """Write the trainable sub-graph, the optimizer and the patch sampler for every target.
 
     Args:
         plan: from `plan`.
         folder: where the bundle goes; written whole, or not at all.
         targets: some of "onnx", "ort-training" and "executorch"; default the plan's.
+        job: of the plan; a plan with a loop needs it for its prompts.
 
     Raises:
         BadInput: a target's packages are missing, the model changed, ``folder`` holds something
-            else.
+            else; or the loop's parts are wanted and cannot be exported.
 
     Example:
         >>> bundle = ed.export(plan, "bundle", ["onnx"])
@@ -154,9 +161,11 @@ def export(plan: Plan, folder: StrPath, targets: Sequence[str] | None = None) ->
     """
     check_targets(list(targets or []))
     require("torch", "export")
+    from edge_dit.planning.prompts import loop_prompts
     from edge_dit_export.export import export
 
-    return export(plan, Path(folder), list(targets or plan.targets))
+    prompts = loop_prompts(job) if plan.loop and job else None
+    return export(plan, Path(folder), list(targets or plan.targets), prompts=prompts)
 
 
 def verify(

@@ -206,7 +206,7 @@ def export_and_verify(road: Road, target: str, say: Say) -> None:
         bundle = open_bundle(folder)
         same = bundle.manifest.plan == road.plan.shared()
         bundle = bundle if same and list(bundle.manifest.targets) == [name] else None
-    bundle = bundle or api.export(road.plan, folder, [name])
+    bundle = bundle or api.export(road.plan, folder, [name], job=road.job)
     certificate = read_certificate(bundle)
     titles = {bundle.titled(name, layout) for layout in bundle.layouts(name)}
     if certificate is None or not titles <= set(certificate.targets) or not certificate.passed:

@@ -20,8 +20,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from edge_dit.contract.graphs import GraphNames, StreamedBlock
 from edge_dit.contract.names import PlainName
-from edge_dit.contract.targets import GraphNames, StreamedBlock
 
 BEGIN, ENCODER, DECODER, PREDICT = (
     "begin.onnx",

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from edge_dit.contract.graphs import GraphNames, StreamedBlock
+from edge_dit.contract.loop import LoopFacts
 from edge_dit.contract.names import PlainName
 from edge_dit.errors import BadInput
 
@@ -21,7 +23,19 @@ DTYPES: tuple[Dtype, ...] = ("float32", "float16", "int8")
 """How frozen matrices can be stored; int8 has one float32 scale per output channel."""
 WIDE: Dtype = "float32"
 FROZEN = "frozen.safetensors"
-"""File of a target's frozen weights, each once."""
+"""File of a target's frozen weights, each once; what does not fit into it goes to further files."""
+FILE_BYTES = 512 * 10**6
+"""Most bytes of a file of frozen weights: an app store's packs may be that large. A tensor that is
+larger has a file of its own."""
+
+
+def frozen_file(number: int) -> str:
+    """Name of a target's file of frozen weights, from 0: "frozen.safetensors",
+    "frozen-1.safetensors".
+    """
+    return f"frozen-{number}.safetensors" if number else FROZEN
+
+
 PIECE = 32 * 2**20
 """Most bytes of float32 that a stored weight is widened to at once, see
 `edge_dit_export.passes_onnx.weights_in_fewer_bytes`.
@@ -65,32 +79,6 @@ class Facts(BaseModel):
         return [FUSED]
 
 
-class GraphNames(BaseModel):
-    """Names of a graph's arguments and results, in order."""
-
-    inputs: list[str]
-    outputs: list[str]
-
-
-class StreamedBlock(BaseModel):
-    """A block of the streamed layout.
-
-    Attributes:
-        name: of the block in the model.
-        kind: names its graphs; blocks of one kind share them.
-        weights: input of the graphs -> key in `FROZEN`.
-        lora: input of the graphs -> LoRA name.
-        residual: if blocks before it are skipped, tensor of the state -> batch tensor that is added
-            to it.
-    """
-
-    name: str = ""
-    kind: PlainName
-    weights: dict[str, str]
-    lora: dict[str, str]
-    residual: dict[str, str] = {}
-
-
 class StreamedFacts(BaseModel):
     """The streamed layout: its graphs by file, and its blocks in order."""
 
@@ -106,20 +94,27 @@ class StreamedFacts(BaseModel):
         return self
 
 
+def _listed(value: Any) -> Any:
+    """Bundles of earlier versions name one file, not a list."""
+    return [value] if isinstance(value, str) else value
+
+
 class OnnxFacts(Facts):
     """The onnx target.
 
     Attributes:
-        frozen: file of the frozen weights.
-        weights: how that file stores frozen matrices.
+        frozen: files of the frozen weights.
+        weights: how those files store frozen matrices.
         graphs: names of each graph's inputs and outputs, by file.
         streamed: the streamed layout.
+        loop: what makes draws of pictures, and paints.
     """
 
-    frozen: PlainName
+    frozen: Annotated[list[PlainName], BeforeValidator(_listed), Field(min_length=1)]
     weights: Dtype = WIDE
     graphs: dict[PlainName, GraphNames]
     streamed: StreamedFacts | None = None
+    loop: LoopFacts | None = None
 
     def layouts(self) -> list[str]:
         """Layouts of `STEP_FILES` that have a graph, then "streamed" if it was exported."""
@@ -131,10 +126,12 @@ class OrtTrainingFacts(Facts):
     """The ort-training target.
 
     Attributes:
-        frozen: inputs of the graph after the batch, in order; each is a key in `FROZEN`.
+        frozen: inputs of the graph after the batch, in order; each is a key in ``files``.
+        files: of the frozen weights.
     """
 
     frozen: list[str]
+    files: Annotated[list[PlainName], Field(min_length=1)] = [FROZEN]
 
 
 # ---------------------------------------------------------------- the records

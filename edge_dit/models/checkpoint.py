@@ -92,6 +92,10 @@ class Checkpoint:
         self._fill(block, name)
         yield block.eval().requires_grad_(False)
 
+    def tensor(self, name: str) -> Tensor:
+        """A tensor in float32, by its name in the model."""
+        return self._read({name: name})[name]
+
     @property
     def _counts(self) -> tuple[str, ...]:
         return tuple(self.family.containers.values())

@@ -208,6 +208,27 @@ class Export(_Section):
             "each block again for its gradients."
         ),
     ] = False
+    loop: Annotated[
+        bool,
+        Field(
+            description="Write the loop's parts too, into the onnx target: the device then makes "
+            "its own draws of pictures, and paints. They hold the whole model but its text encoders."
+        ),
+    ] = False
+    prompts: Annotated[
+        list[Annotated[str, Field(min_length=1)]],
+        Field(
+            description="With `loop`: prompts to paint besides the pictures' captions. The bundle "
+            "holds them encoded."
+        ),
+    ] = []
+    negative_prompt: Annotated[
+        str | None,
+        Field(
+            description="With `loop`: what paintings are guided away from; default: the pipeline's "
+            "own, nothing."
+        ),
+    ] = None
 
 
 class Job(_Section):

@@ -16,6 +16,7 @@ from edge_dit.models.whereabouts import remember
 from edge_dit.pictures.dataset import Survey, survey
 from edge_dit.planning.job import Job
 from edge_dit.planning.plan import Plan, read_plan
+from edge_dit.planning.prompts import loop_prompts
 from edge_dit.planning.selection import find_selection
 from edge_dit.planning.split import Split, SplitRequest, choose_split, requested, size_faults
 
@@ -68,6 +69,9 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
         faults.append(fault)
     raise_any("job", faults)
     assert pictures is not None
+    encoded = set(prompts)
+    if job.export.loop:
+        encoded |= {*loop_prompts(job, prompts).all, model.family.negative_prompt}
     remember(model.folder, model.hash)
     plan = Plan(
         family=model.family.name,
@@ -83,7 +87,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
         s_min=job.train.patch,
         s_max=job.train.resolution,
         multiple=model.multiple,
-        text_tokens=model.family.text_tokens(model.folder, sorted(set(prompts))),
+        text_tokens=model.family.text_tokens(model.folder, sorted(encoded)),
         rank=job.train.rank,
         alpha=float(job.train.rank) if job.train.alpha is None else job.train.alpha,
         lora_targets=list(dict.fromkeys(job.train.lora_targets or model.family.lora_targets)),
@@ -94,6 +98,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
         targets=list(dict.fromkeys(job.export.targets)),
         weights=job.export.weights,
         recompute=job.export.recompute,
+        loop=job.export.loop,
         bank_dtype=job.train.bank,
         asked=job.asked(),
     )

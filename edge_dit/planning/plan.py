@@ -22,6 +22,8 @@ from edge_dit.store.documents import parse_json, read_whole
 from edge_dit.store.files import write_atomic
 
 SCHEMA = 1
+LOOP_TARGET = "onnx"
+"""The target that has the loop's parts."""
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 
@@ -57,6 +59,7 @@ class Plan(BaseModel):
         layout: that training uses by default; empty for the target's first one.
         weights: dtype of frozen matrices in the onnx target (`edge_dit.planning.job.Export`).
         recompute: whether the onnx target also gets the recomputing layout.
+        loop: whether the onnx target also gets the loop's parts (`edge_dit.contract.loop`).
         asked: the job's keys, see `edge_dit.planning.job.Job.asked`; empty if there was no job.
     """
 
@@ -88,6 +91,7 @@ class Plan(BaseModel):
     weights: Dtype = WIDE
     recompute: bool = False
     bank_dtype: BankDtype = "float32"
+    loop: bool = False
     asked: dict[str, Any] = {}
 
     @property
@@ -133,9 +137,21 @@ class Plan(BaseModel):
                 "weights",
                 "recompute",
                 "bank_dtype",
+                "loop",
             },
         )
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
+
+
+def check_loop(plan: Plan, targets: Sequence[str]) -> None:
+    """Raise `BadInput` if a plan's loop has no target to go into."""
+    if plan.loop and LOOP_TARGET not in targets:
+        raise BadInput(
+            "export.loop",
+            found=f"the loop's parts with target {', '.join(targets)}",
+            expected=f"{LOOP_TARGET} among the targets: its streamed layout runs the loop",
+            remedy=f"add {LOOP_TARGET} to [export] targets, or remove loop",
+        )
 
 
 def read_plan(path: Path) -> Plan:

@@ -24,16 +24,24 @@ from edge_dit.contract.bundle import (
 )
 from edge_dit.contract.names import GRAD, LOSS
 from edge_dit.contract.targets import TARGETS
-from edge_dit.errors import require
+from edge_dit.errors import BadInput, require
 from edge_dit.models.pipeline import quiet
-from edge_dit.planning.plan import Plan, model_of
+from edge_dit.planning.plan import Plan, check_loop, model_of
+from edge_dit.planning.prompts import LoopPrompts
 from edge_dit.progress import bar
 from edge_dit.reference.eager import adapted_subgraph, lora_tensors
 from edge_dit.store.files import sha256, whole_folder
+from edge_dit_export.targets.loop_source import loop_source
 from edge_dit_export.targets.source import Source
 
 
-def export(plan: Plan, folder: Path, targets: Sequence[str], check: bool = True) -> Bundle:
+def export(
+    plan: Plan,
+    folder: Path,
+    targets: Sequence[str],
+    check: bool = True,
+    prompts: LoopPrompts | None = None,
+) -> Bundle:
     """Write the bundle of a plan.
 
     Args:
@@ -41,17 +49,29 @@ def export(plan: Plan, folder: Path, targets: Sequence[str], check: bool = True)
         folder: the bundle; written whole, or not at all.
         targets: some of `edge_dit.contract.targets.TARGETS`.
         check: compare the model's weights with those the plan was made for.
+        prompts: of the loop's parts, if the plan has a loop.
 
     Raises:
         BadInput: a target's packages are missing, the model changed, ``folder`` holds something
-            else.
+            else; or the loop's parts are wanted and cannot be exported, or not with these targets.
     """
+    check_loop(plan, targets)
     for target in targets:
         for module in TARGETS[target].needs_to_export:
             with quiet():
                 require(module, f"the {target} target")
-    subgraph, batch = adapted_subgraph(plan, model_of(plan, check))
-    source = Source(subgraph, batch, plan.optimizer, plan.crop_rule, plan.weights, plan.recompute)
+    model = model_of(plan, check)
+    subgraph, batch = adapted_subgraph(plan, model)
+    loop = None
+    if plan.loop:
+        if prompts is None:
+            raise BadInput(
+                "plan", found="loop without prompts", expected="the job's prompts beside it"
+            )
+        loop = loop_source(plan, model, prompts)
+    source = Source(
+        subgraph, batch, plan.optimizer, plan.crop_rule, plan.weights, plan.recompute, loop
+    )
     with (
         whole_folder(folder, MANIFEST) as building,
         quiet(),

@@ -15,6 +15,7 @@ from edge_dit_export.graph.blocks import frozen_tensors, plain_name
 from edge_dit_export.targets.frozen import FrozenStore
 from edge_dit_export.targets.streamed import export_streamed
 from edge_dit_runtime.session import open_session
+from edge_dit_runtime.sessions.mapped import MappedTensors
 from edge_dit_runtime.sessions.streamed import StreamedStep
 
 
@@ -36,7 +37,7 @@ def streamed(request, tmp_path_factory):
     (folder / "onnx").mkdir()
     store = FrozenStore(frozen_tensors(sub), {plain_name(n) for n in matrices(sub)}, dtype)
     facts = export_streamed(sub, batch, store, folder / "onnx")
-    store.write(folder / "onnx" / FROZEN)
+    store.write(folder / "onnx")
     return folder, sub, batch, facts, dtype
 
 
@@ -46,7 +47,8 @@ def test_gradients_are_eagers_with_the_same_rounded_weights(streamed):
     round_frozen(sub, dtype)
     want = tiny.eager(sub, batch)
     lora = {name: p.detach() for name, p in sub.lora_parameters().items()}
-    step = StreamedStep(FakeManifest(batch, lora), StreamedFacts(**facts), folder / "onnx" / FROZEN)
+    frozen = MappedTensors(folder / "onnx" / FROZEN)
+    step = StreamedStep(FakeManifest(batch, lora), StreamedFacts(**facts), folder / "onnx", frozen)
     loss, *gradients = step(*(t.numpy() for t in [*batch.values(), *lora.values()]))
     found = {"loss": torch.as_tensor(loss)}
     found |= {f"grad.{n}": torch.from_numpy(g) for n, g in zip(lora, gradients, strict=True)}

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from edge_dit.contract.loop import Latents
 from edge_dit.contract.objective import Objective
 from edge_dit.errors import BadInput
 from edge_dit.models.components import check_vocabulary, read_json, refusing
@@ -116,6 +117,14 @@ class Family:
     """Keys of the autoencoder's configuration that the family or its pipeline reads."""
     samples_posterior: ClassVar[bool] = True
     """Whether `encode_image` samples the autoencoder's posterior, as stock training scripts do."""
+    guided_by: ClassVar[str] = "guidance_scale"
+    """Argument of the pipeline's call: above 1 it guides away from a negative prompt; "" if the
+    pipeline has none.
+    """
+    rescales: ClassVar[bool] = False
+    """Whether the guided prediction gets the norm of the unguided one."""
+    negative_prompt: ClassVar[str] = ""
+    """That `sample` guides away from."""
 
     # ---------------------------------------------------------------- configuration
 
@@ -187,7 +196,27 @@ class Family:
             config: of the transformer.
             vae: configuration of the autoencoder.
         """
-        return 2 ** (len(vae["block_out_channels"]) - 1) * config["patch_size"]
+        return self.factor(vae) * config["patch_size"]
+
+    def factor(self, vae: Mapping[str, Any]) -> int:
+        """Pixels per side of a latent, by the autoencoder's configuration."""
+        return 2 ** (len(vae["block_out_channels"]) - 1)
+
+    def latents(self, vae: Mapping[str, Any]) -> Latents:
+        """How the autoencoder's latents and the transformer's differ, by its configuration."""
+        channels = vae["latent_channels"]
+        shifts = "shift_factor" in self.vae_switches
+        return Latents(
+            shift=[vae["shift_factor"] if shifts else 0.0] * channels,
+            scale=[vae["scaling_factor"]] * channels,
+            packed=self.packed > 1,
+            factor=self.factor(vae),
+            samples=self.samples_posterior,
+        )
+
+    def timestep_factor(self, config: Mapping[str, Any]) -> float:
+        """The transformer's timestep over the scheduler's, by the transformer's configuration."""
+        return 1.0
 
     def block_names(self, config: Mapping[str, Any]) -> list[str]:
         """Names of the blocks within the model, in order of execution."""
@@ -275,7 +304,7 @@ class Family:
             watched: Any = getattr(model, self.watched)
             handle = watched.register_forward_hook(lambda _m, _a, output: seen.append(output))
         try:
-            with self._without_blocks(model, call):
+            with self.without_blocks(model, call):
                 model(**inputs, return_dict=False)
         finally:
             if handle is not None:
@@ -286,7 +315,13 @@ class Family:
         return State(call["hidden_states"], text), self.conditioning(call)
 
     @contextmanager
-    def _without_blocks(self, model: nn.Module, call: dict[str, Any]) -> Iterator[None]:
+    def without_blocks(self, model: nn.Module, call: dict[str, Any]) -> Iterator[None]:
+        """A context in which every block of the model changes nothing.
+
+        Args:
+            model: the transformer; its blocks may lie on the meta device.
+            call: gets the arguments of the first block's first call.
+        """
         kept = {name: getattr(model, name) for name in self.containers}
         for name, blocks in kept.items():
             # As many as there are blocks, because a forward may use a block's position.
@@ -326,6 +361,7 @@ class Family:
 
     # ---------------------------------------------------------------- pipeline
 
+    @torch.no_grad()
     def encode_image(self, vae: Any, pixels: Tensor, posterior: Normal) -> Tensor:
         """Clean latents, scaled (and packed) as the transformer takes them.
 
@@ -335,7 +371,33 @@ class Family:
             posterior: gives standard normal numbers of a shape, in families that sample the
                 autoencoder's posterior.
         """
-        raise NotImplementedError
+        raw, deviation = self.moments(vae, pixels)
+        if deviation is not None:
+            raw = raw + deviation * posterior(tuple(raw.shape))
+        return self.taken(self.latents(vae.config), raw)
+
+    def taken(self, latents: Latents, raw: Tensor) -> Tensor:
+        """Latents as the transformer takes them, from the autoencoder's ``raw`` [1, C, h, w]."""
+        shift, scale = (
+            torch.tensor(values).reshape(1, -1, 1, 1) for values in (latents.shift, latents.scale)
+        )
+        scaled = (raw - shift) * scale
+        return pack(scaled) if latents.packed else scaled
+
+    def moments(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean [1, C, h, w] of a picture's latents, before shift and scale, and their deviation, in
+        families that sample the autoencoder's posterior.
+
+        Args:
+            vae: the autoencoder.
+            pixels: as `encode_image` takes them.
+        """
+        found = vae.encode(pixels).latent_dist
+        return found.mean, found.std
+
+    def pixels(self, vae: Any, raw: Tensor) -> Tensor:
+        """The picture [1, 3, H, W] of the autoencoder's latents [1, C, h, w]."""
+        return vae.decode(raw, return_dict=False)[0]
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
         """Each prompt as the pipeline encodes it for sampling.
@@ -349,6 +411,14 @@ class Family:
             BadInput: a prompt has more tokens.
         """
         raise NotImplementedError
+
+    def encode_negatives(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
+        """Each prompt as the pipeline encodes a negative one; arguments as of `encode_prompts`."""
+        return self.encode_prompts(pipeline, prompts, tokens)
+
+    def cannot_paint(self, pipeline: Any) -> str:
+        """Why the pipeline's steps cannot be told by its scheduler alone; "" if they can."""
+        return ""
 
     def sample_options(self, pipeline: Any, pictures: int) -> dict[str, Any]:
         """Arguments of the pipeline's call besides prompts, size and generators.
@@ -465,11 +535,6 @@ def cut(prompt: Prompt, name: str, mask: str, tokens: int) -> Prompt:
 
 
 # ---------------------------------------------------------------- shared by several families
-
-
-def sampled(distribution: Any, posterior: Normal) -> Tensor:
-    """A sample of an autoencoder's posterior (DiagonalGaussianDistribution.sample)."""
-    return distribution.mean + distribution.std * posterior(tuple(distribution.mean.shape))
 
 
 CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask", "timestep")

@@ -29,13 +29,10 @@ from edge_dit.models.families.family import (
     Conditioning,
     Family,
     Grid,
-    Normal,
     Prompt,
     blank_pooled,
     longest,
-    pack,
     pooled_prompt,
-    sampled,
     tokenizer_of,
 )
 from edge_dit.models.families.switches import (
@@ -85,6 +82,7 @@ class Flux(Family):
         "joint_attention_dim": ("text_encoder_2",),
     }
     packed = 4
+    guided_by = ""  # guidance_scale is an input of the transformer
     switches: ClassVar[Rules] = {
         "patch_size": one_of(1, why="FluxPipeline packs latents 2 x 2 whatever it says"),
         "in_channels": whole(),
@@ -112,7 +110,11 @@ class Flux(Family):
 
     def multiple(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
         """Pixels per side of a token; the pipeline packs 2 x 2 latents into one."""
-        return 2 ** (len(vae["block_out_channels"]) - 1) * 2
+        return self.factor(vae) * 2
+
+    def timestep_factor(self, config: Mapping[str, Any]) -> float:
+        """The pipeline divides by 1000."""
+        return 1 / 1000
 
     def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
         """The velocity, noise levels drawn evenly."""
@@ -137,7 +139,7 @@ class Flux(Family):
         return {
             "hidden_states": latents,
             **prompt,
-            "timestep": torch.tensor([timestep / 1000]),
+            "timestep": torch.tensor([timestep * self.timestep_factor(model.config)]),
             "guidance": torch.tensor([GUIDANCE]) if model.config.guidance_embeds else None,
             "img_ids": places.reshape(rows * columns, 3),
             "txt_ids": torch.zeros(text, 3),
@@ -160,12 +162,6 @@ class Flux(Family):
         """Latents [1, N, C], packed, and a prompt of ``text`` tokens."""
         latents = torch.zeros(1, grid[0] * grid[1], model.config.in_channels)
         return latents, blank_pooled(model.config, text)
-
-    @torch.no_grad()
-    def encode_image(self, vae: Any, pixels: Tensor, posterior: Normal) -> Tensor:
-        """Latents [1, N, C], packed."""
-        latents = sampled(vae.encode(pixels).latent_dist, posterior)
-        return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:

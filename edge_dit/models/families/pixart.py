@@ -36,14 +36,12 @@ from edge_dit.models.families.family import (
     Conditioning,
     Family,
     Grid,
-    Normal,
     Prompt,
     blank_caption,
     blank_latents,
     longest,
     masked_prompt,
     modulated_conditioning,
-    sampled,
     tokenizer_of,
     unpatchify,
 )
@@ -196,11 +194,6 @@ class PixArt(Family):
     def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
         """Latents [1, C, h, w] and a prompt of ``text`` tokens."""
         return blank_latents(model.config, grid), blank_caption(model.config, text)
-
-    @torch.no_grad()
-    def encode_image(self, vae: Any, pixels: Tensor, posterior: Normal) -> Tensor:
-        """Latents [1, C, h, w]."""
-        return sampled(vae.encode(pixels).latent_dist, posterior) * vae.config.scaling_factor
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from edge_dit.contract.loop import Latents
 from edge_dit.contract.objective import FlowMatching
 from edge_dit.models.families.common import (
     flow_objective,
@@ -35,12 +36,9 @@ from edge_dit.models.families.family import (
     Conditioning,
     Family,
     Grid,
-    Normal,
     Prompt,
     cut,
     longest,
-    pack,
-    sampled,
     tokenizer_of,
 )
 from edge_dit.models.families.switches import (
@@ -77,6 +75,9 @@ class QwenImage(Family):
         "joint_attention_dim": ("text_encoder",)
     }
     packed = 4
+    guided_by = "true_cfg_scale"
+    rescales = True
+    negative_prompt = " "
     switches: ClassVar[Rules] = {
         "patch_size": one_of(2, why="QwenImagePipeline packs latents 2 x 2 whatever it says"),
         "in_channels": whole(),
@@ -105,9 +106,23 @@ class QwenImage(Family):
     def __init__(self) -> None:
         self._real_rope = False
 
-    def multiple(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
-        """Pixels per side of a token."""
-        return 2 ** len(vae["temperal_downsample"]) * config["patch_size"]
+    def factor(self, vae: Mapping[str, Any]) -> int:
+        """Pixels per side of a latent."""
+        return 2 ** len(vae["temperal_downsample"])
+
+    def latents(self, vae: Mapping[str, Any]) -> Latents:
+        """Every channel by its own mean and deviation."""
+        return Latents(
+            shift=list(vae["latents_mean"]),
+            scale=[1 / deviation for deviation in vae["latents_std"]],
+            packed=True,
+            factor=self.factor(vae),
+            samples=True,
+        )
+
+    def timestep_factor(self, config: Mapping[str, Any]) -> float:
+        """The pipeline divides by 1000."""
+        return 1 / 1000
 
     def misfits(self, config: Mapping[str, Any]) -> Misfits:
         """Channels that differ between input and output, and widths that do not add up."""
@@ -152,7 +167,7 @@ class QwenImage(Family):
         return {
             "hidden_states": latents,
             **prompt,
-            "timestep": torch.tensor([timestep / 1000]),
+            "timestep": torch.tensor([timestep * self.timestep_factor(model.config)]),
             "img_shapes": [[(1, *grid)]],
         }
 
@@ -212,15 +227,14 @@ class QwenImage(Family):
         }
         return torch.zeros(1, grid[0] * grid[1], config.in_channels), prompt
 
-    @torch.no_grad()
-    def encode_image(self, vae: Any, pixels: Tensor, posterior: Normal) -> Tensor:
-        """Latents [1, N, C], packed; to the autoencoder an image is a film of one frame."""
-        latents = sampled(vae.encode(pixels.unsqueeze(2)).latent_dist, posterior)
-        mean, std = (
-            torch.tensor(values).reshape(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        return pack(((latents - mean) / std).squeeze(2))
+    def moments(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation [1, C, h, w]; to the autoencoder an image is a film of one frame."""
+        found = vae.encode(pixels.unsqueeze(2)).latent_dist
+        return found.mean.squeeze(2), found.std.squeeze(2)
+
+    def pixels(self, vae: Any, raw: Tensor) -> Tensor:
+        """The picture [1, 3, H, W], the only frame of a film."""
+        return vae.decode(raw.unsqueeze(2), return_dict=False)[0].squeeze(2)
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
@@ -248,7 +262,7 @@ class QwenImage(Family):
     def sample_options(self, pipeline: Any, pictures: int) -> dict[str, Any]:
         """20 guided steps; the pipeline takes as many negative prompts as prompts."""
         return {
-            "negative_prompt": [" "] * pictures,
+            "negative_prompt": [self.negative_prompt] * pictures,
             "num_inference_steps": 20,
             "true_cfg_scale": 4.0,
             "max_sequence_length": MAX_TEXT_TOKENS,

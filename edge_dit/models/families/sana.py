@@ -40,7 +40,6 @@ from edge_dit.models.families.family import (
     Conditioning,
     Family,
     Grid,
-    Normal,
     Prompt,
     blank_caption,
     blank_latents,
@@ -151,9 +150,13 @@ class Sana(Family):
         if config["out_channels"] != config["in_channels"]:
             yield "out_channels", f"{config['in_channels']}, the in_channels: a velocity"
 
-    def multiple(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
-        """Pixels per side of a token."""
-        return 2 ** (len(vae["encoder_block_out_channels"]) - 1) * config["patch_size"]
+    def factor(self, vae: Mapping[str, Any]) -> int:
+        """Pixels per side of a latent."""
+        return 2 ** (len(vae["encoder_block_out_channels"]) - 1)
+
+    def timestep_factor(self, config: Mapping[str, Any]) -> float:
+        """The configuration's own; Sprint's pipeline divides by 1000."""
+        return 1 / 1000 if config["guidance_embeds"] else config["timestep_scale"]
 
     def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
         """The velocity, noise levels drawn evenly."""
@@ -182,14 +185,11 @@ class Sana(Family):
     ) -> dict[str, Any]:
         """Arguments of the stock forward; latents [1, C, h, w]."""
         config = model.config
+        scaled = torch.tensor([timestep * self.timestep_factor(config)])
+        extra = {}
         if config.guidance_embeds:
-            extra = {
-                "timestep": torch.tensor([timestep / 1000]),
-                "guidance": torch.tensor([SPRINT_GUIDANCE]) * config.guidance_embeds_scale,
-            }
-        else:
-            extra = {"timestep": torch.tensor([timestep * config.timestep_scale])}
-        return {"hidden_states": latents, **prompt, **extra}
+            extra["guidance"] = torch.tensor([SPRINT_GUIDANCE]) * config.guidance_embeds_scale
+        return {"hidden_states": latents, **prompt, "timestep": scaled, **extra}
 
     def conditioning(self, call: Mapping[str, Any]) -> Conditioning:
         """The tensors of the module's table."""
@@ -209,14 +209,22 @@ class Sana(Family):
         """Latents [1, C, h, w] and a prompt of ``text`` tokens."""
         return blank_latents(model.config, grid), blank_caption(model.config, text)
 
-    @torch.no_grad()
-    def encode_image(self, vae: Any, pixels: Tensor, posterior: Normal) -> Tensor:
+    def moments(self, vae: Any, pixels: Tensor) -> tuple[Tensor, None]:
         """Latents [1, C, h, w]; the autoencoder is deterministic."""
-        return vae.encode(pixels).latent * vae.config.scaling_factor
+        return vae.encode(pixels).latent, None
 
-    @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
         """Text [1, tokens, D] and mask [1, tokens] of each prompt."""
+        return self._encoded(pipeline, prompts, tokens, instruction(type(pipeline)))
+
+    def encode_negatives(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
+        """The same, without the instruction."""
+        return self._encoded(pipeline, prompts, tokens, None)
+
+    @torch.no_grad()
+    def _encoded(
+        self, pipeline: Any, prompts: list[str], tokens: int, told: list[str] | None
+    ) -> list[Prompt]:
         # SanaSprintPipeline has no negative prompt and returns two values, not four.
         options = {} if is_sprint(pipeline) else {"do_classifier_free_guidance": False}
         encoded = []
@@ -225,11 +233,15 @@ class Sana(Family):
                 prompt,
                 device=torch.device("cpu"),
                 max_sequence_length=MAX_TEXT_TOKENS,
-                complex_human_instruction=instruction(type(pipeline)),
+                complex_human_instruction=told,
                 **options,
             )
             encoded.append(masked_prompt(embeds, mask, tokens))
         return encoded
+
+    def cannot_paint(self, pipeline: Any) -> str:
+        """SANA-Sprint's steps are random."""
+        return "SANA-Sprint draws new noise in every step" if is_sprint(pipeline) else ""
 
     def sample_options(self, pipeline: Any, pictures: int) -> dict[str, Any]:
         """20 guided steps at the size that is asked for; Sprint's own few steps for Sprint."""

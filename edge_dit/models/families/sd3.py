@@ -30,13 +30,11 @@ from edge_dit.models.families.family import (
     Conditioning,
     Family,
     Grid,
-    Normal,
     Prompt,
     blank_latents,
     blank_pooled,
     longest,
     pooled_prompt,
-    sampled,
     tokenizer_of,
     unpatchify,
 )
@@ -168,12 +166,6 @@ class SD3(Family):
     def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
         """Latents [1, C, h, w] and a prompt of ``text`` tokens."""
         return blank_latents(model.config, grid), blank_pooled(model.config, text)
-
-    @torch.no_grad()
-    def encode_image(self, vae: Any, pixels: Tensor, posterior: Normal) -> Tensor:
-        """Latents [1, C, h, w]; the inverse of what StableDiffusion3Pipeline decodes."""
-        latents = sampled(vae.encode(pixels).latent_dist, posterior)
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:

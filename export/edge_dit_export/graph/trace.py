@@ -36,12 +36,13 @@ def trace(
     function: Callable[[dict[str, Tensor]], Any],
     inputs: Mapping[str, Tensor],
     family: Family | None = None,
+    compute: bool = False,
 ) -> fx.GraphModule:
     """Trace ``function(inputs)``, including the autograd calls in it.
 
     Every input becomes a placeholder, in order; the outputs are a flat tuple.
 
-    Nothing is computed, so inputs may be views of files larger than memory. Attention is traced in
+    Without ``compute`` nothing is computed, so inputs may be views of files larger than memory. Attention is traced in
     its math form: the fused kernels' backward exists in no runtime we export to (pytorch/executorch
     issue 12804).
 
@@ -50,6 +51,8 @@ def trace(
         inputs: examples; only shapes and dtypes matter.
         family: of the model in ``function``; while tracing it keeps to operations that every target
             has (`Family.traceable`).
+        compute: compute the function on the examples. Tensors that are no inputs are then allowed,
+            and become constants.
 
     Raises:
         NotImplementedError: the function changes a tensor in place that something else reads.
@@ -66,7 +69,8 @@ def trace(
         examples[name] = torch.empty_like(tensor) if id(tensor) in seen else tensor
         seen.add(id(tensor))
     with sdpa_kernel(SDPBackend.MATH), family.traceable() if family else nullcontext():
-        module = make_fx(plain, decomposition_table=table, tracing_mode="fake")(examples)
+        mode = "real" if compute else "fake"
+        module = make_fx(plain, decomposition_table=table, tracing_mode=mode)(examples)
     module.graph.set_codegen(CodeGen())
     _make_functional(module.graph)
     module.recompile()

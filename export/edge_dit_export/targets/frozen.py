@@ -1,7 +1,7 @@
-"""Writes the frozen weights of a bundle to one safetensors file, each weight once.
+"""Writes the frozen weights of a bundle to safetensors files, each weight once.
 
-Any reader can memory-map the file. The graphs of the onnx target refer to its bytes, and the
-runtimes hand out views of it.
+Any reader can memory-map the files. The graphs of the onnx target refer to their bytes, and the
+runtimes hand out views of them.
 """
 
 from __future__ import annotations
@@ -9,22 +9,36 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
+from edge_dit.contract.targets import FILE_BYTES, frozen_file
 from edge_dit.models.quantize import to_int8
 
 DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "int8": ("I8", 1)}
 """Name in safetensors and bytes of an element."""
 ALIGNMENT = 64
+HEADER_BYTES = 192
+"""Most bytes that a header takes for itself, and for each tensor besides its name."""
+
+
+@dataclass(frozen=True)
+class Later:
+    """A float32 tensor that is in memory only while it is written."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stored tensor's bytes lie in the file."""
+    """Where a stored tensor's bytes lie: in which file, from where on, how many."""
 
+    file: str
     offset: int
     length: int
 
@@ -41,6 +55,17 @@ class _Entry:
     def key(self) -> str:
         return f"{self.name}.scale" if self.is_scale else self.name
 
+    @property
+    def length(self) -> int:
+        return math.prod(self.shape) * self.width
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    header: bytes
+    entries: list[_Entry]
+
 
 class FrozenStore:
     """Frozen tensors to be written.
@@ -49,35 +74,75 @@ class FrozenStore:
         tensors: float32 by name; a memory-mapped one is read only when it is written.
         small: names of those stored as ``dtype``.
         dtype: "float32", "float16" or "int8"; int8 adds the tensor "<name>.scale".
+        limit: most bytes of a file that has more than one tensor.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], small: set[str], dtype: str) -> None:
-        self.tensors, self.small, self.dtype = tensors, small, dtype
-        self._plan()
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor | Later],
+        small: set[str],
+        dtype: str,
+        limit: int = FILE_BYTES,
+    ) -> None:
+        self.tensors, self.dtype, self.limit = dict(tensors), dtype, limit
+        self._dtypes = dict.fromkeys(small, dtype)
+
+    def add(self, name: str, tensor: Tensor | Later, dtype: str = "float32") -> None:
+        """Add a tensor that is stored as ``dtype``, unless there is one of that name. Only before
+        `place` or `write` is called.
+        """
+        if name not in self.tensors:
+            self.tensors[name], self._dtypes[name] = tensor, dtype
+
+    @cached_property
+    def _files(self) -> list[_File]:
+        return [
+            _File(frozen_file(number), _header(entries), entries)
+            for number, entries in enumerate(_split(self._entries(), self.limit))
+        ]
+
+    @cached_property
+    def _places(self) -> dict[str, Place]:
+        return dict(place for file in self._files for place in _places(file))
 
     def stored_as(self, name: str) -> str:
         """The dtype ``name`` is stored as."""
-        return self.dtype if name in self.small else "float32"
+        return self._dtypes.get(name, "float32")
 
     def keys(self, name: str) -> list[str]:
-        """Keys in the file that make up ``name``: itself, and its scales in int8."""
+        """Keys in the files that make up ``name``: itself, and its scales in int8."""
         return [name, f"{name}.scale"] if self.stored_as(name) == "int8" else [name]
+
+    def inputs(self, names: Mapping[str, str]) -> dict[str, str]:
+        """Inputs of a graph that takes stored tensors -> keys in the files.
+
+        Args:
+            names: input -> name of the tensor.
+        """
+        return {
+            local + key.removeprefix(name): key
+            for local, name in names.items()
+            for key in self.keys(name)
+        }
 
     def place(self, key: str) -> Place:
         """Where a key's bytes lie."""
         return self._places[key]
 
-    def write(self, path: Path) -> None:
-        """Write the file; one tensor at a time is in memory."""
-        with path.open("wb") as file:
-            file.write(self._header)
-            for entry in self._entries():
-                self._value(entry).contiguous().numpy().tofile(file)
-            file.flush()
-            os.fsync(file.fileno())
+    def write(self, directory: Path) -> list[str]:
+        """Write the files; their names. One tensor at a time is in memory."""
+        for file in self._files:
+            with (directory / file.name).open("wb") as stream:
+                stream.write(file.header)
+                for entry in file.entries:
+                    self._value(entry).contiguous().numpy().tofile(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+        return [file.name for file in self._files]
 
     def _value(self, entry: _Entry) -> Tensor:
-        tensor = self.tensors[entry.name].detach()
+        stored = self.tensors[entry.name]
+        tensor = stored.read() if isinstance(stored, Later) else stored.detach()
         kind = self.stored_as(entry.name)
         if kind == "int8":
             values, scale = to_int8(tensor)
@@ -85,7 +150,7 @@ class FrozenStore:
         return tensor.half() if kind == "float16" else tensor
 
     def _entries(self) -> list[_Entry]:
-        """Everything in the file, widest elements first, so that all are aligned."""
+        """Everything in the files, widest elements first, so that all are aligned."""
         entries = []
         for name, tensor in self.tensors.items():
             kind = self.stored_as(name)
@@ -94,21 +159,39 @@ class FrozenStore:
                 entries.append(_Entry(name, True, *DTYPES["float32"], [tensor.shape[0]]))
         return sorted(entries, key=lambda entry: -entry.width)
 
-    def _plan(self) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        ends: dict[str, tuple[int, int]] = {}
-        end = 0
-        for entry in self._entries():
-            length = math.prod(entry.shape) * entry.width
-            header[entry.key] = {
-                "dtype": entry.dtype,
-                "shape": entry.shape,
-                "data_offsets": [end, end + length],
-            }
-            ends[entry.key] = (end, length)
-            end += length
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
-        self._header = len(raw).to_bytes(8, "little") + raw
-        start = len(self._header)
-        self._places = {key: Place(start + begin, length) for key, (begin, length) in ends.items()}
+
+def _split(entries: list[_Entry], limit: int) -> list[list[_Entry]]:
+    """Entries of each file, in order; a file is at least one entry long."""
+    files: list[list[_Entry]] = [[]]
+    room = limit - HEADER_BYTES
+    for entry in entries:
+        needed = entry.length + len(entry.key) + HEADER_BYTES
+        if files[-1] and needed > room:
+            files.append([])
+            room = limit - HEADER_BYTES
+        files[-1].append(entry)
+        room -= needed
+    return files
+
+
+def _header(entries: list[_Entry]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        header[entry.key] = {
+            "dtype": entry.dtype,
+            "shape": entry.shape,
+            "data_offsets": [end, end + entry.length],
+        }
+        end += entry.length
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _places(file: _File) -> list[tuple[str, Place]]:
+    places, begin = [], len(file.header)
+    for entry in file.entries:
+        places.append((entry.key, Place(file.name, begin, entry.length)))
+        begin += entry.length
+    return places

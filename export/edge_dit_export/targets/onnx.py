@@ -3,8 +3,10 @@
 train_step.onnx            fused: batch and LoRA tensors -> loss, one gradient per LoRA tensor
 train_step.recompute.onnx  the same, but the backward pass computes every block again
 block.*.onnx, head.onnx    streamed, see `edge_dit_export.targets.streamed`
-frozen.safetensors         the frozen weights, each once; memory-mapped when loaded
+frozen.safetensors         the frozen weights, each once; memory-mapped when loaded. More than 512 MB
+                           of them go on in frozen-1.safetensors and so on
 *.data                     other large constants of a graph, such as turned kernels
+begin.onnx and so on        the loop's parts, see `edge_dit_export.targets.loop`
 optimizer.onnx             AdamW, see `edge_dit.contract.adamw`
 patch_sampler.onnx         image, sigma, uv -> patch
 """
@@ -20,7 +22,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
 from edge_dit.contract.targets import (
-    FROZEN,
     FUSED,
     OPTIMIZER,
     RECOMPUTE,
@@ -35,6 +36,7 @@ from edge_dit_export.graph.blocks import frozen_tensors, plain_name
 from edge_dit_export.graph.trace import TracedStep
 from edge_dit_export.passes_onnx.transposes_to_gemm import transposes_to_gemm
 from edge_dit_export.targets.frozen import FrozenStore
+from edge_dit_export.targets.loop import export_loop
 from edge_dit_export.targets.onnx_model import (
     INLINE_BYTES,
     IR,
@@ -57,7 +59,9 @@ def write(source: Source, directory: Path) -> dict[str, Any]:
     """
     subgraph, weights = source.subgraph, source.weights
     store = frozen_store(subgraph, weights)
-    store.write(directory / FROZEN)
+    streamed = export_streamed(subgraph, source.batch, store, directory)
+    loop = source.loop and export_loop(source.loop, subgraph, store, directory)
+    files = store.write(directory)
     steps: dict[str, TracedStep] = {}
     if weights == WIDE:
         steps[STEP_FILES[FUSED]] = source.step
@@ -74,10 +78,11 @@ def write(source: Source, directory: Path) -> dict[str, Any]:
     return {
         "opset": OPSET,
         "ir": IR,
-        "frozen": FROZEN,
+        "frozen": files,
         "weights": weights,
         "graphs": {file: graph_names(model) for file, model in models.items()},
-        "streamed": export_streamed(subgraph, source.batch, store, directory),
+        "streamed": streamed,
+        **({"loop": loop} if loop else {}),
     }
 
 
@@ -98,13 +103,15 @@ def train_step_model(step: TracedStep) -> ir.Model:
 
 
 def _refer_to(store: FrozenStore, model: ir.Model, data: Path) -> None:
-    """Make initialisers that are frozen weights refer to the bytes in `FROZEN`, in place. Other
-    large ones (kernels turned for the backward pass) go to the file ``data``.
+    """Make initialisers that are frozen weights refer to the bytes in the store's files, in place.
+    Other large ones (kernels turned for the backward pass) go to the file ``data``.
     """
     stored = {
         (tensor.data_ptr(), tensor.numel()): name
         for name, tensor in store.tensors.items()
-        if tensor.is_contiguous() and store.stored_as(name) == "float32"
+        if isinstance(tensor, Tensor)
+        and tensor.is_contiguous()
+        and store.stored_as(name) == "float32"
     }
     others = []
     for value in model.graph.initializers.values():
@@ -118,7 +125,7 @@ def _refer_to(store: FrozenStore, model: ir.Model, data: Path) -> None:
         key = (raw.data_ptr(), raw.numel())
         place = store.place(stored[key])
         value.const_value = ir.ExternalTensor(
-            FROZEN,
+            place.file,
             place.offset,
             place.length,
             tensor.dtype,

@@ -15,6 +15,7 @@ from edge_dit.pictures.crop import CropRule
 from edge_dit_export.graph.optimizer import AdamWStep, trace_optimizer
 from edge_dit_export.graph.trace import TracedStep
 from edge_dit_export.graph.train_step import trace_train_step
+from edge_dit_export.targets.loop_source import LoopSource
 
 MAX_IMAGE_SIDES = 4
 """The patch sampler takes images with sides up to this many times s_max."""
@@ -31,6 +32,7 @@ class Source:
         crops: the rule of the patch sampler.
         weights: how frozen matrices are stored, where a target offers more than float32.
         recompute: whether to write the recomputing layout too, where a target has one.
+        loop: what the loop's parts are made from, if they are wanted and a target has them.
     """
 
     subgraph: TrainableSubgraph
@@ -39,6 +41,7 @@ class Source:
     crops: CropRule
     weights: Dtype = WIDE
     recompute: bool = False
+    loop: LoopSource | None = None
 
     @cached_property
     def step(self) -> TracedStep:

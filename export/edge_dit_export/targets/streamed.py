@@ -64,13 +64,9 @@ def export_streamed(
         block = Block(subgraph, name)
         key = block.kind()
         if key not in kinds:
-            kinds[key] = _new_kind(name, list(kinds.values()))
+            kinds[key] = new_kind(name, list(kinds.values()))
             graphs |= _export_block(block, batch, store, directory, kinds[key])
-        weights = {
-            local + key.removeprefix(f"{name}.{local}"): key
-            for local in block.weights
-            for key in store.keys(f"{name}.{local}")
-        }
+        weights = store.inputs({local: f"{name}.{local}" for local in block.weights})
         lora = {local: lora_name(f"{name}.{local}") for local in block.lora}
         entry = {"name": name, "kind": kinds[key], "weights": weights, "lora": lora}
         if name in subgraph.jumps:
@@ -81,7 +77,7 @@ def export_streamed(
     return {"graphs": graphs, "blocks": blocks}
 
 
-def _new_kind(name: str, taken: list[str]) -> str:
+def new_kind(name: str, taken: list[str]) -> str:
     """Name of a new kind: "transformer_block" of "transformer_blocks.3"; then "...-2" and so on."""
     base = re.sub(r"s\.\d+$", "", name)
     same = sum(1 for kind in taken if kind.partition("-")[0] == base)
@@ -101,7 +97,7 @@ def _export_block(
     gradients = [NEW + GRAD + n for n in state] + [GRAD + n for n in block.lora]
     family = block.subgraph.family
     return {
-        block_file(kind, name): _write(
+        block_file(kind, name): write_graph(
             trace(function, inputs, family),
             inputs,
             outputs,
@@ -129,10 +125,10 @@ def _export_head(
     small = {n for n in head.weights if store.stored_as(n) != "float32"}
     module = trace(head.backward, inputs, subgraph.family)
     outputs = [LOSS, NEW + GRAD + ENTRY]
-    return _write(module, inputs, outputs, small, store.dtype, directory / HEAD)
+    return write_graph(module, inputs, outputs, small, store.dtype, directory / HEAD)
 
 
-def _write(
+def write_graph(
     module: Any,
     inputs: dict[str, Tensor],
     outputs: list[str],

@@ -1,4 +1,4 @@
-"""Tensors of a safetensors file as views of the mapped file."""
+"""Tensors of safetensors files as views of the mapped files."""
 
 from __future__ import annotations
 
@@ -22,21 +22,54 @@ class MappedTensors:
     """Read-only numpy views by name: the system loads pages when they are read, and may evict them.
 
     Args:
-        path: a safetensors file.
+        paths: safetensors files; no two have a tensor of the same name.
 
     Raises:
         BadInput: not a readable safetensors file.
     """
 
+    def __init__(self, *paths: Path) -> None:
+        self._paths = paths
+        self._files = [_MappedFile(path) for path in paths]
+        self._file_of = {name: file for file in self._files for name in file.views}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._file_of:
+            raise BadInput(
+                self._paths[0] if len(self._paths) == 1 else self._paths[0].parent,
+                found=f"no tensor {name!r:.80}",
+                expected="the weights that the manifest names",
+                remedy="export the bundle again",
+            )
+        return self._file_of[name].views[name]
+
+    def pick(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Those of ``names`` that the files have."""
+        return {name: self[name] for name in names if name in self._file_of}
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Load tensors before they are used, where the system can. This saves only time."""
+        wanted = set(names)
+        for file in self._files:
+            file.fetch(wanted & file.views.keys())
+
+    def release(self) -> None:
+        """Give the pages back to the system; a later use loads them again."""
+        for file in self._files:
+            file.release()
+
+
+class _MappedFile:
+    """One of the files."""
+
     def __init__(self, path: Path) -> None:
-        self._path = path
         try:
             with open_regular(path) as file:
                 places = read_header(file).tensors
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             data = np.frombuffer(self._map, np.uint8)
             self._places = {name: (place.begin, place.end) for name, place in places.items()}
-            self._views = {
+            self.views = {
                 name: data[place.begin : place.end].view(place.dtype).reshape(place.shape)
                 for name, place in places.items()
             }
@@ -47,22 +80,7 @@ class MappedTensors:
                 remedy="export the bundle again",
             ) from None
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._views:
-            raise BadInput(
-                self._path,
-                found=f"no tensor {name!r:.80}",
-                expected="the weights that the manifest names",
-                remedy="export the bundle again",
-            )
-        return self._views[name]
-
-    def pick(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Those of ``names`` that the file has."""
-        return {name: self._views[name] for name in names if name in self._views}
-
     def fetch(self, names: Iterable[str]) -> None:
-        """Load tensors before they are used, where the system can. This saves only time."""
         start = end = 0
         for begin, stop in [*sorted(self._places[name] for name in names), (sys.maxsize, 0)]:
             if begin > end + mmap.PAGESIZE:
@@ -76,5 +94,4 @@ class MappedTensors:
             self._map.madvise(POPULATE_READ, start, end - start)
 
     def release(self) -> None:
-        """Give the pages back to the system; a later use loads them again."""
         self._map.madvise(mmap.MADV_DONTNEED)

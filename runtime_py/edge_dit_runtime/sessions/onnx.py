@@ -11,6 +11,7 @@ from edge_dit.contract.bundle import Bundle
 from edge_dit.contract.names import PATCH, SAMPLER_INPUTS
 from edge_dit.contract.targets import OPTIMIZER, SAMPLER, STEP_FILES, STREAMED, OnnxFacts
 from edge_dit_runtime.sessions.graph import GraphSession
+from edge_dit_runtime.sessions.mapped import MappedTensors
 from edge_dit_runtime.sessions.onnx_program import OnnxProgram, OnnxUpdate
 from edge_dit_runtime.sessions.ort import onnxruntime, share_arena
 from edge_dit_runtime.sessions.streamed import StreamedStep
@@ -29,8 +30,8 @@ def open_session(bundle: Bundle, layout: str) -> GraphSession:
     if layout == STREAMED:
         assert facts.streamed is not None
         share_arena(ort, doubling=True)
-        frozen = bundle.file(TARGET, facts.frozen)
-        step = StreamedStep(bundle.manifest, facts.streamed, frozen)
+        frozen = MappedTensors(*(bundle.file(TARGET, name) for name in facts.frozen))
+        step = StreamedStep(bundle.manifest, facts.streamed, bundle.folder / TARGET, frozen)
     else:
         step = _program(bundle, facts, STEP_FILES[layout])
     names = facts.graphs[OPTIMIZER]

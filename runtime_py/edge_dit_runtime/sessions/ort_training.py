@@ -18,7 +18,6 @@ from edge_dit.contract.bundle import Bundle
 from edge_dit.contract.names import ADAPTED, MOMENTS
 from edge_dit.contract.targets import (
     CHECKPOINT,
-    FROZEN,
     OPTIMIZER_MODEL,
     TRAINING_MODEL,
     OrtTrainingFacts,
@@ -74,8 +73,8 @@ class OrtTrainingSession:
         self.lr = manifest.optimizer.lr
         self._batch = manifest.shapes("batch")
         self._shapes = manifest.shapes("lora")
-        mapped = MappedTensors(self._folder / FROZEN)
         facts = cast(OrtTrainingFacts, bundle.facts(TARGET))
+        mapped = MappedTensors(*(self._folder / name for name in facts.files))
         self._frozen = [mapped[name] for name in facts.frozen]
         self._open(self._folder / CHECKPOINT)
         self.load_adapter(bundle.adapter())

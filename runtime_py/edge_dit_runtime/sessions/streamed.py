@@ -26,15 +26,18 @@ class StreamedStep:
     Args:
         manifest: of the bundle.
         facts: the graphs and the blocks.
-        frozen: file of the frozen weights; the graphs are in the same folder.
+        folder: of the graphs.
+        frozen: the frozen weights.
     """
 
-    def __init__(self, manifest: Manifest, facts: StreamedFacts, frozen: Path) -> None:
+    def __init__(
+        self, manifest: Manifest, facts: StreamedFacts, folder: Path, frozen: MappedTensors
+    ) -> None:
         self._batch, self._lora = manifest.names("batch"), manifest.names("lora")
         self._blocks = facts.blocks
-        self._frozen = MappedTensors(frozen)
+        self._frozen = frozen
         self._programs = {
-            file: OnnxProgram(frozen.parent / file, names.inputs, names.outputs)
+            file: OnnxProgram(folder / file, names.inputs, names.outputs)
             for file, names in facts.graphs.items()
         }
 

@@ -1,0 +1,42 @@
+"""The prompts that a loop bundle holds, see `edge_dit.contract.loop`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge_dit.pictures.dataset import survey
+from edge_dit.planning.job import Job
+
+
+@dataclass(frozen=True)
+class LoopPrompts:
+    """Prompts to be encoded.
+
+    Attributes:
+        texts: of training pictures and paintings, each once.
+        negative: what paintings are guided away from; None for the family's own.
+    """
+
+    texts: list[str]
+    negative: str | None = None
+
+    @property
+    def all(self) -> list[str]:
+        """Every text."""
+        return self.texts + ([] if self.negative is None else [self.negative])
+
+
+def loop_prompts(job: Job, captions: list[str] | None = None) -> LoopPrompts:
+    """A job's prompts: its pictures' captions, then `[export] prompts`.
+
+    Args:
+        job: from job.toml.
+        captions: of its pictures; None to read them.
+
+    Raises:
+        BadInput: the folder of pictures cannot be read, or a picture has no caption.
+    """
+    if captions is None:
+        captions = survey(job.data.images, job.data.recursive).prompts(job.data.prompt)
+    texts = list(dict.fromkeys([*captions, *job.export.prompts]))
+    return LoopPrompts(texts, job.export.negative_prompt)

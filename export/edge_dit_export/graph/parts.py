@@ -1,0 +1,170 @@
+"""What lies before and after a transformer's blocks, and its autoencoder, as functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+
+from edge_dit.contract.loop import (
+    DEVIATION,
+    LATENTS,
+    MEAN,
+    PIXELS,
+    PREDICTION,
+    PROMPT,
+    TIMESTEP,
+)
+from edge_dit.contract.names import COND, ENTRY, STATE
+from edge_dit.models.families.family import Family, Grid, Prompt
+from edge_dit.models.subgraph import conditioning_of
+from edge_dit_export.graph.trace import TracedStep, trace
+from edge_dit_export.passes.fold_constants import fold_constants
+
+Tensors = dict[str, Tensor]
+LARGE = 1024
+"""Larger constants, in bytes, become inputs as weights are."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a model as a function of tensors.
+
+    Attributes:
+        family: of the model.
+        module: whose parameters and buffers the piece reads.
+        inputs: an example of every input.
+        run: what it computes, by name; reads the parameters of the module.
+        fixed: whether it has inputs of its own that are always the same, which become constants.
+    """
+
+    family: Family
+    module: nn.Module
+    inputs: Tensors
+    run: Callable[[Tensors], Tensors]
+    fixed: bool = False
+
+    def trace(self) -> tuple[TracedStep, Tensors, Tensors]:
+        """The traced piece; those of its inputs that are parameters of the module, by their names
+        there; and those that are constants, by number.
+        """
+        own = {name: p.detach() for name, p in self.module.named_parameters() if not p.is_meta}
+        if not self.fixed:
+            own |= {name: b for name, b in self.module.named_buffers() if not b.is_meta}
+        called = _Called(self.module, self.run)
+
+        def function(tensors: Tensors) -> tuple[Tensor, ...]:
+            state = {f"module.{name}": tensors[name] for name in own}
+            found = functional_call(called, state, ({n: tensors[n] for n in self.inputs},))
+            outputs[:] = list(found)
+            return tuple(found.values())
+
+        outputs: list[str] = []
+        with torch.no_grad():
+            module = trace(function, {**self.inputs, **own}, self.family, compute=self.fixed)
+        fold_constants(module)
+        constants = _to_inputs(module)
+        return TracedStep(module, {**self.inputs, **own, **constants}, outputs), own, constants
+
+
+class _Called(nn.Module):
+    """Calls a function while `functional_call` has replaced a module's parameters."""
+
+    def __init__(self, module: nn.Module, run: Callable[[Tensors], Tensors]) -> None:
+        super().__init__()
+        self.module, self.run = module, run
+
+    def forward(self, tensors: Tensors) -> Tensors:
+        return self.run(tensors)
+
+
+def _to_inputs(module: fx.GraphModule) -> Tensors:
+    """Turn large constants into inputs after all others, in place; their values by name."""
+    graph = module.graph
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    found: dict[str, Tensor] = {}
+    inputs: dict[str, fx.Node] = {}
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        value = getattr(module, str(node.target))
+        if value.dtype != torch.float32 or value.nbytes <= LARGE:
+            continue
+        target = str(node.target)
+        if target not in inputs:
+            name = f"constant.{len(found)}"
+            with graph.inserting_after(last):
+                last = inputs[target] = graph.placeholder(name.replace(".", "_"))
+            last.meta = {**node.meta, "val": value}
+            found[name] = value.detach()
+        node.replace_all_uses_with(inputs[target])
+        graph.erase_node(node)
+    module.recompile()
+    return found
+
+
+def begin_part(family: Family, model: Any, latents: Tensor, prompt: Prompt, grid: Grid) -> Part:
+    """Latents, timestep [1] and an encoded prompt -> state and conditioning, as banks name them.
+
+    Args:
+        family: of the model.
+        model: the transformer; its blocks may lie on the meta device.
+        latents, prompt: examples.
+        grid: token rows and columns.
+    """
+    known = family.inputs(model, latents, 1.0, prompt, grid)
+
+    def run(tensors: Tensors) -> Tensors:
+        given = {name: tensors[PROMPT + name] for name in prompt}
+        changed = {"hidden_states": tensors[LATENTS], "timestep": tensors[TIMESTEP], **given}
+        state, cond = family.begin(model, {**known, **changed})
+        after = zip(STATE, state, strict=True)
+        return {
+            **{name: value for name, value in after if value is not None},
+            **{COND + name: value for name, value in cond.items()},
+        }
+
+    inputs = {LATENTS: latents, TIMESTEP: known["timestep"]}
+    inputs |= {PROMPT + name: value for name, value in prompt.items()}
+    return Part(family, model, inputs, run, fixed=True)
+
+
+def predict_part(family: Family, model: Any, batch: Mapping[str, Tensor], grid: Grid) -> Part:
+    """The last state and conditioning -> what the model predicts, shaped as latents.
+
+    Args:
+        family: of the model.
+        model: the transformer; its blocks may lie on the meta device.
+        batch: results of `begin_part`, as examples.
+        grid: token rows and columns.
+    """
+
+    def run(tensors: Tensors) -> Tensors:
+        found = family.head(model, tensors[ENTRY], conditioning_of(tensors), grid)
+        return {PREDICTION: family.learned(found)}
+
+    names = [name for name in batch if name == ENTRY or name.startswith(COND)]
+    return Part(family, model, {name: batch[name] for name in names}, run)
+
+
+def encoder_part(family: Family, vae: Any, tile: int) -> Part:
+    """Pixels [1, 3, tile, tile] -> mean and, where it is sampled, deviation of their latents."""
+
+    def run(tensors: Tensors) -> Tensors:
+        mean, deviation = family.moments(vae, tensors[PIXELS])
+        return {MEAN: mean} if deviation is None else {MEAN: mean, DEVIATION: deviation}
+
+    return Part(family, vae, {PIXELS: torch.zeros(1, 3, tile, tile)}, run)
+
+
+def decoder_part(family: Family, vae: Any, tile: int) -> Part:
+    """Latents of the autoencoder -> pixels [1, 3, tile, tile]."""
+
+    def run(tensors: Tensors) -> Tensors:
+        return {PIXELS: family.pixels(vae, tensors[LATENTS])}
+
+    facts = family.latents(vae.config)
+    side = tile // facts.factor
+    return Part(family, vae, {LATENTS: torch.zeros(1, len(facts.scale), side, side)}, run)
