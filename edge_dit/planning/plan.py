@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.bank import Dtype as BankDtype
+from edge_dit.contract.names import STORED, Tail
 from edge_dit.contract.targets import WIDE, Dtype
 from edge_dit.errors import BadInput
 from edge_dit.models.model import Model, open_model
@@ -41,6 +42,7 @@ class Plan(BaseModel):
         head_skip: number of leading blocks that are not trained (n).
         tail_skip: number of trailing blocks that are not trained (m).
         inner_skips: runs [first, end) of blocks between trained ones that are not trained either.
+        tail: what takes the place of the trailing blocks that are not trained.
         s_min: side of a patch and smallest crop side, pixels.
         s_max: largest crop side, and shorter side of every image, pixels.
         multiple: pixels per side of a token: the autoencoder's downsampling factor times the
@@ -72,6 +74,7 @@ class Plan(BaseModel):
     head_skip: Natural
     tail_skip: Natural
     inner_skips: list[tuple[Natural, Natural]] = []
+    tail: Tail = STORED
     s_min: Positive
     s_max: Positive
     multiple: Positive
@@ -94,6 +97,14 @@ class Plan(BaseModel):
     def trained(self) -> list[int]:
         """Numbers of the trained blocks, ascending."""
         return trained_blocks(self.layers, self.head_skip, self.tail_skip, self.inner_skips)
+
+    @property
+    def running(self) -> list[int]:
+        """Numbers of the blocks that a training step runs, ascending: the trained ones, and the
+        tail unless its residual is stored.
+        """
+        after = [] if self.tail == STORED else range(self.layers - self.tail_skip, self.layers)
+        return [*self.trained, *after]
 
     @property
     def crop_rule(self) -> CropRule:
@@ -135,6 +146,8 @@ class Plan(BaseModel):
                 "bank_dtype",
             },
         )
+        if self.tail == STORED:  # so that plans from before there were others keep theirs
+            del shared["tail"]
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 
