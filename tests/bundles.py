@@ -23,6 +23,7 @@ import variants
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.adapter import write_adapter
 from edge_dit.contract.bundle import ADAPTER, Bundle, Manifest, TensorSpec, write_manifest
+from edge_dit.contract.names import STORED, Tail
 from edge_dit.contract.targets import TARGETS
 from edge_dit.models.subgraph import TrainableSubgraph
 from edge_dit.pictures.crop import CropRule
@@ -37,7 +38,7 @@ Made = tuple[TrainableSubgraph, dict[str, Tensor]]
 """A sub-graph with LoRA, and one draw for it."""
 
 
-def made_variant(variant: str, split: str, targets: str = "own") -> Made:
+def made_variant(variant: str, split: str, targets: str = "own", tail: Tail = STORED) -> Made:
     """Of `variants`; SD3, which weighs draws, with a weight.
 
     Args:
@@ -45,12 +46,13 @@ def made_variant(variant: str, split: str, targets: str = "own") -> Made:
         split: one of `variants.SPLITS`.
         targets: LoRA where the family puts it ("own"), or on every module that can carry it
             ("all").
+        tail: what takes the place of the blocks after the last trained one.
     """
     made = variants.case(variant)
     trained = variants.SPLITS[split]
-    variants.with_lora(made, trained, targets == "all")
+    variants.with_lora(made, trained, targets == "all", tail)
     weight = 0.3 if made.family.name == "sd3" else None
-    return variants.subgraph(made, trained, weight)
+    return variants.subgraph(made, trained, weight, tail)
 
 
 def write(folder: Path, *targets: str, made: Made | None = None) -> tuple[*Made, Bundle]:

@@ -9,6 +9,7 @@ import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor
 
+from edge_dit.contract.names import STORED, Tail
 from edge_dit.models.families.sana import FAMILY
 from edge_dit.models.subgraph import TrainableSubgraph, add_lora, as_batch, lora_modules
 
@@ -102,6 +103,7 @@ def subgraph(
     rank: int = 4,
     alpha: float = 8.0,
     targets: tuple[str, ...] = TARGETS,
+    tail: Tail = STORED,
 ) -> tuple[TrainableSubgraph, dict[str, Tensor]]:
     """A sub-graph with non-zero LoRA B, and one draw for it."""
     model = transformer(layers)
@@ -119,8 +121,8 @@ def subgraph(
     entry, cond = FAMILY.begin(model, FAMILY.inputs(model, latents, 500.0, prompt, GRID))
     residual = torch.randn(entry.image.shape, generator=generator)
     target = torch.randn(latents.shape, generator=generator)
-    batch = as_batch(entry, residual, cond, target)
-    return TrainableSubgraph(model, FAMILY, trained, GRID), batch
+    batch = as_batch(entry, residual if tail == STORED else None, cond, target)
+    return TrainableSubgraph(model, FAMILY, trained, GRID, tail), batch
 
 
 def eager(sub: TrainableSubgraph, batch: dict[str, Tensor]) -> dict[str, Tensor]:

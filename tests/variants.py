@@ -12,6 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from edge_dit.contract.names import STORED, Tail
 from edge_dit.models.families import family_of
 from edge_dit.models.families.family import Family, Prompt
 from edge_dit.models.subgraph import (
@@ -159,12 +160,14 @@ def _filled(prompt: Prompt, generator: torch.Generator) -> Prompt:
     return filled
 
 
-def with_lora(made: Case, trained: Sequence[int], everywhere: bool = False) -> None:
+def with_lora(
+    made: Case, trained: Sequence[int], everywhere: bool = False, tail: Tail = STORED
+) -> None:
     """Put LoRA with a random B on the trained blocks of the model, by the family's own targets or
     on every module that can carry it.
     """
     targets = _all_targets(made) if everywhere else made.family.lora_targets
-    modules = lora_modules(made.family, made.model, trained, targets)
+    modules = lora_modules(made.family, made.model, trained, targets, tail)
     add_lora(made.model, modules, RANK, ALPHA, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in made.model.named_parameters():
@@ -179,7 +182,7 @@ def _all_targets(made: Case) -> list[str]:
 
 
 def subgraph(
-    made: Case, trained: Sequence[int], weight: float | None = None
+    made: Case, trained: Sequence[int], weight: float | None = None, tail: Tail = STORED
 ) -> tuple[TrainableSubgraph, dict[str, Tensor]]:
     """The trainable sub-graph of a case, and its draw as precompute would store it."""
     family, model = made.family, made.model
@@ -193,8 +196,9 @@ def subgraph(
             first: difference(states[behind], states[first])
             for behind, first in inner_runs(trained).items()
         }
-    batch = as_batch(states[trained[0]], residual, cond, made.target, weight, inner)
-    return TrainableSubgraph(model, family, trained, GRID), batch
+    stored = residual if tail == STORED else None
+    batch = as_batch(states[trained[0]], stored, cond, made.target, weight, inner)
+    return TrainableSubgraph(model, family, trained, GRID, tail), batch
 
 
 @contextmanager

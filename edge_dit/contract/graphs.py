@@ -1,4 +1,4 @@
-"""A graph of a manifest: names of its arguments and results, and a block that such graphs compute."""
+"""Graphs of a manifest: names of their arguments and results, and blocks that they compute."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ Batch tensors, which a bank stores for every draw:
     cond.<name>              conditioning of the family
     residual.<first>, residual_text.<first>
                              what blocks skipped between trained ones add, from block <first> on
-    tail_residual            what the blocks after the last trained one add
+    tail_residual            what the blocks after the last trained one add, where it is `STORED`
     target                   what the prediction is compared with
     weight                   factor of the loss, where draws are weighted
 
@@ -16,9 +16,18 @@ LoRA tensors have their diffusers names. Outputs are "loss" and "grad.<lora name
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator
+
+Tail = Literal["stored", "fresh", "through"]
+STORED, FRESH, THROUGH = TAILS = ("stored", "fresh", "through")
+"""What takes the place of the blocks after the last trained one, the tail (docs/method.md):
+
+    stored    the base model's residual, from the bank; the paper's way
+    fresh     the blocks themselves run on the adapted state; their residual counts as a constant
+    through   the blocks themselves, and the gradient goes back through them
+"""
 
 ENTRY, ENTRY_TEXT = "entry", "entry_text"
 STATE = (ENTRY, ENTRY_TEXT)

@@ -80,14 +80,24 @@ class Facts(BaseModel):
 
 
 class StreamedFacts(BaseModel):
-    """The streamed layout: its graphs by file, and its blocks in order."""
+    """The streamed layout.
+
+    Attributes:
+        graphs: by file.
+        blocks: those that a gradient goes back through, in order. Blocks of the tail, where the
+            gradient goes through it, come last; they have no LoRA.
+        forward_only: the tail's blocks where they run and their residual counts as a constant. The
+            head's gradient is then that of the state before them.
+    """
 
     graphs: dict[PlainName, GraphNames]
     blocks: list[StreamedBlock]
+    forward_only: list[StreamedBlock] = []
 
     @model_validator(mode="after")
     def _blocks_have_graphs(self) -> StreamedFacts:
         wanted = [block_file(b.kind, d) for b in self.blocks for d in DIRECTIONS]
+        wanted += [block_file(b.kind, DIRECTIONS[0]) for b in self.forward_only]
         missing = [name for name in [*wanted, HEAD] if name not in self.graphs]
         if missing:
             raise ValueError(f"no graph {missing[0]!r:.80}")

@@ -2,10 +2,16 @@
 
     f'(last) = trained(entry) + tail residual        loss = weight * mean((head(f') - target)^2)
 
-Everything upstream of the first trained block is frozen, so the stored entry state is exact. The
-tail residual is the frozen model's, not the adapted one's (Eq. 3). Further runs of blocks may be
-skipped between trained ones. Each such run has a residual of its own, which is added in its place.
-An inner residual also covers text tokens, because later blocks read them.
+Everything upstream of the first trained block is frozen, so the stored entry state is exact. Where
+the tail is `STORED`, its residual is the frozen model's, not the adapted one's (Eq. 3). `FRESH` and
+`THROUGH` run the tail blocks, which carry no LoRA, on the adapted state:
+
+    fresh      f'(last) = t + constant(tail(t) - t)        through   f'(last) = tail(t)
+               with t = trained(entry)
+
+Further runs of blocks may be skipped between trained ones. Each such run has a residual of its own,
+which is added in its place. An inner residual also covers text tokens, because later blocks read
+them.
 """
 
 from __future__ import annotations
@@ -21,9 +27,13 @@ from edge_dit.contract.names import (
     COND,
     ENTRY,
     ENTRY_TEXT,
+    FRESH,
+    STORED,
     TAIL_RESIDUAL,
     TARGET,
+    THROUGH,
     WEIGHT,
+    Tail,
     residual_names,
 )
 from edge_dit.contract.split import inner_runs
@@ -44,7 +54,11 @@ def can_carry_lora(module: nn.Module) -> bool:
 
 
 def lora_modules(
-    family: Family, model: nn.Module, blocks: Iterable[int], targets: Iterable[str]
+    family: Family,
+    model: nn.Module,
+    blocks: Iterable[int],
+    targets: Iterable[str],
+    tail: Tail = STORED,
 ) -> list[str]:
     """Full names, within the model, of the modules in ``blocks`` that carry LoRA.
 
@@ -53,15 +67,18 @@ def lora_modules(
         model: the transformer; its blocks may lie on the meta device.
         blocks: numbers of the trained blocks, in order.
         targets: modules within a block. Those that a block does not have are left out there. In the
-            last trained block `Family.text_output` is left out too: nothing trained reads it.
+            last trained block `Family.text_output` is left out too, where no gradient comes from
+            it: unless the tail is `THROUGH`, whose blocks read it.
+        tail: what takes the place of the blocks after the last one in ``blocks``.
     """
     everything = list(family.blocks(model).items())
     chosen, wanted = list(blocks), list(targets)
+    read = tail == THROUGH and chosen[-1] + 1 < len(everything)
     modules = []
     for number in chosen:
         name, block = everything[number]
         inside = dict(block.named_modules())
-        idle = family.text_output if number == chosen[-1] else ()
+        idle = family.text_output if number == chosen[-1] and not read else ()
         modules += [f"{name}.{t}" for t in wanted if t in inside and t not in idle]
     return modules
 
@@ -110,7 +127,7 @@ def lora_name(parameter: str) -> str:
 
 def as_batch(
     entry: State,
-    tail_residual: Tensor,
+    tail_residual: Tensor | None,
     cond: Mapping[str, Tensor],
     target: Tensor,
     weight: float | None = None,
@@ -121,7 +138,7 @@ def as_batch(
     Args:
         entry: state that enters the first trained block.
         tail_residual: image tokens after the last block minus those after the last trained block,
-            [1, N, D].
+            [1, N, D]; None where the tail is not `STORED`.
         cond: conditioning.
         target: what the model should predict.
         weight: of the draw's loss, in families that weigh draws.
@@ -134,7 +151,9 @@ def as_batch(
         named = zip(residual_names(first), residual, strict=True)
         batch |= {name: value for name, value in named if value is not None}
     batch |= {COND + name: value for name, value in cond.items()}
-    batch |= {TAIL_RESIDUAL: tail_residual, TARGET: target}
+    if tail_residual is not None:
+        batch[TAIL_RESIDUAL] = tail_residual
+    batch[TARGET] = target
     if weight is not None:
         batch[WEIGHT] = torch.tensor([weight])
     # A bank stores contiguous rows. ExecuTorch refuses them if it traced other strides.
@@ -142,31 +161,44 @@ def as_batch(
 
 
 class TrainableSubgraph(nn.Module):
-    """Trained blocks with LoRA, head and loss.
+    """Trained blocks with LoRA, the tail blocks unless their residual is stored, head and loss.
 
     The blocks and the head are the model's own submodules, not copies. Parameters keep their names
     in the model, so `lora_parameters` gives diffusers' LoRA names.
 
     Args:
-        model: a diffusers transformer that already carries LoRA (`add_lora`). Blocks that are not
-            trained may lie on the meta device.
+        model: a diffusers transformer that already carries LoRA (`add_lora`). Blocks that do not
+            run may lie on the meta device.
         family: of the model.
-        trained: numbers of the trained blocks, ascending; the others are left out.
+        trained: numbers of the trained blocks, ascending.
         grid: token rows and columns of a patch.
+        tail: what takes the place of the blocks after the last trained one.
+
+    Attributes:
+        order: names of the trained blocks.
+        after: names of the tail blocks that run; none where their residual is stored.
     """
 
     def __init__(
-        self, model: nn.Module, family: Family, trained: Sequence[int], grid: Grid
+        self,
+        model: nn.Module,
+        family: Family,
+        trained: Sequence[int],
+        grid: Grid,
+        tail: Tail = STORED,
     ) -> None:
         super().__init__()
         self.family = family
         self.grid = grid
-        everything = list(self.family.blocks(model).items())
+        self.tail: Tail = tail
+        everything = list(family.blocks(model).items())
         self.order = [everything[number][0] for number in trained]
+        last = [name for name, _ in everything[trained[-1] + 1 :]]
+        self.after = [] if tail == STORED else last
         self.jumps = {everything[k][0]: first for k, first in inner_runs(trained).items()}
         # Keyed by the block's number in its container, so that names stay the model's.
         for name, block in everything:
-            if name in self.order:
+            if name in (*self.order, *self.after):
                 container, number = name.split(".")
                 if not hasattr(self, container):
                     self.add_module(container, nn.ModuleDict())
@@ -183,6 +215,10 @@ class TrainableSubgraph(nn.Module):
             if parameter.requires_grad
         }
 
+    def differentiated(self) -> list[str]:
+        """Names of the blocks that a gradient goes back through, in order of execution."""
+        return [*self.order, *(self.after if self.tail == THROUGH else [])]
+
     def predict(self, batch: dict[str, Tensor]) -> Tensor:
         """The adapted model's prediction for one draw, shaped like the stock forward's output.
 
@@ -194,7 +230,28 @@ class TrainableSubgraph(nn.Module):
         for name in self.order:
             state = self.arrive(name, state, batch)
             state = self.family.run_block(self.get_submodule(name), state, cond, self.grid)
-        return self.family.head(self, state.image + batch[TAIL_RESIDUAL], cond, self.grid)
+        return self.family.head(self, self.last_image(state, cond, batch), cond, self.grid)
+
+    def last_image(
+        self, state: State, cond: Mapping[str, Tensor], batch: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The image tokens that the head reads, [1, N, D].
+
+        Args:
+            state: after the last trained block.
+            cond: conditioning.
+            batch: holds the tail's residual, where that is stored.
+        """
+        if self.tail == STORED:
+            return state.image + batch[TAIL_RESIDUAL]
+        last = state
+        if self.tail == FRESH:
+            last = State(*(part if part is None else part.detach() for part in state))
+        for name in self.after:
+            last = self.family.run_block(self.get_submodule(name), last, cond, self.grid)
+        if self.tail == FRESH:
+            return state.image + (last.image - state.image).detach()
+        return last.image
 
     def arrive(self, block: str, state: State, batch: Mapping[str, Tensor]) -> State:
         """The state that enters a trained block, after any run skipped before it.
@@ -219,10 +276,10 @@ class TrainableSubgraph(nn.Module):
         """The loss of one draw, a scalar.
 
         Args:
-            batch: float32 tensors from `as_batch`: "entry" and "tail_residual" [1, N, D],
-                "target" and the family's "cond.<name>". In joint-attention families also
-                "entry_text" [1, L, D], where draws are weighed "weight" [1], and for every run
-                skipped between trained blocks its `residual_names`.
+            batch: float32 tensors from `as_batch`: "entry" [1, N, D], "target" and the family's
+                "cond.<name>". In joint-attention families also "entry_text" [1, L, D], where the
+                tail is stored "tail_residual" [1, N, D], where draws are weighed "weight" [1], and
+                for every run skipped between trained blocks its `residual_names`.
         """
         return self.loss(self.predict(batch), batch)
 

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from edge_dit.contract.bundle import TARGETS
+from edge_dit.contract.names import Tail
 from edge_dit.errors import BadInput, raise_any
 from edge_dit.models.source import BESIDE, settle
 from edge_dit.store.documents import read_whole
@@ -134,6 +135,15 @@ class PlanOptions(_Section):
             "budget."
         ),
     ] = []
+    tail: Annotated[
+        Tail | None,
+        Field(
+            description="What takes the place of the trailing blocks that are skipped: the base "
+            "model's residual from the bank (`stored`, the paper's way); the blocks themselves, "
+            "their residual counted as a constant (`fresh`); or the blocks and the gradient "
+            "through them (`through`). [docs/method.md](method.md) compares them."
+        ),
+    ] = None
     ram: Annotated[
         Size | None,
         Field(description="Budget of memory: a training process at its peak, pages of files too."),
@@ -212,7 +222,8 @@ class Export(_Section):
         bool,
         Field(
             description="Write the loop's parts too, into the onnx target: the device then makes "
-            "its own draws of pictures, and paints. They hold the whole model but its text encoders."
+            "its own draws of pictures, and paints. They hold all of the model but its text "
+            "encoders."
         ),
     ] = False
     prompts: Annotated[

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_dit.contract.adamw import AdamW
+from edge_dit.contract.names import STORED, Tail
 from edge_dit.errors import BadInput, raise_any
 from edge_dit.models.model import Model, open_model
 from edge_dit.models.source import Located, locate
@@ -60,7 +61,8 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
     sizes = {"train.patch": job.train.patch, "train.resolution": job.train.resolution}
     faults = [*split.faults, *size_faults(sizes, model.multiple)]
     faults += model.family.grid_faults(model.config, sizes, model.multiple)
-    faults += lora_faults(model, split, job.train.lora_targets)
+    tail = job.plan.tail or STORED if split.tail_skip else STORED
+    faults += lora_faults(model, split, job.train.lora_targets, tail)
     pictures, prompts = None, []
     try:
         pictures = survey(job.data.images, job.data.recursive)
@@ -84,6 +86,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
         head_skip=split.head_skip,
         tail_skip=split.tail_skip,
         inner_skips=list(split.inner_skips),
+        tail=tail,
         s_min=job.train.patch,
         s_max=job.train.resolution,
         multiple=model.multiple,
@@ -157,7 +160,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str
     return [(key, old, new) for key, old, new in pairs if old != new]
 
 
-def lora_faults(model: Model, split: Split, asked: list[str] | None) -> list[BadInput]:
+def lora_faults(
+    model: Model, split: Split, asked: list[str] | None, tail: Tail = STORED
+) -> list[BadInput]:
     """What is wrong with the modules that should carry LoRA.
 
     Args:
@@ -165,6 +170,7 @@ def lora_faults(model: Model, split: Split, asked: list[str] | None) -> list[Bad
         split: which blocks train; if it has faults, only the names are checked.
         asked: modules within a block; None for the family's default, which need not be in every
             model of the family.
+        tail: what takes the place of the blocks after the last trained one.
     """
     from edge_dit.models.subgraph import lora_modules
 
@@ -176,7 +182,8 @@ def lora_faults(model: Model, split: Split, asked: list[str] | None) -> list[Bad
     if faults or split.faults:
         return faults
     trained = split.trained
-    if not lora_modules(model.family, transformer, trained, asked or model.family.lora_targets):
+    targets = asked or model.family.lora_targets
+    if not lora_modules(model.family, transformer, trained, targets, tail):
         faults.append(
             BadInput(
                 "train.lora_targets",

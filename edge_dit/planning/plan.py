@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.bank import Dtype as BankDtype
+from edge_dit.contract.names import STORED, Tail
 from edge_dit.contract.split import trained_blocks
 from edge_dit.contract.targets import WIDE, Dtype
 from edge_dit.errors import BadInput
@@ -43,6 +44,7 @@ class Plan(BaseModel):
         head_skip: number of leading blocks that are not trained (n).
         tail_skip: number of trailing blocks that are not trained (m).
         inner_skips: runs [first, end) of blocks between trained ones that are not trained either.
+        tail: what takes the place of the trailing blocks that are not trained.
         s_min: side of a patch and smallest crop side, pixels.
         s_max: largest crop side, and shorter side of every image, pixels.
         multiple: pixels per side of a token: the autoencoder's downsampling factor times the
@@ -75,6 +77,7 @@ class Plan(BaseModel):
     head_skip: Natural
     tail_skip: Natural
     inner_skips: list[tuple[Natural, Natural]] = []
+    tail: Tail = STORED
     s_min: Positive
     s_max: Positive
     multiple: Positive
@@ -98,6 +101,14 @@ class Plan(BaseModel):
     def trained(self) -> list[int]:
         """Numbers of the trained blocks, ascending."""
         return trained_blocks(self.layers, self.head_skip, self.tail_skip, self.inner_skips)
+
+    @property
+    def running(self) -> list[int]:
+        """Numbers of the blocks that a training step runs, ascending: the trained ones, and the
+        tail unless its residual is stored.
+        """
+        after = [] if self.tail == STORED else range(self.layers - self.tail_skip, self.layers)
+        return [*self.trained, *after]
 
     @property
     def crop_rule(self) -> CropRule:
@@ -140,10 +151,12 @@ class Plan(BaseModel):
                 "loop",
             },
         )
+        if self.tail == STORED:  # so that plans from before there were others keep theirs
+            del shared["tail"]
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 
-def check_loop(plan: Plan, targets: Sequence[str]) -> None:
+def check_loop(plan: Plan, targets: list[str]) -> None:
     """Raise `BadInput` if a plan's loop has no target to go into."""
     if plan.loop and LOOP_TARGET not in targets:
         raise BadInput(

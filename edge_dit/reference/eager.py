@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from edge_dit.contract.adamw import AdamW
-from edge_dit.contract.names import ADAPTED, MOMENTS, STEP
+from edge_dit.contract.names import ADAPTED, MOMENTS, STEP, STORED
 from edge_dit.models.model import Model
 from edge_dit.models.subgraph import (
     TrainableSubgraph,
@@ -28,8 +28,8 @@ from edge_dit.planning.plan import Plan
 def adapted_subgraph(plan: Plan, model: Model) -> tuple[TrainableSubgraph, dict[str, torch.Tensor]]:
     """The plan's trainable sub-graph with a fresh LoRA, and a draw of its shapes (`blank_batch`).
 
-    LoRA A is random from the plan's seed, B is zero. Of the model's weights only the trained
-    blocks, the embeddings and the head are read.
+    LoRA A is random from the plan's seed, B is zero. Of the model's weights only those of blocks
+    that run, the embeddings and the head are read.
 
     Args:
         plan: what to train.
@@ -38,10 +38,11 @@ def adapted_subgraph(plan: Plan, model: Model) -> tuple[TrainableSubgraph, dict[
     Raises:
         BadInput: the model's weights cannot be read.
     """
-    transformer = model.checkpoint().model(plan.trained)
-    modules = lora_modules(model.family, transformer, plan.trained, plan.lora_targets)
+    family, trained = model.family, plan.trained
+    transformer = model.checkpoint().model(plan.running)
+    modules = lora_modules(family, transformer, trained, plan.lora_targets, plan.tail)
     add_lora(transformer, modules, plan.rank, plan.alpha, plan.seed)
-    subgraph = TrainableSubgraph(transformer, model.family, plan.trained, plan.grid)
+    subgraph = TrainableSubgraph(transformer, family, trained, plan.grid, plan.tail)
     return subgraph, blank_batch(plan, model, transformer)
 
 
@@ -59,7 +60,7 @@ def blank_batch(plan: Plan, model: Model, transformer: nn.Module) -> dict[str, t
     entry, cond = family.begin(transformer, inputs)
     return as_batch(
         entry,
-        torch.zeros_like(entry.image),
+        torch.zeros_like(entry.image) if plan.tail == STORED else None,
         cond,
         objective.target(latents, torch.ones_like(latents)),
         objective.weight(0.5),

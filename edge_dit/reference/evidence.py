@@ -33,6 +33,7 @@ from edge_dit.contract.names import (
     RESIDUAL,
     RESIDUAL_TEXT,
     STATE,
+    STORED,
     TAIL_RESIDUAL,
     TARGET,
     WEIGHT,
@@ -412,8 +413,9 @@ class _Work:
             lines.append(
                 f"whether the entry states of draws {_listed(rest)} follow from their seed"
             )
-        if rest and not self.plan.tail_skip and not self.plan.inner_skips:
-            lines.append("those entry states at all: no skipped block comes after them")
+        tail = self.plan.tail_skip and self.plan.tail == STORED
+        if rest and not tail and not self.plan.inner_skips:
+            lines.append("those entry states at all: no residual is stored that follows from them")
         return lines
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_dit.contract import bank
-from edge_dit.contract.names import COND
+from edge_dit.contract.names import COND, STORED
 from edge_dit.contract.noise import NOISE, POSTERIOR, normal
 from edge_dit.contract.split import borders, inner_runs
 from edge_dit.models.checkpoint import Checkpoint
@@ -229,7 +229,7 @@ States = dict[int, State]
 
 def borders_of(plan: Plan) -> set[int]:
     """Numbers of the blocks that a stored tensor needs the entering state of."""
-    return borders(plan.layers, plan.trained, tail=True)
+    return borders(plan.layers, plan.trained, tail=plan.tail == STORED)
 
 
 @torch.no_grad()
@@ -241,7 +241,8 @@ def states_at(
     advance: Callable[..., None],
     first: int = 0,
 ) -> list[States]:
-    """Run draws through the model, block by block; each draw's states at the borders.
+    """Run draws through the model, block by block, up to the last border; each draw's states at
+    the borders.
 
     Args:
         borders: numbers of blocks.
@@ -251,21 +252,23 @@ def states_at(
         advance: of a progress bar that counts draws.
         first: number of the block that the draws start at.
     """
-    layers = len(checkpoint.names)
+    last = max(borders)
     states = [start.state for start in starts]
     kept: list[States] = [{} for _ in starts]
-    for number in range(first, layers + 1):
+    for number in range(first, last + 1):
         if number in borders:
             for states_of_draw, state in zip(kept, states, strict=True):
                 states_of_draw[number] = state
-        if number == layers:
+        if number == last:
             break
         with checkpoint.block(number) as block:
             states = [
                 checkpoint.family.run_block(block, state, start.cond, grid)
                 for state, start in zip(states, starts, strict=True)
             ]
-        advance(len(starts) / (layers - first))
+        advance(len(starts) / (last - first))
+    if last == first:
+        advance(len(starts))
     return kept
 
 
@@ -277,11 +280,13 @@ def tensors_of(plan: Plan, start: Start, states: States) -> dict[str, np.ndarray
         start: the draw.
         states: at the `borders_of` of the plan.
     """
-    tail = difference(states[plan.layers], states[plan.layers - plan.tail_skip])
+    tail = None
+    if plan.tail == STORED:
+        tail = difference(states[plan.layers], states[plan.layers - plan.tail_skip]).image
     inner = {
         first: difference(states[after], states[first])
         for after, first in inner_runs(plan.trained).items()
     }
     entry = states[plan.head_skip]
-    batch = as_batch(entry, tail.image, start.cond, start.target, start.weight, inner)
+    batch = as_batch(entry, tail, start.cond, start.target, start.weight, inner)
     return {name: value.numpy() for name, value in batch.items()}

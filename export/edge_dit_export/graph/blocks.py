@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from edge_dit.contract.names import ENTRY, ENTRY_TEXT, GRAD, STATE, TAIL_RESIDUAL
+from edge_dit.contract.names import ENTRY, ENTRY_TEXT, FRESH, GRAD, STATE, TAIL_RESIDUAL
 from edge_dit.models.families.family import State
 from edge_dit.models.subgraph import TrainableSubgraph, conditioning_of
 
@@ -26,17 +26,25 @@ def frozen_tensors(subgraph: TrainableSubgraph) -> dict[str, Tensor]:
 
 
 class Block:
-    """One trained block as functions of tensors.
+    """One block as functions of tensors: a trained one, or one of the tail, which has no LoRA.
 
     Args:
         subgraph: the sub-graph that holds the block.
         name: the block's name in the model.
+
+    Attributes:
+        states: those of `STATE` that something reads after the block. Nothing reads the text after
+            the last block that runs.
+        graded: those of them that a gradient comes from.
     """
 
     def __init__(self, subgraph: TrainableSubgraph, name: str) -> None:
         self.subgraph, self.name = subgraph, name
         self.module = subgraph.get_submodule(name)
-        self.last = subgraph.family.joint and name == subgraph.order[-1]
+        both = STATE if subgraph.family.joint else (ENTRY,)
+        self.states = (ENTRY,) if name == [*subgraph.order, *subgraph.after][-1] else both
+        constant = subgraph.tail == FRESH and name == subgraph.order[-1]
+        self.graded = (ENTRY,) if constant else self.states
         state = [*self.module.named_parameters(), *self.module.named_buffers()]
         self.own = {_local(n): n for n, _ in state}
         self.lora = {_local(n): t.detach() for n, t in state if t.requires_grad}
@@ -45,7 +53,7 @@ class Block:
     def kind(self) -> tuple[Any, ...]:
         """A key that is equal for blocks that can share graphs."""
         shapes = [(n, tuple(t.shape)) for n, t in {**self.weights, **self.lora}.items()]
-        return type(self.module), self.last, *shapes
+        return type(self.module), self.states, self.graded, *shapes
 
     def run(self, tensors: Mapping[str, Tensor]) -> State:
         """The state after the block.
@@ -59,8 +67,7 @@ class Block:
         state = State(tensors[ENTRY], tensors.get(ENTRY_TEXT))
         own = {self.own[name]: tensors[name] for name in self.own}
         after = subgraph.family.run_block(_Functional(self.module, own), state, cond, subgraph.grid)
-        # After the last trained block nothing reads the text.
-        return State(after.image, None) if self.last else after
+        return State(after.image, after.text if ENTRY_TEXT in self.states else None)
 
     def arrive(
         self, after: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
@@ -78,14 +85,14 @@ class Block:
         """Gradients of the state before the block, then of each LoRA tensor.
 
         Args:
-            tensors: as `run` takes them, and "grad.<state>": gradients of the state after the
-                block.
+            tensors: as `run` takes them, and "grad.<state>" for `graded`: gradients of the state
+                after the block.
         """
         asked = [name for name in (*STATE, *self.lora) if name in tensors]
         leaves = {name: tensors[name].detach().requires_grad_() for name in asked}
         with torch.enable_grad():
-            after = _tensors(self.run({**tensors, **leaves}))
-            given = [tensors[GRAD + name] for name, _ in zip(STATE, after, strict=False)]
+            after = _tensors(self.run({**tensors, **leaves}))[: len(self.graded)]
+            given = [tensors[GRAD + name] for name in self.graded]
             return torch.autograd.grad(after, list(leaves.values()), given)
 
 
@@ -118,7 +125,7 @@ class Head:
 
     def __init__(self, subgraph: TrainableSubgraph) -> None:
         self.subgraph = subgraph
-        blocks = tuple(f"{name}." for name in subgraph.order)
+        blocks = tuple(f"{name}." for name in (*subgraph.order, *subgraph.after))
         frozen = frozen_tensors(subgraph)
         self.weights = {n: t for n, t in frozen.items() if not n.startswith(blocks)}
 
@@ -132,7 +139,7 @@ class Head:
 
 
 class _Head(nn.Module):
-    """Head and loss of a sub-graph, from the image tokens after its last block."""
+    """Head and loss of a sub-graph, from the image tokens after the last block that runs."""
 
     def __init__(self, subgraph: TrainableSubgraph) -> None:
         super().__init__()
@@ -140,5 +147,5 @@ class _Head(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], image: Tensor) -> Tensor:
         sub = self.subgraph
-        last = image + batch[TAIL_RESIDUAL]
+        last = image + batch[TAIL_RESIDUAL] if TAIL_RESIDUAL in batch else image
         return sub.loss(sub.family.head(sub, last, conditioning_of(batch), sub.grid), batch)

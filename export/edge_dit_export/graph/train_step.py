@@ -66,7 +66,8 @@ def trace_train_step(
 def _trace_recomputing(
     subgraph: TrainableSubgraph, batch: dict[str, Tensor], lora: dict[str, Tensor]
 ) -> TracedStep:
-    blocks = [Block(subgraph, name) for name in subgraph.order]
+    blocks = [Block(subgraph, name) for name in (*subgraph.order, *subgraph.after)]
+    differentiated = blocks[: len(subgraph.differentiated())]
     head = Head(subgraph)
     frozen = frozen_tensors(subgraph)
 
@@ -83,12 +84,11 @@ def _trace_recomputing(
             after = block.forward({**tensors, **own(block, tensors), **cond, **borders[-1]})
             borders.append(dict(zip(STATE, after, strict=False)))
         weights = {n: tensors[FROZEN + n] for n in head.weights}
-        loss, given = head.backward({**tensors, **weights, **borders.pop()})
+        loss, given = head.backward({**tensors, **weights, **borders[-1]})
         gradients = {GRAD + ENTRY: given}
         done = [given]
         lora_gradients: dict[str, Tensor] = {}
-        for block in reversed(blocks):
-            border = borders.pop()
+        for block, border in reversed(list(zip(differentiated, borders, strict=False))):
             again = _only_after(done, {**conditioning, **border})
             done = list(block.backward({**tensors, **own(block, tensors), **again, **gradients}))
             gradients = {GRAD + n: g for n, g in zip(border, done, strict=False)}

@@ -3,7 +3,12 @@
     block.<kind>.forward.onnx    state, conditioning, weights, LoRA -> state after the block
     block.<kind>.backward.onnx   the same and the gradient of that state
                                  -> gradient of the state before, one gradient per LoRA tensor
-    head.onnx                    last state, tail residual, target, weights -> loss, its gradient
+    head.onnx                    last state, target, weights -> loss, its gradient; where the tail
+                                 is stored, its residual is read too
+
+Blocks of the tail, where they run, are blocks without LoRA. If the gradient does not go through
+them ("fresh"), there is no backward graph of their kinds, and the head's gradient is that of the
+state after the last trained block.
 
 Blocks of one kind share their graphs; weights are inputs, so the runtime can hand in views of the
 memory-mapped file that holds all of them once. Between the passes only the states between blocks
@@ -32,7 +37,7 @@ from edge_dit.contract.names import (
     WEIGHT,
     residual_names,
 )
-from edge_dit.contract.targets import HEAD, block_file
+from edge_dit.contract.targets import DIRECTIONS, HEAD, block_file
 from edge_dit.models.subgraph import TrainableSubgraph, lora_name
 from edge_dit_export import passes
 from edge_dit_export.graph.blocks import Block, Head
@@ -55,26 +60,41 @@ def export_streamed(
         directory: of the onnx target.
 
     Returns:
-        "graphs" and "blocks", the fields of `edge_dit.contract.targets.StreamedFacts`.
+        "graphs", "blocks" and "forward_only", the fields of
+        `edge_dit.contract.targets.StreamedFacts`.
     """
     kinds: dict[tuple[Any, ...], str] = {}
     graphs: dict[str, Any] = {}
-    blocks = []
-    for name in subgraph.order:
+    entries = []
+    back = subgraph.differentiated()
+    for name in (*subgraph.order, *subgraph.after):
         block = Block(subgraph, name)
         key = block.kind()
         if key not in kinds:
             kinds[key] = new_kind(name, list(kinds.values()))
-            graphs |= _export_block(block, batch, store, directory, kinds[key])
-        weights = store.inputs({local: f"{name}.{local}" for local in block.weights})
-        lora = {local: lora_name(f"{name}.{local}") for local in block.lora}
-        entry = {"name": name, "kind": kinds[key], "weights": weights, "lora": lora}
-        if name in subgraph.jumps:
-            names = zip(STATE, residual_names(subgraph.jumps[name]), strict=True)
-            entry["residual"] = {state: residual for state, residual in names if state in batch}
-        blocks.append(entry)
+        for direction in DIRECTIONS if name in back else DIRECTIONS[:1]:
+            file = block_file(kinds[key], direction)
+            if file not in graphs:
+                graphs[file] = _export_block(block, batch, store, directory / file, direction)
+        entries.append(_entry(block, batch, store, kinds[key]))
     graphs[HEAD] = _export_head(subgraph, batch, store, directory)
-    return {"graphs": graphs, "blocks": blocks}
+    return {
+        "graphs": graphs,
+        "blocks": entries[: len(back)],
+        "forward_only": entries[len(back) :],
+    }
+
+
+def _entry(block: Block, batch: dict[str, Tensor], store: FrozenStore, kind: str) -> dict[str, Any]:
+    """A block's `StreamedBlock`."""
+    name, jumps = block.name, block.subgraph.jumps
+    weights = store.inputs({local: f"{name}.{local}" for local in block.weights})
+    lora = {local: lora_name(f"{name}.{local}") for local in block.lora}
+    entry = {"name": name, "kind": kind, "weights": weights, "lora": lora}
+    if name in jumps:
+        names = zip(STATE, residual_names(jumps[name]), strict=True)
+        entry["residual"] = {state: residual for state, residual in names if state in batch}
+    return entry
 
 
 def new_kind(name: str, taken: list[str]) -> str:
@@ -85,31 +105,19 @@ def new_kind(name: str, taken: list[str]) -> str:
 
 
 def _export_block(
-    block: Block, batch: dict[str, Tensor], store: FrozenStore, directory: Path, kind: str
-) -> dict[str, Any]:
+    block: Block, batch: dict[str, Tensor], store: FrozenStore, path: Path, direction: str
+) -> dict[str, list[str | None]]:
     state = {name: batch[name] for name in STATE if name in batch}
     cond = {name: value for name, value in batch.items() if name.startswith(COND)}
-    after_state = [name for name in state if name == ENTRY or not block.last]
-    given = {GRAD + name: state[name] for name in after_state}
-    own = {**block.weights, **block.lora}
+    inputs = {**state, **cond, **block.weights, **block.lora}
+    function, outputs = block.forward, [NEW + name for name in block.states]
+    if direction == "backward":
+        inputs |= {GRAD + name: state[name] for name in block.graded}
+        function = block.backward
+        outputs = [NEW + GRAD + n for n in state] + [GRAD + n for n in block.lora]
     small = {n for n in block.weights if store.stored_as(f"{block.name}.{n}") != "float32"}
-    after = [NEW + name for name in after_state]
-    gradients = [NEW + GRAD + n for n in state] + [GRAD + n for n in block.lora]
-    family = block.subgraph.family
-    return {
-        block_file(kind, name): write_graph(
-            trace(function, inputs, family),
-            inputs,
-            outputs,
-            small,
-            store.dtype,
-            directory / block_file(kind, name),
-        )
-        for name, function, inputs, outputs in (
-            ("forward", block.forward, {**state, **cond, **own}, after),
-            ("backward", block.backward, {**state, **cond, **given, **own}, gradients),
-        )
-    }
+    module = trace(function, inputs, block.subgraph.family)
+    return _write(module, inputs, outputs, small, store.dtype, path)
 
 
 def _export_head(

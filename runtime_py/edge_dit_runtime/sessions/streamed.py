@@ -34,7 +34,7 @@ class StreamedStep:
         self, manifest: Manifest, facts: StreamedFacts, folder: Path, frozen: MappedTensors
     ) -> None:
         self._batch, self._lora = manifest.names("batch"), manifest.names("lora")
-        self._blocks = facts.blocks
+        self._blocks, self._forward_only = facts.blocks, facts.forward_only
         self._frozen = frozen
         self._programs = {
             file: OnnxProgram(folder / file, names.inputs, names.outputs)
@@ -49,9 +49,12 @@ class StreamedStep:
             for name, residual in block.residual.items():
                 borders[-1][name] = borders[-1][name] + named[residual]
             after = self._run(block, "forward", {**named, **borders[-1]})
-            borders.append({name.removeprefix(NEW): value for name, value in after.items()})
+            borders.append(_states(after))
+        last = borders.pop()
+        for block in self._forward_only:
+            last = _states(self._run(block, "forward", {**named, **last}))
         head = self._programs[HEAD]
-        result = head.named({**named, **borders.pop(), **self._frozen.pick(head.inputs)})
+        result = head.named({**named, **last, **self._frozen.pick(head.inputs)})
         self._frozen.release()
         loss, given = result[LOSS], {GRAD + ENTRY: result[NEW + GRAD + ENTRY]}
         gradients: Tensors = {}
@@ -79,3 +82,8 @@ class StreamedStep:
         results = program.named({**named, **weights, **lora})
         self._frozen.release()
         return results
+
+
+def _states(after: Tensors) -> Tensors:
+    """The states that a forward graph returned, by `STATE`."""
+    return {name.removeprefix(NEW): value for name, value in after.items()}
