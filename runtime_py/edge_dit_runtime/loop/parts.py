@@ -62,7 +62,7 @@ class Parts:
         self.facts = _loop_of(bundle, facts)
         self.bundle = bundle
         share_arena(onnxruntime("the loop"), doubling=True)
-        self._frozen = MappedTensors([bundle.file(TARGET, name) for name in facts.frozen])
+        self._frozen = MappedTensors(*(bundle.file(TARGET, name) for name in facts.frozen))
         self._programs: dict[str, OnnxProgram] = {}
         tables = bundle.file(TARGET, TABLES)
         try:
