@@ -251,6 +251,19 @@ class Bank:
         shard = self._read(shard_path(self.folder, number // self.index.shard), number)
         return {**self._prompts[draw.prompt], **shard}
 
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.folder.resolve().name
+
+    def number(self, step: int, seed: int) -> int:
+        """Number of the draw that a step trains on, see `draw_order`."""
+        return draw_order(step, len(self), seed)
+
+    def draw(self, number: int) -> Draw:
+        """What a draw is made of."""
+        return self.index.draws[number]
+
     def shapes(self) -> Iterator[dict[str, tuple[int, ...]]]:
         """Names and shapes of each draw's tensors, by the files' headers; no tensor is read.
 

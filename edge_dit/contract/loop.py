@@ -31,6 +31,8 @@ BEGIN, ENCODER, DECODER, PREDICT = (
 )
 PAINT = "paint."
 """Prefix of the graphs of a whole picture that have a twin of a patch."""
+TILE = 256
+"""Most pixels per side of what the autoencoder takes at once, to bound its memory."""
 TABLES = "loop.safetensors"
 LEVELS = "levels"
 LATENTS, TIMESTEP, PROMPT = "latents", "timestep", "prompt."

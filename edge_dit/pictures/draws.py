@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edge_dit.contract import bank
 from edge_dit.contract.bank import Draw
@@ -17,6 +17,8 @@ GOLDEN = (5**0.5 - 1) / 2
 """
 
 
+TRIES = 4096
+"""Noise levels that are tried until one has a crop of the wanted side, of a few dozen."""
 SHARD_BYTES = 128 * 2**20
 """About how many bytes of draws are in memory at once. The draws of a shard go through the model
 together, block by block, so each block is read once per shard.
@@ -52,52 +54,68 @@ def bank_index(
     Args:
         asked: of the bank.
         images: from `edge_dit.pictures.dataset.read_folder`.
-        level: see `plan_draws`.
+        level: see `DrawRule`.
     """
     prompts = list(dict.fromkeys(image.caption for image in images))
-    draws = plan_draws(
-        asked.draws,
-        asked.seed,
-        level,
-        [prompts.index(image.caption) for image in images],
-        [image.size for image in images],
-        asked.rule,
-    )
+    prompt_of_image = [prompts.index(image.caption) for image in images]
+    sizes = [image.size for image in images]
+    draws = DrawRule(asked.seed, level, prompt_of_image, sizes, asked.rule).draws(asked.draws)
     named = [{"name": image.name, "sha256": image.sha256} for image in images]
     shard = max(1, min(bank.SHARD, SHARD_BYTES // asked.bytes_each))
     return bank.Index(asked.plan_hash, named, prompts, draws, shard, asked.dtype)
 
 
-def plan_draws(
-    count: int,
-    seed: int,
-    level: Callable[[float], float],
-    prompt_of_image: list[int],
-    sizes: list[tuple[int, int]],
-    rule: CropRule,
-) -> list[Draw]:
-    """All draws of a bank.
+@dataclass(frozen=True)
+class DrawRule:
+    """How draws follow from a seed and pictures.
 
-    Images take turns. The golden-ratio sequence spreads noise levels evenly over the training
-    density. Crop position and noise are pseudo-random, by `edge_dit.contract.noise`.
-
-    Args:
-        count: number of draws.
+    Attributes:
         seed: of the bank.
         level: share in [0, 1) of the training density -> noise level
             (`edge_dit.contract.objective.FlowMatching.level`).
         prompt_of_image: number of each image's prompt.
         sizes: height and width of each image in pixels.
-        rule: of the crops.
+        crops: the rule of the crops.
     """
-    offset = float(uniform(seed, CROP, 1)[0])
-    draws = []
-    for number in range(count):
-        draw_seed = seed_of(seed, number)
-        u, v = map(float, uniform(draw_seed, CROP, 2))
+
+    seed: int
+    level: Callable[[float], float]
+    prompt_of_image: Sequence[int]
+    sizes: Sequence[tuple[int, int]]
+    crops: CropRule
+
+    def draw(self, number: int) -> Draw:
+        """Draw ``number``.
+
+        Images take turns. The golden-ratio sequence spreads noise levels evenly over the training
+        density. Crop position and noise are pseudo-random, by `edge_dit.contract.noise`.
+        """
         # The draws of each single image must cover the noise levels too.
-        turn, image = divmod(number, len(sizes))
-        sigma = level((offset + turn * GOLDEN + image / len(sizes)) % 1.0)
-        crop = rule.crop(sigma, u, v, *sizes[image])
-        draws.append(Draw(draw_seed, image, prompt_of_image[image], sigma, u, v, crop))
-    return draws
+        turn, image = divmod(number, len(self.sizes))
+        offset = float(uniform(self.seed, CROP, 1)[0])
+        sigma = self.level((offset + turn * GOLDEN + image / len(self.sizes)) % 1.0)
+        seed = seed_of(self.seed, number)
+        u, v = map(float, uniform(seed, CROP, 2))
+        crop = self.crops.crop(sigma, u, v, *self.sizes[image])
+        return Draw(seed, image, self.prompt_of_image[image], sigma, u, v, crop)
+
+    def draws(self, count: int) -> list[Draw]:
+        """The first draws."""
+        return [self.draw(number) for number in range(count)]
+
+    def again(self, draw: Draw, use: int) -> Draw:
+        """The same crop, and so the same clean latents, at another noise level with other noise.
+
+        The level is drawn from the training density among those whose crops have the same side
+        (Eq. 1), so that the crop still is the one of its level.
+
+        Args:
+            draw: from `draw`.
+            use: from 1.
+        """
+        seed = seed_of(draw.seed, use)
+        for share in uniform(seed, CROP, TRIES):
+            sigma = self.level(float(share))
+            if self.crops.side(sigma) == draw.crop.side:
+                return replace(draw, seed=seed, sigma=sigma)
+        return replace(draw, seed=seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.bank import Dtype as BankDtype
+from edge_dit.contract.loop import TILE
 from edge_dit.contract.names import STORED, Tail
 from edge_dit.contract.split import trained_blocks
 from edge_dit.contract.targets import WIDE, Dtype
@@ -121,6 +123,13 @@ class Plan(BaseModel):
         side = self.s_min // self.multiple
         return side, side
 
+    @property
+    def tile(self) -> int | None:
+        """Side in pixels of the tiles that a patch is encoded in; None if it is encoded whole. A
+        device encodes in tiles, so the host does where the device may too.
+        """
+        return TILE if self.loop and self.s_min > TILE else None
+
     def shared(self) -> dict[str, Any]:
         """What a bundle says of its plan: all but the job's own words, such as its prompt."""
         return self.model_dump(mode="json", exclude={"asked"})
@@ -151,12 +160,14 @@ class Plan(BaseModel):
                 "loop",
             },
         )
+        if self.tile:  # the pictures of a bank went through the autoencoder in another way
+            shared["tile"] = self.tile
         if self.tail == STORED:  # so that plans from before there were others keep theirs
             del shared["tail"]
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 
-def check_loop(plan: Plan, targets: list[str]) -> None:
+def check_loop(plan: Plan, targets: Sequence[str]) -> None:
     """Raise `BadInput` if a plan's loop has no target to go into."""
     if plan.loop and LOOP_TARGET not in targets:
         raise BadInput(

@@ -11,7 +11,7 @@ import numpy as np
 from edge_dit.contract.bank import INDEX, Draw, Index
 from edge_dit.models.model import Model
 from edge_dit.pictures.crop import CropRule
-from edge_dit.pictures.draws import plan_draws
+from edge_dit.pictures.draws import DrawRule
 from edge_dit.planning.plan import Plan
 
 LONGEST = 2**20
@@ -40,8 +40,8 @@ def false_index(
 
     def planned(prompt_of_image: list[int], of_size: Sequence[tuple[int, ...]]) -> list[Draw]:
         edges = [(height, width) for height, width in of_size]
-        rule = plan.crop_rule
-        return plan_draws(len(index.draws), plan.seed, level, prompt_of_image, edges, rule)
+        rule = DrawRule(plan.seed, level, prompt_of_image, edges, plan.crop_rule)
+        return rule.draws(len(index.draws))
 
     bare = planned([0] * count, [(plan.s_max, plan.s_max)] * count)
     of_image: list[list[tuple[Draw, Draw]]] = [[] for _ in range(count)]

@@ -124,6 +124,7 @@ class Source:
         grid: token rows and columns of a patch.
         images: as read, by number.
         prompts: encoded, by number in the bank's index.
+        tile: side of the tiles that patches are encoded in, pixels; None for whole patches.
     """
 
     model: Model
@@ -133,14 +134,15 @@ class Source:
     grid: Grid
     images: Mapping[int, Captioned]
     prompts: Mapping[int, Prompt]
+    tile: int | None = None
 
     @torch.no_grad()
     def start(self, draw: bank.Draw) -> Start:
         """Cut and encode the patch of a draw, then `enter`."""
         pixels = torch.from_numpy(self.images[draw.image].pixels).unsqueeze(0)
         patch = self.sampler(pixels, torch.tensor([draw.sigma]), torch.tensor([draw.u, draw.v]))
-        posterior = partial(normal_of, draw.seed, POSTERIOR)
-        return self.enter(draw, self.model.family.encode_image(self.vae, patch, posterior))
+        family, posterior = self.model.family, partial(normal_of, draw.seed, POSTERIOR)
+        return self.enter(draw, family.encode_image(self.vae, patch, posterior, self.tile))
 
     @torch.no_grad()
     def enter(self, draw: bank.Draw, clean: Tensor) -> Start:
@@ -218,6 +220,7 @@ def source_of(
         plan.grid,
         images,
         dict(zip(prompts, encoded, strict=True)),
+        plan.tile,
     )
 
 

@@ -6,9 +6,14 @@
     run = er.train("bundle", "bank", "run")         # Ctrl-C stops it; resume=True goes on
     er.save_lora("run", "lora")                     # pipe.load_lora_weights("lora")
 
+    er.collect("bundle", "pictures", "bank")        # of a bundle with the loop's parts
+    er.train("bundle", er.live("bundle", "pictures"), "run")
+    er.paint("bundle", "a red toy", "toy.png", run="run")
+
 Names are imported when they are first used: importing this package takes no time.
 
     session      opens a target: a `Session` that steps, and the patch sampler
+    loop/        pictures to draws, prompts to pictures
     sessions/    one module per target, and what they share
     training     the loop over a bank: progress, checkpoints, resume
     run_folder   what a run keeps on disk; loss_plot draws its losses
@@ -24,6 +29,9 @@ from typing import TYPE_CHECKING, Any
 import edge_dit  # noqa: F401
 
 if TYPE_CHECKING:
+    from edge_dit_runtime.loop.collect import collect as collect
+    from edge_dit_runtime.loop.live import live as live
+    from edge_dit_runtime.loop.paint import paint as paint
     from edge_dit_runtime.run_folder import Run as Run
     from edge_dit_runtime.run_folder import save_lora as save_lora
     from edge_dit_runtime.session import open as open
@@ -33,12 +41,15 @@ if TYPE_CHECKING:
 _HOME = {
     "open": "session",
     "train": "training",
+    "collect": "loop.collect",
+    "live": "loop.live",
+    "paint": "loop.paint",
     "save_lora": "run_folder",
     "Run": "run_folder",
     "Session": "sessions.trainer",
 }
 """Name of the API -> module that has it."""
-__all__ = ["Run", "Session", "open", "save_lora", "train"]
+__all__ = ["Run", "Session", "collect", "live", "open", "paint", "save_lora", "train"]
 
 
 def __getattr__(name: str) -> Any:

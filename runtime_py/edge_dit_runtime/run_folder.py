@@ -25,7 +25,6 @@ from pydantic import Field, TypeAdapter
 
 from edge_dit.contract.adapter import write_adapter, write_adapter_folder
 from edge_dit.contract.adapter_formats import format_of
-from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import ADAPTER
 from edge_dit.contract.names import ADAPTED
 from edge_dit.errors import BadInput
@@ -34,7 +33,7 @@ from edge_dit.store.files import StrPath, cannot_write, write_atomic
 from edge_dit.store.locks import locked
 from edge_dit.store.tensors import TensorFile, write_tensors
 from edge_dit_runtime.loss_plot import plot_losses
-from edge_dit_runtime.sessions.trainer import Session
+from edge_dit_runtime.sessions.trainer import Draws, Session
 
 RUN = "run.json"
 STATE = "state.safetensors"
@@ -56,11 +55,11 @@ class Run:
 
     Attributes:
         bundle: name of the folder of the bundle trained.
-        bank: name of the folder of its bank.
+        bank: name of the folder of its bank, or of the pictures it made its draws of.
         target: the target it trains.
         layout: the target's layout ("fused").
         manifest_sha256: of the bundle's manifest, which tells the bundle from any other.
-        bank_sha256: `edge_dit.contract.bank.Bank.identity`.
+        bank_sha256: `Draws.identity`.
         family: the base model's family.
         base_model: name or hub id of the model the adapter is for.
         rank, alpha: of the adapter.
@@ -218,7 +217,7 @@ class RunFolder:
         session.load_state_dict(state)
         return losses
 
-    def save(self, session: Session, run: Run, bank: Bank, losses: Losses) -> None:
+    def save(self, session: Session, run: Run, draws: Draws, losses: Losses) -> None:
         """Write a checkpoint, loss.csv and run.json.
 
         Raises:
@@ -237,13 +236,13 @@ class RunFolder:
         state[LOSS_KEY] = np.array(losses.losses, np.float64)
         saved = asdict(replace(run, done=len(losses)))
         write_tensors(self.path / STATE, state, {RUN_KEY: json.dumps(saved)})
-        write_atomic(self.path / LOSSES, _as_csv(losses, bank))
+        write_atomic(self.path / LOSSES, _as_csv(losses, draws))
         write_document(self.path / RUN, saved)
 
-    def finish(self, session: Session, run: Run, bank: Bank, losses: Losses) -> None:
+    def finish(self, session: Session, run: Run, draws: Draws, losses: Losses) -> None:
         """Write the trained adapter, and the losses as a picture."""
         write_adapter(self.path / ADAPTER, session.adapter(), run.rank, run.alpha)
-        sigmas = [bank.index.draws[draw].sigma for draw in losses.draws]
+        sigmas = [draws.draw(draw).sigma for draw in losses.draws]
         plot_losses(self.path / PICTURE, sigmas, losses.losses)
 
     def adapter(self) -> tuple[dict[str, np.ndarray], Run]:
@@ -309,10 +308,10 @@ def all_finite(tensors: Mapping[str, np.ndarray]) -> bool:
     return all(np.isfinite(value).all() for value in tensors.values())
 
 
-def _as_csv(losses: Losses, bank: Bank) -> str:
+def _as_csv(losses: Losses, draws: Draws) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("step", "draw", "sigma", "loss"))
     for step, (draw, loss) in enumerate(zip(losses.draws, losses.losses, strict=True)):
-        writer.writerow((step, draw, repr(bank.index.draws[draw].sigma), repr(loss)))
+        writer.writerow((step, draw, repr(draws.draw(draw).sigma), repr(loss)))
     return text.getvalue()

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter
 
 from edge_dit.contract.adamw import learning_rate
-from edge_dit.contract.bank import Bank, draw_order
+from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import Bundle, open_bundle
 from edge_dit.contract.certificate import why_uncertified
 from edge_dit.contract.integrity import check_bundle
@@ -31,7 +32,7 @@ from edge_dit.store.files import StrPath
 from edge_dit_runtime.run_folder import Losses, Run, RunFolder, all_finite
 from edge_dit_runtime.session import open_session
 from edge_dit_runtime.sessions.state import check_draw
-from edge_dit_runtime.sessions.trainer import Session
+from edge_dit_runtime.sessions.trainer import Draws, Session
 
 SAVE_EVERY = 100
 """Steps between checkpoints."""
@@ -59,7 +60,7 @@ class _Training:
 
     session: Session
     bundle: Bundle
-    bank: Bank
+    draws: Draws
     folder: RunFolder
     run: Run
     seed: int
@@ -67,7 +68,7 @@ class _Training:
 
 def train(
     bundle: StrPath,
-    bank: StrPath,
+    bank: StrPath | Draws,
     folder: StrPath,
     *,
     target: str | None = None,
@@ -79,7 +80,8 @@ def train(
 
     Args:
         bundle: an exported bundle.
-        bank: the bank precomputed with the same plan.
+        bank: the bank precomputed with the same plan; or draws made of pictures just in time, from
+            `edge_dit_runtime.live`.
         folder: the run folder: a new one, or with ``resume`` one that was stopped.
         target: one of the bundle's targets, "onnx", or with its layout, "onnx:streamed". Default:
             that of the resumed run, else the bundle's first target in the planned layout.
@@ -98,7 +100,7 @@ def train(
         (3, 'onnx')
     """
     opened = open_bundle(Path(bundle))
-    draws = Bank(Path(bank), opened.manifest.plan_hash)
+    draws = _opened(bank, opened)
     kept = RunFolder(Path(folder))
     kept.previous(resume)  # before the folder is touched
     planned = validated(
@@ -128,6 +130,13 @@ def train(
     return replace(run, done=len(losses))
 
 
+def _opened(bank: StrPath | Draws, bundle: Bundle) -> Draws:
+    """The draws of a bank, which must be of the bundle's plan; or those that were given."""
+    if isinstance(bank, (str, os.PathLike)):
+        return Bank(Path(bank), bundle.manifest.plan_hash)
+    return bank
+
+
 def _target_and_layout(
     bundle: Bundle, asked: str | None, previous: Run | None, planned: str
 ) -> tuple[str, str]:
@@ -154,15 +163,15 @@ def _target_and_layout(
     return name, bundle.layout(name, layout or None)
 
 
-def _new_run(bundle: Bundle, bank: Bank, plan: _Planned, target: str, layout: str) -> Run:
+def _new_run(bundle: Bundle, draws: Draws, plan: _Planned, target: str, layout: str) -> Run:
     """A new run of the plan's steps."""
     return Run(
         bundle=bundle.folder.resolve().name,
-        bank=bank.folder.resolve().name,
+        bank=draws.name,
         target=target,
         layout=layout,
         manifest_sha256=bundle.manifest_sha256,
-        bank_sha256=bank.identity,
+        bank_sha256=draws.identity,
         family=bundle.manifest.family,
         base_model=plan.model_name,
         rank=plan.rank,
@@ -184,16 +193,16 @@ def _loop(training: _Training, losses: Losses, on_step: OnStep | None) -> None:
             if on_step and on_step(len(losses), loss):
                 break
             if len(losses) % SAVE_EVERY == 0 and len(losses) < run.steps:
-                training.folder.save(training.session, run, training.bank, losses)
+                training.folder.save(training.session, run, training.draws, losses)
 
 
 def _step(training: _Training, losses: Losses) -> float:
     """Do a step and add it to ``losses``; its loss, nan if it was skipped."""
-    session, bank, run = training.session, training.bank, training.run
-    number = draw_order(len(losses), len(bank), training.seed)
+    session, draws, run = training.session, training.draws, training.run
+    number = draws.number(len(losses), training.seed)
     session.lr = learning_rate(len(losses), run.steps, training.bundle.manifest.optimizer.lr)
-    draw = bank[number]
-    check_draw(draw, training.bundle.manifest, bank.in_words(number))
+    draw = draws[number]
+    check_draw(draw, training.bundle.manifest, draws.in_words(number))
     loss = session.backward(draw)
     if np.isfinite(loss) and all_finite(session.gradients()):
         session.update()
@@ -204,7 +213,7 @@ def _step(training: _Training, losses: Losses) -> float:
         raise BadInput(
             training.folder.path,
             found=f"{MOST_SKIPPED} steps in a row without finite loss and gradients, the last on "
-            f"{bank.in_words(number)}",
+            f"{draws.in_words(number)}",
             expected="numbers; the last checkpoint is kept",
             remedy="plan with a lower lr; if it is always the same draws, precompute again",
         )

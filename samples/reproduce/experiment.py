@@ -38,7 +38,7 @@ from edge_dit.models.subgraph import (
     lora_modules,
 )
 from edge_dit.pictures.dataset import Captioned, read_folder
-from edge_dit.pictures.draws import plan_draws
+from edge_dit.pictures.draws import DrawRule
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan, model_of
@@ -147,7 +147,7 @@ def draws_of(run: Run, count: int) -> list[Draw]:
     plan, train = plan_for(run), subject_of(run.job, run.subject).train
     sizes = [image.size for image in train]
     level, prompts = model_for(run.job).objective.level, list(range(len(train)))
-    return plan_draws(count, plan.seed, level, prompts, sizes, plan.crop_rule)
+    return DrawRule(plan.seed, level, prompts, sizes, plan.crop_rule).draws(count)
 
 
 @torch.no_grad()

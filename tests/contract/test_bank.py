@@ -13,7 +13,7 @@ from edge_dit.contract.bank import Bank, Crop, Draw, Index
 from edge_dit.contract.objective import FlowMatching
 from edge_dit.errors import BadInput
 from edge_dit.pictures.crop import CropRule
-from edge_dit.pictures.draws import plan_draws
+from edge_dit.pictures.draws import DrawRule
 from edge_dit.store.documents import write_document
 
 LEVELS = FlowMatching((np.arange(1, 1001) / 1000).astype(np.float32))
@@ -21,7 +21,7 @@ LEVELS = FlowMatching((np.arange(1, 1001) / 1000).astype(np.float32))
 
 def draws(count: int, seed: int = 0) -> list[Draw]:
     sizes = [(64, 64), (64, 90), (80, 64)]
-    return plan_draws(count, seed, LEVELS.level, [0, 1, 0], sizes, CropRule(32, 64, 8))
+    return DrawRule(seed, LEVELS.level, [0, 1, 0], sizes, CropRule(32, 64, 8)).draws(count)
 
 
 def tensors(number: int) -> dict[str, np.ndarray]:

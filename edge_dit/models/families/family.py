@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from edge_dit.models.components import check_vocabulary, read_json, refusing
 from edge_dit.models.families import switches
 from edge_dit.models.families.switches import Misfits, Rules
 from edge_dit.models.pipeline import quiet
+from edge_dit.pictures.tiles import tiled
 
 Grid = tuple[int, int]
 """Token rows and columns."""
@@ -362,7 +364,9 @@ class Family:
     # ---------------------------------------------------------------- pipeline
 
     @torch.no_grad()
-    def encode_image(self, vae: Any, pixels: Tensor, posterior: Normal) -> Tensor:
+    def encode_image(
+        self, vae: Any, pixels: Tensor, posterior: Normal, tile: int | None = None
+    ) -> Tensor:
         """Clean latents, scaled (and packed) as the transformer takes them.
 
         Args:
@@ -370,8 +374,20 @@ class Family:
             pixels: [1, 3, H, W] float32 in [-1, 1]; sides are multiples of `multiple`.
             posterior: gives standard normal numbers of a shape, in families that sample the
                 autoencoder's posterior.
+            tile: side in pixels of the tiles that go through the autoencoder one by one; None for
+                the whole picture.
         """
-        raw, deviation = self.moments(vae, pixels)
+
+        def run(part: np.ndarray) -> list[np.ndarray]:
+            made = self.moments(vae, torch.from_numpy(part))
+            return [value.numpy() for value in made if value is not None]
+
+        if tile is None:
+            raw, deviation = self.moments(vae, pixels)
+        else:
+            factor = self.latents(vae.config).factor
+            made = tiled(pixels.numpy(), run, tile, factor, (1, factor))
+            raw, deviation, *_ = [*map(torch.from_numpy, made), None]
         if deviation is not None:
             raw = raw + deviation * posterior(tuple(raw.shape))
         return self.taken(self.latents(vae.config), raw)

@@ -21,10 +21,11 @@ from edge_dit.contract.loop import (
     PREDICT,
     PROMPT,
     TABLES,
+    TILE,
     base_file,
     paint_file,
 )
-from edge_dit.contract.names import COND, ENTRY, NEW, STATE
+from edge_dit.contract.names import COND, NEW, STATE
 from edge_dit.contract.objective import FlowMatching
 from edge_dit.contract.targets import WIDE
 from edge_dit.errors import BadInput
@@ -38,8 +39,6 @@ from edge_dit_export.targets.frozen import FrozenStore, Later
 from edge_dit_export.targets.loop_source import LoopSource
 from edge_dit_export.targets.streamed import new_kind, write_graph
 
-TILE = 256
-"""Most pixels per side of what the autoencoder takes at once."""
 VAE = "vae."
 """Prefix of the autoencoder's weights in the files of frozen weights."""
 
@@ -204,9 +203,7 @@ class _Writer:
             for name, tensor in {**block.weights, **block.lora}.items()
         }
         given = {n: t for n, t in batch.items() if n in STATE or n.startswith(COND)}
-        after = [
-            NEW + name for name in given if name in STATE and (name == ENTRY or not block.last)
-        ]
+        after = [NEW + name for name in block.states]
         small = {n for n in block.weights if self.store.stored_as(f"{block.name}.{n}") != WIDE}
         inputs = {**given, **own}
         module = trace(block.forward, inputs, self.source.family)

@@ -199,7 +199,7 @@ def _combined(
     terms += [
         np.float32(factor) * predictions[number] for number, factor in step.predictions.items()
     ]
-    return np.sum(terms, axis=0, dtype=np.float32)
+    return np.asarray(sum(terms[1:], start=terms[0]), np.float32)
 
 
 def _forget(kept: dict[int, np.ndarray], needed: set[int], done: int) -> None:

@@ -13,7 +13,7 @@ from edge_dit.contract import bank
 from edge_dit.contract.bundle import REMEDY, Bundle
 from edge_dit.contract.names import (
     ENTRY,
-    ENTRY_TEXT,
+    STATE,
     TAIL_RESIDUAL,
     TARGET,
     WEIGHT,
@@ -148,7 +148,7 @@ class Starts:
     def _batch(self, start: Start, states: Mapping[int, Tensors]) -> Tensors:
         plan, batch = self.plan, dict(states[self.plan.head_skip])
         for after, first in inner_runs(plan.trained).items():
-            names = dict(zip((ENTRY, ENTRY_TEXT), residual_names(first), strict=True))
+            names = dict(zip(STATE, residual_names(first), strict=True))
             batch |= {names[n]: states[after][n] - value for n, value in states[first].items()}
         batch |= {**start.cond, TARGET: start.target}
         if plan.tail == "stored":

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from edge_dit.contract.bank import Draw
+
 Tensors = dict[str, np.ndarray]
 
 
@@ -57,4 +59,39 @@ class Session(Protocol):
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from a `state_dict`."""
+        ...
+
+
+class Draws(Protocol):
+    """What a run trains on: a bank, or pictures that draws are made of just in time.
+
+    Attributes:
+        name: of its folder.
+        identity: SHA-256 that tells it from any other.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def identity(self) -> str: ...  # noqa: D102
+
+    def number(self, step: int, seed: int) -> int:
+        """Number of the draw that a step trains on.
+
+        Args:
+            step: from 0.
+            seed: the plan's.
+        """
+        ...
+
+    def draw(self, number: int) -> Draw:
+        """What a draw is made of."""
+        ...
+
+    def __getitem__(self, number: int) -> Tensors:
+        """The batch tensors of a draw, float32, by the names that exported graphs use."""
+        ...
+
+    def in_words(self, number: int) -> str:
+        """A draw for a message."""
         ...
