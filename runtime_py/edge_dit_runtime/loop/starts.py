@@ -12,6 +12,7 @@ from pydantic import BaseModel, TypeAdapter
 from edge_dit.contract import bank
 from edge_dit.contract.bundle import REMEDY, Bundle
 from edge_dit.contract.names import (
+    COND,
     ENTRY,
     STATE,
     TAIL_RESIDUAL,
@@ -120,7 +121,7 @@ class Starts:
     @property
     def shared(self) -> list[str]:
         """Names of the batch tensors that depend on the prompt alone."""
-        return self.parts.facts.per_prompt
+        return [COND + name for name in self.parts.facts.per_prompt]
 
     def tensors(
         self, starts: Sequence[Start], advance: Callable[..., None] = lambda _share: None
@@ -149,7 +150,8 @@ class Starts:
         plan, batch = self.plan, dict(states[self.plan.head_skip])
         for after, first in inner_runs(plan.trained).items():
             names = dict(zip(STATE, residual_names(first), strict=True))
-            batch |= {names[n]: states[after][n] - value for n, value in states[first].items()}
+            moved = states[after]
+            batch |= {name: moved[n] - states[first][n] for n, name in names.items() if n in moved}
         batch |= {**start.cond, TARGET: start.target}
         if plan.tail == "stored":
             end = states[plan.layers - plan.tail_skip]
