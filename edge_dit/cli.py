@@ -47,6 +47,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for ma
 JobFile = Annotated[Path, typer.Argument(help="job.toml, see samples/sana.toml.")]
 PlanFile = Annotated[Path, typer.Option("--plan", help="plan.json, made by edge-dit plan.")]
 Bundle = Annotated[Path, typer.Argument(help="Bundle folder, made by edge-dit export.")]
+LoopBundle = Annotated[
+    Path, typer.Argument(help="Bundle folder, made by edge-dit export with [export] loop = true.")
+]
+Caption = Annotated[
+    str | None, typer.Option(help="Caption of pictures that have none; default the job's.")
+]
+Recursive = Annotated[bool, typer.Option("--recursive", help="Read sub-folders too.")]
 BankFolder = Annotated[Path, typer.Option("--bank", help="Bank, made by edge-dit precompute.")]
 Ram = Annotated[str | None, typer.Option(help="Budget of memory, e.g. 3GiB: the best that fits.")]
 Flash = Annotated[
@@ -355,10 +362,65 @@ def verify(
 
 
 @app.command()
+def collect(
+    bundle: LoopBundle,
+    images: Annotated[Path, typer.Option(help="Folder of pictures.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the bank goes.")],
+    prompt: Caption = None,
+    recursive: Recursive = False,
+    as_json: Json = False,
+) -> None:
+    """Make a bank of pictures on the device, without torch. Goes on where it stopped."""
+    import edge_dit_runtime as er
+    from edge_dit.app.describe import bank_in_words
+
+    index = er.collect(bundle, images, output, prompt=prompt, recursive=recursive)
+    facts = {"draws": len(index.draws), "images": len(index.images), "prompts": index.prompts}
+    report(as_json, facts, *bank_in_words(output))
+
+
+@app.command()
+def paint(
+    bundle: LoopBundle,
+    prompts: Annotated[list[str], typer.Argument(help="Prompts that were encoded at export.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The picture, .png or .jpg.")
+    ] = Path("picture.png"),
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Run folder whose adapter is used; default none.")
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Of the noise; may be repeated; default 0.")
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="Another negative prompt that was encoded at export.")
+    ] = None,
+    title: Annotated[str, typer.Option(help="Of a sheet of several pictures.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Paint a picture on the device, without torch; of several prompts or seeds a sheet."""
+    import edge_dit_runtime as er
+
+    seeds = seed or [0]
+    if min(seeds) < 0:
+        raise BadInput("--seed", found=str(min(seeds)), expected="0 or more")
+    path = er.paint(bundle, prompts, output, run=run, seeds=seeds, negative=negative, title=title)
+    report(as_json, {"picture": str(path)}, f"{path}: {len(prompts) * len(seeds)} painted")
+
+
+@app.command()
 def train(
     bundle: Bundle,
-    bank: BankFolder,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the run goes.")],
+    bank: Annotated[
+        Path | None, typer.Option("--bank", help="Bank, made by edge-dit precompute or collect.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of pictures instead of a bank; draws are made just in time."),
+    ] = None,
+    prompt: Caption = None,
+    recursive: Recursive = False,
     target: OneTarget = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: the plan's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
@@ -367,7 +429,7 @@ def train(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a bundle over its bank. Ctrl-C stops it with a checkpoint."""
+    """Train a bundle over its bank, or over pictures. Ctrl-C stops it with a checkpoint."""
     import edge_dit_runtime as er
     from edge_dit.contract.bundle import open_bundle
     from edge_dit.contract.integrity import check_bundle
@@ -378,7 +440,14 @@ def train(
         opened = open_bundle(bundle)
         for each in [name] if name else opened.manifest.targets:
             check_bundle(opened, each, verify_hashes=True)
-    done = er.train(bundle, bank, output, target=target, steps=steps, resume=resume)
+    if (bank is None) == (images is None):
+        raise BadInput(
+            "train",
+            found="neither --bank nor --images" if bank is None else "--bank and --images",
+            expected="one of them",
+        )
+    draws = bank or er.live(bundle, images or Path(), prompt=prompt, recursive=recursive)
+    done = er.train(bundle, draws, output, target=target, steps=steps, resume=resume)
     stopped = "" if done.done == done.steps else "; stopped early, --resume continues"
     words = f"{output}: {done.done} of {done.steps} steps on {done.target}{stopped}"
     report(as_json, {"done": done.done, "steps": done.steps, "target": done.target}, words)

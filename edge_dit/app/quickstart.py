@@ -15,6 +15,7 @@ from edge_dit.errors import BadInput
 from edge_dit.models.model import Model
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.pictures.dataset import Captioned, read_folder
+from edge_dit.pictures.images import write_picture
 from edge_dit.planning.plan import model_of
 from edge_dit.progress import warn
 from edge_dit.store.files import write_atomic, write_json
@@ -160,7 +161,7 @@ def judge(
             losses[name] = heldout_loss(model, pipeline, encoded)
             if name in sheets:
                 picture = contact_sheet(model.family, pipeline, prompts, SEEDS, plan.s_max, name)
-                picture.save(road.out / sheets[name])
+                write_picture(road.out / sheets[name], picture)
     return losses
 
 

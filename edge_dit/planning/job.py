@@ -191,6 +191,14 @@ class Train(_Section):
     ] = 1e-4
     steps: Annotated[Positive, Field(description="Training steps, one draw each.")] = 500
     draws: Annotated[Positive, Field(description="Draws in the bank.")] = 256
+    preview_every: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Steps between pictures that the device paints of `[export] prompts` while "
+            "it trains; 0 for none. Needs `[export] loop`.",
+        ),
+    ] = 0
     bank: Annotated[
         Literal["float32", "float16"],
         Field(description="How the bank stores its large tensors; float16 takes half the bytes."),

@@ -16,7 +16,7 @@ from edge_dit.models.source import Located, locate
 from edge_dit.models.whereabouts import remember
 from edge_dit.pictures.dataset import Survey, survey
 from edge_dit.planning.job import Job
-from edge_dit.planning.plan import Plan, read_plan
+from edge_dit.planning.plan import Plan, check_loop, read_plan
 from edge_dit.planning.prompts import loop_prompts
 from edge_dit.planning.selection import find_selection
 from edge_dit.planning.split import Split, SplitRequest, choose_split, requested, size_faults
@@ -98,6 +98,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
         steps=job.train.steps,
         draws=job.train.draws,
         seed=job.train.seed,
+        preview_every=job.train.preview_every,
         targets=list(dict.fromkeys(job.export.targets)),
         weights=job.export.weights,
         recompute=job.export.recompute,
@@ -105,6 +106,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
         bank_dtype=job.train.bank,
         asked=job.asked(),
     )
+    check_loop(plan, plan.targets)
     return Made(plan, pictures)
 
 

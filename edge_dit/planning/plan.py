@@ -59,6 +59,7 @@ class Plan(BaseModel):
         draws: number of draws in the bank.
         bank_dtype: dtype of the bank's large tensors.
         seed: of everything random.
+        preview_every: steps between pictures painted while training; 0 for none.
         targets: to export.
         layout: that training uses by default; empty for the target's first one.
         weights: dtype of frozen matrices in the onnx target (`edge_dit.planning.job.Export`).
@@ -91,6 +92,7 @@ class Plan(BaseModel):
     steps: Positive
     draws: Positive
     seed: Natural
+    preview_every: Natural = 0
     targets: list[str]
     layout: str = ""
     weights: Dtype = WIDE
@@ -158,6 +160,7 @@ class Plan(BaseModel):
                 "recompute",
                 "bank_dtype",
                 "loop",
+                "preview_every",
             },
         )
         if self.tile:  # the pictures of a bank went through the autoencoder in another way
@@ -169,6 +172,13 @@ class Plan(BaseModel):
 
 def check_loop(plan: Plan, targets: Sequence[str]) -> None:
     """Raise `BadInput` if a plan's loop has no target to go into."""
+    if plan.preview_every and not plan.loop:
+        raise BadInput(
+            "train.preview_every",
+            found=f"{plan.preview_every}, without the loop's parts",
+            expected="a device that can paint",
+            remedy="put loop = true under [export], or remove preview_every",
+        )
     if plan.loop and LOOP_TARGET not in targets:
         raise BadInput(
             "export.loop",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edge_dit.pictures.captions import clean
 from edge_dit.pictures.dataset import survey
 from edge_dit.planning.job import Job
 
@@ -14,10 +15,14 @@ class LoopPrompts:
 
     Attributes:
         texts: of training pictures and paintings, each once.
+        previews: numbers of those that are painted while training.
+        caption: of pictures that have none of their own.
         negative: what paintings are guided away from; None for the family's own.
     """
 
     texts: list[str]
+    previews: list[int]
+    caption: str | None = None
     negative: str | None = None
 
     @property
@@ -27,7 +32,8 @@ class LoopPrompts:
 
 
 def loop_prompts(job: Job, captions: list[str] | None = None) -> LoopPrompts:
-    """A job's prompts: its pictures' captions, then `[export] prompts`.
+    """A job's prompts: its pictures' captions, `[data] prompt`, then `[export] prompts`. The latter
+    are painted while training; without any, the first caption is.
 
     Args:
         job: from job.toml.
@@ -38,5 +44,8 @@ def loop_prompts(job: Job, captions: list[str] | None = None) -> LoopPrompts:
     """
     if captions is None:
         captions = survey(job.data.images, job.data.recursive).prompts(job.data.prompt)
-    texts = list(dict.fromkeys([*captions, *job.export.prompts]))
-    return LoopPrompts(texts, job.export.negative_prompt)
+    caption = clean(job.data.prompt or "") or None
+    asked = [*captions, *([caption] if caption else []), *job.export.prompts]
+    texts = list(dict.fromkeys(asked))
+    previews = [texts.index(text) for text in dict.fromkeys(job.export.prompts)] or [0]
+    return LoopPrompts(texts, previews, caption, job.export.negative_prompt)

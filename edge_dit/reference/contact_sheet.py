@@ -1,22 +1,21 @@
-"""Pictures of several prompts and seeds on one sheet."""
+"""Pictures of several prompts and seeds on one sheet, by the stock pipeline."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from PIL import Image, ImageDraw
+import numpy as np
 
 from edge_dit.models.families.family import Family
+from edge_dit.pictures import sheet
 from edge_dit.progress import bar
-
-STRIP = 16
-"""Height in pixels of the line above each row."""
 
 
 def contact_sheet(
     family: Family, pipeline: Any, prompts: list[str], seeds: list[int], side: int, title: str
-) -> Image.Image:
-    """Pictures of every prompt (rows) and seed (columns), with the prompt above each row.
+) -> np.ndarray:
+    """Pictures of every prompt (rows) and seed (columns), with the prompt above each row; [H, W, 3]
+    uint8.
 
     Args:
         family: of the pipeline.
@@ -26,15 +25,9 @@ def contact_sheet(
         side: of a picture, in pixels.
         title: of the sheet.
     """
-    height = STRIP + len(prompts) * (side + STRIP)
-    sheet = Image.new("RGB", (len(seeds) * side, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((4, 2), title, fill="black")
+    rows = {}
     with bar(title, len(prompts)) as advance:
-        for row, prompt in enumerate(prompts):
-            top = STRIP + row * (side + STRIP)
-            draw.text((4, top + 2), prompt, fill="black")
-            for column, picture in enumerate(family.sample(pipeline, prompt, side, seeds)):
-                sheet.paste(picture, (column * side, top + STRIP))
+        for prompt in prompts:
+            rows[prompt] = [*map(np.asarray, family.sample(pipeline, prompt, side, seeds))]
             advance()
-    return sheet
+    return sheet.contact_sheet(title, rows)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter
@@ -33,6 +33,9 @@ from edge_dit_runtime.run_folder import Losses, Run, RunFolder, all_finite
 from edge_dit_runtime.session import open_session
 from edge_dit_runtime.sessions.state import check_draw
 from edge_dit_runtime.sessions.trainer import Draws, Session
+
+if TYPE_CHECKING:
+    from edge_dit_runtime.loop.previews import Previews
 
 SAVE_EVERY = 100
 """Steps between checkpoints."""
@@ -52,6 +55,7 @@ class _Planned(BaseModel):
     steps: Count
     seed: Count
     layout: str = ""
+    preview_every: Count = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,12 @@ class _Training:
     folder: RunFolder
     run: Run
     seed: int
+    previews: Previews | None = None
+
+    def preview(self, done: int) -> None:
+        """Paint previews, if any are due after ``done`` steps."""
+        if self.previews is not None and self.previews.due(done):
+            self.previews.paint(done, self.session.adapter())
 
 
 def train(
@@ -119,7 +129,8 @@ def train(
         if not losses:
             session.load_adapter(opened.adapter())
             kept.begin(run)
-        training = _Training(session, opened, draws, kept, run, planned.seed)
+        previews = _previews(opened, kept.path, planned.preview_every, run.steps)
+        training = _Training(session, opened, draws, kept, run, planned.seed, previews)
         _loop(training, losses, on_step)
         kept.save(session, run, draws, losses)
         if len(losses) == run.steps:
@@ -128,6 +139,16 @@ def train(
         names = ", ".join(map(draws.in_words, losses.skipped[:3]))
         warn(f"steps without finite loss and gradients were skipped: {names}")
     return replace(run, done=len(losses))
+
+
+def _previews(bundle: Bundle, folder: Path, every: int, steps: int) -> Previews | None:
+    """What paints previews; None if the plan asks for none."""
+    if not every:
+        return None
+    from edge_dit_runtime.loop.parts import Parts
+    from edge_dit_runtime.loop.previews import Previews
+
+    return Previews(Parts(bundle), folder, every, steps)
 
 
 def _opened(bank: StrPath | Draws, bundle: Bundle) -> Draws:
@@ -187,8 +208,10 @@ def _loop(training: _Training, losses: Losses, on_step: OnStep | None) -> None:
     run = training.run
     title = f"train ({run.target})"
     with bar(title, run.steps, len(losses)) as advance, interrupt_flag() as interrupted:
+        training.preview(len(losses))
         while len(losses) < run.steps and not interrupted():
             loss = _step(training, losses)
+            training.preview(len(losses))
             advance(note=f"loss {losses.recent:.4f}")
             if on_step and on_step(len(losses), loss):
                 break

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_dit.contract.loop import Latents
+from edge_dit.contract.noise import NOISE, normal
 from edge_dit.contract.objective import Objective
 from edge_dit.errors import BadInput
 from edge_dit.models.components import check_vocabulary, read_json, refusing
@@ -452,12 +453,17 @@ class Family:
             pipeline: that draws.
             prompt: text.
             side: of a picture, in pixels.
-            seeds: of the starting noise.
+            seeds: of the noise it starts from, by `edge_dit.contract.noise`.
         """
+        latents = self.latents(pipeline.vae.config)
+        shape = latents.shape(side // latents.factor)
+        noise = [torch.from_numpy(normal(seed, NOISE, shape)) for seed in seeds]
         return pipeline(
             [prompt] * len(seeds),
             height=side,
             width=side,
+            latents=torch.cat(noise),
+            # of steps that are random themselves
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             **self.sample_options(pipeline, len(seeds)),
         ).images

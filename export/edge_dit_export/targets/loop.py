@@ -91,6 +91,8 @@ def export_loop(
         "timestep_factor": family.timestep_factor(model.config),
         "tile": tile,
         "prompts": source.texts,
+        "caption": source.prompts.caption,
+        "previews": source.prompts.previews,
         "negatives": source.negatives,
         "negative": source.negative,
         "painting": source.painting and source.painting.model_dump(mode="json"),

@@ -30,7 +30,8 @@ class LoopSource:
         vae: its autoencoder.
         text_tokens: length of an encoded prompt.
         patch, side: pixels per side of a patch, and of a picture.
-        texts: prompts.
+        prompts: that were asked for.
+        texts: all prompts.
         negatives: numbers of those that are encoded as negative ones.
         negative: number of the default negative prompt, if guidance needs one.
         encoded: every prompt.
@@ -45,6 +46,7 @@ class LoopSource:
     text_tokens: int
     patch: int
     side: int
+    prompts: LoopPrompts
     texts: list[str]
     negatives: list[int]
     negative: int | None
@@ -128,6 +130,7 @@ def loop_source(plan: Plan, model: Model, prompts: LoopPrompts) -> LoopSource:
         text_tokens=plan.text_tokens,
         patch=plan.s_min,
         side=plan.s_max,
+        prompts=prompts,
         texts=texts + [text] * len(negative),
         negatives=[len(texts)] * len(negative),
         negative=len(texts) if negative else None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from edge_dit.contract.loop import Painting, PaintStep
 from edge_dit.contract.noise import NOISE, normal
 from edge_dit.errors import BadInput
 from edge_dit.pictures.images import check_name, write_picture
+from edge_dit.pictures.sheet import contact_sheet
 from edge_dit.progress import bar
 from edge_dit.store.files import StrPath
 from edge_dit_runtime.loop.collect import open_parts
@@ -24,28 +26,31 @@ from edge_dit_runtime.sessions.trainer import Tensors
 
 def paint(
     bundle: StrPath,
-    prompt: str,
+    prompts: str | Sequence[str],
     file: StrPath,
     *,
     run: StrPath | None = None,
-    seed: int = 0,
+    seeds: int | Sequence[int] = 0,
     negative: str | None = None,
+    title: str = "",
 ) -> Path:
-    """Paint a picture.
+    """Paint a picture; or, of several prompts or seeds, a sheet with a row for each prompt and a
+    column for each seed.
 
     Args:
         bundle: exported with the loop's parts.
-        prompt: one that was encoded at export.
+        prompts: some that were encoded at export.
         file: the picture to write, .png or .jpg.
         run: run folder whose adapter is used, as last saved; default none.
-        seed: of the noise it is painted from, see docs/noise.md.
+        seeds: of the noise that is painted from, see docs/noise.md.
         negative: another negative prompt that was encoded at export.
+        title: of the sheet.
 
     Returns:
         The file.
 
     Raises:
-        BadInput: the bundle lacks the loop's parts or the prompt, cannot paint, or is damaged; the
+        BadInput: the bundle lacks the loop's parts or a prompt, cannot paint, or is damaged; the
             run is of another bundle; the file cannot be written.
 
     Example:
@@ -54,17 +59,22 @@ def paint(
     """
     out = Path(file)
     check_name(out)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    numbers = [seeds] if isinstance(seeds, int) else list(seeds)
+    if not texts or not numbers:
+        raise BadInput("paint", found="no prompt or no seed", expected="at least one of each")
     parts = open_parts(open_bundle(Path(bundle)))
-    painter = Painter(parts)
-    asked = Request(
-        parts.prompt(prompt),
-        seed,
-        None if negative is None else parts.prompt(negative, negative=True),
-    )
+    painter, known = Painter(parts), {text: parts.prompt(text) for text in texts}
+    against = None if negative is None else parts.prompt(negative, negative=True)
     adapter = painter.adapter_of(None if run is None else Path(run))
-    with bar("paint", len(painter.painting.steps)) as advance:
-        pixels = painter.picture(asked, adapter, advance)
-    write_picture(out, pixels)
+    rows: dict[str, list[np.ndarray]] = {text: [] for text in texts}
+    total = len(known) * len(numbers) * len(painter.painting.steps)
+    with bar(f"paint {title}".rstrip(), total) as advance:
+        for text, seed in product(known, numbers):
+            asked = Request(known[text], seed, against)
+            rows[text].append(painter.picture(asked, adapter, advance))
+    single = len(known) == len(numbers) == 1
+    write_picture(out, rows[texts[0]][0] if single else contact_sheet(title, rows))
     return out
 
 
