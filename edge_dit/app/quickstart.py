@@ -5,18 +5,29 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from edge_dit.app import api
-from edge_dit.app.run import Road, Say, begin, export_and_verify, exported_as, train
+from edge_dit.app.run import (
+    Road,
+    Say,
+    begin,
+    export,
+    exported_as,
+    fill_bank,
+    on_device,
+    train,
+    verify,
+)
 from edge_dit.contract.adapter import write_adapter_folder
 from edge_dit.contract.adapter_formats import format_of
+from edge_dit.contract.bundle import open_bundle
+from edge_dit.contract.targets import OnnxFacts
 from edge_dit.errors import BadInput
 from edge_dit.models.model import Model
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.pictures.images import write_picture
-from edge_dit.planning.plan import model_of
+from edge_dit.planning.plan import LOOP_TARGET, model_of
 from edge_dit.progress import warn
 from edge_dit.store.files import write_atomic, write_json
 
@@ -89,15 +100,20 @@ def quickstart(
     targets = [target] if target else road.plan.targets if compare else road.plan.targets[:1]
     for name in targets:
         exported_as(road.plan, name)
-    api.precompute(road.plan, road.pictures, road.bank)
     for name in targets:
-        export_and_verify(road, name, say)
+        export(road, name)
+    fill_bank(road, targets, say)
+    for name in targets:
+        verify(road, name, say)
     arms: dict[str, Path | None] = {BEFORE: None}
-    arms |= {name: train(road, name) for name in targets}
+    arms |= {name: train(road, name, say) for name in targets}
     judged = _judged(road)
     if compare:
         arms[FULL_LORA] = _full_lora(road, judged)
     sheets = {BEFORE: "before.png", targets[0]: "after.png", FULL_LORA: "full-lora.png"}
+    if road.looped(targets[0]):
+        for name, run in {BEFORE: None, targets[0]: road.run(targets[0])}.items():
+            paint(road, targets[0], run, sheets.pop(name), say)
     losses = judge(road, judged, arms, sheets)
     words = loss_table(losses, road.plan.steps, judged.measured)
     facts = {
@@ -111,6 +127,26 @@ def quickstart(
     say(words)
     say(f"done in {facts['seconds']:.0f} s: look at {out / 'before.png'} and after.png")
     return facts
+
+
+def paint(road: Road, target: str, run: Path | None, sheet: str, say: Say) -> None:
+    """Let the device paint the bundle's preview prompts on a contact sheet.
+
+    Args:
+        road: the job's folder.
+        target: whose bundle has the loop's parts.
+        run: whose adapter is used; None for the base model.
+        sheet: file of the contact sheet.
+        say: prints to the user.
+    """
+    bundle = road.bundle(target)
+    facts = cast(OnnxFacts, open_bundle(bundle).facts(LOOP_TARGET)).loop
+    assert facts is not None
+    prompts = [facts.prompts[number] for number in facts.previews[:PROMPTS]]
+    options = ["--run", str(run)] if run else []
+    options += [part for seed in SEEDS for part in ("--seed", str(seed))]
+    options += ["--title", BEFORE if run is None else target]
+    on_device(say, "paint", str(bundle), *options, "-o", str(road.out / sheet), "--", *prompts)
 
 
 def _judged(road: Road) -> Judged:

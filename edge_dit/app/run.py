@@ -2,8 +2,8 @@
 
     OUT/job.json    the job's keys as they were when the run began
     OUT/plan.json   which blocks train, and at which sizes
-    OUT/bank        what the frozen blocks contribute to each draw
     OUT/bundle      the exported sub-graph, and its certificate
+    OUT/bank        what the frozen blocks contribute to each draw
     OUT/run         the training run: losses, checkpoints
     OUT/lora        the adapter, for ``pipe.load_lora_weights``
 
@@ -12,6 +12,9 @@ A stage that is done already is skipped, so the same command continues a run tha
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +26,14 @@ from edge_dit.app.planner import plan_job
 from edge_dit.app.verify_words import table, why_failed
 from edge_dit.contract.adapter import loading_hint
 from edge_dit.contract.adapter_formats import format_of
-from edge_dit.contract.bundle import MANIFEST, open_bundle
+from edge_dit.contract.bundle import MANIFEST, Bundle, open_bundle
 from edge_dit.contract.certificate import read_certificate
 from edge_dit.contract.targets import RECOMPUTE, STREAMED, TARGETS, WIDE, variant_of
 from edge_dit.errors import BadInput, CheckFailed
 from edge_dit.pictures.dataset import Captioned
 from edge_dit.planning.job import Job, read_job
 from edge_dit.planning.make import changes, plan_of
-from edge_dit.planning.plan import Plan, write_plan
+from edge_dit.planning.plan import LOOP_TARGET, Plan, write_plan
 from edge_dit.store.documents import read_document, write_document
 from edge_dit.store.files import cannot_write
 
@@ -58,6 +61,16 @@ class Road:
     def bank(self) -> Path:
         """Folder of the bank."""
         return self.out / "bank"
+
+    def looped(self, target: str) -> bool:
+        """Whether a target's bundle has the loop's parts."""
+        return self.plan.loop and variant_of(target).target == LOOP_TARGET
+
+    def of_target(self, name: str) -> Plan:
+        """The plan as a target's bundle has it: only the onnx target has the loop's parts."""
+        if name == LOOP_TARGET:
+            return self.plan
+        return self.plan.model_copy(update={"loop": False, "preview_every": 0})
 
     def bundle(self, target: str) -> Path:
         """Folder of a target's bundle. A bundle of its own, for a run belongs to one bundle: a
@@ -95,9 +108,10 @@ def run(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
     """
     road = begin(job_path, out, target, say)
     target = target or road.plan.targets[0]
-    api.precompute(road.plan, road.pictures, road.bank)
-    export_and_verify(road, target, say)
-    lora = train(road, target)
+    export(road, target)
+    fill_bank(road, [target], say)
+    verify(road, target, say)
+    lora = train(road, target, say)
     say(f"the adapter: {lora}")
     say(f"load it: {loading_hint(lora, format_of(road.plan.family))}")
     return road
@@ -194,29 +208,82 @@ def _check_same(stored: Path, asked: dict[str, Any]) -> None:
         )
 
 
-def export_and_verify(road: Road, target: str, say: Say) -> None:
-    """Export the bundle of a target and verify it, unless that is done already.
+def export(road: Road, target: str) -> Bundle:
+    """Export the bundle of a target, unless that is done already."""
+    folder, name = road.bundle(target), variant_of(target).target
+    if (folder / MANIFEST).is_file():
+        bundle = open_bundle(folder)
+        same = bundle.manifest.plan == road.of_target(name).shared()
+        if same and list(bundle.manifest.targets) == [name]:
+            return bundle
+    return api.export(road.of_target(name), folder, [name], job=road.job)
+
+
+def fill_bank(road: Road, targets: Sequence[str], say: Say) -> None:
+    """Make the bank: on the device, if a target's bundle has the loop's parts; else by torch."""
+    looped = next((name for name in targets if road.looped(name)), None)
+    if looped is None:
+        api.precompute(road.plan, road.pictures, road.bank)
+        return
+    data = road.job.data
+    recursive = ["--recursive"] if data.recursive else []
+    images = ["--images", str(data.images), *recursive]
+    on_device(say, "collect", str(road.bundle(looped)), *images, "-o", str(road.bank))
+
+
+def verify(road: Road, target: str, say: Say) -> None:
+    """Verify the bundle of a target, unless that is done already.
 
     Raises:
         CheckFailed: the target does not compute what PyTorch computes.
     """
-    folder, name = road.bundle(target), variant_of(target).target
-    bundle = None
-    if (folder / MANIFEST).is_file():
-        bundle = open_bundle(folder)
-        same = bundle.manifest.plan == road.plan.shared()
-        bundle = bundle if same and list(bundle.manifest.targets) == [name] else None
-    bundle = bundle or api.export(road.plan, folder, [name], job=road.job)
+    bundle, name = open_bundle(road.bundle(target)), variant_of(target).target
     certificate = read_certificate(bundle)
     titles = {bundle.titled(name, layout) for layout in bundle.layouts(name)}
     if certificate is None or not titles <= set(certificate.targets) or not certificate.passed:
-        certificate = api.verify(folder, road.bank)
+        certificate = api.verify(bundle.folder, road.bank)
     say(table(certificate))
     if not certificate.passed:
         raise CheckFailed(why_failed(certificate))
 
 
-def train(road: Road, target: str) -> Path:
+HIDDEN = ("torch", "diffusers", "transformers", "peft", "onnx", "onnxscript", "executorch")
+"""Modules that a device does not have."""
+_ON_DEVICE = f"""
+import sys
+sys.modules.update(dict.fromkeys({HIDDEN!r}))
+from edge_dit.cli import main
+main()
+"""
+
+
+def on_device(say: Say, *arguments: str) -> None:
+    """Run a command of edge-dit as a device does: in a process that cannot import torch.
+
+    Args:
+        say: is told what it prints.
+        arguments: of the command line.
+
+    Raises:
+        BadInput: it ended with an error, which it printed itself.
+        KeyboardInterrupt: Ctrl-C stopped it.
+    """
+    command = [sys.executable, "-c", _ON_DEVICE, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    for line in done.stdout.splitlines():
+        say(line)
+    if done.returncode in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if done.returncode:
+        raise BadInput(
+            f"edge-dit {arguments[0]}",
+            found=f"it ended with exit code {done.returncode}",
+            expected="that it runs without torch, as on a device",
+            remedy="see its message above",
+        )
+
+
+def train(road: Road, target: str, say: Say) -> Path:
     """Train one target, or continue its run; the folder of its LoRA.
 
     Raises:
@@ -228,9 +295,14 @@ def train(road: Road, target: str) -> Path:
     run = road.run(target)
     bundle, resume = road.bundle(target), (run / RUN).is_file()
     name = exported_as(road.plan, target)
-    done = er.train(bundle, road.bank, run, target=name, resume=resume)
-    if done.done < done.steps:
-        raise KeyboardInterrupt  # training stops at the first Ctrl-C, and so do the stages after it
+    if road.looped(target):
+        more = ["--resume"] if resume else []
+        places = ["--bank", str(road.bank), "-o", str(run)]
+        on_device(say, "train", str(bundle), *places, "--target", name, *more)
+    else:
+        done = er.train(bundle, road.bank, run, target=name, resume=resume)
+        if done.done < done.steps:
+            raise KeyboardInterrupt  # training stops at the first Ctrl-C, and so do later stages
     lora = road.lora(target)
     if not (lora / format_of(road.plan.family).file).is_file():
         er.save_lora(run, lora)

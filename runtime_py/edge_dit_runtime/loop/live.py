@@ -61,7 +61,7 @@ class LiveDraws:
         self.identity = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
         self._ring: dict[int, np.ndarray] = {}
 
-    def number(self, step: int, _seed: int) -> int:
+    def number(self, step: int, seed: int) -> int:
         """Number of the draw that a step trains on: its own."""
         return step
 
