@@ -101,8 +101,23 @@ def _to_inputs(module: fx.GraphModule) -> Tensors:
             found[name] = value.detach()
         node.replace_all_uses_with(inputs[target])
         graph.erase_node(node)
+    _copy_outputs(graph)
     module.recompile()
     return found
+
+
+def _copy_outputs(graph: fx.Graph) -> None:
+    """Make no input or constant a result itself: ONNX would call both by one name."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    results = []
+    for node in output.args[0]:  # type: ignore[union-attr]
+        if node.op in ("placeholder", "get_attr"):
+            with graph.inserting_before(output):
+                copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+            copy.meta = dict(node.meta)
+            node = copy
+        results.append(node)
+    output.args = (tuple(results),)
 
 
 def begin_part(
