@@ -30,7 +30,7 @@ from edge_dit.errors import BadInput, CheckFailed
 from edge_dit.pictures.dataset import Captioned
 from edge_dit.planning.job import Job, read_job
 from edge_dit.planning.make import changes, plan_of
-from edge_dit.planning.plan import Plan, write_plan
+from edge_dit.planning.plan import LOOP_TARGET, Plan, write_plan
 from edge_dit.store.documents import read_document, write_document
 from edge_dit.store.files import cannot_write
 
@@ -201,12 +201,14 @@ def export_and_verify(road: Road, target: str, say: Say) -> None:
         CheckFailed: the target does not compute what PyTorch computes.
     """
     folder, name = road.bundle(target), variant_of(target).target
+    # A bundle for each target; the loop is in that of its own.
+    plan = road.plan.model_copy(update={"loop": road.plan.loop and name == LOOP_TARGET})
     bundle = None
     if (folder / MANIFEST).is_file():
         bundle = open_bundle(folder)
-        same = bundle.manifest.plan == road.plan.shared()
+        same = bundle.manifest.plan == plan.shared()
         bundle = bundle if same and list(bundle.manifest.targets) == [name] else None
-    bundle = bundle or api.export(road.plan, folder, [name], job=road.job)
+    bundle = bundle or api.export(plan, folder, [name], job=road.job)
     certificate = read_certificate(bundle)
     titles = {bundle.titled(name, layout) for layout in bundle.layouts(name)}
     if certificate is None or not titles <= set(certificate.targets) or not certificate.passed:

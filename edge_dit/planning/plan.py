@@ -158,15 +158,18 @@ def trained_blocks(
     return [n for n in range(head_skip, layers - tail_skip) if n not in inside]
 
 
-def check_loop(plan: Plan, targets: Sequence[str]) -> None:
-    """Raise `BadInput` if a plan's loop has no target to go into."""
-    if plan.loop and LOOP_TARGET not in targets:
-        raise BadInput(
+def loop_faults(loop: bool, targets: Sequence[str]) -> list[BadInput]:
+    """A fault if the loop's parts are wanted and no target has them."""
+    if not loop or LOOP_TARGET in targets:
+        return []
+    return [
+        BadInput(
             "export.loop",
             found=f"the loop's parts with target {', '.join(targets)}",
             expected=f"{LOOP_TARGET} among the targets: its streamed layout runs the loop",
             remedy=f"add {LOOP_TARGET} to [export] targets, or remove loop",
         )
+    ]
 
 
 def read_plan(path: Path) -> Plan:
