@@ -16,7 +16,7 @@ from edge_dit.models.source import Located, locate
 from edge_dit.models.whereabouts import remember
 from edge_dit.pictures.dataset import Survey, survey
 from edge_dit.planning.job import Job
-from edge_dit.planning.plan import Plan, check_loop, read_plan
+from edge_dit.planning.plan import Plan, loop_faults, read_plan
 from edge_dit.planning.prompts import loop_prompts
 from edge_dit.planning.selection import find_selection
 from edge_dit.planning.split import Split, SplitRequest, choose_split, requested, size_faults
@@ -69,6 +69,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
         prompts = pictures.prompts(job.data.prompt)
     except BadInput as fault:
         faults.append(fault)
+    faults += loop_faults(job.export.loop, job.export.targets, job.train.preview_every)
     raise_any("job", faults)
     assert pictures is not None
     encoded = set(prompts)
@@ -106,7 +107,6 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
         bank_dtype=job.train.bank,
         asked=job.asked(),
     )
-    check_loop(plan, plan.targets)
     return Made(plan, pictures)
 
 

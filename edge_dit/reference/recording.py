@@ -74,6 +74,8 @@ def record(
         _check_linear(steps, run, generator)
     except NotLinear as reason:
         return str(reason)
+    except ValueError as error:  # the pipeline's own check of its arguments
+        return f"{type(pipeline).__name__} refuses to paint {side} pixels: {error}"
     mode, scale = _guidance(family, pipeline, options)
     return Painting(side=side, steps=steps, guidance=mode, scale=scale)
 

@@ -24,9 +24,9 @@ from edge_dit.contract.bundle import (
 )
 from edge_dit.contract.names import GRAD, LOSS
 from edge_dit.contract.targets import TARGETS
-from edge_dit.errors import BadInput, require
+from edge_dit.errors import BadInput, raise_any, require
 from edge_dit.models.pipeline import quiet
-from edge_dit.planning.plan import Plan, check_loop, model_of
+from edge_dit.planning.plan import Plan, loop_faults, model_of
 from edge_dit.planning.prompts import LoopPrompts
 from edge_dit.progress import bar
 from edge_dit.reference.eager import adapted_subgraph, lora_tensors
@@ -55,7 +55,7 @@ def export(
         BadInput: a target's packages are missing, the model changed, ``folder`` holds something
             else; or the loop's parts are wanted and cannot be exported, or not with these targets.
     """
-    check_loop(plan, targets)
+    raise_any("export", loop_faults(plan.loop, targets))
     for target in targets:
         for module in TARGETS[target].needs_to_export:
             with quiet():

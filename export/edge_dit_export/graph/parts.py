@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from edge_dit.contract.loop import (
     DEVIATION,
@@ -59,7 +60,8 @@ class Part:
 
         def function(tensors: Tensors) -> tuple[Tensor, ...]:
             state = {f"module.{name}": tensors[name] for name in own}
-            found = functional_call(called, state, ({n: tensors[n] for n in self.inputs},))
+            with _Plain():
+                found = functional_call(called, state, ({n: tensors[n] for n in self.inputs},))
             outputs[:] = list(found)
             return tuple(found.values())
 
@@ -69,6 +71,37 @@ class Part:
         fold_constants(module)
         constants = _to_inputs(module)
         return TracedStep(module, {**self.inputs, **own, **constants}, outputs), own, constants
+
+
+class _Plain(TorchFunctionMode):
+    """While a piece is traced, writes two functions in forms that take little memory.
+
+    torch would multiply a linear layer's weight by each row of a picture on its own, with a copy of
+    the weight for each; and would gather every pixel of an enlarged picture by its index.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func is nn.functional.linear and not options and args[0].ndim > 2:
+            rows = func(args[0].reshape(-1, args[0].shape[-1]), *args[1:])
+            return rows.reshape(*args[0].shape[:-1], -1)
+        if func is nn.functional.interpolate and len(args) == 1 and args[0].ndim == 4:
+            repeats = _repeats(**options)
+            if repeats:
+                return args[0].repeat_interleave(repeats, 2).repeat_interleave(repeats, 3)
+        return func(*args, **options)
+
+
+def _repeats(
+    scale_factor: Any = None, mode: str = "nearest", size: Any = None, **_: Any
+) -> int | None:
+    """How often `interpolate` repeats each pixel along either side; None if it does not."""
+    factors = set(scale_factor if isinstance(scale_factor, tuple | list) else [scale_factor])
+    whole = len(factors) == 1 and size is None and mode in ("nearest", "nearest-exact")
+    factor = factors.pop() if whole else None
+    return int(factor) if factor is not None and factor == int(factor) else None
 
 
 class _Called(nn.Module):
@@ -101,8 +134,23 @@ def _to_inputs(module: fx.GraphModule) -> Tensors:
             found[name] = value.detach()
         node.replace_all_uses_with(inputs[target])
         graph.erase_node(node)
+    _copy_outputs(graph)
     module.recompile()
     return found
+
+
+def _copy_outputs(graph: fx.Graph) -> None:
+    """Make no input or constant a result itself: ONNX would call both by one name."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    results = []
+    for node in output.args[0]:  # type: ignore[union-attr]
+        if node.op in ("placeholder", "get_attr"):
+            with graph.inserting_before(output):
+                copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+            copy.meta = dict(node.meta)
+            node = copy
+        results.append(node)
+    output.args = (tuple(results),)
 
 
 def begin_part(family: Family, model: Any, latents: Tensor, prompt: Prompt, grid: Grid) -> Part:

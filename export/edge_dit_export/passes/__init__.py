@@ -42,6 +42,15 @@ _FOR_BOTH: tuple[Pass, ...] = (
 FOR_ONNX: tuple[Pass, ...] = (relu_gradient_to_product, *_FOR_BOTH)
 """Rewrites for the plain ONNX step. Shape operations come last, because the others add some."""
 
+FOR_FORWARD: tuple[Pass, ...] = (
+    bmm_of_one_to_mm,
+    safe_softmax_to_softmax,
+    remove_units,
+    merge_shape_ops,
+    share_shape_ops,
+)
+"""Rewrites for an ONNX graph without a backward pass."""
+
 FOR_STORED_WEIGHTS: tuple[Pass, ...] = (*FOR_ONNX, view_frozen)
 """Rewrites for an ONNX graph whose frozen weights are in a file of their own."""
 

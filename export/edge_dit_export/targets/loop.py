@@ -32,6 +32,7 @@ from edge_dit.errors import BadInput
 from edge_dit.models.quantize import matrices
 from edge_dit.models.subgraph import TrainableSubgraph, lora_name
 from edge_dit.store.tensors import write_tensors
+from edge_dit_export import passes
 from edge_dit_export.graph.blocks import Block
 from edge_dit_export.graph.parts import Part, begin_part, decoder_part, encoder_part, predict_part
 from edge_dit_export.graph.trace import trace
@@ -162,8 +163,9 @@ class _Writer:
             dtypes |= {n: store.stored_as(key) for n, key in keys.items() if key in stored}
             small = {name for name, dtype in dtypes.items() if dtype != WIDE}
             dtype = "float16" if half else store.dtype
+            path = self.directory / file
             names = write_graph(
-                step.module, step.inputs, step.outputs, small, dtype, self.directory / file
+                step.module, step.inputs, step.outputs, small, dtype, path, passes.FOR_FORWARD
             )
             read = {name: keys[name] for name in names["inputs"] if name in keys}
             for name, key in read.items():

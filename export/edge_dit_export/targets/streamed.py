@@ -18,6 +18,7 @@ are kept; the backward graph computes its block again.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,20 @@ def write_graph(
     small: set[str],
     dtype: str,
     path: Path,
+    rewrites: Sequence[passes.Pass] = passes.FOR_ONNX,
 ) -> dict[str, list[str | None]]:
-    """Export a traced graph; names of the inputs it reads, and of its outputs."""
-    passes.apply(module, passes.FOR_ONNX)
+    """Export a traced graph; names of the inputs it reads, and of its outputs.
+
+    Args:
+        module: the graph; it is rewritten.
+        inputs: an example of each, in order.
+        outputs: names, in order.
+        small: inputs that are stored as ``dtype``.
+        dtype: "float16" or "int8", where there are such inputs.
+        path: of the .onnx file.
+        rewrites: of the traced graph.
+    """
+    passes.apply(module, rewrites)
     model = onnx_model(module, inputs, outputs)
     transposes_to_gemm(model)
     read = [v for v in model.graph.inputs if v.uses() or v.is_graph_output()]
