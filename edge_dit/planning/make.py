@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.names import STORED, Tail
+from edge_dit.contract.targets import tail_faults
 from edge_dit.errors import BadInput, raise_any
 from edge_dit.models.model import Model, open_model
 from edge_dit.models.source import Located, locate
@@ -63,6 +64,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
     faults += model.family.grid_faults(model.config, sizes, model.multiple)
     tail = job.plan.tail or STORED if split.tail_skip else STORED
     faults += lora_faults(model, split, job.train.lora_targets, tail)
+    faults += tail_faults(tail, dict.fromkeys(job.export.targets))
     pictures, prompts = None, []
     try:
         pictures = survey(job.data.images, job.data.recursive)
