@@ -117,7 +117,7 @@ def _export_block(
         outputs = [NEW + GRAD + n for n in state] + [GRAD + n for n in block.lora]
     small = {n for n in block.weights if store.stored_as(f"{block.name}.{n}") != "float32"}
     module = trace(function, inputs, block.subgraph.family)
-    return _write(module, inputs, outputs, small, store.dtype, path)
+    return write_graph(module, inputs, outputs, small, store.dtype, path)
 
 
 def _export_head(
