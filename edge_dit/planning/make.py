@@ -58,11 +58,13 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
     raise_any(source.folder, model_faults(source.folder, job.model.variant))
     model = open_model(source.folder, job.model.variant)
     selection, _ = find_selection(model.folder, model.hash)
-    split = choose_split(model.layers, requested(job.plan, request), selection)
+    tail = job.plan.tail or STORED
+    measured = selection and selection.for_tail(tail)
+    split = choose_split(model.layers, requested(job.plan, request), measured)
     sizes = {"train.patch": job.train.patch, "train.resolution": job.train.resolution}
     faults = [*split.faults, *size_faults(sizes, model.multiple)]
     faults += model.family.grid_faults(model.config, sizes, model.multiple)
-    tail = job.plan.tail or STORED if split.tail_skip else STORED
+    tail = tail if split.tail_skip else STORED
     faults += lora_faults(model, split, job.train.lora_targets, tail)
     faults += tail_faults(tail, dict.fromkeys(job.export.targets))
     pictures, prompts = None, []
