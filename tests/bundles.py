@@ -24,7 +24,8 @@ from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.adapter import write_adapter
 from edge_dit.contract.bundle import ADAPTER, Bundle, Manifest, TensorSpec, write_manifest
 from edge_dit.contract.names import STORED, Tail
-from edge_dit.contract.targets import TARGETS
+from edge_dit.contract.targets import FROZEN, TARGETS, StreamedFacts
+from edge_dit.models.quantize import matrices
 from edge_dit.models.subgraph import TrainableSubgraph
 from edge_dit.pictures.crop import CropRule
 
@@ -81,6 +82,44 @@ def write(folder: Path, *targets: str, made: Made | None = None) -> tuple[*Made,
         files=[],
     )
     return sub, batch, write_manifest(folder, manifest)
+
+
+class FakeManifest:
+    """What `StreamedStep` reads of a manifest."""
+
+    def __init__(self, batch, lora):
+        self._names = {"batch": list(batch), "lora": list(lora)}
+
+    def names(self, role):
+        return self._names[role]
+
+
+def streamed(folder: Path, made: Made, dtype: str) -> dict[str, Any]:
+    """Write the streamed layout alone into ``folder``/onnx; its facts."""
+    from edge_dit_export.graph.blocks import frozen_tensors, plain_name
+    from edge_dit_export.targets.frozen import FrozenStore
+    from edge_dit_export.targets.streamed import export_streamed
+
+    sub, batch = made
+    (folder / "onnx").mkdir()
+    store = FrozenStore(frozen_tensors(sub), {plain_name(n) for n in matrices(sub)}, dtype)
+    facts = export_streamed(sub, batch, store, folder / "onnx")
+    store.write(folder / "onnx")
+    return facts
+
+
+def streamed_gradients(folder: Path, made: Made, facts: dict[str, Any]) -> dict[str, Tensor]:
+    """Loss and gradients by the layout that `streamed` wrote, named like a train step's outputs."""
+    from edge_dit_runtime.sessions.mapped import MappedTensors
+    from edge_dit_runtime.sessions.streamed import StreamedStep
+
+    sub, batch = made
+    lora = {name: p.detach() for name, p in sub.lora_parameters().items()}
+    frozen = MappedTensors(folder / "onnx" / FROZEN)
+    step = StreamedStep(FakeManifest(batch, lora), StreamedFacts(**facts), folder / "onnx", frozen)
+    loss, *gradients = step(*(t.numpy() for t in [*batch.values(), *lora.values()]))
+    named = {f"grad.{n}": torch.from_numpy(g) for n, g in zip(lora, gradients, strict=True)}
+    return {"loss": torch.as_tensor(loss), **named}
 
 
 def _export(folder: Path, targets: tuple[str, ...], made: Made) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,8 @@ Run by test_executorch.py and test_family_exports.py in a process of its own, be
 abort a whole process:
 
     python executorch_child.py FOLDER                  the tiny sub-graph, every check
-    python executorch_child.py FOLDER VARIANT SPLIT    as `bundles.made_variant`, `FAMILY_CHECKS`
+    python executorch_child.py FOLDER VARIANT SPLIT [TARGETS [TAIL]]
+                                                       as `bundles.made_variant`, `FAMILY_CHECKS`
 
 Writes the bundle and results.json there. results.json: for every check, null or the traceback of
 its failure.

@@ -64,7 +64,7 @@ def plan_in_words(plan: Plan) -> list[str]:
     return [
         f"{plan.family}, {plan.layers} blocks ({plan.model_name})",
         f"  train blocks {in_runs(plan.trained)}; skip {plan.head_skip} before, "
-        f"{plan.tail_skip} after",
+        f"{plan.tail_skip} after" + (f" ({plan.tail})" if plan.tail_skip else ""),
         f"  patches {plan.s_min} px ({rows * columns} tokens), cut {plan.s_min}..{plan.s_max} px",
         f"  text {plan.text_tokens} tokens; LoRA rank {plan.rank}, alpha {plan.alpha:g}",
         f"  {plan.steps} steps, lr {plan.optimizer.lr:g}, {plan.draws} draws, seed {plan.seed}",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_dit.budget.limits import NO_LIMITS, Limits
+from edge_dit.contract.targets import tail_faults
 from edge_dit.errors import BadInput
 from edge_dit.pictures.dataset import Survey, read_folder
 from edge_dit.planning.doubts import doubts
@@ -172,7 +173,11 @@ def _plan_within(
     if faults := choose_split(whole.layers, kept).faults:
         raise faults[0]
     variants = variants_of(targets or whole.targets)
-    bounds = bounds_of(whole, head, tail)
+    names = {variant.target for variant in variants}
+    refused = tail_faults(job.plan.tail, sorted(names)) if job.plan.tail else []
+    if tail != 0 and len(refused) == len(names):
+        raise refused[0]
+    bounds = bounds_of(whole, head, tail, job.plan.tail)
     plan, choice = plan_within(whole, bounds, limits, profile, variants, selection)
     footprints = {str(choice.best.option.variant): choice.best.footprint}
     return Planned(plan, selection, source, choice, limits, footprints, made.pictures, [])
@@ -187,7 +192,7 @@ def _footprints(plan: Plan, profile: Profile, variants: Sequence[Any]) -> dict[s
     shapes = Shapes(model.family, model.config, plan.grid, plan.text_tokens, plan.lora_targets)
     footprints = Footprints(shapes, profile, plan.bank_dtype)
     return {
-        str(variant): footprints.of(tuple(plan.trained), plan.rank, variant)
+        str(variant): footprints.of(tuple(plan.trained), plan.rank, variant, plan.tail)
         for variant in variants
         if variant.dtype == (plan.weights if variant.target == "onnx" else "float32")
         and (variant.layout != "recompute" or plan.recompute)

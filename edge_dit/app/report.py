@@ -215,7 +215,7 @@ def memory_by_role(
         split = choose_split(plan.layers, SplitRequest(skip_ratio=ratio), selection)
         cost = patch.cost(split.trained, plan.rank)
         bars.append((f"paper: {ratio:.0%} skipped, {plan.s_min} px", by_role(cost)))
-    return [*bars, ("this plan", by_role(patch.cost(plan.trained, plan.rank)))]
+    return [*bars, ("this plan", by_role(patch.cost(plan.trained, plan.rank, plan.tail)))]
 
 
 def write_report(path: Path, page: Page) -> None:

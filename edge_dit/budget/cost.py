@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from edge_dit import text as plain
+from edge_dit.contract.names import FRESH, STATE, STORED, THROUGH, Tail
 from edge_dit.models.checkpoint import meta_model
 from edge_dit.models.families.family import Family, Grid, State
 from edge_dit.models.public_configs import PublicConfig
@@ -45,7 +46,7 @@ class Cost:
 
     Attributes:
         blocks: number of trained blocks.
-        parameters: frozen parameters of the trained blocks and the head.
+        parameters: frozen parameters of the blocks that run and of the head.
         lora: LoRA parameters.
         frozen_bytes: bytes of the frozen parameters.
         lora_bytes: bytes of the LoRA parameters and their gradients.
@@ -55,9 +56,11 @@ class Cost:
         transposed_bytes: bytes of the frozen weights that a gradient passes through. The backward
             pass multiplies by their transposes.
         largest_transposed_bytes: bytes of the largest of these weights.
-        largest_weight_bytes: bytes of the largest frozen tensor of the trained blocks.
+        largest_weight_bytes: bytes of the largest frozen tensor of the blocks that run.
         bank_bytes: bytes of one stored draw, without what a bank stores once for each prompt.
         flops: floating-point operations of both passes. A multiply-add counts as two.
+
+    Blocks of a tail that runs are in all of these but ``blocks``.
     """
 
     blocks: int
@@ -134,19 +137,25 @@ class Shapes:
         self.kinds = [kinds.setdefault(_kind(block), len(kinds)) for block in self.blocks]
         """The kind of each block, by block number. Blocks of one kind have the same shapes."""
         self._measured: dict[tuple[int, ...], _Step] = {}
+        self._forwards: dict[int, _Step] = {}
         self._lora: dict[tuple[int, bool], int] = {}
 
-    def cost(self, trained: Sequence[int], rank: int) -> Cost:
+    def cost(self, trained: Sequence[int], rank: int, tail: Tail = STORED) -> Cost:
         """Cost of a training step.
 
         Args:
             trained: numbers of the trained blocks, ascending.
             rank: LoRA rank.
+            tail: what takes the place of the blocks after the last trained one.
         """
-        lora = rank * self._lora_sides(trained)
-        frozen = self._head_parameters + sum(self._parameters[number] for number in trained)
-        step = self._step(trained, rank)
+        after = self.after(trained, tail)
+        lora = rank * self._lora_sides(trained, read=bool(after) and tail == THROUGH)
+        running = [*trained, *after]
+        frozen = self._head_parameters + sum(self._parameters[number] for number in running)
+        step = self._step(trained, rank, tail)
         stored = self._stored + len(inner_runs(trained)) * self.border_bytes // FLOAT
+        if tail != STORED:
+            stored -= self.entry.image.numel()
         return Cost(
             blocks=len(trained),
             parameters=frozen,
@@ -158,10 +167,14 @@ class Shapes:
             largest_activation_bytes=step.largest_saved,
             transposed_bytes=FLOAT * step.transposed,
             largest_transposed_bytes=FLOAT * step.largest_transposed,
-            largest_weight_bytes=FLOAT * max(self._largest_weights[number] for number in trained),
+            largest_weight_bytes=FLOAT * max(self._largest_weights[number] for number in running),
             bank_bytes=FLOAT * stored,
             flops=step.flops,
         )
+
+    def after(self, trained: Sequence[int], tail: Tail) -> range:
+        """Numbers of the tail blocks that run after the trained ones."""
+        return range(len(self.blocks) if tail == STORED else trained[-1] + 1, len(self.blocks))
 
     @property
     def border_bytes(self) -> int:
@@ -188,11 +201,16 @@ class Shapes:
         tensors = [[part] if isinstance(part, Tensor) else part.parameters() for part in parts]
         return sum(tensor.numel() for group in tensors for tensor in group)
 
-    def _lora_sides(self, trained: Sequence[int]) -> int:
+    def _lora_sides(self, trained: Sequence[int], read: bool) -> int:
         """Sum of in_features + out_features over the modules that carry LoRA. This is the number of
         LoRA parameters at rank 1.
+
+        Args:
+            trained: numbers of the trained blocks, ascending.
+            read: whether a gradient comes from the text output of the last one.
         """
-        return self._sides(trained[-1], True) + sum(self._sides(n, False) for n in trained[:-1])
+        sides = sum(self._sides(number, False) for number in trained[:-1])
+        return sides + self._sides(trained[-1], not read)
 
     def _sides(self, number: int, last: bool) -> int:
         key = (self.kinds[number], last)
@@ -209,41 +227,72 @@ class Shapes:
         residual, target = torch.zeros_like(self.entry.image), torch.zeros_like(self.latents)
         return as_batch(self.entry, residual, self.cond, target, inner=inner)
 
-    def _step(self, trained: Sequence[int], rank: int) -> _Step:
+    def _step(self, trained: Sequence[int], rank: int, tail: Tail) -> _Step:
         """The step of a sub-graph, put together from sub-graphs of one and two blocks.
 
-        The first trained block saves less, because no gradient leaves it. The last one comes with
-        the head and the loss. Both effects show in sub-graphs of one and of two blocks. So a longer
-        sub-graph is the sum over its neighbouring pairs, less each inner block once, because two
-        pairs count it.
+        The first trained block saves less, because no gradient leaves it. The last one that a
+        gradient goes back through comes with the head and the loss, and nothing reads its text. So
+        a longer sub-graph is the sum over its neighbouring pairs, less each inner block once,
+        because two pairs count it. A fresh tail's forward passes are added.
         """
-        pairs = list(pairwise(trained)) or [(trained[0],)]
-        chain = [self._measure(pair, rank) for pair in pairs]
-        counted_twice = [self._measure((number,), rank) for number in trained[1:-1]]
+        after = self.after(trained, tail)
+        chain = [*trained, *(after if tail == THROUGH else ())]
+        lora = frozenset(trained)
+        pairs = list(pairwise(chain)) or [(chain[0],)]
+        parts = [self._measure(pair, lora, rank, place > 0) for place, pair in enumerate(pairs)]
+        parts += [self._forward(number) for number in (after if tail == FRESH else ())]
+        twice = [self._measure((number,), lora, rank, True) for number in chain[1:-1]]
 
         def total(field: str) -> int:
-            inner = sum(getattr(step, field) for step in counted_twice)
-            return sum(getattr(step, field) for step in chain) - inner
+            inner = sum(getattr(step, field) for step in twice)
+            return sum(getattr(step, field) for step in parts) - inner
 
         return _Step(
             saved=total("saved"),
             flops=total("flops"),
             transposed=total("transposed"),
-            largest_saved=max(step.largest_saved for step in chain),
-            largest_transposed=max(step.largest_transposed for step in chain),
+            largest_saved=max(step.largest_saved for step in parts),
+            largest_transposed=max(step.largest_transposed for step in parts),
         )
 
-    def _measure(self, trained: tuple[int, ...], rank: int) -> _Step:
-        key = (rank, *(self.kinds[number] for number in trained))
+    def _measure(
+        self, blocks: tuple[int, ...], lora: frozenset[int], rank: int, entered: bool
+    ) -> _Step:
+        """Blocks with head and loss, forward and backward.
+
+        Args:
+            blocks: their numbers, ascending.
+            lora: numbers of the blocks that carry LoRA.
+            rank: of it.
+            entered: whether a gradient leaves the first block.
+        """
+        own = [number for number in blocks if number in lora]
+        key = (rank, entered, len(own), *(self.kinds[number] for number in blocks))
         if key not in self._measured:
-            chosen = lora_modules(self.family, self.model, trained, self.targets)
-            inner = dict.fromkeys(inner_runs(trained).values(), self.entry)
+            self.model.requires_grad_(False)
+            tail = STORED if blocks[-1] in lora else THROUGH
+            chosen = lora_modules(self.family, self.model, own, self.targets, tail) if own else []
+            inner = dict.fromkeys(inner_runs(blocks).values(), self.entry)
             with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), self.family.traceable():
-                add_lora(self.model, chosen, rank, float(rank), seed=0)
-                subgraph = TrainableSubgraph(self.model, self.family, trained, self.grid)
-                self._measured[key] = _measure(subgraph, self._batch(inner))
+                if chosen:
+                    add_lora(self.model, chosen, rank, float(rank), seed=0)
+                subgraph = TrainableSubgraph(self.model, self.family, blocks, self.grid)
+                batch = self._batch(inner)
+                for name in STATE if entered else ():
+                    if name in batch:
+                        batch[name] = batch[name].clone().requires_grad_()
+                self._measured[key] = _measure(subgraph, batch)
             remove_lora(self.model)
         return self._measured[key]
+
+    def _forward(self, number: int) -> _Step:
+        """The forward pass of a block, which saves nothing."""
+        kind, counter = self.kinds[number], FlopCounterMode(display=False)
+        if kind not in self._forwards:
+            with torch.no_grad(), torch.device("meta"), counter, self.family.traceable():
+                self.family.run_block(self.blocks[number], self.entry, self.cond, self.grid)
+            self._forwards[kind] = _Step(0, counter.get_total_flops(), 0, 0, 0)
+        return self._forwards[kind]
 
 
 def _kind(block: torch.nn.Module) -> tuple[Any, ...]:
@@ -261,7 +310,7 @@ def cost_of_plan(plan: Plan) -> dict[str, Cost]:
 
     patch = shapes(plan.s_min)
     whole = patch if plan.s_max == plan.s_min else shapes(plan.s_max)
-    return _against_full_lora(whole, patch, plan.trained, plan.rank)
+    return _against_full_lora(whole, patch, plan.trained, plan.rank, plan.tail)
 
 
 def cost_of_public(
@@ -285,14 +334,14 @@ def cost_of_public(
 
 
 def _against_full_lora(
-    whole: Shapes, patch: Shapes, trained: Sequence[int], rank: int
+    whole: Shapes, patch: Shapes, trained: Sequence[int], rank: int, tail: Tail = STORED
 ) -> dict[str, Cost]:
     """Costs of LoRA on all blocks at full resolution (``whole``) and of the trained blocks at the
     patch size (``patch``).
     """
     return {
         "full LoRA": whole.cost(range(len(whole.blocks)), rank),
-        "this plan": patch.cost(trained, rank),
+        "this plan": patch.cost(trained, rank, tail),
     }
 
 

@@ -31,6 +31,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from edge_dit.budget.cost import FLOAT, Cost, Shapes
+from edge_dit.contract.names import STORED, THROUGH, Tail
 from edge_dit.contract.targets import PIECE, TARGETS, TargetVariant
 from edge_dit.errors import BadInput
 from edge_dit.store.documents import STRICT, read_document, validated, write_document
@@ -196,13 +197,15 @@ class Sizes:
 
     Attributes:
         cost: of the whole sub-graph.
-        borders: bytes of the states between blocks, one for each trained block.
+        differentiated: number of blocks that a gradient goes back through.
+        borders: bytes of the states between blocks, one for each of them.
         block_activations: most bytes that one trained block saves for its backward pass.
         largest_activation: bytes of the largest tensor among those.
-        block_weights: most bytes of frozen weights of one trained block, with the head's.
+        block_weights: most bytes of frozen weights of one block that runs, with the head's.
     """
 
     cost: Cost
+    differentiated: int
     borders: int
     block_activations: int
     largest_activation: int
@@ -305,23 +308,30 @@ class Footprints:
 
     def __init__(self, shapes: Shapes, profile: Profile, bank: str = "float32") -> None:
         self.shapes, self.profile, self.bank = shapes, profile, bank
-        self._sizes: dict[tuple[Sequence[int], int], Sizes] = {}
+        self._sizes: dict[tuple[Sequence[int], int, Tail], Sizes] = {}
 
-    def of(self, trained: range | tuple[int, ...], rank: int, variant: TargetVariant) -> Footprint:
+    def of(
+        self,
+        trained: range | tuple[int, ...],
+        rank: int,
+        variant: TargetVariant,
+        tail: Tail = STORED,
+    ) -> Footprint:
         """Footprint of one way to train.
 
         Args:
             trained: numbers of the trained blocks, ascending.
             rank: LoRA rank.
             variant: target, layout and dtype of the stored weights.
+            tail: what takes the place of the blocks after the last trained one.
         """
-        if (trained, rank) not in self._sizes:
-            self._sizes[trained, rank] = self._sizes_of(trained, rank)
-        sizes, runtime = self._sizes[trained, rank], self.profile.runtime(variant)
+        if (trained, rank, tail) not in self._sizes:
+            self._sizes[trained, rank, tail] = self._sizes_of(trained, rank, tail)
+        sizes, runtime = self._sizes[trained, rank, tail], self.profile.runtime(variant)
         width = BYTES_OF[variant.dtype]
         held, cost = LAYOUTS[name_of(variant)](sizes, width), sizes.cost
         lora = FLOAT * cost.lora
-        tensors = runtime.tensors + runtime.tensors_per_block * len(trained)
+        tensors = runtime.tensors + runtime.tensors_per_block * sizes.differentiated
         scratch = runtime.scratch * sizes.block_activations + tensors * sizes.largest_activation
         anonymous = runtime.anonymous + runtime.saved * held.activations + scratch + held.unmapped
         return Footprint(
@@ -333,15 +343,22 @@ class Footprints:
             seconds=cost.flops / runtime.flops,
         )
 
-    def _sizes_of(self, trained: range | tuple[int, ...], rank: int) -> Sizes:
-        kinds = {self.shapes.kinds[number]: number for number in reversed(trained)}
-        alone = [self.shapes.cost((number,), rank) for number in kinds.values()]
+    def _sizes_of(self, trained: range | tuple[int, ...], rank: int, tail: Tail) -> Sizes:
+        after = self.shapes.after(trained, tail)
+
+        def alone(numbers: Sequence[int]) -> list[Cost]:
+            kinds = {self.shapes.kinds[number]: number for number in reversed(numbers)}
+            return [self.shapes.cost((number,), rank) for number in kinds.values()]
+
+        differentiated = [*trained, *(after if tail == THROUGH else ())]
+        of_kinds = alone(differentiated)
         return Sizes(
-            cost=self.shapes.cost(trained, rank),
-            borders=len(trained) * self.shapes.border_bytes,
-            block_activations=max(cost.activation_bytes for cost in alone),
-            largest_activation=max(cost.largest_activation_bytes for cost in alone),
-            block_weights=max(cost.frozen_bytes for cost in alone),
+            cost=self.shapes.cost(trained, rank, tail),
+            differentiated=len(differentiated),
+            borders=len(differentiated) * self.shapes.border_bytes,
+            block_activations=max(cost.activation_bytes for cost in of_kinds),
+            largest_activation=max(cost.largest_activation_bytes for cost in of_kinds),
+            block_weights=max(cost.frozen_bytes for cost in alone([*trained, *after])),
         )
 
 

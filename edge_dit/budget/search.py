@@ -1,7 +1,8 @@
-"""The best plan within a budget: every combination of skipped blocks, patch, rank and variant.
+"""The best plan within a budget: every combination of skipped blocks, kind of tail, patch, rank and
+variant.
 
-There are some ten thousand plans and the cost of each is a sum, so all of them are compared and no
-better one can be missed. A plan's score is a sum of what the plan gives up against LoRA on all
+There are tens of thousands of plans and the cost of each is a sum, so all of them are compared and
+no better one can be missed. A plan's score is a sum of what the plan gives up against LoRA on all
 blocks at full resolution:
 
     score = -(skipped + patch + rank + weights)
@@ -10,7 +11,10 @@ blocks at full resolution:
               (head[n] + tail[m]) / head[L], less the gain of a run between trained blocks;
               without one: 1.47 (n / L)^4 + 5.49 (m / L)^4. At 50 % this meets the paper's ablation
               of FLUX, which lost 9.2 % of DINO with the first half skipped and 34.4 % with the last
-              (docs/method.md, Table 2)
+              (docs/method.md, Table 2).
+              That is with a stored tail. Where the gradient goes through, tail[m] is the
+              selection's tail_run[m], else THROUGH_SHARE of it; a fresh tail lies FRESH_SHARE of
+              the way from there to the stored one
     patch     PATCH_PENALTY (1 - s_min / s_max)
     rank      RANK_PENALTY for every halving of the rank in `Bounds`: assumed, never measured
     weights   WEIGHTS_PENALTY by dtype: assumed, never measured
@@ -37,8 +41,9 @@ from typing import Any
 from edge_dit.budget.cost import Shapes
 from edge_dit.budget.footprint import MEMORY_ERROR, TIME_ERROR, Footprint, Footprints, Profile
 from edge_dit.budget.limits import Limits
+from edge_dit.contract.names import FRESH, STORED, THROUGH, Tail
 from edge_dit.contract.split import trained_blocks
-from edge_dit.contract.targets import VARIANTS, TargetVariant, variant_of
+from edge_dit.contract.targets import TARGETS, VARIANTS, TargetVariant, variant_of
 from edge_dit.errors import BadInput
 from edge_dit.models.families.family import Family
 from edge_dit.planning.plan import Plan, model_of
@@ -49,6 +54,7 @@ GIB = 2**30
 PATCH_PENALTY = 0.42
 RANK_PENALTY = 0.005
 WEIGHTS_PENALTY = {"float32": 0.0, "float16": 0.001, "int8": 0.005}
+THROUGH_SHARE, FRESH_SHARE = 0.5, 0.5
 MARGIN, TIME_MARGIN = 1 / (1 - MEMORY_ERROR), 1 / (1 - TIME_ERROR)
 """A plan fits if its predicted memory (time) times this margin is within the limit. So a prediction
 that is too low by the largest error seen still keeps to the limit."""
@@ -73,6 +79,7 @@ class Bounds:
         bank_dtype: dtype of the bank's large tensors.
         head_skip: number of leading blocks to skip, n, where the search must not choose it.
         tail_skip: number of trailing blocks to skip, m, where the search must not choose it.
+        tail: what takes their place, where the search must not choose it.
     """
 
     s_min: int
@@ -85,6 +92,7 @@ class Bounds:
     bank_dtype: str = "float32"
     head_skip: int | None = None
     tail_skip: int | None = None
+    tail: Tail | None = None
 
     def sides(self) -> list[int]:
         """Sides of the patches to compare, pixels, the largest first."""
@@ -96,13 +104,19 @@ class Bounds:
         return list(dict.fromkeys(max(1, round(self.rank * share)) for share in RANKS))
 
 
-def bounds_of(plan: Plan, head_skip: int | None = None, tail_skip: int | None = None) -> Bounds:
+def bounds_of(
+    plan: Plan,
+    head_skip: int | None = None,
+    tail_skip: int | None = None,
+    tail: Tail | None = None,
+) -> Bounds:
     """The sizes of a plan as upper bounds.
 
     Args:
         plan: its split is not read.
         head_skip: number of leading blocks to skip, if it is fixed.
         tail_skip: number of trailing blocks to skip, if it is fixed.
+        tail: what takes their place, if it is fixed.
     """
     return Bounds(
         s_min=plan.s_min,
@@ -115,6 +129,7 @@ def bounds_of(plan: Plan, head_skip: int | None = None, tail_skip: int | None = 
         bank_dtype=plan.bank_dtype,
         head_skip=head_skip,
         tail_skip=tail_skip,
+        tail=tail,
     )
 
 
@@ -129,6 +144,7 @@ class Option:
         rank: LoRA rank.
         variant: target, layout and dtype of the stored weights.
         inner_skips: runs [first, end) of blocks to skip between trained ones.
+        tail: what takes the place of the trailing blocks.
     """
 
     head_skip: int
@@ -137,6 +153,7 @@ class Option:
     rank: int
     variant: TargetVariant
     inner_skips: tuple[tuple[int, int], ...] = ()
+    tail: Tail = STORED
 
     def applied_to(self, plan: Plan) -> Plan:
         """``plan`` with this option's split, sizes and variant. alpha / rank stays."""
@@ -144,6 +161,7 @@ class Option:
             "head_skip": self.head_skip,
             "tail_skip": self.tail_skip,
             "inner_skips": list(self.inner_skips),
+            "tail": self.tail,
             "s_min": self.s_min,
             "rank": self.rank,
             "alpha": plan.alpha * self.rank / plan.rank,
@@ -184,7 +202,7 @@ class Candidate:
         between = "".join(f", [{first}, {end}) between" for first, end in option.inner_skips)
         return (
             f"{option.variant}, skip {option.head_skip} before and {option.tail_skip} after"
-            f"{between}, patch {option.s_min} px, rank {option.rank}: "
+            f"{_named(option)}{between}, patch {option.s_min} px, rank {option.rank}: "
             f"{size(footprint.anonymous)} anonymous and {size(footprint.file)} of files, "
             f"{footprint.seconds:.3g} s a step"
         )
@@ -220,18 +238,32 @@ class Space:
                 yield split.head_skip, split.tail_skip, (split.run,)
 
     def skip_penalty(
-        self, head_skip: int, tail_skip: int, inner_skips: Sequence[tuple[int, int]] = ()
+        self,
+        head_skip: int,
+        tail_skip: int,
+        inner_skips: Sequence[tuple[int, int]] = (),
+        tail: Tail = STORED,
     ) -> float:
         """The term "skipped" of the score; see the module."""
-        if self.selection is None:
-            head, tail = head_skip / self.layers, tail_skip / self.layers
-            return 1.47 * head**4 + 5.49 * tail**4
-        lost = self.selection.score(head_skip, tail_skip, inner_skips)
-        return max(0.0, lost / self.selection.head[self.layers])
+        measured = self.selection
+        if measured is None:
+            stored = 5.49 * (tail_skip / self.layers) ** 4
+            whole = 1.47 * (head_skip / self.layers) ** 4 + stored
+            through = THROUGH_SHARE * stored
+        else:
+            unit = measured.head[self.layers]
+            stored = measured.tail[tail_skip] / unit
+            whole = measured.score(head_skip, tail_skip, inner_skips) / unit
+            run = measured.tail_run
+            through = run[tail_skip] / unit if run else THROUGH_SHARE * stored
+        fresh = through + FRESH_SHARE * (stored - through)
+        own = {STORED: stored, FRESH: fresh, THROUGH: through}[tail]
+        return max(0.0, whole - stored + own)
 
     def score(self, option: Option) -> float:
         """Score of an option; see the module."""
-        skipped = self.skip_penalty(option.head_skip, option.tail_skip, option.inner_skips)
+        split = option.head_skip, option.tail_skip, option.inner_skips
+        skipped = self.skip_penalty(*split, option.tail)
         patch = PATCH_PENALTY * (1 - option.s_min / self.bounds.s_max)
         rank = RANK_PENALTY * log2(self.bounds.rank / option.rank)
         return -(skipped + patch + rank + WEIGHTS_PENALTY[option.variant.dtype])
@@ -254,13 +286,26 @@ class Space:
             for patch in self.patches:
                 for rank in self.bounds.ranks():
                     for variant in self.variants:
-                        yield Option(head, tail, patch, rank, variant, inner)
+                        for kind in self.tails(tail, inner, variant):
+                            yield Option(head, tail, patch, rank, variant, inner, kind)
+
+    def tails(
+        self, tail_skip: int, inner_skips: Sequence[tuple[int, int]], variant: TargetVariant
+    ) -> tuple[Tail, ...]:
+        """What may take the place of a tail. Runs between trained blocks were measured with a
+        stored one only.
+        """
+        if not tail_skip:
+            return (STORED,)
+        can = (STORED,) if inner_skips else TARGETS[variant.target].tails
+        return can if self.bounds.tail is None else tuple(t for t in can if t == self.bounds.tail)
 
     def candidate(self, option: Option) -> Candidate:
         """An option with its footprint and score."""
         ends = self.layers, option.head_skip, option.tail_skip
         trained = tuple(trained_blocks(*ends, option.inner_skips))
-        footprint = self.patches[option.s_min].of(trained, option.rank, option.variant)
+        patch = self.patches[option.s_min]
+        footprint = patch.of(trained, option.rank, option.variant, option.tail)
         return Candidate(option, footprint, self.score(option))
 
     def candidates(self) -> list[Candidate]:
@@ -379,8 +424,13 @@ def differences(one: Option, other: Option) -> list[str]:
     return [f"{name} {before} -> {after}" for name, before, after in rows if before != after]
 
 
+def _named(option: Option) -> str:
+    """The tail in brackets, where there is one."""
+    return f" ({option.tail})" if option.tail_skip else ""
+
+
 def _skipped(option: Option) -> str:
-    return f"{option.head_skip}+{option.tail_skip}" + "".join(
+    return f"{option.head_skip}+{option.tail_skip}{_named(option)}" + "".join(
         f"+[{first}, {end})" for first, end in option.inner_skips
     )
 

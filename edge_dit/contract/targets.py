@@ -7,7 +7,7 @@ exporter in ``edge_dit_export/targets/<module>.py``, its session in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from edge_dit.contract.graphs import GraphNames, StreamedBlock
 from edge_dit.contract.loop import LoopFacts
-from edge_dit.contract.names import PlainName
+from edge_dit.contract.names import STORED, TAILS, THROUGH, PlainName, Tail
 from edge_dit.errors import BadInput
 
 Dtype = Literal["float32", "float16", "int8"]
@@ -171,6 +171,7 @@ class Target:
         needs_to_train: modules that its session imports.
         tools: packages whose versions a manifest records.
         tolerances: kind of tensor -> largest `Difference.relative` that passes verify.
+        tails: what may take the place of the blocks after the last trained one.
     """
 
     name: str
@@ -181,6 +182,7 @@ class Target:
     needs_to_train: tuple[str, ...]
     tools: tuple[str, ...]
     tolerances: Mapping[str, float]
+    tails: tuple[Tail, ...] = TAILS
 
     @property
     def module(self) -> str:
@@ -210,6 +212,8 @@ TARGETS = {
             needs_to_train=("onnxruntime.training",),
             tools=("torch", "onnx", "onnxscript", "onnxruntime-training-cpu"),
             tolerances=_FLOAT32,
+            # Its gradient builder differentiates everything between the loss and the LoRA.
+            tails=(STORED, THROUGH),
         ),
         Target(
             name="executorch",
@@ -273,3 +277,18 @@ def check_targets(names: list[str] | None, where: str = "--target") -> None:
     for name in names or []:
         if name not in TARGETS:
             raise BadInput(where, found=f"unknown target {name!r}", expected=", ".join(TARGETS))
+
+
+def tail_faults(tail: Tail, targets: Iterable[str]) -> list[BadInput]:
+    """A fault for each of ``targets`` that cannot train with this tail."""
+    return [
+        BadInput(
+            "plan.tail",
+            found=f"{tail}, with target {name}",
+            expected=f"{' or '.join(TARGETS[name].tails)}: the gradient builder of {name} cannot "
+            "take a part of the graph for a constant",
+            remedy=f"take another tail, or leave {name} out of export.targets",
+        )
+        for name in targets
+        if tail not in TARGETS[name].tails
+    ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.names import STORED, Tail
+from edge_dit.contract.targets import tail_faults
 from edge_dit.errors import BadInput, raise_any
 from edge_dit.models.model import Model, open_model
 from edge_dit.models.source import Located, locate
@@ -57,12 +58,15 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
     raise_any(source.folder, model_faults(source.folder, job.model.variant))
     model = open_model(source.folder, job.model.variant)
     selection, _ = find_selection(model.folder, model.hash)
-    split = choose_split(model.layers, requested(job.plan, request), selection)
+    tail = job.plan.tail or STORED
+    measured = selection and selection.for_tail(tail)
+    split = choose_split(model.layers, requested(job.plan, request), measured)
     sizes = {"train.patch": job.train.patch, "train.resolution": job.train.resolution}
     faults = [*split.faults, *size_faults(sizes, model.multiple)]
     faults += model.family.grid_faults(model.config, sizes, model.multiple)
-    tail = job.plan.tail or STORED if split.tail_skip else STORED
+    tail = tail if split.tail_skip else STORED
     faults += lora_faults(model, split, job.train.lora_targets, tail)
+    faults += tail_faults(tail, dict.fromkeys(job.export.targets))
     pictures, prompts = None, []
     try:
         pictures = survey(job.data.images, job.data.recursive)

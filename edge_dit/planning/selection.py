@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic import model_validator as validator
 
+from edge_dit.contract.names import STORED, Tail
 from edge_dit.errors import BadInput
 from edge_dit.store.documents import read_document, validated, write_document
 from edge_dit.store.files import cache_folder
@@ -87,7 +88,8 @@ class Selection(BaseModel):
         over: what these are: "generated pictures", "held-out images", "training images".
         head: by number n = 0..L of leading blocks that are masked or frozen, a distance in [0, 2]
             or an increase of the loss; head[0] is 0.
-        tail: likewise by number m of trailing blocks.
+        tail: likewise by number m of trailing blocks, whose residual is stored.
+        tail_run: likewise where these blocks run, without LoRA; empty where that was not measured.
         seconds: that measuring took.
         between: for every k the best that was measured of splits with a run between trained blocks,
             better or not; empty where none was.
@@ -109,10 +111,12 @@ class Selection(BaseModel):
     tail: list[FiniteFloat]
     seconds: FiniteFloat
     between: list[Between] = []
+    tail_run: list[FiniteFloat] = []
 
     @validator(mode="after")
     def _is_whole(self) -> Self:
-        for name, values in (("head", self.head), ("tail", self.tail)):
+        measured = {"head": self.head, "tail": self.tail}
+        for name, values in (measured | {"tail_run": self.tail_run or self.tail}).items():
             if len(values) != self.layers + 1:
                 raise ValueError(f"{name} has {len(values)} values for {self.layers} blocks")
             if values[0] != 0:
@@ -141,6 +145,14 @@ class Selection(BaseModel):
         asked = head_skip, tail_skip, *inner_skips
         (found,) = (s for s in self.between if (s.head_skip, s.tail_skip, s.run) == asked)
         return self.score(*self.best(found.skipped)) - found.gain
+
+    def for_tail(self, tail: Tail) -> Selection:
+        """What was measured for plans with a kind of tail. Splits with a run between trained blocks
+        were compared with a stored tail only.
+        """
+        if tail == STORED or not self.tail_run:
+            return self
+        return self.model_copy(update={"tail": self.tail_run, "between": []})
 
     def splits(self, skipped: int) -> list[tuple[int, int]]:
         """Every (n, m) with n + m = k, ascending in n.

@@ -49,6 +49,23 @@ def losses_of_splits(
     return _mean_losses(model, transformer, images, title, lambda replay: replay.of_splits(splits))
 
 
+def losses_of_run_tails(
+    model: Model, transformer: nn.Module, images: list[Whole], title: str
+) -> np.ndarray:
+    """Losses when the last m blocks run without their LoRA.
+
+    Args:
+        model: that is tuned.
+        transformer: of the model, with a subject's LoRA.
+        images: of the subject, encoded.
+        title: of the progress bar.
+
+    Returns:
+        float64 [images, L + 1], mean over noise levels, by m = 0..L.
+    """
+    return _mean_losses(model, transformer, images, title, Replay.of_run_tails)
+
+
 def losses_with_masked_text(
     model: Model, transformer: nn.Module, images: list[Whole], title: str
 ) -> np.ndarray:
@@ -123,6 +140,12 @@ class Replay:
         with _without_lora(self.transformer):
             base = self.states_from(0, self.tuned[0])
         return [self.loss(self.last_state(split, base)) for split in splits]
+
+    def of_run_tails(self) -> list[float]:
+        """L + 1 losses with the last m blocks without LoRA, on the states that reach them."""
+        with _without_lora(self.transformer):
+            ends = [self.states_from(k, state)[-1] for k, state in enumerate(self.tuned)]
+        return [self.loss(state) for state in reversed(ends)]
 
     def with_masked_text(self) -> list[float]:
         """2 (L + 1) losses with the text masked in the first n blocks, then in the last m."""

@@ -9,9 +9,10 @@ are three ways to measure; `Selection.method` names the one used:
                   the distance D between them.
     loss-masked   The cost is what the same mask adds to the training loss. No picture is generated.
     loss-frozen   The cost is how much of the tuning is lost. The first n blocks run without their
-                  LoRA; or the last m are replaced by the base model's residual (Eq. 3). At n = L
-                  and at m = L nothing is left of the tuning. Splits that skip a run of blocks
-                  between trained ones are measured too, see `edge_dit.select.inner_runs`.
+                  LoRA; or the last m are replaced by the base model's residual (Eq. 3), or run
+                  without their LoRA. At n = L and at m = L nothing is left of the tuning. Splits
+                  that skip a run of blocks between trained ones are measured too, see
+                  `edge_dit.select.inner_runs`.
 
 Losses are measured on held-out images where a subject has some, else on its training images, under
 noise that tuning did not see.
@@ -35,7 +36,11 @@ from edge_dit.reference.evaluate import LEVELS
 from edge_dit.select.embedding import distance, embedder
 from edge_dit.select.inner_runs import best_inner_runs, runs_to_measure
 from edge_dit.select.masking import text_masked
-from edge_dit.select.replay import losses_of_splits, losses_with_masked_text
+from edge_dit.select.replay import (
+    losses_of_run_tails,
+    losses_of_splits,
+    losses_with_masked_text,
+)
 from edge_dit.select.subjects import Subject, TunedSubjects
 
 PROMPTS = 2
@@ -195,7 +200,23 @@ def _select_frozen(tuned: TunedSubjects) -> Selection:
     )
     run_costs = dict(zip(runs, alone.tolist(), strict=True))
     between, more = best_inner_runs(tuned, selection, run_costs)
-    return selection.model_copy(update={"between": between, "seconds": seconds + more})
+    tail_run, most = _run_tails(tuned)
+    seconds += more + most
+    update = {"between": between, "tail_run": tail_run, "seconds": seconds}
+    return selection.model_copy(update=update)
+
+
+def _run_tails(tuned: TunedSubjects) -> tuple[list[float], float]:
+    """What tails that run without LoRA cost, by m = 0..L, and the seconds that it took."""
+
+    def measure(subject: Subject, title: str) -> np.ndarray:
+        images, transformer = tuned.encode(subject.measured), tuned.pipeline.transformer
+        return losses_of_run_tails(tuned.model, transformer, images, title)
+
+    columns = tuned.plan.layers + 1
+    results, seconds = tuned.measure("run-tails", {"levels": LEVELS}, columns, measure)
+    losses = np.mean([rows.mean(axis=0) for rows in results], axis=0)
+    return (losses - losses[0]).tolist(), seconds
 
 
 def _ends(layers: int) -> list[range]:

@@ -23,7 +23,7 @@ from edge_dit.contract.bundle import (
     write_manifest,
 )
 from edge_dit.contract.names import GRAD, LOSS
-from edge_dit.contract.targets import TARGETS
+from edge_dit.contract.targets import TARGETS, tail_faults
 from edge_dit.errors import BadInput, raise_any, require
 from edge_dit.models.pipeline import quiet
 from edge_dit.planning.plan import Plan, loop_faults, model_of
@@ -52,10 +52,12 @@ def export(
         prompts: of the loop's parts, if the plan has a loop.
 
     Raises:
-        BadInput: a target's packages are missing, the model changed, ``folder`` holds something
-            else; or the loop's parts are wanted and cannot be exported, or not with these targets.
+        BadInput: a target's packages are missing or it cannot train with the plan's tail, the model
+            changed, ``folder`` holds something else; or the loop's parts are wanted and cannot be
+            exported, or not with these targets.
     """
     raise_any("export", loop_faults(plan.loop, targets))
+    raise_any("plan", tail_faults(plan.tail, targets))
     for target in targets:
         for module in TARGETS[target].needs_to_export:
             with quiet():

@@ -7,7 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from edge_dit.contract.names import FRESH, STORED, TAILS, THROUGH, Tail
 from edge_dit.contract.split import trained_blocks
+from edge_dit.planning.split import split_by_ratio
 
 CROPS: dict[str, Callable[[float, float], float]] = {
     "resize": lambda sigma, chance: 1.0,
@@ -30,10 +32,12 @@ class Arm:
         skipped: share of the blocks without LoRA.
         where: which blocks those are: "selected" (n*, m*) of the model's own selection, "drawn"
             (n*, m*) of the paper's selector, "proposed" with a run between trained blocks that the
-            model's selection measured to be better, "first", "last" or "middle".
+            model's selection measured to be better, "first", "last" or "middle", or "split": the
+            planner's fixed split, two thirds of them first ones.
         stand_in: what stands in for the skipped blocks: "residual"; "nothing", so that a state
             passes them as it is; or "blocks" - the blocks themselves, frozen.
         patch: s_min of s_max; the paper's is one half.
+        tail: what stands in for skipped last blocks, see `edge_dit.contract.names.TAILS`.
     """
 
     title: str
@@ -43,6 +47,7 @@ class Arm:
     where: str = "selected"
     stand_in: str = "residual"
     patch: float = 0.5
+    tail: Tail = STORED
 
     @property
     def banked(self) -> bool:
@@ -118,6 +123,28 @@ ARMS: dict[str, Arm] = {
             ),
         }.items()
     },
+    **{
+        f"{tail}-{percent}": Arm(
+            f"{percent} %, first and last, tail {tail}",
+            "",
+            skipped=percent / 100,
+            where="split",
+            tail=tail,
+        )
+        for percent in (50, 40, 30)
+        for tail in TAILS
+    },
+    **{
+        f"{tail}-last-{percent}": Arm(
+            f"{percent} %, last blocks, tail {tail}",
+            "",
+            skipped=percent / 100,
+            where="last",
+            tail=tail,
+        )
+        for percent in (50, 40, 30)
+        for tail in TAILS
+    },
 }
 """In the order they run: those that the claims are about come first."""
 
@@ -140,6 +167,7 @@ def lora_blocks(arm: Arm, layers: int, select: Callable[[int, str], Skips]) -> l
         "first": (k, 0, []),
         "last": (0, k, []),
         "middle": (0, 0, [(first, first + k)]),
+        "split": (*split_by_ratio(layers, k / layers), []),
     }
     return trained_blocks(layers, *(fixed.get(arm.where) or select(k, arm.where)))
 
@@ -197,6 +225,18 @@ CLAIMS = (
         "",
         tuple((f"between-{blocks}", f"ends-{blocks}") for blocks in (8, 9, 10)),
         2.0,
+    ),
+    Claim(
+        "a fresh tail beats a stored one at 40 and 50 %",
+        "",
+        tuple((f"{FRESH}-{percent}", f"{STORED}-{percent}") for percent in (40, 50)),
+        2.0,
+    ),
+    Claim(
+        "a gradient through the tail is at least as good as a fresh tail",
+        "",
+        tuple((f"{THROUGH}-{percent}", f"{FRESH}-{percent}") for percent in (40, 50)),
+        0.0,
     ),
 )
 SHARE_CLAIM = ("skip-30", "full", 0.98)

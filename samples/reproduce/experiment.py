@@ -25,6 +25,7 @@ from torch import Tensor
 
 from edge_dit.contract.adamw import learning_rate
 from edge_dit.contract.bank import Draw, draw_order
+from edge_dit.contract.names import STORED, Tail
 from edge_dit.contract.noise import NOISE, POSTERIOR
 from edge_dit.models.families.family import State
 from edge_dit.models.model import Model
@@ -202,9 +203,11 @@ def bank_of(job: Path, subject: Path, seed: int, steps: int, patch: float) -> li
     return draws
 
 
-def stored(through: Through, running: list[int], residuals: bool) -> dict[str, Tensor]:
+def stored(
+    through: Through, running: list[int], residuals: bool, kind: Tail = STORED
+) -> dict[str, Tensor]:
     """What a bank keeps of a draw of which the blocks ``running`` run; without residuals a state
-    passes the other blocks as it is, leading ones too.
+    passes the other blocks as it is, leading ones too. A tail that is not stored has none.
     """
     states, last = through.states, running[-1] + 1
     entry = states[running[0]] if len(states) > 1 and residuals else states[0]
@@ -216,7 +219,8 @@ def stored(through: Through, running: list[int], residuals: bool) -> dict[str, T
         first: difference(states[behind if residuals else first], states[first])
         for behind, first in runs
     }
-    return as_batch(entry, tail, through.cond, through.target, through.weight, inner)
+    kept = tail if kind == STORED else None
+    return as_batch(entry, kept, through.cond, through.target, through.weight, inner)
 
 
 # ---------------------------------------------------------------- training
@@ -287,14 +291,14 @@ def train(runs: list[Run]) -> list[list[float]]:
             through = banks[row][draw_order(step, plan.draws, runs[row].seed)]
         else:
             through = begin(runs[row], fresh[row][step])
-        return stored(through, running, arm.stand_in == "residual")
+        return stored(through, running, arm.stand_in == "residual", arm.tail)
 
-    modules = lora_modules(family, pipeline.transformer, chosen, plan.lora_targets)
+    modules = lora_modules(family, pipeline.transformer, chosen, plan.lora_targets, arm.tail)
     seeds = [run.seed for run in runs]
     pipeline.transformer.requires_grad_(False)
     layers = add_many_lora(pipeline.transformer, modules, plan.rank, plan.alpha, seeds)
     grid = (side_of(arm, plan) // plan.multiple,) * 2
-    subgraph = TrainableSubgraph(pipeline.transformer, family, running, grid)
+    subgraph = TrainableSubgraph(pipeline.transformer, family, running, grid, arm.tail)
     sessions = ManySessions(subgraph, layers, plan.optimizer)
     progress, losses = Progress(runs[0].arm, 0, plan.steps), []
     for step in range(plan.steps):

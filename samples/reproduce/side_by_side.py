@@ -115,7 +115,7 @@ class ManySessions:
             state = graph.arrive(name, state, batch)
             state = family.run_block(graph.get_submodule(name), state, cond, graph.grid)
         # One by one: a family's head takes a batch of one.
-        last = state.image + batch["tail_residual"]
+        last = graph.last_image(state, cond, batch)
         return torch.stack(
             [
                 graph.loss(family.head(graph, row[None], conditioning_of(draw), graph.grid), draw)

@@ -16,7 +16,9 @@ from edge_dit.app.public_plan import PublicRequest, best_within
 from edge_dit.budget.footprint import REFERENCE
 from edge_dit.budget.limits import Limits
 from edge_dit.budget.search import (
+    FRESH_SHARE,
     MARGIN,
+    THROUGH_SHARE,
     TIME_MARGIN,
     Bounds,
     Option,
@@ -28,6 +30,7 @@ from edge_dit.budget.search import (
     variants_of,
 )
 from edge_dit.cli import main
+from edge_dit.contract.names import FRESH, STORED, TAILS, THROUGH
 from edge_dit.contract.targets import VARIANTS, TargetVariant
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.families import family_of
@@ -110,17 +113,30 @@ def brute_force(space: Space, limits: Limits) -> float | None:
     """
     best = None
     measured = space.selection
+    # Of what a stored tail costs, through loses a share, and fresh lies between.
+    own = {
+        STORED: 1,
+        THROUGH: THROUGH_SHARE,
+        FRESH: FRESH_SHARE * (1 - THROUGH_SHARE) + THROUGH_SHARE,
+    }
     splits = [
-        (range(n, 6 - m), (measured.head[n] + measured.tail[m]) / measured.head[-1])
+        (
+            range(n, 6 - m),
+            (measured.head[n] + own[tail] * measured.tail[m]) / measured.head[-1],
+            tail,
+        )
         for n in range(6)
         for m in range(6 - n)
+        for tail in (TAILS if m else (STORED,))
     ]
     # k = 3: head 2 and tail 1 cost 0.2 + 0.15, the run gains 0.05. The other gain is within two
     # errors.
-    splits.append(((1, 4, 5), 0.3))
+    splits.append(((1, 4, 5), 0.3, STORED))
     choices = itertools.product(splits, (512, 384, 256), (16, 8, 4), VARIANTS)
-    for (trained, lost), s_min, rank, variant in choices:
-        footprint = space.patches[s_min].of(trained, rank, variant)
+    for (trained, lost, tail), s_min, rank, variant in choices:
+        if variant.target == "ort-training" and tail == FRESH:
+            continue
+        footprint = space.patches[s_min].of(trained, rank, variant, tail)
         if footprint.ram * MARGIN > limits.ram or footprint.seconds * TIME_MARGIN > limits.seconds:
             continue
         if (footprint.bundle + 64 * footprint.draw) * MARGIN > limits.flash:
@@ -254,6 +270,39 @@ def test_given_ends_are_kept_to(space):
     fixed = replace(space, bounds=replace(space.bounds, head_skip=2, tail_skip=1))
     option = choose(fixed, Limits()).best.option
     assert (option.head_skip, option.tail_skip) == (2, 1)
+
+
+def test_a_given_tail_is_kept_to_and_a_measured_one_counts(space):
+    fixed = replace(space.bounds, head_skip=1, tail_skip=2)
+    for tail in TAILS:
+        given = replace(space, bounds=replace(fixed, tail=tail))
+        assert choose(given, Limits()).best.option.tail == tail
+    assert choose(replace(space, bounds=fixed), Limits()).best.option.tail == THROUGH
+    # It was measured that this model does better with the base model's residual.
+    worse = [2 * cost for cost in space.selection.tail]
+    other = replace(space, selection=space.selection.model_copy(update={"tail_run": worse}))
+    assert choose(replace(other, bounds=fixed), Limits()).best.option.tail == STORED
+
+
+def test_a_budget_in_time_or_flash_decides_the_tail(space):
+    fixed = replace(space, bounds=replace(space.bounds, head_skip=1, tail_skip=2))
+    of = {tail: candidate_of(fixed, tail) for tail in TAILS}
+    seconds = {tail: candidate.footprint.seconds for tail, candidate in of.items()}
+    assert seconds[STORED] < seconds[FRESH] < seconds[THROUGH]
+    assert of[STORED].footprint.bundle < of[FRESH].footprint.bundle
+    assert of[STORED].footprint.draw > of[FRESH].footprint.draw == of[THROUGH].footprint.draw
+    way = replace(fixed, variants=[TargetVariant("onnx", "streamed")])
+    way = replace(way, patches={512: way.patches[512]})
+    way = replace(way, bounds=replace(way.bounds, rank=1))
+    for tail in TAILS:
+        limits = Limits(seconds=TIME_MARGIN * candidate_of(way, tail).footprint.seconds * 1.001)
+        assert choose(way, limits).best.option.tail == tail
+
+
+def candidate_of(space, tail):
+    """With two blocks skipped after the trained ones, streamed."""
+    way = TargetVariant("onnx", "streamed")
+    return space.candidate(Option(1, 2, 512, space.bounds.rank, way, (), tail))
 
 
 def test_without_a_selection_the_papers_ablation_speaks(space):

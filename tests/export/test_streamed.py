@@ -7,26 +7,11 @@ import torch
 import bundles
 import tiny
 from edge_dit.app.verify import verify
-from edge_dit.contract.targets import FROZEN, StreamedFacts
+from edge_dit.contract.targets import FROZEN
 from edge_dit.errors import BadInput
-from edge_dit.models.quantize import matrices, round_frozen
+from edge_dit.models.quantize import round_frozen
 from edge_dit.models.subgraph import lora_name
-from edge_dit_export.graph.blocks import frozen_tensors, plain_name
-from edge_dit_export.targets.frozen import FrozenStore
-from edge_dit_export.targets.streamed import export_streamed
 from edge_dit_runtime.session import open_session
-from edge_dit_runtime.sessions.mapped import MappedTensors
-from edge_dit_runtime.sessions.streamed import StreamedStep
-
-
-class FakeManifest:
-    """What `StreamedStep` reads of a manifest."""
-
-    def __init__(self, batch, lora):
-        self._names = {"batch": list(batch), "lora": list(lora)}
-
-    def names(self, role):
-        return self._names[role]
 
 
 @pytest.fixture(scope="module", params=[("flux-dev", "int8"), ("sana-1.5", "float16")])
@@ -34,10 +19,7 @@ def streamed(request, tmp_path_factory):
     variant, dtype = request.param
     sub, batch = bundles.made_variant(variant, "across")
     folder = tmp_path_factory.mktemp("streamed")
-    (folder / "onnx").mkdir()
-    store = FrozenStore(frozen_tensors(sub), {plain_name(n) for n in matrices(sub)}, dtype)
-    facts = export_streamed(sub, batch, store, folder / "onnx")
-    store.write(folder / "onnx")
+    facts = bundles.streamed(folder, (sub, batch), dtype)
     return folder, sub, batch, facts, dtype
 
 
@@ -46,12 +28,7 @@ def test_gradients_are_eagers_with_the_same_rounded_weights(streamed):
     exact = tiny.eager(sub, batch)
     round_frozen(sub, dtype)
     want = tiny.eager(sub, batch)
-    lora = {name: p.detach() for name, p in sub.lora_parameters().items()}
-    frozen = MappedTensors(folder / "onnx" / FROZEN)
-    step = StreamedStep(FakeManifest(batch, lora), StreamedFacts(**facts), folder / "onnx", frozen)
-    loss, *gradients = step(*(t.numpy() for t in [*batch.values(), *lora.values()]))
-    found = {"loss": torch.as_tensor(loss)}
-    found |= {f"grad.{n}": torch.from_numpy(g) for n, g in zip(lora, gradients, strict=True)}
+    found = bundles.streamed_gradients(folder, (sub, batch), facts)
     tiny.assert_close(want, found, 1e-5)
     assert not torch.equal(want["loss"], exact["loss"])  # rounding did change the model
 

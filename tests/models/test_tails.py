@@ -74,8 +74,8 @@ def test_lora_is_put_where_the_loss_reaches_and_nowhere_else(variant, tail):
             assert parameter.grad is not None, name
             assert parameter.grad.abs().max() > 0, name
         last = SPLITS[split][-1]
-        block = list(made.family.blocks(made.model).values())[last]
-        inside = dict(block.named_modules())
+        blocks = [*made.family.blocks(made.model).values()]
+        inside = dict(blocks[last].named_modules())
         carried = {name for name in made.family.text_output if hasattr(inside.get(name), "lora_A")}
         reads = tail == THROUGH and last < 3
         wanted = set(made.family.text_output) & set(made.family.lora_targets)

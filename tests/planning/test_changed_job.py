@@ -24,6 +24,7 @@ OTHER = {
     "plan.head_skip": "2",
     "plan.tail_skip": "0",
     "plan.inner_skips": "[[2, 3]]",
+    "plan.tail": '"through"',
     "train.resolution": "128",
     "train.patch": "64",
     "train.rank": "2",
