@@ -1,0 +1,297 @@
+"""The loop on the device: the same draws and pictures as the host, without torch."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import edge_dit_runtime as er
+import pipelines
+from edge_dit.app import api
+from edge_dit.cli import main
+from edge_dit.contract.bank import Bank
+from edge_dit.contract.bundle import Bundle
+from edge_dit.errors import BadInput, ManyFaults
+from edge_dit.models.families import family_of
+from edge_dit.models.pipeline import load_pipeline
+from edge_dit.planning.job import read_job
+from edge_dit.planning.make import make_plan
+from edge_dit.planning.plan import Plan
+from edge_dit.reference.evaluate import adapted
+from edge_dit_runtime.loop.collect import open_parts
+from edge_dit_runtime.loop.live import RING, USES, LiveDraws
+from loops import on_device, write_world
+
+DRAWS = 6
+STEPS = 4
+FAMILIES = ("sana", "flux-dev", "sd3.5-medium", "pixart-sigma", "qwen-image")
+RELATIVE = 1e-4
+"""Of a tensor's largest value: the issue's own limit for a bank of the device."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A host's bank and bundle, and what a device made of the same pictures."""
+
+    folder: Path
+    plan: Plan
+    bundle: Bundle
+
+
+Make = Callable[..., Made]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    @functools.cache
+    def made(name: str, **plan: object) -> Made:
+        folder = tmp_path_factory.mktemp(name)
+        job = read_job(write_world(folder, name, draws=DRAWS, steps=STEPS, lr=0.01))
+        planned = make_plan(job).model_copy(update=plan)
+        api.precompute(planned, api.read_pictures(job, planned), folder / "host")
+        bundle = api.export(planned, folder / "bundle", ["onnx"], job=job)
+        on_device(folder, DEVICE_DOES)
+        return Made(folder, planned, bundle)
+
+    return made
+
+
+DEVICE_DOES = """
+er.collect("bundle", "images", "device")
+er.train("bundle", "device", "run", target="onnx:streamed")
+er.train("bundle", er.live("bundle", "images"), "live", target="onnx:streamed")
+"""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_bank_of_the_device_is_that_of_the_host(make, name):
+    made = make(name)
+    host, device = (Bank(made.folder / where, made.plan.identity()) for where in ("host", "device"))
+    assert host.identity == device.identity
+    files = [sorted(p.name for p in bank.folder.iterdir()) for bank in (host, device)]
+    assert files[0] == files[1]
+    for number in range(DRAWS):
+        wanted, found = host[number], device[number]
+        assert wanted.keys() == found.keys()
+        for key, value in wanted.items():
+            assert value.shape == found[key].shape
+            error = np.abs(value - found[key]).max()
+            assert error <= RELATIVE * np.abs(value).max(), f"{key} of draw {number}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_painting_is_that_of_stock_diffusers(make, name, tmp_path):
+    """With the adapter of a run, whose B is not zero, and without."""
+    made = make(name)
+    prompt, seed, side = pipelines.LONG.strip(), 5, made.plan.s_max
+    er.save_lora(made.folder / "run", tmp_path / "lora")
+    pipeline = load_pipeline(made.folder / "model")
+    family = family_of(made.plan.family)
+    pictures = []
+    for run, lora in ((None, None), (made.folder / "run", tmp_path / "lora")):
+        painted = er.paint(made.bundle.folder, prompt, tmp_path / "p.png", run=run, seeds=seed)
+        found = np.asarray(Image.open(painted)).astype(int)
+        with adapted(pipeline, lora):
+            (stock,) = family.sample(pipeline, prompt, side, [seed])
+        wanted = np.asarray(stock).astype(int)
+        assert wanted.std() > 5
+        assert np.abs(found - wanted).mean() < 1
+        pictures.append(found)
+    assert (pictures[0] != pictures[1]).any()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_live_draws_are_those_of_the_host(make, name):
+    """The first use of a crop is a bank's draw; a later one is the same crop at another level."""
+    made = make(name)
+    host = Bank(made.folder / "host")
+    draws = er.live(made.bundle.folder, made.folder / "images")
+    for number in range(min(RING, DRAWS)):
+        assert draws.draw(number) == host.index.draws[number]
+        for key, value in host[number].items():
+            error = np.abs(value - draws[number][key]).max()
+            assert error <= RELATIVE * np.abs(value).max(), key
+    for use in range(1, USES):
+        for place in range(RING):
+            first, later = draws.draw(place), draws.draw(use * RING + place)
+            assert later.crop == first.crop
+            assert (later.image, later.u, later.v) == (first.image, first.u, first.v)
+            assert later.seed != first.seed
+
+
+@pytest.mark.parametrize("tail", ["fresh", "through"])
+@pytest.mark.parametrize("name", ["sana", "flux-dev"])
+def test_tails_that_run_need_no_tail_in_the_bank(make, name, tail):
+    made = make(name, tail=tail)
+    host, device = (Bank(made.folder / where, made.plan.identity()) for where in ("host", "device"))
+    assert host.identity == device.identity
+    for wanted, found in zip(host, device, strict=True):
+        assert "tail_residual" not in wanted
+        assert wanted.keys() == found.keys()
+        for key, value in wanted.items():
+            assert np.abs(value - found[key]).max() <= RELATIVE * np.abs(value).max()
+
+
+def test_a_crop_is_encoded_once(make):
+    made = make("sana")
+    parts, encoded = open_parts(made.bundle), []
+    real = parts.encode
+    parts.encode = lambda pixels, seed: encoded.append(seed) or real(pixels, seed)
+    images = api.read_pictures(read_job(made.folder / "job.toml"), made.plan)
+    draws = LiveDraws(parts, images, "images")
+    for step in range(RING * USES + 1):
+        draws[step]
+    assert len(encoded) == len(set(encoded)) == RING + 1
+
+
+def test_a_stopped_collection_and_a_stopped_run_go_on(make, tmp_path):
+    made = make("sana")
+    shutil.copytree(made.folder / "device", tmp_path / "bank")
+    (tmp_path / "bank" / "shard-00000.safetensors").unlink()
+    er.collect(made.bundle.folder, made.folder / "images", tmp_path / "bank")
+    for path in (made.folder / "device").iterdir():
+        assert path.read_bytes() == (tmp_path / "bank" / path.name).read_bytes()
+
+    def train(folder: str, **options: object) -> er.Run:
+        draws = er.live(made.bundle.folder, made.folder / "images")
+        return er.train(made.bundle.folder, draws, tmp_path / folder, **options)  # type: ignore[arg-type]
+
+    train("whole", target="onnx:streamed")
+    train("run", target="onnx:streamed", on_step=lambda step, _loss: step == 2)
+    assert train("run", resume=True).done == STEPS
+    adapters = [tmp_path / name / "adapter.safetensors" for name in ("whole", "run")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_previews_grow_while_it_trains(make, tmp_path):
+    made = make("sana", preview_every=2)
+    run = made.folder / "run"
+    assert sorted(path.name for path in (run / "previews").iterdir()) == [
+        f"{step:06d}-0.png" for step in (0, 2, 4)
+    ]
+    pictures = [np.asarray(Image.open(path)) for path in sorted((run / "previews").iterdir())]
+    assert (pictures[0] != pictures[-1]).any()
+    side = made.plan.s_max
+    assert Image.open(run / "previews.png").size[0] == 3 * side
+    page = (run / "run.html").read_text()
+    assert "previews.png" in page
+    assert f"{STEPS} of {STEPS} steps" in page
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line; (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["edge-dit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_a_bundle_without_the_loops_parts(road, tmp_path):
+    for call in (
+        lambda: er.collect(road.bundle, road.folder / "images", tmp_path / "bank"),
+        lambda: er.live(road.bundle, road.folder / "images"),
+        lambda: er.paint(road.bundle, "a sks toy", tmp_path / "p.png"),
+    ):
+        with pytest.raises(BadInput, match="loop = true"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts_that_the_bundle_lacks(make, tmp_path):
+    made = make("sana")
+    with pytest.raises(BadInput, match="no prompt 'a cat'.*sks"):
+        er.paint(made.bundle.folder, "a cat", tmp_path / "p.png")
+    with pytest.raises(BadInput, match="no negative prompt 'blurry'"):
+        er.paint(made.bundle.folder, pipelines.SHORT, tmp_path / "p.png", negative="blurry")
+    with pytest.raises((BadInput, ManyFaults), match="no prompt 'a dog'"):
+        images = made.folder / "images"
+        er.collect(made.bundle.folder, images, tmp_path / "bank", prompt="a dog")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_and_runs_that_do_not_fit(make, tmp_path):
+    made = make("sana")
+    with pytest.raises(BadInput, match="png"):
+        er.paint(made.bundle.folder, pipelines.SHORT, tmp_path / "p.gif")
+    other = make("sana", preview_every=2)
+    with pytest.raises(BadInput, match="another bundle"):
+        er.paint(made.bundle.folder, pipelines.SHORT, tmp_path / "p.png", run=other.folder / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bank_that_another_bundle_made(make, tmp_path):
+    made, other = make("sana"), make("sana", tail="fresh")
+    with pytest.raises(BadInput, match="another plan"):
+        er.train(made.bundle.folder, other.folder / "device", tmp_path / "run")
+    with pytest.raises(BadInput, match="another plan"):
+        er.collect(made.bundle.folder, made.folder / "images", other.folder / "device")
+
+
+def test_pictures_of_odd_sizes(make, tmp_path):
+    """Very wide, tiny, gray, with alpha: as the host reads them."""
+    made = make("sana")
+    images = tmp_path / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for number, (shape, mode) in enumerate(
+        [((64, 600, 3), "RGB"), ((9, 7, 3), "RGB"), ((201, 97), "L"), ((80, 64, 4), "RGBA")]
+    ):
+        pixels = rng.integers(0, 255, shape, np.uint8)
+        Image.fromarray(pixels, mode).save(images / f"{number}.png")
+    job = read_job(made.folder / "job.toml")
+    moved = job.model_copy(update={"data": job.data.model_copy(update={"images": images})})
+    plan = made.plan
+    api.precompute(plan, api.read_pictures(moved, plan), tmp_path / "host")
+    er.collect(made.bundle.folder, images, tmp_path / "device")
+    for wanted, found in zip(Bank(tmp_path / "host"), Bank(tmp_path / "device"), strict=True):
+        for key, value in wanted.items():
+            assert np.abs(value - found[key]).max() <= RELATIVE * np.abs(value).max()
+
+
+def test_patches_larger_than_a_tile(make):
+    """The device cuts tiles where its encoder is smaller than a patch, and so does the host."""
+    made = make("sana")
+    parts = open_parts(made.bundle)
+    images = api.read_pictures(read_job(made.folder / "job.toml"), made.plan)
+    pixels = images[0].pixels[None, :, :64, :64]
+    found = parts.encode(pixels, seed=1)
+    vae = load_pipeline(made.folder / "model").vae
+    family = family_of("sana")
+    tiled = family.encode_image(vae, torch.from_numpy(pixels), torch.zeros, made.plan.s_min)
+    whole = family.encode_image(vae, torch.from_numpy(pixels), torch.zeros)
+    assert np.abs(found - tiled.numpy()).max() <= 1e-5 * np.abs(found).max()
+    assert found.shape == tuple(whole.shape)
+
+
+def test_the_commands(make, run, tmp_path):
+    made = make("sana")
+    bundle, images = made.bundle.folder, made.folder / "images"
+    code, out, _ = run("collect", bundle, "--images", images, "-o", tmp_path / "bank", "--json")
+    assert code == 0
+    assert json.loads(out)["draws"] == DRAWS
+    options = ("--images", images, "-o", tmp_path / "run", "--target", "onnx:streamed")
+    assert run("train", bundle, *options)[0] == 0
+    sheet = ("-o", tmp_path / "sheet.png", "--run", tmp_path / "run", "--seed", 1, "--seed", 2)
+    code, out, _ = run("paint", bundle, pipelines.SHORT, pipelines.LONG.strip(), *sheet)
+    assert code == 0
+    assert "4 painted" in out
+    assert Image.open(tmp_path / "sheet.png").size[0] == 2 * made.plan.s_max
+    code, _, err = run("train", bundle, "-o", tmp_path / "other")
+    assert code == 2
+    assert "--bank" in err
