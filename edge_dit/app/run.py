@@ -210,7 +210,7 @@ def export_and_verify(road: Road, target: str, say: Say) -> None:
     certificate = read_certificate(bundle)
     titles = {bundle.titled(name, layout) for layout in bundle.layouts(name)}
     if certificate is None or not titles <= set(certificate.targets) or not certificate.passed:
-        certificate = api.verify(folder, road.bank)
+        certificate = api.verify(folder, road.bank, images=road.pictures)
     say(table(certificate))
     if not certificate.passed:
         raise CheckFailed(why_failed(certificate))
