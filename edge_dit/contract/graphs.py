@@ -1,4 +1,4 @@
-"""A graph of a manifest: names of its arguments and results, and a block that such graphs compute."""
+"""Graphs of a manifest by their names of arguments and results; blocks that they compute."""
 
 from __future__ import annotations
 

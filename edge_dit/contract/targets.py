@@ -31,7 +31,8 @@ larger has a file of its own."""
 
 def frozen_file(number: int) -> str:
     """Name of a target's file of frozen weights, from 0: "frozen.safetensors",
-    "frozen-1.safetensors"."""
+    "frozen-1.safetensors".
+    """
     return f"frozen-{number}.safetensors" if number else FROZEN
 
 

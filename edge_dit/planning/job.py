@@ -212,7 +212,8 @@ class Export(_Section):
         bool,
         Field(
             description="Write the loop's parts too, into the onnx target: the device then makes "
-            "its own draws of pictures, and paints. They hold the whole model but its text encoders."
+            "its own draws of pictures, and paints. They hold all of the model but its text "
+            "encoders."
         ),
     ] = False
     prompts: Annotated[

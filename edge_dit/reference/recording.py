@@ -64,10 +64,13 @@ def record(
     start = torch.randn(latents.shape, generator=generator)
 
     def run(step: Step) -> list[float]:
-        with torch.no_grad(), family.without_blocks(pipeline.transformer, {}):
-            with _replaced(pipeline.scheduler, start, step) as timesteps:
-                pipeline(latents=start, **options)
-                return timesteps
+        with (
+            torch.no_grad(),
+            family.without_blocks(pipeline.transformer, {}),
+            _replaced(pipeline.scheduler, start, step) as timesteps,
+        ):
+            pipeline(latents=start, **options)
+            return timesteps
 
     try:
         steps = _unit_steps(pipeline.scheduler, run)

@@ -41,7 +41,11 @@ from edge_dit_runtime.sessions.mapped import MappedTensors
 TOLERANCE = 1e-5
 PAINTED = ("sana", "flux-dev", "sd3.5-medium", "pixart-sigma", "qwen-image")
 OTHERS = ("sana-1.5", "flux-schnell", "sd3-medium", "sd3-without-t5", "qwen-image-zero-cond")
-NAMES = [*PAINTED, "sana-sprint", *(pytest.param(name, marks=pytest.mark.matrix) for name in OTHERS)]
+NAMES = [
+    *PAINTED,
+    "sana-sprint",
+    *(pytest.param(name, marks=pytest.mark.matrix) for name in OTHERS),
+]
 EXPORT = f"""
 targets = ["onnx"]
 loop = true
@@ -121,7 +125,9 @@ def made(request, tmp_path_factory):
     return Made(request.param, plan, bundle, pipeline, open_model(folder / "model").family)
 
 
-def drawn(made: Made, grid: tuple[int, int], seed: int = 0) -> tuple[Tensor, float, dict[str, Tensor]]:
+def drawn(
+    made: Made, grid: tuple[int, int], seed: int = 0
+) -> tuple[Tensor, float, dict[str, Tensor]]:
     """Random latents and prompt, and a timestep of the scheduler."""
     latents, prompt = made.family.blank(made.model, grid, made.plan.text_tokens)
     generator = torch.Generator().manual_seed(seed)
@@ -381,7 +387,7 @@ def test_graphs_hold_no_weights_and_standard_operators_only(made):
         model = onnx.load(made.folder / file)
         onnx.checker.check_model(model, full_check=True)
         assert {entry.domain for entry in model.opset_import} == {""}
-        assert model.opset_import[0].version == 18 and model.ir_version == 10
+        assert (model.opset_import[0].version, model.ir_version) == (18, 10)
         assert sum(len(i.raw_data) for i in model.graph.initializer) < 20_000, file
 
 
@@ -394,13 +400,10 @@ def test_every_weight_lies_in_the_files_once(made):
     trained = {k for b in made.bundle.facts("onnx").streamed.blocks for k in b.weights.values()}
     assert trained < keys
     assert {k for b in made.facts.paint_blocks for k in b.weights.values()} <= keys
-    stored = [key for file in made.bundle.facts("onnx").frozen for key in keys_of(made.folder / file)]
+    files = made.bundle.facts("onnx").frozen
+    stored = [key for file in files for key in TensorFile(made.folder / file).header.tensors]
     assert sorted(stored) == sorted(set(stored))
     assert keys <= set(stored)
-
-
-def keys_of(path: Path) -> list[str]:
-    return list(TensorFile(path).header.tensors)
 
 
 def test_weights_in_several_files_train_the_same(tmp_path, monkeypatch):
@@ -445,7 +448,9 @@ def test_prompts_that_are_too_long_are_refused_at_plan(tmp_path):
     job = read_job(write_world(tmp_path, "sana", keys))
     with pytest.raises(BadInput, match="at most 300"):
         make_plan(job)
-    assert make_plan(job.model_copy(update={"export": job.export.model_copy(update={"loop": False})}))
+    assert make_plan(
+        job.model_copy(update={"export": job.export.model_copy(update={"loop": False})})
+    )
 
 
 def test_a_part_that_torch_cannot_export_is_named(tmp_path, monkeypatch):

@@ -48,9 +48,7 @@ def test_gradients_are_eagers_with_the_same_rounded_weights(streamed):
     want = tiny.eager(sub, batch)
     lora = {name: p.detach() for name, p in sub.lora_parameters().items()}
     frozen = MappedTensors(folder / "onnx" / FROZEN)
-    step = StreamedStep(
-        FakeManifest(batch, lora), StreamedFacts(**facts), folder / "onnx", frozen
-    )
+    step = StreamedStep(FakeManifest(batch, lora), StreamedFacts(**facts), folder / "onnx", frozen)
     loss, *gradients = step(*(t.numpy() for t in [*batch.values(), *lora.values()]))
     found = {"loss": torch.as_tensor(loss)}
     found |= {f"grad.{n}": torch.from_numpy(g) for n, g in zip(lora, gradients, strict=True)}

@@ -1,4 +1,4 @@
-"""What lies before and after a transformer's blocks, and its autoencoder, as functions of tensors."""
+"""What is before and after a transformer's blocks, and its autoencoder, as functions of tensors."""
 
 from __future__ import annotations
 
@@ -153,9 +153,7 @@ def _copy_outputs(graph: fx.Graph) -> None:
     output.args = (tuple(results),)
 
 
-def begin_part(
-    family: Family, model: Any, latents: Tensor, prompt: Prompt, grid: Grid
-) -> Part:
+def begin_part(family: Family, model: Any, latents: Tensor, prompt: Prompt, grid: Grid) -> Part:
     """Latents, timestep [1] and an encoded prompt -> state and conditioning, as banks name them.
 
     Args:

@@ -42,9 +42,9 @@ def trace(
 
     Every input becomes a placeholder, in order; the outputs are a flat tuple.
 
-    Without ``compute`` nothing is computed, so inputs may be views of files larger than memory. Attention is traced in
-    its math form: the fused kernels' backward exists in no runtime we export to (pytorch/executorch
-    issue 12804).
+    Without ``compute`` nothing is computed, so inputs may be views of files larger than memory.
+    Attention is traced in its math form: the fused kernels' backward exists in no runtime we export
+    to (pytorch/executorch issue 12804).
 
     Args:
         function: takes the tensors by name, returns a tensor or a tuple of tensors.

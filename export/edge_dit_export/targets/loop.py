@@ -110,9 +110,7 @@ def _add_blocks(source: LoopSource, store: FrozenStore) -> None:
             store.add(full, later, store.dtype if full in small else WIDE)
 
 
-def _export_painting(
-    writer: _Writer, whole: TrainableSubgraph, tile: int
-) -> list[dict[str, Any]]:
+def _export_painting(writer: _Writer, whole: TrainableSubgraph, tile: int) -> list[dict[str, Any]]:
     """Write what painting needs besides; the blocks."""
     source = writer.source
     family, model, grid = source.family, source.skeleton, source.picture
@@ -208,7 +206,9 @@ class _Writer:
             for name, tensor in {**block.weights, **block.lora}.items()
         }
         given = {n: t for n, t in batch.items() if n in STATE or n.startswith(COND)}
-        after = [NEW + name for name in given if name in STATE and (name == ENTRY or not block.last)]
+        after = [
+            NEW + name for name in given if name in STATE and (name == ENTRY or not block.last)
+        ]
         small = {n for n in block.weights if self.store.stored_as(f"{block.name}.{n}") != WIDE}
         inputs = {**given, **own}
         module = trace(block.forward, inputs, self.source.family)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from edge_dit.contract.loop import Painting
 from edge_dit.contract.objective import Objective
