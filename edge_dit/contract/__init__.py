@@ -1,6 +1,8 @@
 """What host and device agree on.
 
 targets       the targets: layouts, dtypes, files and tolerances of each
+graphs        names of a graph's arguments and results
+loop          what makes draws of pictures on the device, and paints
 names         names of tensors; which file names are allowed
 bundle        the exported folder and its manifest
 bank          the stored draws

@@ -1,4 +1,4 @@
-"""Graphs of a manifest: names of their arguments and results, and blocks that they compute."""
+"""Graphs of a manifest by their names of arguments and results; blocks that they compute."""
 
 from __future__ import annotations
 

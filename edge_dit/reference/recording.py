@@ -64,8 +64,11 @@ def record(
     start = torch.randn(latents.shape, generator=generator)
 
     def run(step: Step) -> list[float]:
-        bare = family.without_blocks(pipeline.transformer, {})
-        with torch.no_grad(), bare, _replaced(pipeline.scheduler, start, step) as timesteps:
+        with (
+            torch.no_grad(),
+            family.without_blocks(pipeline.transformer, {}),
+            _replaced(pipeline.scheduler, start, step) as timesteps,
+        ):
             pipeline(latents=start, **options)
             return timesteps
 

@@ -387,7 +387,7 @@ def test_graphs_hold_no_weights_and_standard_operators_only(made):
         model = onnx.load(made.folder / file)
         onnx.checker.check_model(model, full_check=True)
         assert {entry.domain for entry in model.opset_import} == {""}
-        assert model.opset_import[0].version == 18 and model.ir_version == 10
+        assert (model.opset_import[0].version, model.ir_version) == (18, 10)
         assert sum(len(i.raw_data) for i in model.graph.initializer) < 20_000, file
 
 
@@ -400,15 +400,10 @@ def test_every_weight_lies_in_the_files_once(made):
     trained = {k for b in made.bundle.facts("onnx").streamed.blocks for k in b.weights.values()}
     assert trained < keys
     assert {k for b in made.facts.paint_blocks for k in b.weights.values()} <= keys
-    stored = [
-        key for file in made.bundle.facts("onnx").frozen for key in keys_of(made.folder / file)
-    ]
+    files = made.bundle.facts("onnx").frozen
+    stored = [key for file in files for key in TensorFile(made.folder / file).header.tensors]
     assert sorted(stored) == sorted(set(stored))
     assert keys <= set(stored)
-
-
-def keys_of(path: Path) -> list[str]:
-    return list(TensorFile(path).header.tensors)
 
 
 def test_weights_in_several_files_train_the_same(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What lies before and after a model's blocks, and its autoencoder, as functions of tensors."""
+"""What is before and after a transformer's blocks, and its autoencoder, as functions of tensors."""
 
 from __future__ import annotations
 

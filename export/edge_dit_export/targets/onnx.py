@@ -3,8 +3,8 @@
 train_step.onnx            fused: batch and LoRA tensors -> loss, one gradient per LoRA tensor
 train_step.recompute.onnx  the same, but the backward pass computes every block again
 block.*.onnx, head.onnx    streamed, see `edge_dit_export.targets.streamed`
-frozen.safetensors         the frozen weights, each once; memory-mapped when loaded. More than
-                           512 MB of them go on in frozen-1.safetensors and so on
+frozen.safetensors         the frozen weights, each once; memory-mapped when loaded
+frozen-1.safetensors ...   those beyond 512 MB
 *.data                     other large constants of a graph, such as turned kernels
 begin.onnx and so on        the loop's parts, see `edge_dit_export.targets.loop`
 optimizer.onnx             AdamW, see `edge_dit.contract.adamw`
