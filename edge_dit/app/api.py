@@ -6,6 +6,7 @@ Every function takes paths as text or `Path`. docs/api.md walks from a job to an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,7 +177,7 @@ def verify(
     targets: Sequence[str] | None = None,
     model: StrPath | None = None,
     planned: Plan | None = None,
-    images: StrPath | None = None,
+    images: StrPath | Sequence[Captioned] | None = None,
 ) -> Certificate:
     """Compare every target of a bundle with PyTorch; the certificate is written into the bundle.
 
@@ -188,8 +189,8 @@ def verify(
         model: folder of the model the bundle was made from; default where it was last planned for
             on this machine. Its hash must be the bundle's.
         planned: the plan that the bundle should be of; default the one in its manifest.
-        images: folder of the pictures that the bank was made of: stored draws are then compared
-            with them too (docs/verify.md, "The bank").
+        images: the pictures that the bank was made of, from `read_pictures`, or their folder:
+            stored draws are then compared with them too (docs/verify.md, "The bank").
 
     Raises:
         BadInput: bundle and bank do not fit, the model is not known or another one, ``images``
@@ -203,5 +204,6 @@ def verify(
     """
     from edge_dit.app.verify import verify
 
-    folder, pictures = (Path(path) if path else None for path in (model, images))
+    folder = Path(model) if model else None
+    pictures = Path(images) if isinstance(images, str | PathLike) else images
     return verify(Path(bundle), Path(bank), steps, targets, folder, planned, pictures)

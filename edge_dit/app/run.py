@@ -241,7 +241,7 @@ def verify(road: Road, target: str, say: Say) -> None:
     certificate = read_certificate(bundle)
     titles = {bundle.titled(name, layout) for layout in bundle.layouts(name)}
     if certificate is None or not titles <= set(certificate.targets) or not certificate.passed:
-        certificate = api.verify(bundle.folder, road.bank)
+        certificate = api.verify(bundle.folder, road.bank, images=road.pictures)
     say(table(certificate))
     if not certificate.passed:
         raise CheckFailed(why_failed(certificate))

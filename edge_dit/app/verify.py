@@ -42,7 +42,7 @@ from edge_dit.contract.certificate import (
 from edge_dit.contract.integrity import content_faults
 from edge_dit.contract.targets import TARGETS, WIDE
 from edge_dit.errors import CheckFailed, require
-from edge_dit.pictures.dataset import read_folder
+from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.progress import bar
 from edge_dit.store.tensors import TensorFile
@@ -63,7 +63,7 @@ from edge_dit_runtime.sessions.trainer import Session
 if TYPE_CHECKING:
     from edge_dit.models.subgraph import TrainableSubgraph
     from edge_dit.reference.eager import EagerSession
-    from edge_dit.reference.locate import Modules, Profiles
+    from edge_dit.reference.locate import Modules, Suspect
 
 NUDGE = 2e-6
 """Relative size of the nudge of `is_well_posed`: just above what float32 rounding does."""
@@ -82,14 +82,16 @@ class Reference:
         points: where they were computed.
         draws: their numbers.
         tensors: the results.
-        gradients: computes the loss and gradients again, for a sub-graph that was changed.
-        session: whose sub-graph that is.
+        gradients: computes loss and gradients again.
+        draw: that these are of.
+        session: that computes them.
     """
 
     points: list[Point]
     draws: Draws
     tensors: Mapping[str, np.ndarray]
     gradients: Callable[[], Mapping[str, np.ndarray]]
+    draw: Mapping[str, np.ndarray]
     session: EagerSession
 
     @cached_property
@@ -99,12 +101,12 @@ class Reference:
 
         return called_modules(self.session.subgraph, self.gradients)
 
-    @cached_property
-    def profiles(self) -> Profiles:
-        """What faults in each module look like."""
-        from edge_dit.reference.locate import profiles
+    def suspect(self, measured: Mapping[str, np.ndarray], tolerance: float) -> Suspect:
+        """Where the fault is most likely that makes a target measure this."""
+        from edge_dit.reference.locate import suspect
 
-        return profiles(self.session.subgraph, self.gradients, TARGETS["onnx"].tolerances)
+        right, graph = self.gradients(), self.session.subgraph  # with the adapter they are of
+        return suspect(graph, self.modules, self.draw, right, measured, tolerance)
 
 
 def verify(
@@ -114,7 +116,7 @@ def verify(
     targets: Sequence[str] | None = None,
     model: Path | None = None,
     planned: Plan | None = None,
-    images: Path | None = None,
+    images: Path | Sequence[Captioned] | None = None,
 ) -> Certificate:
     """Compare every target of a bundle with PyTorch and write the certificate into it.
 
@@ -127,8 +129,8 @@ def verify(
         targets: some of the bundle's targets; default all.
         model: its model's folder; default where it was last planned for on this machine.
         planned: the plan that the bundle should be of; default the one in its manifest.
-        images: folder of the pictures that the bank was made of; stored draws are then compared
-            with those pictures too.
+        images: the pictures that the bank was made of, or their folder; stored draws are then
+            compared with those pictures too.
 
     Raises:
         BadInput: bundle and bank do not fit, the model is gone, none of the bank's pictures is in
@@ -155,9 +157,10 @@ def verify(
     with bar("verify", len(pairs) + 2) as advance:
         plan = Plan.model_validate({**opened.manifest.plan, "model": model})
         stock = model_of(plan)
-        pictures = read_folder(images, ANY_CAPTION, plan.s_max, recursive=True) if images else []
+        if isinstance(images, Path):
+            images = read_folder(images, ANY_CAPTION, plan.s_max, recursive=True)
         # First, so that text encoders and trained blocks are not in memory together.
-        evidence = examine(plan, stock, draws, pictures)
+        evidence = examine(plan, stock, draws, images or ())
         advance(note="bank")
         subgraph, batch = adapted_subgraph(plan, stock)
         claims = false_claims(opened, plan, subgraph, batch, planned)
@@ -225,7 +228,8 @@ def measure_reference(
         return measure_gradients(session, bank, adapter, dict, replayed(search.points))
 
     tensors |= patches(sampler, plan.shared())
-    return Reference(search.points, search.draws(), tensors, gradients, session)
+    first = bank[search.points[0].draw]
+    return Reference(search.points, search.draws(), tensors, gradients, first, session)
 
 
 # ---------------------------------------------------------------- where to compare
@@ -344,14 +348,13 @@ def compared(reference: Reference, measured: Mapping[str, np.ndarray], target: s
         measured: by the same names.
         target: whose tolerances count.
     """
-    rows = differences(reference.tensors, measured, TARGETS[target].tolerances)
+    tolerances = TARGETS[target].tolerances
+    rows = differences(reference.tensors, measured, tolerances)
     result = TargetResult(reference.draws, rows)
     if not any(row.kind == "gradients" for row in result.failed):
         return result
-    from edge_dit.reference.locate import likely_module
-
-    likely = likely_module(rows, reference.profiles)
-    return replace(result, likely=likely, beside=reference.modules.beside(likely))
+    found = reference.suspect(measured, tolerances["gradients"])
+    return replace(result, likely=found.likely, beside=list(found.beside))
 
 
 def why_ended(code: int, written: str) -> str:

@@ -128,8 +128,8 @@ class TargetResult:
         draws: at which it was compared.
         tensors: every difference; empty if the target's process ended early.
         error: why that process ended early, or empty.
-        likely: module of the model in which a fault makes errors most like these
-            (`edge_dit.reference.locate`); empty if none does.
+        likely: module of the model in which a fault is most likely (`edge_dit.reference.locate`);
+            empty if none was found.
         beside: modules with LoRA that are nearest to it, or itself.
     """
 

@@ -64,7 +64,7 @@ FAMILIES = {
 """Family -> pipeline of `pipelines.PIPELINES`."""
 ALL_TARGETS = ("onnx", "ort-training", "executorch")
 STEPS = 20
-SEED = 0
+SEED = 2
 FRESH_DRAWS, FRESH_UPDATES, FRESH_PATCHES = 8, 20, 20
 
 

@@ -6,13 +6,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mutants import FAMILIES, Judge, Verdict, judge_of, run, sample, summary
 from planting import CLAIMS, Mutant, place_of
 
-from edge_dit.app.verify import verify
+from edge_dit.app.verify import Reference, verify
 from edge_dit.contract.certificate import Difference, Draws, TargetResult
-from edge_dit.reference.locate import Modules
+from edge_dit.reference import locate
+from edge_dit.reference.locate import Modules, Suspect
 from pipelines import PIPELINES
 from worlds import make_world
 
@@ -165,14 +167,43 @@ def test_nearest_modules_are_the_stages_around():
     assert modules.beside("head") == []
 
 
-def test_a_model_too_large_for_profiles_is_not_located(plan, monkeypatch):
-    from edge_dit.planning.plan import model_of
-    from edge_dit.reference import locate
-    from edge_dit.reference.eager import adapted_subgraph
+def test_a_fault_of_the_backward_pass_lies_behind_the_last_wrong_module():
+    modules = Modules({"a": [("a.q", True), ("a.norm", False)], "b": [("b.q", True)]})
+    assert modules.behind({"a.q"}) == Suspect("a.norm", ["a.q"])
+    assert modules.behind(set()) == Suspect()
+    assert modules.behind({"a.q", "b.q"}) == Suspect()  # nothing is called after it
 
-    subgraph, _ = adapted_subgraph(plan, model_of(plan))
+
+@pytest.fixture(scope="module")
+def wrong(judge) -> tuple[Reference, dict[str, np.ndarray]]:
+    """PyTorch's results, and loss and gradients with other weights of one module."""
+    reference = judge.reference
+    weight = reference.session.subgraph.get_parameter("transformer_blocks.1.ff.conv_depth.weight")
+    kept = weight.detach().clone()
+    weight.data.mul_(1.1)
+    measured = dict(reference.gradients())
+    weight.data.copy_(kept)
+    return reference, measured
+
+
+def test_a_search_names_the_module_and_leaves_the_weights(wrong):
+    reference, measured = wrong
+    weights = reference.session.subgraph.state_dict()
+    before = {name: value.clone() for name, value in weights.items()}
+    found = reference.suspect(measured, 1e-4)
+    assert found.likely == "transformer_blocks.1.ff.conv_depth"
+    assert all((weights[name] == value).all() for name, value in before.items())
+    trained = set(reference.session.subgraph.lora_parameters())
+    assert trained == {n.removeprefix("gradients.") for n in measured if n != "loss"}
+
+
+def test_what_cannot_be_searched_is_not_located(wrong, monkeypatch):
+    """A model for which it would take too long, and results that are no numbers."""
+    reference, measured = wrong
+    name = max(measured)
+    nothing = {**measured, name: np.full_like(measured[name], np.nan)}
+    assert reference.suspect(nothing, 1e-4) == Suspect()
+    del nothing[name]
+    assert reference.suspect(nothing, 1e-4) == Suspect()
     monkeypatch.setattr(locate, "MOST_SECONDS", 0.0)
-    assert locate.profiles(subgraph, lambda: {}, {}) == {}
-    row = Difference("gradients.a.lora_A.weight", "gradients", 1, 1, 0, 1, 1e-4)
-    other = Difference("gradients.b.lora_A.weight", "gradients", 1, 1, 0, 1, 1e-4)
-    assert locate.likely_module([row, other], {}) == ""
+    assert not reference.suspect(measured, 1e-4).likely
