@@ -15,6 +15,7 @@ import numpy as np
 
 from edge_dit.contract.adapter import read_adapter
 from edge_dit.contract.bundle import ADAPTER, Bundle
+from edge_dit.contract.loop import TILE, LoopFacts, Painting, PaintStep
 from edge_dit.contract.targets import RECOMPUTE, TARGETS, WIDE
 from edge_dit.errors import BadInput
 from edge_dit.planning.plan import Plan
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edge_dit.models.subgraph import TrainableSubgraph
+    from edge_dit_export.targets.loop_source import LoopSource
 
 SAME = 1e-5
 """Largest relative difference of a fresh LoRA: random numbers of two processors differ by some
@@ -111,3 +113,65 @@ def _of_adapter(bundle: Bundle, plan: Plan, fresh: Mapping[str, np.ndarray]) -> 
             yield f"{ADAPTER}: {name} of shape {have}, by the plan {want}"
         elif not np.abs(tensors[name] - fresh[name]).max() <= SAME * np.abs(fresh[name]).max():
             yield f"{ADAPTER}: {name} is not the fresh LoRA of the plan's seed {plan.seed}"
+
+
+def loop_claims(facts: LoopFacts, source: LoopSource) -> list[str]:
+    """What a manifest says of the loop beside what the model's own pipeline says: lines for people.
+
+    Args:
+        facts: in the manifest.
+        source: made anew from the model and the manifest's prompts.
+    """
+    family, config = source.family, source.skeleton.config
+    said = {
+        "latents": (facts.latents, family.latents(source.vae.config)),
+        "timestep_factor": (facts.timestep_factor, family.timestep_factor(config)),
+        "per_prompt": (facts.per_prompt, list(family.per_prompt)),
+        "levels": (facts.levels, source.levels),
+        "negatives": (facts.negatives, source.negatives),
+        "negative": (facts.negative, source.negative),
+        "tile": (facts.tile, TILE),
+    }
+    blocks = [block.name for block in facts.blocks]
+    said["blocks"] = (blocks, source.checkpoint.names)
+    if facts.painting is not None:
+        said["paint_blocks"] = ([b.name for b in facts.paint_blocks], source.checkpoint.names)
+    lines = [
+        f"loop {key}: {have!r:.200}, by the model {want!r:.200}"
+        for key, (have, want) in said.items()
+        if have != want
+    ]
+    return lines + _painting_claims(facts.painting, source.painting)
+
+
+def _painting_claims(have: Painting | None, want: Painting | None) -> list[str]:
+    """The same of the scheduler's steps, whose factors may differ by rounding."""
+    if have is None or want is None:
+        return [] if have is want else [f"loop painting: {have!r:.100}, by the model {want!r:.100}"]
+    fixed = ("side", "guidance", "scale")
+    lines = [
+        f"loop painting {key}: {getattr(have, key)}, by the scheduler {getattr(want, key)}"
+        for key in fixed
+        if getattr(have, key) != getattr(want, key)
+    ]
+    if len(have.steps) != len(want.steps):
+        return [
+            *lines,
+            f"loop painting: {len(have.steps)} steps, {len(want.steps)} by the scheduler",
+        ]
+    for number, (one, other) in enumerate(zip(have.steps, want.steps, strict=True)):
+        flat = [_flat(step) for step in (one, other)]
+        close = flat[0].keys() == flat[1].keys() and all(
+            abs(flat[0][key] - value) <= SAME * max(1, abs(value)) for key, value in flat[1].items()
+        )
+        if not close:
+            lines.append(
+                f"loop painting, step {number}: {one!r:.150}, by the scheduler {other!r:.150}"
+            )
+    return lines
+
+
+def _flat(step: PaintStep) -> dict[str, float]:
+    found = {"timestep": step.timestep}
+    found |= {f"latents {n}": factor for n, factor in step.latents.items()}
+    return found | {f"predictions {n}": factor for n, factor in step.predictions.items()}

@@ -24,12 +24,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from edge_dit.app.claims import false_claims
+from edge_dit.app.claims import false_claims, loop_claims
 from edge_dit.app.verify_words import varied_inputs
+from edge_dit.contract.adapter import with_random_b
 from edge_dit.contract.bank import Bank, draw_order
 from edge_dit.contract.bundle import Bundle, open_bundle
 from edge_dit.contract.certificate import (
@@ -40,12 +41,13 @@ from edge_dit.contract.certificate import (
     write_certificate,
 )
 from edge_dit.contract.integrity import content_faults
-from edge_dit.contract.targets import TARGETS, WIDE
+from edge_dit.contract.targets import TARGETS, WIDE, OnnxFacts
 from edge_dit.errors import CheckFailed, require
 from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.progress import bar
 from edge_dit.store.tensors import TensorFile
+from edge_dit_runtime.loop.measured import LOOP, loop_probe, named_draws
 from edge_dit_runtime.measure import (
     MARK,
     Change,
@@ -61,6 +63,7 @@ from edge_dit_runtime.probes import PROBES
 from edge_dit_runtime.sessions.trainer import Session
 
 if TYPE_CHECKING:
+    from edge_dit.models.model import Model
     from edge_dit.models.subgraph import TrainableSubgraph
     from edge_dit.reference.eager import EagerSession
     from edge_dit.reference.locate import Modules, Suspect
@@ -154,7 +157,8 @@ def verify(
     pairs = [(target, layout) for target in names for layout in opened.layouts(target)]
     references: dict[str, Reference] = {}
     results: dict[str, TargetResult] = {}
-    with bar("verify", len(pairs) + 2) as advance:
+    looped = [name for name in names if getattr(opened.facts(name), LOOP, None)]
+    with bar("verify", len(pairs) + len(looped) + 2) as advance:
         plan = Plan.model_validate({**opened.manifest.plan, "model": model})
         stock = model_of(plan)
         if isinstance(images, Path):
@@ -173,6 +177,12 @@ def verify(
                 references[dtype] = measure_reference(subgraph, fresh, plan, draws, steps)
             title = opened.titled(target, layout)
             results[title] = verify_target(opened, bank, target, layout, references[dtype])
+            advance(note=title)
+        for target in looped:
+            wanted, more = loop_reference(opened, target, plan, stock, subgraph)
+            claims += more
+            title = f"{target} ({LOOP})"
+            results[title] = verify_loop(opened, bank, target, wanted)
             advance(note=title)
     certificate = Certificate(
         manifest_sha256=opened.manifest_sha256,
@@ -326,18 +336,78 @@ def verify_target(
     """Measure one target in a child process and compare it with ``reference``."""
     draws = reference.draws
     with tempfile.TemporaryDirectory() as folder:
-        out, chosen = Path(folder) / "measured.safetensors", Path(folder) / "points.safetensors"
+        chosen = Path(folder) / "points.safetensors"
         write_points(chosen, reference.points)
         steps = len(draws.compared) - 1
-        task = Task(str(bundle.folder), str(bank), target, layout, str(chosen), steps, str(out))
-        command = [sys.executable, "-m", "edge_dit_runtime.measure"]
-        child = subprocess.run(
-            command, input=task.as_json(), capture_output=True, text=True, check=False
-        )
-        if child.returncode != 0 or not out.is_file():
-            return TargetResult(draws, error=why_ended(child.returncode, child.stderr))
-        measured = TensorFile(out).read()
+        task = Task(str(bundle.folder), str(bank), target, layout, str(chosen), steps, "")
+        measured = _in_a_child(task)
+    if isinstance(measured, str):
+        return TargetResult(draws, error=measured)
     return compared(reference, measured, target)
+
+
+def _in_a_child(task: Task) -> dict[str, np.ndarray] | str:
+    """What a process of its own measures; or why it ended early."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "measured.safetensors"
+        command = [sys.executable, "-m", "edge_dit_runtime.measure"]
+        asked = replace(task, out=str(out)).as_json()
+        child = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
+        if child.returncode != 0 or not out.is_file():
+            return why_ended(child.returncode, child.stderr)
+        return TensorFile(out).read()
+
+
+def verify_loop(
+    bundle: Bundle, bank: Path, target: str, wanted: Mapping[str, np.ndarray]
+) -> TargetResult:
+    """Measure the loop's parts in a child process and compare them with PyTorch's results."""
+    none = Draws([], [], [])
+    measured = _in_a_child(Task(str(bundle.folder), str(bank), target, LOOP, "", 0, ""))
+    if isinstance(measured, str):
+        return TargetResult(none, error=measured)
+    return TargetResult(none, differences(wanted, measured, TARGETS[target].tolerances))
+
+
+def loop_reference(
+    bundle: Bundle, target: str, plan: Plan, model: Model, trained: TrainableSubgraph
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """PyTorch's results for the loop's parts, and what the manifest says wrongly of them.
+
+    Args:
+        bundle: opened.
+        target: that has the parts.
+        plan: of the bundle.
+        model: of the plan.
+        trained: its trained blocks, rounded as the target holds them; their LoRA changes.
+    """
+    from edge_dit.models.quantize import round_autoencoder
+    from edge_dit.planning.prompts import LoopPrompts
+    from edge_dit.reference.eager import EagerSession
+    from edge_dit.reference.loop import WholeModel
+    from edge_dit_export.targets.loop import tables_of
+    from edge_dit_export.targets.loop_source import loop_source
+
+    facts = cast(OnnxFacts, bundle.facts(target)).loop
+    assert facts is not None
+    texts = [text for n, text in enumerate(facts.prompts) if n not in facts.negatives]
+    negative = facts.prompts[facts.negatives[0]] if facts.negatives else None
+    source = loop_source(plan, model, LoopPrompts(texts, facts.previews, facts.caption, negative))
+    wanted = {f"prompts.{name}": value for name, value in tables_of(source).items()}
+    adapter = with_random_b(bundle.adapter())
+    EagerSession(trained, plan.optimizer).load_adapter(adapter)
+    round_autoencoder(source.vae, plan.held)
+    checkpoint = model.checkpoint(plan.held)
+    whole = WholeModel(plan, model, checkpoint, source.skeleton, source.vae, trained)
+    probe = loop_probe(bundle, facts, model.objective)
+    encoded = {number: source.encoded[number] for number in probe.prompts}
+    first = encoded[probe.prompts[0]]
+    wanted |= named_draws(whole.collected(probe.image, first, probe.draws))
+    for (step, prompt), value in whole.predictions(probe.latents, encoded, probe.timesteps).items():
+        wanted[f"paint.{step}.{prompt}"] = value
+    if facts.painting:
+        wanted["paint.pixels"] = whole.decoded(probe.latents)
+    return wanted, loop_claims(facts, source)
 
 
 def compared(reference: Reference, measured: Mapping[str, np.ndarray], target: str) -> TargetResult:

@@ -12,7 +12,8 @@ from edge_dit.planning.plan import Plan
 from edge_dit_runtime.probes import ANYWHERE, PLACES, PROBES, SIZES, VARIATIONS
 
 KINDS = ("loss", "gradients", "inputs", "trajectory", "adapter", "optimizer", "patch")
-"""What is compared, in the order of the table."""
+LOOP_KINDS = ("prompts", "collect", "paint")
+"""What is compared, in the order of the table; of the loop's parts."""
 OUT_OF_REACH = (
     "other machines and versions of the runtimes",
     "draws of the bank at which targets were not compared",
@@ -27,7 +28,8 @@ def table(certificate: Certificate) -> Table:
     limits: dict[str, list[str]] = {}
     for title in certificate.targets:
         tolerances = TARGETS[title.partition(" ")[0]].tolerances
-        words = ", ".join(f"{kind} {tolerances[kind]:.0e}" for kind in KINDS)
+        kinds = LOOP_KINDS if title.endswith("(loop)") else KINDS
+        words = ", ".join(f"{kind} {tolerances[kind]:.0e}" for kind in kinds)
         limits.setdefault(words, []).append(title)
     lines = [_of_bank(certificate.bank)] if certificate.bank else []
     lines += [f"limits of {', '.join(names)}: {words}" for words, names in limits.items()]
@@ -40,7 +42,8 @@ def table(certificate: Certificate) -> Table:
         box=box.SIMPLE_HEAD,
     )
     results = certificate.targets.values()
-    for kind in KINDS:
+    looped = any(title.endswith("(loop)") for title in certificate.targets)
+    for kind in (*KINDS, *(LOOP_KINDS if looped else ())):
         worst = [result.worst.get(kind) for result in results]
         shown.add_row(kind, *(f"{row.relative:.1e}" if row else "-" for row in worst))
     shown.add_row("draws", *(str(len(result.draws.compared)) for result in results))

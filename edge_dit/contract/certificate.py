@@ -16,7 +16,18 @@ from edge_dit.store.files import write_json
 
 PARITY = "parity.json"
 SCHEMA = 2
-ORDER = ("gradients", "loss", "inputs", "optimizer", "patch", "trajectory", "adapter")
+ORDER = (
+    "gradients",
+    "loss",
+    "inputs",
+    "optimizer",
+    "patch",
+    "prompts",
+    "collect",
+    "paint",
+    "trajectory",
+    "adapter",
+)
 """Kinds of tensors, those first whose failure says most of where a fault is."""
 
 

@@ -154,6 +154,9 @@ _FLOAT32 = {
     "adapter": 1e-3,
     "optimizer": 1e-4,
     "patch": 1e-5,
+    "prompts": 1e-5,
+    "collect": 1e-4,
+    "paint": 1e-4,
 }
 _EXECUTORCH = {**dict.fromkeys(_FLOAT32, 1e-3), "patch": 1e-5}
 

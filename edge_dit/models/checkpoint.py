@@ -26,6 +26,7 @@ from edge_dit.models.components import (
 )
 from edge_dit.models.families.family import Family
 from edge_dit.models.pipeline import quiet
+from edge_dit.models.quantize import round_frozen
 from edge_dit.models.weights import misfits, stored_in
 
 INDEX, SINGLE = file_names("diffusers")
@@ -39,6 +40,7 @@ class Checkpoint:
         folder: with its weights, in one safetensors file or in shards with an index.
         config: of the transformer.
         variant: of the weights, see `edge_dit.models.components.weights_of`.
+        held: dtype that a device stores matrices as; `block` rounds them to it.
 
     Raises:
         BadInput: no weights, a missing or damaged shard, an index that names absent tensors, a
@@ -51,8 +53,9 @@ class Checkpoint:
         folder: Path,
         config: dict[str, Any],
         variant: str | None = None,
+        held: str = "float32",
     ) -> None:
-        self.family, self.folder, self.config = family, folder, config
+        self.family, self.folder, self.config, self.held = family, folder, config, held
         stored = stored_in(weights_of(folder, "diffusers", variant))
         self._file_of = {name: tensor.file for name, tensor in stored.items()}
         path = folder / "config.json"
@@ -90,6 +93,7 @@ class Checkpoint:
         name = self.names[number]
         block = copy.deepcopy(self._blocks[name])
         self._fill(block, name)
+        round_frozen(block, self.held)
         yield block.eval().requires_grad_(False)
 
     def tensor(self, name: str) -> Tensor:

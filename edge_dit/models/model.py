@@ -90,15 +90,19 @@ class Model:
 
         return meta_model(self.family, self.config)
 
-    def checkpoint(self) -> Checkpoint:
+    def checkpoint(self, held: str = "float32") -> Checkpoint:
         """The transformer's weights, read block by block.
+
+        Args:
+            held: dtype that a device stores matrices as, see `Checkpoint`.
 
         Raises:
             BadInput: weights are missing, damaged, quantised, or not the configuration's.
         """
         from edge_dit.models.checkpoint import Checkpoint
 
-        return Checkpoint(self.family, self.folder / "transformer", self.config, self.variant)
+        folder = self.folder / "transformer"
+        return Checkpoint(self.family, folder, self.config, self.variant, held)
 
 
 def open_model(folder: Path, variant: str | None = None) -> Model:

@@ -44,6 +44,16 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def round_autoencoder(vae: nn.Module, dtype: str) -> None:
+    """Round an autoencoder as a device stores it beside blocks of ``dtype``, in place: its matrices
+    and kernels to float16, whatever is fewer bytes than float32.
+    """
+    if dtype != "float32":
+        for parameter in vae.parameters():
+            if parameter.ndim > 1:
+                parameter.data = rounded(parameter.data, "float16")
+
+
 def round_frozen(model: nn.Module, dtype: str) -> None:
     """Round the matrices of ``model`` to ``dtype``, in place."""
     if dtype != "float32":

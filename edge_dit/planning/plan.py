@@ -132,6 +132,13 @@ class Plan(BaseModel):
         """
         return TILE if self.loop and self.s_min > TILE else None
 
+    @property
+    def held(self) -> Dtype:
+        """Dtype of the frozen matrices that a bank is made with. A device makes it with those that
+        it holds, so the host does where the device may too.
+        """
+        return self.weights if self.loop else WIDE
+
     def shared(self) -> dict[str, Any]:
         """What a bundle says of its plan: all but the job's own words, such as its prompt."""
         return self.model_dump(mode="json", exclude={"asked"})
@@ -163,6 +170,8 @@ class Plan(BaseModel):
                 "preview_every",
             },
         )
+        if self.held != WIDE:
+            shared["held"] = self.held
         if self.tile:  # the pictures of a bank went through the autoencoder in another way
             shared["tile"] = self.tile
         if self.tail == STORED:  # so that plans from before there were others keep theirs

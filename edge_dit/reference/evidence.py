@@ -95,7 +95,7 @@ def examine(plan: Plan, model: Model, bank: Bank, images: Sequence[Captioned] = 
         BadInput: draws do not have the tensors of the plan, a prompt is longer than the plan's, or
             ``images`` holds none of the bank's.
     """
-    checkpoint = model.checkpoint()
+    checkpoint = model.checkpoint(plan.held)
     skeleton = checkpoint.skeleton()
     _check_form(bank, blank_batch(plan, model, skeleton))
     numbers = sampled(bank.index)

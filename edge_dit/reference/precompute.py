@@ -21,6 +21,7 @@ from edge_dit.models.families.family import Conditioning, Grid, Prompt, State
 from edge_dit.models.model import Model
 from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.pipeline import load_pipeline
+from edge_dit.models.quantize import round_autoencoder
 from edge_dit.models.subgraph import as_batch, difference
 from edge_dit.pictures.dataset import Captioned
 from edge_dit.pictures.draws import BankRequest, bank_index
@@ -46,7 +47,7 @@ def precompute(plan: Plan, images: list[Captioned], folder: Path) -> bank.Index:
             that are drawn cannot be decoded, which is found before any draw is computed.
     """
     model = model_of(plan)
-    checkpoint = model.checkpoint()
+    checkpoint = model.checkpoint(plan.held)
     skeleton = checkpoint.skeleton()
     index = plan_index(plan, model, images, blank_batch(plan, model, skeleton))
 
@@ -212,6 +213,8 @@ def source_of(
         BadInput: a prompt is longer than the plan's.
     """
     encoded = model.family.encode_prompts(pipeline, list(prompts.values()), plan.text_tokens)
+    if images:
+        round_autoencoder(pipeline.vae, plan.held)
     return Source(
         model,
         pipeline.transformer,

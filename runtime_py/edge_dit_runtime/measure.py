@@ -25,6 +25,8 @@ from edge_dit.contract.bundle import open_bundle
 from edge_dit.contract.integrity import check_confined
 from edge_dit.errors import BadInput
 from edge_dit.store.tensors import TensorFile, write_tensors
+from edge_dit_runtime.loop.measured import LOOP, measure_loop
+from edge_dit_runtime.loop.parts import Parts
 from edge_dit_runtime.probes import PROBES, VARIATIONS, sampler_inputs, varied
 from edge_dit_runtime.session import open_sampler, open_session
 from edge_dit_runtime.sessions.state import check_draw
@@ -59,7 +61,7 @@ class Task:
 
     Attributes:
         bundle, bank: folders.
-        target, layout: one of the bundle's targets and layouts.
+        target, layout: one of the bundle's targets and layouts, or `LOOP` for the loop's parts.
         points: file written by `write_points`.
         steps: length of the trajectory.
         out: safetensors file to write, with the tensors of `measure` and `patches`.
@@ -208,8 +210,11 @@ def run(task: Task) -> None:
             load a graph.
     """
     bundle = open_bundle(Path(task.bundle))
-    bank = Bank(Path(task.bank), bundle.manifest.plan_hash)
     check_confined(bundle, task.target)
+    if task.layout == LOOP:
+        write_tensors(Path(task.out), measure_loop(Parts(bundle), bundle.adapter()))
+        return
+    bank = Bank(Path(task.bank), bundle.manifest.plan_hash)
     points = read_points(Path(task.points))
     for point in points:
         check_draw(bank[point.draw], bundle.manifest, bank.in_words(point.draw))

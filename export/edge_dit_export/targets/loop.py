@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,20 +68,11 @@ def export_loop(
     batch = writer.part(BEGIN, begin_part(family, model, *source.blank(source.grid), source.grid))
     whole = TrainableSubgraph(model, family, range(source.layers), source.grid)
     blocks = writer.blocks(whole, batch, base_file)
-    tile = min(source.patch, TILE)
-    writer.part(ENCODER, encoder_part(family, source.vae, tile), VAE)
+    writer.part(ENCODER, encoder_part(family, source.vae, min(source.patch, TILE)), VAE)
     paint_blocks: list[dict[str, Any]] = []
     if source.painting is not None:
-        paint_blocks = _export_painting(writer, source.with_lora(subgraph), tile)
-    _write_tables(source, directory / TABLES)
-    objective = source.objective
-    flow = isinstance(objective, FlowMatching)
-    levels = {"kind": "velocity" if flow else "noise"}
-    if isinstance(objective, FlowMatching):
-        levels |= {
-            "logit_normal": objective.logit_normal,
-            "precondition": objective.precondition,
-        }
+        paint_blocks = _export_painting(writer, source.with_lora(subgraph))
+    write_tensors(directory / TABLES, tables_of(source))
     return {
         "graphs": writer.graphs,
         "block_graphs": writer.block_graphs,
@@ -88,9 +80,9 @@ def export_loop(
         "paint_blocks": paint_blocks,
         "per_prompt": list(family.per_prompt),
         "latents": family.latents(source.vae.config).model_dump(mode="json"),
-        "levels": levels,
+        "levels": source.levels.model_dump(mode="json"),
         "timestep_factor": family.timestep_factor(model.config),
-        "tile": tile,
+        "tile": TILE,
         "prompts": source.texts,
         "caption": source.prompts.caption,
         "previews": source.prompts.previews,
@@ -111,25 +103,26 @@ def _add_blocks(source: LoopSource, store: FrozenStore) -> None:
             store.add(full, later, store.dtype if full in small else WIDE)
 
 
-def _export_painting(writer: _Writer, whole: TrainableSubgraph, tile: int) -> list[dict[str, Any]]:
+def _export_painting(writer: _Writer, whole: TrainableSubgraph) -> list[dict[str, Any]]:
     """Write what painting needs besides; the blocks."""
     source = writer.source
     family, model, grid = source.family, source.skeleton, source.picture
     batch = writer.part(PAINT + BEGIN, begin_part(family, model, *source.blank(grid), grid))
     blocks = writer.blocks(whole, batch, paint_file)
     writer.part(PREDICT, predict_part(family, model, batch, grid))
-    writer.part(DECODER, decoder_part(family, source.vae, tile), VAE)
+    writer.part(DECODER, decoder_part(family, source.vae, min(source.side, TILE)), VAE)
     return blocks
 
 
-def _write_tables(source: LoopSource, path: Path) -> None:
+def tables_of(source: LoopSource) -> dict[str, np.ndarray]:
+    """The tensors of `TABLES`: noise levels and encoded prompts."""
     objective = source.objective
     flow = isinstance(objective, FlowMatching)
     levels = objective.sigmas if flow else objective.alphas_cumprod
     tables = {LEVELS: levels.astype("float64")}
     for number, prompt in enumerate(source.encoded):
         tables |= {f"{PROMPT}{number}.{name}": value.numpy() for name, value in prompt.items()}
-    write_tensors(path, tables)
+    return tables
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from edge_dit.contract.loop import Painting
-from edge_dit.contract.objective import Objective
+from edge_dit.contract.loop import Levels, Painting
+from edge_dit.contract.objective import FlowMatching, Objective
 from edge_dit.models.checkpoint import Checkpoint
 from edge_dit.models.families.family import Family, Grid, Prompt
 from edge_dit.models.model import Model
@@ -63,6 +63,18 @@ class LoopSource:
     def objective(self) -> Objective:
         """Of the model."""
         return self.model.objective
+
+    @property
+    def levels(self) -> Levels:
+        """What the manifest says of the objective."""
+        objective = self.objective
+        if isinstance(objective, FlowMatching):
+            return Levels(
+                kind="velocity",
+                logit_normal=objective.logit_normal,
+                precondition=objective.precondition,
+            )
+        return Levels(kind="noise")
 
     @property
     def layers(self) -> int:

@@ -73,6 +73,10 @@ class Parts:
                 tables, found=f"damaged ({error})", remedy="export the bundle again"
             ) from None
 
+    def tables(self) -> Tensors:
+        """Every tensor of `TABLES`."""
+        return self._tables.read()
+
     def prompt(self, text: str, negative: bool = False) -> int:
         """Number of a prompt in the bundle.
 
