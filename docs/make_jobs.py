@@ -43,10 +43,11 @@ The job that the quickstart runs, `samples/sana.toml`:
 RELATIONS = """## Keys that depend on each other
 
 - A budget (`ram`, `flash`, `step_time`, any of them) decides which blocks are skipped.
-  `skip_ratio` and `inner_skips` may not stand beside it; `head_skip` and `tail_skip` may, and are
-  kept to. Patch and rank are then upper bounds. [docs/selection.md](selection.md) has the rest.
+  `skip_ratio` and `inner_skips` may not stand beside it; `head_skip`, `tail_skip` and `tail` may,
+  and are kept to. Patch and rank are then upper bounds. [docs/selection.md](selection.md) has the rest.
 - `patch` is at most `resolution`.
-- `head_skip` + `tail_skip` leave at least one block.
+- `head_skip` + `tail_skip` leave at least one block. Where no trailing block is skipped, `tail`
+  changes nothing. ort-training cannot train with `tail = "fresh"`.
 - Options of `edge-dit plan` (`--skip-ratio`, `--head-skip`, `--tail-skip`, `--ram`, ...) override
   the job's.
 """

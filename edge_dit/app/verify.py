@@ -41,7 +41,12 @@ from edge_dit.contract.certificate import (
     write_certificate,
 )
 from edge_dit.contract.integrity import content_faults
+<<<<<<< HEAD
 from edge_dit.contract.targets import TARGETS, WIDE, OnnxFacts
+=======
+from edge_dit.contract.names import THROUGH
+from edge_dit.contract.targets import TARGETS, WIDE
+>>>>>>> h-tail
 from edge_dit.errors import CheckFailed, require
 from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.plan import Plan, model_of
@@ -301,10 +306,13 @@ class Search:
 
 def _too_sensitive(session: EagerSession, tried: int, left_out: int) -> CheckFailed:
     modules = " and ".join(session.subgraph.family.before_relu)
+    through = session.subgraph.tail == THROUGH and session.subgraph.after
+    remedy = f"; LoRA on {modules} would let verify move away from such places" if modules else ""
+    if modules and through:
+        remedy += ", but in the tail no block has any: plan with another tail"
     return CheckFailed(
         f"{left_out} of {tried} draws cannot be compared: rounding decides PyTorch's "
-        f"own gradients there. At most {MOST_LEFT_OUT:.0%} may be left out"
-        + (f"; LoRA on {modules} would let verify move away from such places" if modules else "")
+        f"own gradients there. At most {MOST_LEFT_OUT:.0%} may be left out{remedy}"
     )
 
 

@@ -309,6 +309,7 @@ class Footprints:
     def __init__(self, shapes: Shapes, profile: Profile, bank: str = "float32") -> None:
         self.shapes, self.profile, self.bank = shapes, profile, bank
         self._sizes: dict[tuple[Sequence[int], int, Tail], Sizes] = {}
+        self._alone: dict[tuple[int, int], Cost] = {}
 
     def of(
         self,
@@ -345,21 +346,26 @@ class Footprints:
 
     def _sizes_of(self, trained: range | tuple[int, ...], rank: int, tail: Tail) -> Sizes:
         after = self.shapes.after(trained, tail)
-
-        def alone(numbers: Sequence[int]) -> list[Cost]:
-            kinds = {self.shapes.kinds[number]: number for number in reversed(numbers)}
-            return [self.shapes.cost((number,), rank) for number in kinds.values()]
-
         differentiated = [*trained, *(after if tail == THROUGH else ())]
-        of_kinds = alone(differentiated)
+        of_kinds = self._of_kinds(differentiated, rank)
         return Sizes(
             cost=self.shapes.cost(trained, rank, tail),
             differentiated=len(differentiated),
             borders=len(differentiated) * self.shapes.border_bytes,
             block_activations=max(cost.activation_bytes for cost in of_kinds),
             largest_activation=max(cost.largest_activation_bytes for cost in of_kinds),
-            block_weights=max(cost.frozen_bytes for cost in alone([*trained, *after])),
+            block_weights=max(
+                cost.frozen_bytes for cost in self._of_kinds([*trained, *after], rank)
+            ),
         )
+
+    def _of_kinds(self, numbers: Sequence[int], rank: int) -> list[Cost]:
+        """Costs of one block of each kind among some, trained alone."""
+        kinds = {self.shapes.kinds[number]: number for number in reversed(numbers)}
+        for kind, number in kinds.items():
+            if (kind, rank) not in self._alone:
+                self._alone[kind, rank] = self.shapes.cost((number,), rank)
+        return [self._alone[kind, rank] for kind in kinds]
 
 
 # ---------------------------------------------------------------- what was measured

@@ -246,7 +246,8 @@ class TrainableSubgraph(nn.Module):
             return state.image + batch[TAIL_RESIDUAL]
         last = state
         if self.tail == FRESH:
-            last = State(*(part if part is None else part.detach() for part in state))
+            text = None if state.text is None else state.text.detach()
+            last = State(state.image.detach(), text)
         for name in self.after:
             last = self.family.run_block(self.get_submodule(name), last, cond, self.grid)
         if self.tail == FRESH:

@@ -141,7 +141,8 @@ class PlanOptions(_Section):
             description="What takes the place of the trailing blocks that are skipped: the base "
             "model's residual from the bank (`stored`, the paper's way); the blocks themselves, "
             "their residual counted as a constant (`fresh`); or the blocks and the gradient "
-            "through them (`through`). [docs/method.md](method.md) compares them."
+            "through them (`through`). Default: `stored`, or what a budget allows. "
+            "[docs/method.md](method.md#three-ways-to-skip-a-tail-block) compares them."
         ),
     ] = None
     ram: Annotated[

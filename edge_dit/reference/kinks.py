@@ -3,7 +3,8 @@
 SANA's linear attention takes a ReLU of its queries and keys. A step of a model of real size has
 millions of them, and some always lie so close to zero that rounding decides their side. PyTorch's
 own gradients in float32 and in float64 then differ by a hundredth of their largest value, so such a
-step cannot tell a right export from a wrong one. But a query is W x + B A x, and a small change of
+step cannot tell a right export from a wrong one (nor, at that size, can one whose gradient goes
+through a tail: its blocks have no LoRA). But a query is W x + B A x, and a small change of
 one row of B moves one of its channels. Rows of B are changed until every value is clear of zero.
 """
 
@@ -63,7 +64,12 @@ def nudge_from_kinks(subgraph: TrainableSubgraph, draw: Mapping[str, np.ndarray]
         return output
 
     ends = tuple(f".{name}" for name in subgraph.family.before_relu)
-    modules = [module for name, module in subgraph.named_modules() if name.endswith(ends)]
+    graded = tuple(f"{name}." for name in subgraph.differentiated())
+    modules = [
+        module
+        for name, module in subgraph.named_modules()
+        if name.endswith(ends) and name.startswith(graded)
+    ]
     handles = [module.register_forward_hook(clear_of_zero) for module in modules]
     try:
         subgraph.predict({name: torch.from_numpy(value) for name, value in draw.items()})

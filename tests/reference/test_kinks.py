@@ -124,3 +124,12 @@ def test_families_name_what_lies_before_their_relus(variant):
     ends = tuple(f".{name}" for name in made.family.before_relu)
     assert len(counted) == sum(name.endswith(ends) for name, _ in sub.named_modules())
     assert nudge_from_kinks(sub, arrays(batch)) is not None
+
+
+@pytest.mark.parametrize("tail", ["fresh", "through"])
+def test_a_tail_counts_only_where_a_gradient_goes_through_it(tail):
+    """Its blocks have no LoRA, so that nothing can be moved there."""
+    sub, batch = subgraph(tail=tail)
+    sub.get_submodule("transformer_blocks.3.attn1.to_q").weight.data[0] = 0  # a query of zero
+    rows = nudge_from_kinks(sub, arrays(batch))
+    assert (rows is None) == (tail == "through")

@@ -335,8 +335,10 @@ def switch(transformer, numbers, on):
 
 
 @torch.no_grad()
-def replayed(model, transformer, seen, trained, draw):
-    """The loss of the trainable sub-graph with the base model's residuals."""
+def replayed(model, transformer, seen, trained, draw, tail="stored"):
+    """The loss of the trainable sub-graph with the base model's residuals, or with a tail that runs
+    without LoRA.
+    """
     family, objective = model.family, model.objective
     blocks = list(family.blocks(transformer).values())
     sigma, seed = (draw % 8 + 0.5) / 8, UNSEEN + draw
@@ -354,11 +356,15 @@ def replayed(model, transformer, seen, trained, draw):
         first: difference(states[behind], states[first])
         for behind, first in runs_between(trained).items()
     }
-    sub = TrainableSubgraph(transformer, family, trained, seen.grid)
+    sub = TrainableSubgraph(transformer, family, trained, seen.grid, tail)
+    stored = residual if tail == "stored" else None
     batch = as_batch(
-        states[trained[0]], residual, cond, objective.target(seen.clean, noise), inner=inner
+        states[trained[0]], stored, cond, objective.target(seen.clean, noise), inner=inner
     )
-    return float(sub(batch))
+    switch(transformer, range(trained[-1] + 1, 4), False)
+    loss = float(sub(batch))
+    switch(transformer, range(4), True)
+    return loss
 
 
 def test_a_run_between_is_measured_against_the_best_head_and_tail(plan, model, toys, work, tuned):
@@ -527,3 +533,32 @@ def test_every_family_is_measured(name, workplace, tmp_path):
     frozen = select_by_loss(made, [toy], tmp_path / "work")
     assert frozen.head[4] == pytest.approx(frozen.tail[4], abs=1e-6)
     assert abs(frozen.head[4]) > 1e-7
+
+
+def test_a_tail_that_runs_is_measured_with_the_trainable_sub_graph(plan, model, toys, work, tuned):
+    toy = toys[1]
+    found = select_by_loss(plan, [toy], work, steps=STEPS)
+    assert len(found.tail_run) == 5
+    assert found.tail_run[0] == 0
+    assert found.tail_run[4] == pytest.approx(found.tail[4], abs=1e-6)  # nothing tuned is left
+    pipeline, _ = tuned
+    pictures = toy.heldout or toy.images
+    images = encode_whole(plan, model, load_pipeline(plan.model), pictures)
+
+    def mean(trained, tail):
+        return np.mean(
+            [
+                replayed(model, pipeline.transformer, image, trained, 8 * number + level, tail)
+                for number, image in enumerate(images)
+                for level in range(8)
+            ]
+        )
+
+    whole = mean(range(4), "stored")
+    for skipped in (1, 2):
+        run = mean(range(4 - skipped), "through") - whole
+        assert found.tail_run[skipped] == pytest.approx(run, abs=1e-6)
+        assert abs(run - found.tail[skipped]) > 1e-6
+    other = found.for_tail("through")
+    assert (other.tail, other.between) == (found.tail_run, [])
+    assert found.for_tail("stored") == found
