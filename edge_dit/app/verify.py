@@ -41,12 +41,8 @@ from edge_dit.contract.certificate import (
     write_certificate,
 )
 from edge_dit.contract.integrity import content_faults
-<<<<<<< HEAD
-from edge_dit.contract.targets import TARGETS, WIDE, OnnxFacts
-=======
 from edge_dit.contract.names import THROUGH
-from edge_dit.contract.targets import TARGETS, WIDE
->>>>>>> h-tail
+from edge_dit.contract.targets import TARGETS, WIDE, OnnxFacts
 from edge_dit.errors import CheckFailed, require
 from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.plan import Plan, model_of
