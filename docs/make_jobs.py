@@ -44,7 +44,8 @@ RELATIONS = """## Keys that depend on each other
 
 - A budget (`ram`, `flash`, `step_time`, any of them) decides which blocks are skipped.
   `skip_ratio` and `inner_skips` may not stand beside it; `head_skip`, `tail_skip` and `tail` may,
-  and are kept to. Patch and rank are then upper bounds. [docs/selection.md](selection.md) has the rest.
+  and are kept to. Patch and rank are then upper bounds. [docs/selection.md](selection.md) has the
+  rest.
 - `patch` is at most `resolution`.
 - `head_skip` + `tail_skip` leave at least one block. Where no trailing block is skipped, `tail`
   changes nothing. ort-training cannot train with `tail = "fresh"`.
