@@ -20,9 +20,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -144,8 +144,7 @@ def verify(
     require("torch", "the PyTorch reference of verify")
     import torch
 
-    from edge_dit.models.quantize import round_frozen
-    from edge_dit.reference.eager import adapted_subgraph, lora_tensors
+    from edge_dit.reference.eager import adapted_subgraph
     from edge_dit.reference.evidence import examine
 
     opened = open_bundle(bundle)
@@ -155,11 +154,9 @@ def verify(
     names.sort(key=lambda name: opened.dtype(name) != WIDE)
     faults = [f for name in names for f in content_faults(opened, name, verify_hashes=True)]
     changed = {fault.where: fault.found for fault in faults}
-    pairs = [(target, layout) for target in names for layout in opened.layouts(target)]
-    references: dict[str, Reference] = {}
     results: dict[str, TargetResult] = {}
-    looped = [name for name in names if getattr(opened.facts(name), LOOP, None)]
-    with bar("verify", len(pairs) + len(looped) + 2) as advance:
+    total = sum(len(opened.layouts(name)) + _has_loop(opened, name) for name in names)
+    with bar("verify", total + 2) as advance:
         plan = Plan.model_validate({**opened.manifest.plan, "model": model})
         stock = model_of(plan)
         if isinstance(images, Path):
@@ -169,21 +166,10 @@ def verify(
         advance(note="bank")
         subgraph, batch = adapted_subgraph(plan, stock)
         claims = false_claims(opened, plan, subgraph, batch, planned)
-        fresh = lora_tensors(subgraph)
         advance(note="model")
-        for target, layout in pairs:
-            dtype = opened.dtype(target)
-            if dtype not in references:
-                round_frozen(subgraph, dtype)
-                references[dtype] = measure_reference(subgraph, fresh, plan, draws, steps)
-            title = opened.titled(target, layout)
-            results[title] = verify_target(opened, bank, target, layout, references[dtype])
-            advance(note=title)
-        for target in looped:
-            wanted, more = loop_reference(opened, target, plan, stock, subgraph)
+        for title, result, more in _results(opened, draws, names, (plan, stock, subgraph), steps):
+            results[title] = result
             claims += more
-            title = f"{target} ({LOOP})"
-            results[title] = verify_loop(opened, bank, target, wanted)
             advance(note=title)
     certificate = Certificate(
         manifest_sha256=opened.manifest_sha256,
@@ -198,6 +184,45 @@ def verify(
     )
     write_certificate(opened, certificate)
     return certificate
+
+
+def _has_loop(bundle: Bundle, target: str) -> bool:
+    return getattr(bundle.facts(target), LOOP, None) is not None
+
+
+def _results(
+    bundle: Bundle,
+    bank: Bank,
+    names: Sequence[str],
+    stock: tuple[Plan, Model, TrainableSubgraph],
+    steps: int,
+) -> Iterator[tuple[str, TargetResult, list[str]]]:
+    """Title, result and false claims of every layout of every target, and of the loop's parts.
+
+    Args:
+        bundle: opened.
+        bank: of the bundle.
+        names: of the targets, those with frozen weights in fewer bytes last.
+        stock: plan, model, and the sub-graph with its fresh LoRA; it changes.
+        steps: length of the trajectory.
+    """
+    from edge_dit.models.quantize import round_frozen
+    from edge_dit.reference.eager import lora_tensors
+
+    plan, model, subgraph = stock
+    fresh = lora_tensors(subgraph)
+    references: dict[str, Reference] = {}
+    for target in names:
+        dtype = bundle.dtype(target)
+        if dtype not in references:
+            round_frozen(subgraph, dtype)
+            references[dtype] = measure_reference(subgraph, fresh, plan, bank, steps)
+        for layout in bundle.layouts(target):
+            result = verify_target(bundle, bank.folder, target, layout, references[dtype])
+            yield bundle.titled(target, layout), result, []
+    for target in filter(partial(_has_loop, bundle), names):
+        wanted, claims = loop_reference(bundle, target, plan, model, subgraph)
+        yield f"{target} ({LOOP})", verify_loop(bundle, bank.folder, target, wanted), claims
 
 
 # ---------------------------------------------------------------- PyTorch

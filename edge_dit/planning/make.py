@@ -80,7 +80,23 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
     if job.export.loop:
         encoded |= {*loop_prompts(job, prompts).all, model.family.negative_prompt}
     remember(model.folder, model.hash)
-    plan = Plan(
+    return Made(_plan(job, source, model, split, tail, encoded), pictures)
+
+
+def _plan(
+    job: Job, source: Located, model: Model, split: Split, tail: Tail, prompts: set[str]
+) -> Plan:
+    """The plan of a job without faults.
+
+    Args:
+        job: from job.toml.
+        source: where its model is from.
+        model: opened.
+        split: which blocks train.
+        tail: what takes the place of skipped last blocks.
+        prompts: that are encoded.
+    """
+    return Plan(
         family=model.family.name,
         model=model.folder,
         model_name=source.name,
@@ -95,7 +111,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
         s_min=job.train.patch,
         s_max=job.train.resolution,
         multiple=model.multiple,
-        text_tokens=model.family.text_tokens(model.folder, sorted(encoded)),
+        text_tokens=model.family.text_tokens(model.folder, sorted(prompts)),
         rank=job.train.rank,
         alpha=float(job.train.rank) if job.train.alpha is None else job.train.alpha,
         lora_targets=list(dict.fromkeys(job.train.lora_targets or model.family.lora_targets)),
@@ -111,7 +127,6 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
         bank_dtype=job.train.bank,
         asked=job.asked(),
     )
-    return Made(plan, pictures)
 
 
 def plan_of(job: Job, path: Path) -> Plan:

@@ -45,7 +45,7 @@ def loop_prompts(job: Job, captions: list[str] | None = None) -> LoopPrompts:
     if captions is None:
         captions = survey(job.data.images, job.data.recursive).prompts(job.data.prompt)
     caption = clean(job.data.prompt or "") or None
-    asked = [*captions, *([caption] if caption else []), *job.export.prompts]
-    texts = list(dict.fromkeys(asked))
-    previews = [texts.index(text) for text in dict.fromkeys(job.export.prompts)] or [0]
+    painted = list(dict.fromkeys(map(clean, job.export.prompts)))
+    texts = list(dict.fromkeys([*captions, *([caption] if caption else []), *painted]))
+    previews = [texts.index(text) for text in painted] or [0]
     return LoopPrompts(texts, previews, caption, job.export.negative_prompt)

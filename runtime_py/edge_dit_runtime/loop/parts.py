@@ -33,6 +33,7 @@ from edge_dit.contract.noise import POSTERIOR, normal
 from edge_dit.contract.objective import EpsilonPrediction, FlowMatching, Objective
 from edge_dit.contract.targets import OnnxFacts, StreamedBlock
 from edge_dit.errors import BadInput
+from edge_dit.pictures.captions import clean
 from edge_dit.pictures.tiles import tiled
 from edge_dit.store.tensors import TensorFile
 from edge_dit_runtime.sessions.mapped import MappedTensors
@@ -89,7 +90,7 @@ class Parts:
         """
         wanted = set(self.facts.negatives) if negative else set(self._positive())
         for number in sorted(wanted):
-            if self.facts.prompts[number] == text:
+            if self.facts.prompts[number] == clean(text):
                 return number
         kind = "negative prompt" if negative else "prompt"
         known = "; ".join(repr(self.facts.prompts[number])[:60] for number in sorted(wanted)[:5])
