@@ -128,7 +128,7 @@ class Draws:
     @property
     def left_out_share(self) -> float:
         """Share of the draws that were left out, among these and the compared ones."""
-        return len(self.left_out) / (len(self.left_out) + len(self.compared))
+        return len(self.left_out) / max(1, len(self.left_out) + len(self.compared))
 
 
 @dataclass(frozen=True)
