@@ -10,6 +10,7 @@ from edge_dit.contract import bank as banks
 from edge_dit.contract.adapter import PEFT_CONFIG, LoraFile, read_lora, read_peft
 from edge_dit.contract.adapter_formats import FILES
 from edge_dit.contract.bundle import ADAPTER, MANIFEST, Bundle, open_bundle
+from edge_dit.contract.targets import TARGETS
 from edge_dit.errors import BadInput
 from edge_dit.pictures.dataset import survey
 from edge_dit.pictures.folder import list_folder
@@ -103,6 +104,10 @@ def bundle_in_words(bundle: Bundle) -> list[str]:
     for target in manifest.targets:
         size = sum(f.bytes for f in manifest.files if f.path.startswith(f"{target}/"))
         lines.append(f"  {target}: {size / 2**20:.1f} MiB")
+        loop = getattr(bundle.facts(target), "loop", None) if target in TARGETS else None
+        if loop is not None:
+            side = f"paints {loop.painting.side} px" if loop.painting else loop.no_painting
+            lines.append(f"  {target}: loop with {len(loop.prompts)} prompts; {side}")
     lora = [t for t in manifest.tensors if t.role == "lora"]
     lines.append(f"  {len(lora)} LoRA tensors in {ADAPTER}")
     return lines
