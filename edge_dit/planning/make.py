@@ -59,14 +59,13 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
     model = open_model(source.folder, job.model.variant)
     selection, _ = find_selection(model.folder, model.hash)
     tail = job.plan.tail or STORED
-    measured = selection and selection.for_tail(tail)
-    split = choose_split(model.layers, requested(job.plan, request), measured)
+    selection = selection and selection.for_tail(tail)
+    split = choose_split(model.layers, requested(job.plan, request), selection)
     sizes = {"train.patch": job.train.patch, "train.resolution": job.train.resolution}
     faults = [*split.faults, *size_faults(sizes, model.multiple)]
     faults += model.family.grid_faults(model.config, sizes, model.multiple)
-    tail = tail if split.tail_skip else STORED
     faults += lora_faults(model, split, job.train.lora_targets, tail)
-    faults += tail_faults(tail, dict.fromkeys(job.export.targets))
+    faults += tail_faults(tail, dict.fromkeys(job.export.targets)) if split.tail_skip else []
     pictures, prompts = None, []
     try:
         pictures = survey(job.data.images, job.data.recursive)
@@ -107,7 +106,7 @@ def _plan(
         head_skip=split.head_skip,
         tail_skip=split.tail_skip,
         inner_skips=list(split.inner_skips),
-        tail=tail,
+        tail=tail if split.tail_skip else STORED,
         s_min=job.train.patch,
         s_max=job.train.resolution,
         multiple=model.multiple,
