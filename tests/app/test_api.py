@@ -21,6 +21,9 @@ EXAMPLES = (
     (er, "open"),
     (er, "train"),
     (er, "save_lora"),
+    (er, "collect"),
+    (er, "live"),
+    (er, "paint"),
 )
 """In the order of the road: each goes on with what those before it made."""
 
@@ -32,6 +35,9 @@ def place(workplace, tmp_path_factory):
     for name in ("model", "images"):
         os.symlink(workplace / name, folder / name)
     shutil.copy(workplace / "job.toml", folder)
+    job = ed.read_job(folder / "job.toml")
+    looped = ed.plan(job).model_copy(update={"loop": True})
+    ed.export(looped, folder / "loop_bundle", ["onnx"], job=job)
     return folder
 
 

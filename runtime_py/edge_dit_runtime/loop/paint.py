@@ -54,7 +54,7 @@ def paint(
             run is of another bundle; the file cannot be written.
 
     Example:
-        >>> er.paint("loop_bundle", "a red toy", "toy.png").name
+        >>> er.paint("loop_bundle", "a sks toy", "toy.png").name
         'toy.png'
     """
     out = Path(file)
