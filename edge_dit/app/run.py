@@ -66,12 +66,6 @@ class Road:
         """Whether a target's bundle has the loop's parts."""
         return self.plan.loop and variant_of(target).target == LOOP_TARGET
 
-    def of_target(self, name: str) -> Plan:
-        """The plan as a target's bundle has it: only the onnx target has the loop's parts."""
-        if name == LOOP_TARGET:
-            return self.plan
-        return self.plan.model_copy(update={"loop": False, "preview_every": 0})
-
     def bundle(self, target: str) -> Path:
         """Folder of a target's bundle. A bundle of its own, for a run belongs to one bundle: a
         target that is added later must not change that of a run which is there.
@@ -153,7 +147,7 @@ def begin(
         for name in [*trained, *([target] if target else [])]:
             exported_as(plan, name)  # before anything is written
         if target:
-            plan = plan.model_copy(update={"targets": [variant_of(target).target]})
+            plan = _for_one(plan, variant_of(target).target)
         for line in planned.in_words():
             say(line)
         try:
@@ -165,6 +159,12 @@ def begin(
     for line in plan_in_words(plan):
         say(line)
     return Road(out, job, plan, api.read_pictures(job, plan))
+
+
+def _for_one(plan: Plan, target: str) -> Plan:
+    """A plan that exports one target only; the loop's parts are in `LOOP_TARGET` alone."""
+    looped = {} if target == LOOP_TARGET else {"loop": False, "preview_every": 0}
+    return plan.model_copy(update={"targets": [target], **looped})
 
 
 def exported_as(plan: Plan, target: str) -> str:
@@ -213,10 +213,10 @@ def export(road: Road, target: str) -> Bundle:
     folder, name = road.bundle(target), variant_of(target).target
     if (folder / MANIFEST).is_file():
         bundle = open_bundle(folder)
-        same = bundle.manifest.plan == road.of_target(name).shared()
+        same = bundle.manifest.plan == road.plan.shared()
         if same and list(bundle.manifest.targets) == [name]:
             return bundle
-    return api.export(road.of_target(name), folder, [name], job=road.job)
+    return api.export(road.plan, folder, [name], job=road.job)
 
 
 def fill_bank(road: Road, targets: Sequence[str], say: Say) -> None:

@@ -26,7 +26,7 @@ from edge_dit.contract.names import GRAD, LOSS
 from edge_dit.contract.targets import TARGETS, tail_faults
 from edge_dit.errors import BadInput, raise_any, require
 from edge_dit.models.pipeline import quiet
-from edge_dit.planning.plan import Plan, loop_faults, model_of
+from edge_dit.planning.plan import LOOP_TARGET, Plan, loop_faults, model_of
 from edge_dit.planning.prompts import LoopPrompts
 from edge_dit.progress import bar
 from edge_dit.reference.eager import adapted_subgraph, lora_tensors
@@ -56,7 +56,7 @@ def export(
             changed, ``folder`` holds something else; or the loop's parts are wanted and cannot be
             exported, or not with these targets.
     """
-    raise_any("export", loop_faults(plan.loop, targets))
+    raise_any("export", loop_faults(plan.loop, plan.targets))
     raise_any("plan", tail_faults(plan.tail, targets))
     for target in targets:
         for module in TARGETS[target].needs_to_export:
@@ -65,7 +65,7 @@ def export(
     model = model_of(plan, check)
     subgraph, batch = adapted_subgraph(plan, model)
     loop = None
-    if plan.loop:
+    if plan.loop and LOOP_TARGET in targets:
         if prompts is None:
             raise BadInput(
                 "plan", found="loop without prompts", expected="the job's prompts beside it"

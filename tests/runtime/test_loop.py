@@ -33,7 +33,14 @@ from loops import on_device, write_world
 
 DRAWS = 6
 STEPS = 4
-FAMILIES = ("sana", "flux-dev", "sd3.5-medium", "pixart-sigma", "qwen-image")
+FAMILIES = [
+    "sana",
+    "flux-dev",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("sd3.5-medium", "pixart-sigma", "qwen-image")
+    ),
+]
 RELATIVE = 1e-4
 """Of a tensor's largest value: the issue's own limit for a bank of the device."""
 
@@ -55,7 +62,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     @functools.cache
     def made(name: str, **plan: object) -> Made:
         folder = tmp_path_factory.mktemp(name)
-        job = read_job(write_world(folder, name, draws=DRAWS, steps=STEPS, lr=0.01))
+        sizes = {"draws": DRAWS, "steps": STEPS, "lr": 0.01, "preview_every": 2}
+        job = read_job(write_world(folder, name, **sizes))
         planned = make_plan(job).model_copy(update=plan)
         api.precompute(planned, api.read_pictures(job, planned), folder / "host")
         bundle = api.export(planned, folder / "bundle", ["onnx"], job=job)
@@ -128,6 +136,7 @@ def test_live_draws_are_those_of_the_host(make, name):
             assert later.seed != first.seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["fresh", "through"])
 @pytest.mark.parametrize("name", ["sana", "flux-dev"])
 def test_tails_that_run_need_no_tail_in_the_bank(make, name, tail):
@@ -172,16 +181,14 @@ def test_a_stopped_collection_and_a_stopped_run_go_on(make, tmp_path):
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
-def test_previews_grow_while_it_trains(make, tmp_path):
-    made = make("sana", preview_every=2)
-    run = made.folder / "run"
+def test_previews_grow_while_it_trains(make):
+    run = make("sana").folder / "run"
     assert sorted(path.name for path in (run / "previews").iterdir()) == [
         f"{step:06d}-0.png" for step in (0, 2, 4)
     ]
     pictures = [np.asarray(Image.open(path)) for path in sorted((run / "previews").iterdir())]
     assert (pictures[0] != pictures[-1]).any()
-    side = made.plan.s_max
-    assert Image.open(run / "previews.png").size[0] == 3 * side
+    assert Image.open(run / "previews.png").size[0] == 3 * pictures[0].shape[0]
     page = (run / "run.html").read_text()
     assert "previews.png" in page
     assert f"{STEPS} of {STEPS} steps" in page
@@ -228,14 +235,14 @@ def test_names_and_runs_that_do_not_fit(make, tmp_path):
     made = make("sana")
     with pytest.raises(BadInput, match="png"):
         er.paint(made.bundle.folder, pipelines.SHORT, tmp_path / "p.gif")
-    other = make("sana", preview_every=2)
+    other = make("flux-dev")
     with pytest.raises(BadInput, match="another bundle"):
         er.paint(made.bundle.folder, pipelines.SHORT, tmp_path / "p.png", run=other.folder / "run")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_bank_that_another_bundle_made(make, tmp_path):
-    made, other = make("sana"), make("sana", tail="fresh")
+    made, other = make("sana"), make("flux-dev")
     with pytest.raises(BadInput, match="another plan"):
         er.train(made.bundle.folder, other.folder / "device", tmp_path / "run")
     with pytest.raises(BadInput, match="another plan"):
@@ -263,6 +270,7 @@ def test_pictures_of_odd_sizes(make, tmp_path):
             assert np.abs(value - found[key]).max() <= RELATIVE * np.abs(value).max()
 
 
+@pytest.mark.slow
 def test_patches_and_pictures_larger_than_a_tile(tmp_path, monkeypatch):
     """Host and device cut the same tiles."""
     for module in ("planning.plan", "reference.loop"):
