@@ -22,7 +22,7 @@ INTRODUCTION = """# Performance
 Every table here is rendered from raw JSON in the repository: `python docs/make_performance.py`
 writes this document. Below each table stand its raw JSON and the command that measures it again.
 
-How it is measured (`edge_dit/app/bench.py`):
+How it is measured (`edge_dit/app/bench/bench.py`):
 
 - Random weights of a public checkpoint's shapes, batch 1. Speed and memory do not depend on the
   values of weights.

@@ -506,6 +506,11 @@ def bench(
     full_lora: Annotated[
         bool, typer.Option(help="Measure full LoRA at full resolution too.")
     ] = True,
+    loop: Annotated[
+        bool,
+        typer.Option("--loop", help="Measure collect, train and paint of the whole model instead."),
+    ] = False,
+    tail: Annotated[str, typer.Option(help="With --loop: stored, fresh or through.")] = "stored",
     work: Annotated[
         Path, typer.Option(help="Folder for the random model and the bundles; used again.")
     ] = Path("bench"),
@@ -518,9 +523,11 @@ def bench(
     """Measure speed and memory on random weights, against torch eager in the same run."""
     from dataclasses import asdict
 
-    from edge_dit.app.bench import DEFAULT_VARIANTS, in_words
-    from edge_dit.app.bench import bench as run
-    from edge_dit.app.bench_model import Case
+    from edge_dit.app.bench.bench import DEFAULT_VARIANTS, in_words
+    from edge_dit.app.bench.bench import bench as run
+    from edge_dit.app.bench.loop import bench_loop
+    from edge_dit.app.bench.loop import in_words as loop_in_words
+    from edge_dit.app.bench.model import Case
     from edge_dit.contract.targets import variant_of
     from edge_dit.models.public_configs import public_config
     from edge_dit.store.files import write_json
@@ -529,9 +536,16 @@ def bench(
     blocks = [int(part) for part in trained.split("+") if part.isdigit()]
     variants = [variant_of(name) for name in target] if target else list(DEFAULT_VARIANTS)
     case = Case(config, blocks, tokens, text or public.text_tokens, rank, steps, full_lora)
-    measured = run(case, variants, work, lambda line: err.print(line, markup=False))
+    say = sayer(as_json=True)
+    if loop:
+        dtypes = {variant.dtype for variant in variants} if target else {"int8"}
+        measured = bench_loop(case, *dtypes, tail, work, say)
+        lines = loop_in_words(measured.rows)
+    else:
+        measured = run(case, variants, work, say)
+        lines = in_words(measured.rows)
     facts = asdict(measured)
-    report(as_json, facts, *in_words(measured.rows))
+    report(as_json, facts, *lines)
     if output:  # last: a path that cannot be written costs no measurement
         write_json(output, facts)
 

@@ -9,8 +9,7 @@ verify          compares every target with PyTorch
 report          a plan as an HTML page
 describe        plans, banks, bundles, runs and LoRAs in words
 doctor          what is installed, and what is missing
-bench           speed and memory of every target against torch eager
-bench_child     what `edge-dit bench` runs in child processes
-bench_machine   the machine of a benchmark, and its load
-bench_model     the model of a benchmark
+claims          what a bundle says of itself, against its plan
+verify_words    a certificate in words
+bench/          speed and memory on public configurations
 """

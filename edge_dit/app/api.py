@@ -6,6 +6,7 @@ Every function takes paths as text or `Path`. docs/api.md walks from a job to an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -164,9 +165,10 @@ def export(
     require("torch", "export")
     from edge_dit.planning.prompts import loop_prompts
     from edge_dit_export.export import export
+    from edge_dit_export.targets.loop_source import loop_source
 
-    prompts = loop_prompts(job) if plan.loop and job else None
-    return export(plan, Path(folder), list(targets or plan.targets), prompts=prompts)
+    loop = partial(loop_source, prompts=loop_prompts(job)) if plan.loop and job else None
+    return export(plan, Path(folder), list(targets or plan.targets), loop=loop)
 
 
 def verify(

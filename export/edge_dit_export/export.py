@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -25,13 +25,13 @@ from edge_dit.contract.bundle import (
 from edge_dit.contract.names import GRAD, LOSS
 from edge_dit.contract.targets import TARGETS, tail_faults
 from edge_dit.errors import BadInput, raise_any, require
+from edge_dit.models.model import Model
 from edge_dit.models.pipeline import quiet
 from edge_dit.planning.plan import LOOP_TARGET, Plan, loop_faults, model_of
-from edge_dit.planning.prompts import LoopPrompts
 from edge_dit.progress import bar
 from edge_dit.reference.eager import adapted_subgraph, lora_tensors
 from edge_dit.store.files import sha256, whole_folder
-from edge_dit_export.targets.loop_source import loop_source
+from edge_dit_export.targets.loop_source import LoopSource
 from edge_dit_export.targets.source import Source
 
 
@@ -40,7 +40,7 @@ def export(
     folder: Path,
     targets: Sequence[str],
     check: bool = True,
-    prompts: LoopPrompts | None = None,
+    loop: Callable[[Plan, Model], LoopSource] | None = None,
 ) -> Bundle:
     """Write the bundle of a plan.
 
@@ -49,7 +49,7 @@ def export(
         folder: the bundle; written whole, or not at all.
         targets: some of `edge_dit.contract.targets.TARGETS`.
         check: compare the model's weights with those the plan was made for.
-        prompts: of the loop's parts, if the plan has a loop.
+        loop: makes what the loop's parts are exported from, if the plan has a loop.
 
     Raises:
         BadInput: a target's packages are missing or it cannot train with the plan's tail, the model
@@ -64,15 +64,15 @@ def export(
                 require(module, f"the {target} target")
     model = model_of(plan, check)
     subgraph, batch = adapted_subgraph(plan, model)
-    loop = None
+    parts = None
     if plan.loop and LOOP_TARGET in targets:
-        if prompts is None:
+        if loop is None:
             raise BadInput(
                 "plan", found="loop without prompts", expected="the job's prompts beside it"
             )
-        loop = loop_source(plan, model, prompts)
+        parts = loop(plan, model)
     source = Source(
-        subgraph, batch, plan.optimizer, plan.crop_rule, plan.weights, plan.recompute, loop
+        subgraph, batch, plan.optimizer, plan.crop_rule, plan.weights, plan.recompute, parts
     )
     with (
         whole_folder(folder, MANIFEST) as building,

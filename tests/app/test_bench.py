@@ -12,8 +12,8 @@ from pydantic import TypeAdapter
 from safetensors.numpy import load_file
 
 from edge_dit.app import bench as bench_module
-from edge_dit.app.bench import METRICS, Process, Report, Row, bench, in_words
-from edge_dit.app.bench_child import (
+from edge_dit.app.bench.bench import METRICS, Process, Report, Row, bench, in_words
+from edge_dit.app.bench.child import (
     TASK,
     EagerTask,
     ExportTask,
@@ -23,8 +23,8 @@ from edge_dit.app.bench_child import (
     adapter_file,
     read_task,
 )
-from edge_dit.app.bench_machine import busy_warning, this_machine
-from edge_dit.app.bench_model import MARKER, Case, random_model
+from edge_dit.app.bench.machine import busy_warning, this_machine
+from edge_dit.app.bench.model import MARKER, Case, random_model
 from edge_dit.cli import main
 from edge_dit.contract.targets import VARIANTS, TargetVariant, variant_of
 from edge_dit.errors import BadInput
@@ -79,7 +79,7 @@ def test_bundles_of_other_package_versions_are_not_used_again(tmp_path, monkeypa
     work = tmp_path / "bench"
     random_model(SMALL, work)
     (work / "draw.safetensors").write_bytes(b"of these versions")
-    monkeypatch.setattr("edge_dit.app.bench_model.package_versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr("edge_dit.app.bench.model.package_versions", lambda: {"torch": "9.9"})
     random_model(SMALL, work)
     assert not (work / "draw.safetensors").exists()
 
@@ -133,7 +133,7 @@ def test_a_bad_task_is_refused_with_its_fault(text, words):
 
 def test_a_process_with_a_bad_task_ends_with_one_line_and_code_2():
     child = subprocess.run(
-        [sys.executable, "-m", "edge_dit.app.bench_child"],
+        [sys.executable, "-m", "edge_dit.app.bench.child"],
         input='{"kind": "quantum"}',
         capture_output=True,
         text=True,
@@ -201,8 +201,8 @@ def in_this_process(monkeypatch):
     def run(task):
         return Process(read_task(TASK.dump_json(task).decode()).run(), anon_mb=2.0, file_mb=1.0)
 
-    monkeypatch.setattr("edge_dit.app.bench_model.public_config", small)
-    monkeypatch.setattr("edge_dit.app.bench_child.public_config", small)
+    monkeypatch.setattr("edge_dit.app.bench.model.public_config", small)
+    monkeypatch.setattr("edge_dit.app.bench.child.public_config", small)
     monkeypatch.setattr(bench_module, "_run", run)
 
 

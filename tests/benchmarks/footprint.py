@@ -19,8 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edge_dit.app.bench import DEFAULT_VARIANTS, bench
-from edge_dit.app.bench_model import Case
+from edge_dit.app.bench.bench import DEFAULT_VARIANTS, bench
+from edge_dit.app.bench.model import Case
 from edge_dit.budget.cost import Shapes
 from edge_dit.budget.footprint import (
     MEMORY_ERROR,

@@ -22,7 +22,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pipelines
-from edge_dit.app.bench_model import random_weights
+from edge_dit.app.bench.model import random_weights
 from edge_dit.models.families import family_of
 from edge_dit.models.public_configs import CONFIGS
 from edge_dit.planning.plan import read_plan

@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from edge_dit.app import bench
-from edge_dit.app.bench_child import ExportTask, ReferenceTask, SessionTask, plan_file
-from edge_dit.app.bench_machine import this_machine
-from edge_dit.app.bench_model import Case, random_model
+from edge_dit.app.bench.child import ExportTask, ReferenceTask, SessionTask, plan_file
+from edge_dit.app.bench.machine import this_machine
+from edge_dit.app.bench.model import Case, random_model
 from edge_dit.contract.names import STORED, TAILS
 from edge_dit.contract.targets import TargetVariant
 from edge_dit.store.files import write_json

@@ -120,7 +120,9 @@ def made(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("loop")
     job = read_job(write_world(folder, request.param))
     plan = make_plan(job)
-    bundle = export(plan, folder / "bundle", ["onnx"], prompts=loop_prompts(job))
+    bundle = export(
+        plan, folder / "bundle", ["onnx"], loop=partial(loop_source, prompts=loop_prompts(job))
+    )
     pipeline = load_pipeline(folder / "model")
     return Made(request.param, plan, bundle, pipeline, open_model(folder / "model").family)
 
@@ -462,7 +464,12 @@ def test_a_part_that_torch_cannot_export_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Sana, "moments", moments)
     with pytest.raises(BadInput, match=r"vae_encoder.onnx of the loop: cannot be exported"):
-        export(plan, tmp_path / "bundle", ["onnx"], prompts=loop_prompts(job))
+        export(
+            plan,
+            tmp_path / "bundle",
+            ["onnx"],
+            loop=partial(loop_source, prompts=loop_prompts(job)),
+        )
     assert not (tmp_path / "bundle").exists()
 
 

@@ -1,6 +1,6 @@
 """Measure speed and memory of every target against torch eager, on a model of random weights.
 
-Each number comes from a fresh process (`edge_dit.app.bench_child`), and ratios compare processes of
+Each number comes from a fresh process (`edge_dit.app.bench.child`), and ratios compare processes of
 one run. This process samples their memory from outside, anonymous memory and pages of files apart,
 because the system can drop pages of files when memory is short.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from edge_dit.app.bench_child import (
+from edge_dit.app.bench.child import (
     TASK,
     EagerTask,
     ExportTask,
@@ -31,8 +31,8 @@ from edge_dit.app.bench_child import (
     largest_error,
     plan_file,
 )
-from edge_dit.app.bench_machine import Machine, busy_warning, this_machine
-from edge_dit.app.bench_model import Case, random_model
+from edge_dit.app.bench.machine import Machine, busy_warning, this_machine
+from edge_dit.app.bench.model import Case, random_model
 from edge_dit.contract.targets import RECOMPUTE, VARIANTS, TargetVariant
 from edge_dit.errors import BadInput, CheckFailed
 from edge_dit.store.files import write_json
@@ -114,7 +114,7 @@ class Process:
     """A child process that ended well.
 
     Attributes:
-        numbers: what it printed, see the tasks of `edge_dit.app.bench_child`.
+        numbers: what it printed, see the tasks of `edge_dit.app.bench.child`.
         anon_mb: peak of its anonymous memory, MB.
         file_mb: peak of its pages of files, MB.
     """
@@ -177,10 +177,10 @@ def _baselines(case: Case, dtypes: set[str], work: Path, say: Callable[[str], No
     for dtype in sorted(dtypes):
         exact = _run_once(ReferenceTask(work, dtype), work / f"reference-{dtype}.json")
         errors[dtype] = exact.numbers["error"]
-        eager[dtype] = _run(EagerTask(work, dtype, case.steps))
+        eager[dtype] = run_task(EagerTask(work, dtype, case.steps))
     if case.full_lora:
         say("eager, full LoRA at full resolution")
-    return Baselines(eager, errors, _run(FullLoraTask(case)) if case.full_lora else None)
+    return Baselines(eager, errors, run_task(FullLoraTask(case)) if case.full_lora else None)
 
 
 def _row(
@@ -197,7 +197,7 @@ def _row(
     exported = _run_once(ExportTask(work, variant, bundle), bundle / "export.json")
     say(f"train {variant}")
     gradients = work / f"gradients-{variant.target}-{variant.layout}-{variant.dtype}.safetensors"
-    trained = _run(SessionTask(work, variant, bundle, case.steps, gradients))
+    trained = run_task(SessionTask(work, variant, bundle, case.steps, gradients))
     exact = load_file(exact_gradients_file(work, variant.dtype))
     eager, full = baselines.eager[variant.dtype], baselines.full_lora
     step_ms = trained.numbers["step_ms"]
@@ -213,7 +213,7 @@ def _row(
         rss_file_mb=trained.file_mb,
         eager_rss_mb=eager.rss_mb,
         full_lora_rss_mb=full.rss_mb if full else None,
-        artifact_bytes=_bytes_in(bundle / variant.target),
+        artifact_bytes=bytes_in(bundle / variant.target),
         export_s=exported.numbers["seconds"],
         export_rss_mb=exported.rss_mb,
         max_grad_rel_error=largest_error(exact, load_file(gradients)),
@@ -221,7 +221,8 @@ def _row(
     )
 
 
-def _bytes_in(folder: Path) -> int:
+def bytes_in(folder: Path) -> int:
+    """Bytes of all files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
@@ -266,13 +267,13 @@ def _cell(key: str, value: float | None) -> str:
 
 
 def _run_once(task: Task, record: Path) -> Process:
-    """`_run`, or what an earlier run of the same task left in ``record``."""
+    """`run_task`, or what an earlier run of the same task left in ``record``."""
     if not record.is_file():
-        write_json(record, asdict(_run(task)))
+        write_json(record, asdict(run_task(task)))
     return Process(**json.loads(record.read_text()))
 
 
-def _run(task: Task) -> Process:
+def run_task(task: Task) -> Process:
     """Run a task in a process of its own.
 
     Raises:
@@ -280,7 +281,7 @@ def _run(task: Task) -> Process:
         CheckFailed: it failed in another way.
     """
     child = subprocess.Popen(
-        [sys.executable, "-m", "edge_dit.app.bench_child"],
+        [sys.executable, "-m", "edge_dit.app.bench.child"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """What `edge-dit bench` runs in child processes, each in a fresh one.
 
-    python -m edge_dit.app.bench_child < task.json
+    python -m edge_dit.app.bench.child < task.json
 
 Standard input is one task, a JSON object whose "kind" says which (`read_task`). The last line of
 standard output is one JSON object: the numbers that the task's `run` returns. A fault of the input
@@ -22,7 +22,8 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors.numpy import load_file, save_file
 
-from edge_dit.app.bench_model import MODEL, Case
+from edge_dit.app.bench.loop_tasks import LoopExport, LoopStage
+from edge_dit.app.bench.model import MODEL, Case
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.adapter import with_random_b
 from edge_dit.contract.bundle import open_bundle
@@ -227,7 +228,7 @@ class SessionTask:
         return {"step_ms": _median_ms(lambda: session.step(draw), self.steps)}
 
 
-Task = ReferenceTask | EagerTask | FullLoraTask | ExportTask | SessionTask
+Task = ReferenceTask | EagerTask | FullLoraTask | ExportTask | SessionTask | LoopExport | LoopStage
 TASK: TypeAdapter[Task] = TypeAdapter(Annotated[Task, Field(discriminator="kind")])
 """A task from and to JSON."""
 
@@ -243,7 +244,7 @@ def read_task(text: str) -> Task:
     except ValidationError as error:
         faults = error.errors(include_url=False, include_input=False)
         raise BadInput(
-            "bench_child",
+            "bench.child",
             found="; ".join(
                 f"{'.'.join(map(str, f['loc'])) or 'task'}: {f['msg']}" for f in faults
             ),
