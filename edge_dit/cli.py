@@ -538,8 +538,8 @@ def bench(
     case = Case(config, blocks, tokens, text or public.text_tokens, rank, steps, full_lora)
     say = sayer(as_json=True)
     if loop:
-        dtypes = {variant.dtype for variant in variants} if target else {"int8"}
-        measured = bench_loop(case, *dtypes, tail, work, say)
+        dtype = variants[0].dtype if target else "int8"
+        measured = bench_loop(case, dtype, tail, work, say)
         lines = loop_in_words(measured.rows)
     else:
         measured = run(case, variants, work, say)

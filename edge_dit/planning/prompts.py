@@ -45,7 +45,8 @@ def loop_prompts(job: Job, captions: list[str] | None = None) -> LoopPrompts:
     if captions is None:
         captions = survey(job.data.images, job.data.recursive).prompts(job.data.prompt)
     caption = clean(job.data.prompt or "") or None
-    painted = list(dict.fromkeys(map(clean, job.export.prompts)))
-    texts = list(dict.fromkeys([*captions, *([caption] if caption else []), *painted]))
+    painted = list(dict.fromkeys(clean(text) for text in job.export.prompts))
+    known = [*captions, *([] if caption is None else [caption])]
+    texts = list(dict.fromkeys([*known, *painted]))
     previews = [texts.index(text) for text in painted] or [0]
     return LoopPrompts(texts, previews, caption, job.export.negative_prompt)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import pipelines
 import tiny
+from edge_dit.app import api
 from edge_dit.contract import loop
 from edge_dit.contract.bundle import Bundle
 from edge_dit.contract.names import COND, ENTRY, NEW, STATE
@@ -31,7 +32,6 @@ from edge_dit.models.subgraph import add_lora, lora_modules, lora_name
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan
-from edge_dit.planning.prompts import loop_prompts
 from edge_dit.store.tensors import TensorFile
 from edge_dit_export.export import export
 from edge_dit_export.targets.frozen import FrozenStore
@@ -120,9 +120,7 @@ def made(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("loop")
     job = read_job(write_world(folder, request.param))
     plan = make_plan(job)
-    bundle = export(
-        plan, folder / "bundle", ["onnx"], loop=partial(loop_source, prompts=loop_prompts(job))
-    )
+    bundle = api.export(plan, folder / "bundle", ["onnx"], job=job)
     pipeline = load_pipeline(folder / "model")
     return Made(request.param, plan, bundle, pipeline, open_model(folder / "model").family)
 
@@ -464,12 +462,7 @@ def test_a_part_that_torch_cannot_export_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Sana, "moments", moments)
     with pytest.raises(BadInput, match=r"vae_encoder.onnx of the loop: cannot be exported"):
-        export(
-            plan,
-            tmp_path / "bundle",
-            ["onnx"],
-            loop=partial(loop_source, prompts=loop_prompts(job)),
-        )
+        api.export(plan, tmp_path / "bundle", ["onnx"], job=job)
     assert not (tmp_path / "bundle").exists()
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PAINT_STEPS = 20
 """Of the scheduler: Euler's method, without guidance."""
 PROMPT = "a photo"
-DC_AE = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
+DC_AE: Any = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
 """Blocks of the autoencoder that SANA is published with (AutoencoderDC, f32c32); its widths are
 diffusers' defaults."""
 STAGES = ("collect", "train", "live", "paint")
