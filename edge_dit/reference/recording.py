@@ -130,8 +130,9 @@ def _unit_steps(scheduler: Any, run: Callable[[Step], list[float]]) -> list[Pain
 
     def step(original: Original, number: int) -> None:
         units = torch.eye(2 * len(scheduler.timesteps))
-        sample, output = units[None, 2 * number], units[None, 2 * number + 1]
-        found.append(original(output, sample)[0].tolist())
+        # Four axes, as latents have.
+        sample, output = (units[None, None, None, 2 * number + n] for n in (0, 1))
+        found.append(original(output, sample).flatten().tolist())
 
     timesteps = run(step)
     return [
@@ -148,8 +149,8 @@ def _check_linear(
     steps: list[PaintStep], run: Callable[[Step], list[float]], generator: torch.Generator
 ) -> None:
     """Raise `NotLinear` if random latents and predictions give other results than ``steps``."""
-    samples = torch.randn(len(steps), 1, WIDTH, generator=generator)
-    outputs = torch.randn(len(steps), 1, WIDTH, generator=generator)
+    samples = torch.randn(len(steps), 1, 1, 1, WIDTH, generator=generator)
+    outputs = torch.randn(len(steps), 1, 1, 1, WIDTH, generator=generator)
 
     def step(original: Original, number: int) -> None:
         found = original(outputs[number], samples[number])

@@ -36,7 +36,7 @@ def insert(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         RuntimeError, ValueError: as ``target`` itself would raise; nothing was added then.
     """
     example = fx.map_arg((args, kwargs), value)
-    mode = next(v for v in _tensors(example)).fake_mode
+    mode = next(iter(_tensors(example)), value(before)).fake_mode
     with mode:
         result = target(*example[0], **example[1])
     with before.graph.inserting_before(before):

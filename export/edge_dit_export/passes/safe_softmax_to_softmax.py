@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from edge_dit_export.passes._graph import calls, frozen, replace
+from edge_dit_export.passes._graph import calls, frozen, insert, replace, shape
 
 aten: Any = torch.ops.aten
 
@@ -18,7 +18,8 @@ def safe_softmax_to_softmax(module: fx.GraphModule) -> int:
 
     torch 2.13 decomposes attention's _safe_softmax into this guard. Inputs of a train step are
     finite: masks are 0 or -10000, never -inf (`edge_dit.models.families`). A score can then be -inf
-    only through an infinite constant upstream. Where there is one, the guard stays.
+    only through an infinite constant upstream. Where there is one, the guard stays. Its zeros
+    become a single one: an ONNX file would hold them as a constant as large as the scores.
 
     Returns:
         Number of guards removed.
@@ -28,14 +29,18 @@ def safe_softmax_to_softmax(module: fx.GraphModule) -> int:
         condition, zero, probabilities = node.args
         scores = _guarded(condition)
         if (
-            scores is not None
-            and probabilities.target == aten._softmax.default
-            and probabilities.args[0] is scores
-            and zero.target in (aten.full_like.default, aten.full.default)
-            and not _has_infinite_constant(module, scores)
+            scores is None
+            or probabilities.target != aten._softmax.default
+            or probabilities.args[0] is not scores
+            or zero.target not in (aten.full_like.default, aten.full.default)
         ):
+            continue
+        if not _has_infinite_constant(module, scores):
             replace(node, probabilities)
             count += 1
+        elif zero.target == aten.full_like.default:
+            one = insert(node, aten.full.default, [1] * len(shape(node)), zero.args[1])
+            node.args = (condition, one, probabilities)
     module.graph.eliminate_dead_code()
     return count
 

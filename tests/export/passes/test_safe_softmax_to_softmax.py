@@ -29,3 +29,6 @@ def test_guard_stays_where_a_constant_is_infinite():
     _, after, count = rewrite((module, inputs), safe_softmax_to_softmax)
     assert count == 0
     assert after["any"] == 1
+    # Those of the mask; the guard's are one number.
+    assert after["full_like"] == 1
+    assert after["full"] == 1
