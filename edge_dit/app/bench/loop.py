@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from edge_dit.app.bench.bench import bytes_in, run_task
-from edge_dit.app.bench.loop_tasks import STAGES, LoopExport, LoopStage
+from edge_dit.app.bench.loop_tasks import DC_AE, STAGES, LoopExport, LoopStage
 from edge_dit.app.bench.machine import Machine, busy_warning, this_machine
-from edge_dit.app.bench.model import Case, random_model
+from edge_dit.app.bench.model import MODEL, Case, random_model
+from edge_dit.errors import BadInput
 from edge_dit.models.families import family_of
 from edge_dit.models.public_configs import public_config
 from edge_dit.pictures.images import write_picture
@@ -89,6 +90,8 @@ def bench_loop(
     if warning := busy_warning(machine):
         say(warning)
     public = public_config(case.config)
+    if public.family != "sana":
+        raise BadInput("--loop", found=f"a model of {public.family}", expected="one of SANA's")
     counts = [public.config[key] for key in family_of(public.family).containers.values()]
     whole = Case(case.config, counts, case.tokens, case.text, case.rank, case.steps, False)
     plan = random_model(whole, work)
@@ -97,6 +100,8 @@ def bench_loop(
     plan = plan.model_copy(update={**changes, "weights": dtype, "loop": True})
     path, bundle = work / f"loop-{dtype}-{tail}.json", work / f"loop-{dtype}-{tail}"
     write_json(path, plan.model_dump(mode="json"))
+    vae = {"_class_name": "AutoencoderDC", **DC_AE}
+    write_json(work / MODEL / "vae" / "config.json", vae)
     _write_images(work / "images", plan.s_max)
     say("export")
     exported = run_task(LoopExport(path, work, bundle))
