@@ -18,7 +18,9 @@ from edge_dit.errors import BadInput
 from edge_dit.store.documents import read_document, validated, write_document
 from edge_dit.store.files import sha256
 
-SCHEMA = 1
+SCHEMA = 2
+"""2: blocks that run without training, the loop's parts, weights in several files. Bundles of 1 are
+read; who reads only those would leave such blocks out, and must refuse them."""
 MANIFEST = "manifest.json"
 ADAPTER = "adapter.safetensors"
 REMEDY = "export it again: edge-dit export JOB --plan plan.json -o bundle/"

@@ -38,6 +38,10 @@ OTHER = {
     "export.targets": '["onnx"]',
     "export.weights": '"int8"',
     "export.recompute": "true",
+    "export.loop": "true",
+    "export.prompts": '["a toy"]',
+    "export.negative_prompt": '"blurry"',
+    "train.preview_every": "2",
 }
 """Another value for every key that has no path in it; budgets stand below."""
 BUDGETS = {"plan.ram": '"3GiB"', "plan.flash": '"2GiB"', "plan.step_time": '"5s"'}
