@@ -155,6 +155,20 @@ def test_tails_that_run_need_no_tail_in_the_bank(make, name, tail):
             assert np.abs(value - found[key]).max() <= RELATIVE * np.abs(value).max()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["int8", "float16"])
+def test_a_bank_is_made_with_the_weights_that_the_device_holds(make, weights):
+    made = make("sana", weights=weights)
+    host, device = (Bank(made.folder / where, made.plan.identity()) for where in ("host", "device"))
+    whole = Bank(make("sana").folder / "host")
+    for number in range(DRAWS):
+        wanted, found = host[number], device[number]
+        for key, value in wanted.items():
+            assert np.abs(value - found[key]).max() <= RELATIVE * np.abs(value).max(), key
+        moved = np.abs(wanted["tail_residual"] - whole[number]["tail_residual"]).max()
+        assert moved > 10 * np.abs(wanted["tail_residual"] - found["tail_residual"]).max()
+
+
 def test_a_crop_is_encoded_once(make):
     made = make("sana")
     parts, encoded = open_parts(made.bundle), []
