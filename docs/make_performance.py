@@ -57,9 +57,50 @@ def render(results: Path = RESULTS) -> str:
     parts += [_bench(file) for file in files]
     if not files:
         parts.append("No benchmark's raw JSON is in the repository yet.\n")
+    parts += [_loop(file) for file in sorted(results.glob("loop-*.json"))]
     more = [(results / "quickstart.json", _quickstart), (results / "busy.json", _busy)]
     parts += [section(file) for file, section in more if file.is_file()]
     return "\n".join([*parts, _predictions(), ABLATIONS])
+
+
+def _loop(file: Path) -> str:
+    """One run of `edge-dit bench --loop`."""
+    found = json.loads(file.read_text())
+    rows, machine = found["rows"], found["machine"]
+    step = next(row["seconds"] for row in rows if row["stage"] == "train")
+    of = {
+        "collect": "collect, a draw of the bank",
+        "train": "train --bank, a step",
+        "live": "train --images, a step that encodes a crop",
+        "paint": "paint, 20 steps and a picture",
+    }
+    cells = [
+        [
+            of[row["stage"]],
+            f"{row['seconds']:.1f}",
+            f"{row['seconds'] / step:.1f}",
+            f"{row['rss_anon_mb']:,.0f}",
+            f"{row['rss_file_mb']:,.0f}",
+        ]
+        for row in rows
+    ]
+    lines = [
+        f"## The loop on the device: {found['config']}, {rows[0]['dtype']}",
+        "",
+        f"The whole model with random weights, half of its blocks trained, stored tail, patches and "
+        f"pictures of {found['side']} pixels, its published autoencoder in tiles, streamed. "
+        f"{machine['processor']}, {machine['cores']} cores, load average "
+        f"{machine['load_average']:.1f} when it began: memory holds, of times only the ratios "
+        "roughly.",
+        "",
+        *_table(["", "s", "of a step", "anonymous, MB", "file pages, MB"], cells),
+        "",
+        f"Bundle {found['bundle_bytes'] / 1e6:,.0f} MB, exported in {found['export_s']:.0f} s. "
+        f"Raw JSON: `docs/results/{file.name}`. Re-make: `edge-dit bench --loop --config "
+        f"{found['config']} --target onnx:streamed:{rows[0]['dtype']} -o docs/results/{file.name}`",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def _quickstart(file: Path) -> str:
