@@ -87,7 +87,7 @@ def _loop(file: Path) -> str:
     lines = [
         f"## The loop on the device: {found['config']}, {rows[0]['dtype']}",
         "",
-        f"The whole model with random weights, half of its blocks trained, stored tail, patches and "
+        "The whole model with random weights, half of its blocks trained, stored tail, patches and "
         f"pictures of {found['side']} pixels, its published autoencoder in tiles, streamed. "
         f"{machine['processor']}, {machine['cores']} cores, load average "
         f"{machine['load_average']:.1f} when it began: memory holds, of times only the ratios "
