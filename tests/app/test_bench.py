@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 from safetensors.numpy import load_file
 
-from edge_dit.app import bench as bench_module
+from edge_dit.app.bench import bench as bench_module
 from edge_dit.app.bench.bench import METRICS, Process, Report, Row, bench, in_words
 from edge_dit.app.bench.child import (
     TASK,
@@ -149,7 +149,7 @@ def test_a_process_with_a_bad_task_ends_with_one_line_and_code_2():
 def test_a_fault_in_a_process_reaches_the_user(tmp_path):
     task = SessionTask(tmp_path, STREAMED, tmp_path / "nothing", 1, tmp_path / "gradients")
     with pytest.raises(BadInput, match=r"bench session: .*nothing: no manifest\.json in it"):
-        bench_module._run(task)
+        bench_module.run_task(task)
 
 
 # ---------------------------------------------------------------- numbers
@@ -203,7 +203,7 @@ def in_this_process(monkeypatch):
 
     monkeypatch.setattr("edge_dit.app.bench.model.public_config", small)
     monkeypatch.setattr("edge_dit.app.bench.child.public_config", small)
-    monkeypatch.setattr(bench_module, "_run", run)
+    monkeypatch.setattr(bench_module, "run_task", run)
 
 
 def test_the_command_writes_every_number(in_this_process, tmp_path, monkeypatch, capsys):
