@@ -171,7 +171,8 @@ def test_on_random_budgets_nothing_better_was_missed(space):
 def test_a_run_between_is_chosen_where_it_was_measured_to_be_better(space):
     """Where three blocks fit in one way of training."""
     (patch, *_), onnx = space.patches, TargetVariant("onnx")
-    one = replace(space, variants=[onnx], patches={patch: space.patches[patch]})
+    kept = replace(space.bounds, tail=STORED)  # runs between were measured with a stored tail
+    one = replace(space, variants=[onnx], patches={patch: space.patches[patch]}, bounds=kept)
     option, *lower_ranks = (option for option in one.options() if option.inner_skips)
     assert [other.rank for other in lower_ranks] == [8, 4]
     assert option == Option(1, 0, patch, 16, onnx, ((2, 4),))
@@ -198,7 +199,8 @@ def test_blocks_that_matter_little_are_skipped_before_the_patch_shrinks(space):
     """By the paper's ablation half of six blocks cost less (0.022) than a quarter of the patch
     (0.0525); in the fused layout depth takes memory.
     """
-    fused = replace(space, selection=None, variants=[TargetVariant("onnx")])
+    kept = replace(space.bounds, tail=STORED)  # as the paper has it
+    fused = replace(space, selection=None, variants=[TargetVariant("onnx")], bounds=kept)
     assert [chosen(fused, gib) for gib in (4, 2.2, 1.6)] == [(0, 512), (1, 512), (3, 512)]
     assert [chosen(fused, gib) for gib in (1.2, 0.8)] == [(2, 384), (2, 256)]
 
