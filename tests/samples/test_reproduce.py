@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tiny
 from edge_dit.contract.adamw import AdamW
+from edge_dit.contract.names import TAILS
 from edge_dit.models.families.family import State
 from edge_dit.models.subgraph import (
     TrainableSubgraph,
@@ -143,6 +144,16 @@ def test_every_arm_has_lora_where_it_says() -> None:
         **{f"ends-{k}": everything[1 : 13 - k] for k in (8, 9, 10)},
         **{f"between-{k}": [1, *everything[3 : 14 - k]] for k in (8, 9, 10)},
         "skip-30-large": selected[30],
+        **{
+            f"{tail}-{k}": everything[head:end]
+            for k, head, end in ((50, 4, 10), (40, 4, 11), (30, 3, 11))
+            for tail in TAILS
+        },
+        **{
+            f"{tail}-last-{k}": everything[:end]
+            for k, end in ((50, 6), (40, 7), (30, 8))
+            for tail in TAILS
+        },
         **{f"{kind}-{k}": blocks for kind, of in chosen.items() for k, blocks in of.items()},
     }
 

@@ -369,8 +369,8 @@ def test_an_edited_manifest(world):
 
 def test_a_newer_bundle(world):
     path = world / "bundle" / "manifest.json"
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
-    with pytest.raises(BadInput, match=r"(?s)schema version 2.*upgrade edge-dit"):
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 3'))
+    with pytest.raises(BadInput, match=r"(?s)schema version 3.*upgrade edge-dit"):
         run(world)
 
 

@@ -190,7 +190,7 @@ def test_files_of_ours_without_their_digest_are_refused(tmp_path, name):
             reader.read()
 
 
-@pytest.mark.parametrize("version", [2, 10**30, 0, -1, True, "1", 1.0, None])
+@pytest.mark.parametrize("version", [3, 10**30, 0, -1, True, "1", 1.0, None])
 def test_other_schema_versions_are_said(tmp_path, version):
     for folder in (tmp_path / "bundle", tmp_path / "bank"):
         folder.mkdir()
@@ -199,7 +199,7 @@ def test_other_schema_versions_are_said(tmp_path, version):
         read = open_bundle if folder.name == "bundle" else banks.read_index
         with pytest.raises(BadInput, match="schema version") as caught:
             read(folder)
-        newer = version in (2, 10**30)
+        newer = version in (3, 10**30)
         assert ("upgrade edge-dit" in str(caught.value)) is newer
 
 
