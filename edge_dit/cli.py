@@ -304,11 +304,17 @@ def export(
     """Write the trainable sub-graph and the patch sampler for every target."""
     from edge_dit.app import api
     from edge_dit.app.describe import bundle_in_words
+    from edge_dit.errors import raise_any
     from edge_dit.planning.make import plan_of
+    from edge_dit.planning.plan import LOOP_TARGET, loop_faults
+    from edge_dit.progress import warn
 
     read = api.read_job(job)
     planned = plan_of(read, plan_file)
     planned = planned.model_copy(update={"loop": planned.loop or loop})
+    raise_any("export", loop_faults(loop, target or planned.targets))
+    if planned.loop and LOOP_TARGET not in (target or planned.targets):
+        warn(f"the loop's parts are in target {LOOP_TARGET} alone, which is not written")
     bundle = api.export(planned, output, target, job=read)
     manifest = bundle.manifest
     facts = {"targets": manifest.targets, "bytes": sum(file.bytes for file in manifest.files)}
@@ -405,7 +411,8 @@ def paint(
     if min(seeds) < 0:
         raise BadInput("--seed", found=str(min(seeds)), expected="0 or more")
     path = er.paint(bundle, prompts, output, run=run, seeds=seeds, negative=negative, title=title)
-    report(as_json, {"picture": str(path)}, f"{path}: {len(prompts) * len(seeds)} painted")
+    painted = len(set(prompts)) * len(seeds)
+    report(as_json, {"picture": str(path)}, f"{path}: {painted} painted")
 
 
 @app.command()
@@ -445,6 +452,12 @@ def train(
             "train",
             found="neither --bank nor --images" if bank is None else "--bank and --images",
             expected="one of them",
+        )
+    if bank and (prompt is not None or recursive):
+        raise BadInput(
+            "--recursive" if recursive else "--prompt",
+            found="--bank beside it",
+            expected="--images: a bank has its pictures and prompts already",
         )
     draws = bank or er.live(bundle, images or Path(), prompt=prompt, recursive=recursive)
     done = er.train(bundle, draws, output, target=target, steps=steps, resume=resume)
@@ -538,8 +551,7 @@ def bench(
     case = Case(config, blocks, tokens, text or public.text_tokens, rank, steps, full_lora)
     say = sayer(as_json=True)
     if loop:
-        dtype = variants[0].dtype if target else "int8"
-        measured = bench_loop(case, dtype, tail, work, say)
+        measured = bench_loop(case, variants if target else [], tail, work, say)
         lines = loop_in_words(measured.rows)
     else:
         measured = run(case, variants, work, say)

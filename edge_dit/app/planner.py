@@ -16,7 +16,7 @@ from edge_dit.budget.limits import NO_LIMITS, Limits
 from edge_dit.contract.targets import tail_faults
 from edge_dit.errors import BadInput
 from edge_dit.pictures.dataset import Survey, read_folder
-from edge_dit.planning.doubts import doubts
+from edge_dit.planning.doubts import doubts, unused_prompts
 from edge_dit.planning.job import Job, bytes_of
 from edge_dit.planning.make import make, make_plan
 from edge_dit.planning.plan import Plan, model_of
@@ -115,7 +115,11 @@ def plan_job(
         selection, source = _selection_of(plan)
         footprints = _footprints(plan, profile, variants_of(targets or plan.targets))
         planned = Planned(plan, selection, source, None, None, footprints, made.pictures, [])
+    from edge_dit.models.families import family_of  # imports torch
+
+    guided = bool(family_of(planned.plan.family).guided_by)
     found = doubts(job.train, planned.pictures.listing.pictures)
+    found += unused_prompts(job.export, guided)
     for doubt in found:
         warn(doubt)
     return replace(planned, doubts=found)

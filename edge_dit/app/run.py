@@ -36,6 +36,7 @@ from edge_dit.planning.make import changes, plan_of
 from edge_dit.planning.plan import LOOP_TARGET, Plan, write_plan
 from edge_dit.store.documents import read_document, write_document
 from edge_dit.store.files import cannot_write
+from edge_dit_runtime.loop.measured import LOOP
 
 Say = Callable[[Any], None]
 """Prints a line or a table to the user."""
@@ -240,6 +241,7 @@ def verify(road: Road, target: str, say: Say) -> None:
     bundle, name = open_bundle(road.bundle(target)), variant_of(target).target
     certificate = read_certificate(bundle)
     titles = {bundle.titled(name, layout) for layout in bundle.layouts(name)}
+    titles |= {f"{name} ({LOOP})"} if road.looped(target) else set()
     if certificate is None or not titles <= set(certificate.targets) or not certificate.passed:
         certificate = api.verify(bundle.folder, road.bank, images=road.pictures)
     say(table(certificate))

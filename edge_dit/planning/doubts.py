@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edge_dit.planning.job import Train
+from edge_dit.planning.job import Export, Train
 
 MOST_PASSES = 10
 """Passes over a bank from which fewer steps or more draws are better. A draw fixes picture, crop,
@@ -42,4 +42,29 @@ def doubts(train: Train, pictures: Sequence[str]) -> list[str]:
             f"each of {train.draws} draws is trained on {train.steps / train.draws:.0f} times: "
             f"steps = {train.steps}; set [train] draws to {-(-train.steps // MOST_PASSES)} or more"
         )
+    return found
+
+
+def unused_prompts(export: Export, guided: bool) -> list[str]:
+    """Lines for people about prompts that nothing will encode.
+
+    Args:
+        export: of the job.
+        guided: whether the family's pipeline guides away from a negative prompt.
+
+    Example:
+        >>> unused_prompts(Export(prompts=["a toy"]), guided=True)
+        ['[export] prompts are not encoded: loop is false; set loop = true, or export with --loop']
+    """
+    given = {"prompts": bool(export.prompts), "negative_prompt": export.negative_prompt is not None}
+    found = []
+    if not export.loop:
+        found = [
+            f"[export] {key} are not encoded: loop is false; set loop = true, or export with --loop"
+            for key, value in given.items()
+            if value
+        ]
+    elif given["negative_prompt"] and not guided:
+        why = "this pipeline guides away from none"
+        found.append(f"[export] negative_prompt is not encoded: {why}")
     return found

@@ -124,23 +124,12 @@ ARMS: dict[str, Arm] = {
         }.items()
     },
     **{
-        f"{tail}-{percent}": Arm(
-            f"{percent} %, first and last, tail {tail}",
-            "",
-            skipped=percent / 100,
-            where="split",
-            tail=tail,
+        f"{tail}{name}-{percent}": Arm(
+            f"{percent} %, {words}, tail {tail}", "", skipped=percent / 100, where=where, tail=tail
         )
-        for percent in (50, 40, 30)
-        for tail in TAILS
-    },
-    **{
-        f"{tail}-last-{percent}": Arm(
-            f"{percent} %, last blocks, tail {tail}",
-            "",
-            skipped=percent / 100,
-            where="last",
-            tail=tail,
+        for name, words, where in (
+            ("", "first and last", "split"),
+            ("-last", "last blocks", "last"),
         )
         for percent in (50, 40, 30)
         for tail in TAILS

@@ -7,22 +7,8 @@ import sys
 import pytest
 from PIL import Image
 
-from edge_dit.cli import MOVED, main
+from edge_dit.cli import MOVED
 from edge_dit.contract.adapter import read_adapter
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command line; (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["edge-dit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def test_the_whole_road(run, road, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 import pipelines
@@ -37,6 +35,7 @@ from edge_dit_export.export import export
 from edge_dit_export.targets.frozen import FrozenStore
 from edge_dit_runtime.session import open_session
 from edge_dit_runtime.sessions.mapped import MappedTensors
+from loops import EXPORT, write_world
 
 TOLERANCE = 1e-5
 PAINTED = ("sana", "flux-dev", "sd3.5-medium", "pixart-sigma", "qwen-image")
@@ -48,23 +47,6 @@ NAMES = [
 ]
 LIMIT = 40_000
 """Bytes of a file; the largest tensor here has 32,768."""
-EXPORT = f"""
-targets = ["onnx"]
-loop = true
-prompts = [{json.dumps(pipelines.LONG)}]
-"""
-
-
-def write_world(folder: Path, name: str, export_keys: str = EXPORT, **train: object) -> Path:
-    """A pipeline, two pictures and a job; the job's path."""
-    pipelines.write_pipeline(name, folder / "model")
-    (folder / "images").mkdir()
-    for number in range(2):
-        pixels = np.random.default_rng(number).integers(0, 255, (64, 70, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
-    sizes = {"resolution": 64, "patch": 32, "rank": 2, "alpha": 3, "seed": 3, **train}
-    (folder / "job.toml").write_text(tiny.job(pipelines.SHORT, export_keys, **sizes))
-    return folder / "job.toml"
 
 
 @dataclass(frozen=True)

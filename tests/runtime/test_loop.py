@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from PIL import Image
 import edge_dit_runtime as er
 import pipelines
 from edge_dit.app import api
-from edge_dit.cli import main
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import Bundle
 from edge_dit.errors import BadInput, ManyFaults
@@ -213,20 +211,6 @@ def test_previews_grow_while_it_trains(make):
     assert f"{STEPS} of {STEPS} steps" in page
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command line; (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["edge-dit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return call
-
-
 def test_a_bundle_without_the_loops_parts(road, tmp_path):
     for call in (
         lambda: er.collect(road.bundle, road.folder / "images", tmp_path / "bank"),
@@ -325,3 +309,19 @@ def test_the_commands(make, run, tmp_path):
     code, _, err = run("train", bundle, "-o", tmp_path / "other")
     assert code == 2
     assert "--bank" in err
+    code, _, err = run("train", bundle, "-o", tmp_path / "o", "--bank", "b", "--prompt", "a cat")
+    assert code == 2
+    assert "has its pictures and prompts already" in err
+
+
+def test_what_a_command_would_not_use_is_said(run, road, tmp_path):
+    """The loop's parts without the target that has them; prompts without the loop."""
+    written = ("-o", tmp_path / "bundle", "--target", "executorch", "--loop")
+    assert run("plan", road.job, "-o", tmp_path / "plan.json")[0] == 0
+    code, _, err = run("export", road.job, "--plan", tmp_path / "plan.json", *written)
+    assert code == 2
+    assert "onnx among the targets" in err
+    assert not (tmp_path / "bundle").exists()
+    job = road.job.parent / "prompts.toml"
+    job.write_text(road.job.read_text().replace("[export]", '[export]\nprompts = ["a cat"]'))
+    assert "prompts are not encoded" in run("plan", job, "-o", tmp_path / "p.json")[2]

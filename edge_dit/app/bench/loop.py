@@ -6,7 +6,7 @@ autoencoder it is published with. Each stage is a process of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from edge_dit.app.bench.bench import bytes_in, run_task
 from edge_dit.app.bench.loop_tasks import DC_AE, STAGES, LoopExport, LoopStage
 from edge_dit.app.bench.machine import Machine, busy_warning, this_machine
 from edge_dit.app.bench.model import MODEL, Case, random_model
+from edge_dit.contract.names import TAILS
+from edge_dit.contract.targets import STREAMED, TargetVariant
 from edge_dit.errors import BadInput
 from edge_dit.models.families import family_of
 from edge_dit.models.public_configs import public_config
@@ -71,13 +73,17 @@ class LoopReport:
 
 
 def bench_loop(
-    case: Case, dtype: str, tail: str, work: Path, say: Callable[[str], None]
+    case: Case,
+    variants: Sequence[TargetVariant],
+    tail: str,
+    work: Path,
+    say: Callable[[str], None],
 ) -> LoopReport:
     """Measure every stage.
 
     Args:
         case: its configuration, sizes and steps; all blocks of the configuration are there.
-        dtype: how blocks are stored: "float32", "float16" or "int8".
+        variants: one of the streamed layout, whose dtype the blocks are stored as; none for int8.
         tail: what takes the place of skipped last blocks, see `edge_dit.planning.job`.
         work: folder for model and bundles; a later run of the same case uses them again.
         say: prints a line of progress.
@@ -86,6 +92,13 @@ def bench_loop(
         BadInput: sizes that do not fit the configuration, or something is not installed.
         CheckFailed: a process failed.
     """
+    chosen = list(variants) or [TargetVariant("onnx", STREAMED, "int8")]
+    if len(chosen) > 1 or chosen[0].layout != STREAMED:
+        found = ", ".join(map(str, chosen))
+        raise BadInput("--target", found=found, expected="one of the streamed layout, with --loop")
+    if tail not in TAILS:
+        raise BadInput("--tail", found=tail, expected=" or ".join(TAILS))
+    dtype = chosen[0].dtype
     machine = this_machine()
     if warning := busy_warning(machine):
         say(warning)

@@ -391,15 +391,7 @@ class Family:
             raw, deviation, *_ = [*map(torch.from_numpy, made), None]
         if deviation is not None:
             raw = raw + deviation * posterior(tuple(raw.shape))
-        return self.taken(self.latents(vae.config), raw)
-
-    def taken(self, latents: Latents, raw: Tensor) -> Tensor:
-        """Latents as the transformer takes them, from the autoencoder's ``raw`` [1, C, h, w]."""
-        shift, scale = (
-            torch.tensor(values).reshape(1, -1, 1, 1) for values in (latents.shift, latents.scale)
-        )
-        scaled = (raw - shift) * scale
-        return pack(scaled) if latents.packed else scaled
+        return torch.from_numpy(self.latents(vae.config).scaled(raw.numpy()))
 
     def moments(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean [1, C, h, w] of a picture's latents, before shift and scale, and their deviation, in
@@ -621,10 +613,3 @@ def unpatchify(tokens: Tensor, grid: Grid, patch: int) -> Tensor:
     rows, columns = grid
     tokens = tokens.reshape(1, rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
     return tokens.reshape(1, -1, rows * patch, columns * patch)
-
-
-def pack(latents: Tensor) -> Tensor:
-    """Latents [1, C, h, w] to tokens [1, h w / 4, 4 C], as FLUX's and Qwen's pipelines do."""
-    _, channels, height, width = latents.shape
-    latents = latents.reshape(1, channels, height // 2, 2, width // 2, 2)
-    return latents.permute(0, 2, 4, 1, 3, 5).reshape(1, height * width // 4, channels * 4)

@@ -100,11 +100,9 @@ def measure_loop(parts: Parts, adapter: Mapping[str, np.ndarray]) -> Tensors:
     measured |= named_draws(starts.tensors(begun))
     lora = with_random_b(adapter)
     for number, timestep in enumerate(probe.timesteps):
-        for prompt in probe.prompts:
-            state, cond = parts.begin(probe.latents, timestep, prompt, whole=True)
-            for block in parts.facts.paint_blocks:
-                state = parts.through_painted(block, state, cond, lora)
-            measured[f"paint.{number}.{prompt}"] = parts.predict(state, cond)
+        found = parts.predictions(probe.latents, timestep, probe.prompts, lora)
+        for prompt, value in zip(probe.prompts, found, strict=True):
+            measured[f"paint.{number}.{prompt}"] = value
     if parts.facts.painting:
         measured["paint.pixels"] = parts.decode(probe.latents, parts.facts.painting.side)
     return measured

@@ -180,25 +180,19 @@ class Painter:
     def _guided(
         self, latents: np.ndarray, step: PaintStep, asked: Request, adapter: Tensors
     ) -> np.ndarray:
-        wanted = self._prediction(latents, step.timestep, asked.prompt, adapter)
-        if self.painting.guidance == "none":
+        prompts = [asked.prompt]
+        if self.painting.guidance != "none":
+            negative = self.facts.negative if asked.negative is None else asked.negative
+            assert negative is not None
+            prompts.append(negative)
+        wanted, *rest = self.parts.predictions(latents, step.timestep, prompts, adapter)
+        if not rest:
             return wanted
-        negative = self.facts.negative if asked.negative is None else asked.negative
-        assert negative is not None
-        unwanted = self._prediction(latents, step.timestep, negative, adapter)
-        guided = unwanted + np.float32(self.painting.scale) * (wanted - unwanted)
+        guided = rest[0] + np.float32(self.painting.scale) * (wanted - rest[0])
         if self.painting.guidance == "rescaled":
             norm, now = (np.linalg.norm(v, axis=-1, keepdims=True) for v in (wanted, guided))
             guided = guided * (norm / now)
         return guided
-
-    def _prediction(
-        self, latents: np.ndarray, timestep: float, prompt: int, adapter: Tensors
-    ) -> np.ndarray:
-        state, cond = self.parts.begin(latents, timestep, prompt, whole=True)
-        for block in self.facts.paint_blocks:
-            state = self.parts.through_painted(block, state, cond, adapter)
-        return self.parts.predict(state, cond)
 
 
 def _combined(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -65,6 +66,8 @@ class Parts:
         share_arena(onnxruntime("the loop"), doubling=True)
         self._frozen = MappedTensors(*(bundle.file(TARGET, name) for name in facts.frozen))
         self._programs: dict[str, OnnxProgram] = {}
+        # Every step of a painting asks for the same two.
+        self._encoded = lru_cache(maxsize=2)(self._read_prompt)
         tables = bundle.file(TARGET, TABLES)
         try:
             self._tables = TensorFile(tables)
@@ -116,17 +119,18 @@ class Parts:
             prompt: its number.
             whole: of a whole picture, not of a patch.
         """
-        prefix = f"{PROMPT}{prompt}."
-        keys = [name for name in self._tables.header.tensors if name.startswith(prefix)]
-        encoded = {
-            PROMPT + key.removeprefix(prefix): value
-            for key, value in self._tables.read(keys).items()
-        }
         scaled = np.array([timestep * self.facts.timestep_factor], np.float32)
-        given = {LATENTS: latents, TIMESTEP: scaled, **encoded}
+        given = {LATENTS: latents, TIMESTEP: scaled, **self._encoded(prompt)}
         made = self._part(PAINT + BEGIN if whole else BEGIN, given)
         state = {name: made[name] for name in STATE if name in made}
         return state, {name: made[name] for name in made if name.startswith(COND)}
+
+    def _read_prompt(self, number: int) -> Tensors:
+        """An encoded prompt, by the names of `BEGIN`'s inputs."""
+        prefix = f"{PROMPT}{number}."
+        keys = [name for name in self._tables.header.tensors if name.startswith(prefix)]
+        read = self._tables.read(keys)
+        return {PROMPT + key.removeprefix(prefix): value for key, value in read.items()}
 
     @contextmanager
     def _weights(self, weights: Mapping[str, str]) -> Iterator[Tensors]:
@@ -147,7 +151,7 @@ class Parts:
         return self._programs[file]
 
     def through_base(
-        self, block: StreamedBlock, states: list[Tensors], conds: list[Tensors]
+        self, block: StreamedBlock, states: Sequence[Tensors], conds: Sequence[Tensors]
     ) -> list[Tensors]:
         """The states of patches after a block without LoRA; its weights are read once.
 
@@ -156,32 +160,48 @@ class Parts:
             states: before the block, by `STATE`.
             conds: conditioning of each, by batch names.
         """
-        with self._weights(block.weights) as weights:
-            return [
-                self._block(base_file(block.kind), {**state, **cond, **weights})
-                for state, cond in zip(states, conds, strict=True)
-            ]
+        return self._through(base_file(block.kind), block, states, conds, {})
 
-    def through_painted(
-        self, block: StreamedBlock, state: Tensors, cond: Tensors, adapter: Tensors
-    ) -> Tensors:
-        """The state of a picture after a block, with LoRA if it carries it.
-
-        Args:
-            block: one of `LoopFacts.paint_blocks`.
-            state: before the block, by `STATE`.
-            cond: conditioning, by batch names.
-            adapter: LoRA tensors by their names in diffusers.
-        """
+    def _through(
+        self,
+        file: str,
+        block: StreamedBlock,
+        states: Sequence[Tensors],
+        conds: Sequence[Tensors],
+        adapter: Mapping[str, np.ndarray],
+    ) -> list[Tensors]:
+        program = self._program(file)
         lora = {local: adapter[name] for local, name in block.lora.items()}
         with self._weights(block.weights) as weights:
-            return self._block(paint_file(block.kind), {**state, **cond, **weights, **lora})
+            made = [
+                program.named({**state, **cond, **weights, **lora})
+                for state, cond in zip(states, conds, strict=True)
+            ]
+        return [{n.removeprefix(NEW): value for n, value in after.items()} for after in made]
 
-    def _block(self, file: str, given: Tensors) -> Tensors:
-        made = self._program(file).named(given)
-        return {name.removeprefix(NEW): value for name, value in made.items()}
+    def predictions(
+        self,
+        latents: np.ndarray,
+        timestep: float,
+        prompts: Sequence[int],
+        adapter: Mapping[str, np.ndarray],
+    ) -> list[np.ndarray]:
+        """What the adapted model predicts of a whole picture, for each prompt, shaped as latents.
+        Each block's weights are read once for all of them.
 
-    def predict(self, state: Tensors, cond: Tensors) -> np.ndarray:
+        Args:
+            latents: noised, as the transformer takes them.
+            timestep: of the scheduler.
+            prompts: numbers of prompts.
+            adapter: LoRA tensors by their names in diffusers.
+        """
+        begun = [self.begin(latents, timestep, prompt, whole=True) for prompt in prompts]
+        states, conds = [state for state, _ in begun], [cond for _, cond in begun]
+        for block in self.facts.paint_blocks:
+            states = self._through(paint_file(block.kind), block, states, conds, adapter)
+        return [self._predict(*pair) for pair in zip(states, conds, strict=True)]
+
+    def _predict(self, state: Tensors, cond: Tensors) -> np.ndarray:
         """The prediction of a picture, shaped as latents, from the state after the last block."""
         return self._part(PREDICT, {ENTRY: state[ENTRY], **cond})[PREDICTION]
 

@@ -15,9 +15,11 @@ from edge_dit.contract.names import (
     COND,
     ENTRY,
     STATE,
+    STORED,
     TAIL_RESIDUAL,
     TARGET,
     WEIGHT,
+    Tail,
     residual_names,
 )
 from edge_dit.contract.noise import NOISE, normal
@@ -38,12 +40,11 @@ class Planned(BaseModel):
     head_skip: int
     tail_skip: int
     inner_skips: list[tuple[int, int]] = []
-    tail: str = "stored"
+    tail: Tail = STORED
     s_min: int
     s_max: int
     multiple: int
     draws: int
-    steps: int
     seed: int
     bank_dtype: Literal["float32", "float16"] = "float32"
 
@@ -133,7 +134,7 @@ class Starts:
             advance: is told how many draws were done, in fractions.
         """
         plan = self.plan
-        wanted = borders(plan.layers, plan.trained, plan.tail == "stored")
+        wanted = borders(plan.layers, plan.trained, plan.tail == STORED)
         states, conds = [start.state for start in starts], [start.cond for start in starts]
         kept: list[dict[int, Tensors]] = [{} for _ in starts]
         last = max(wanted)
@@ -153,7 +154,7 @@ class Starts:
             moved = states[after]
             batch |= {name: moved[n] - states[first][n] for n, name in names.items() if n in moved}
         batch |= {**start.cond, TARGET: start.target}
-        if plan.tail == "stored":
+        if plan.tail == STORED:
             end = states[plan.layers - plan.tail_skip]
             batch[TAIL_RESIDUAL] = states[plan.layers][ENTRY] - end[ENTRY]
         if start.weight is not None:
