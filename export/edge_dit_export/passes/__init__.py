@@ -23,6 +23,7 @@ from edge_dit_export.passes.remove_units import remove_units
 from edge_dit_export.passes.safe_softmax_to_softmax import safe_softmax_to_softmax
 from edge_dit_export.passes.share_shape_ops import share_shape_ops
 from edge_dit_export.passes.slice_scatter_to_pad import slice_scatter_to_pad
+from edge_dit_export.passes.tokens_last import tokens_last
 from edge_dit_export.passes.view_frozen import view_frozen
 
 Pass = Callable[[fx.GraphModule], int]
@@ -35,6 +36,7 @@ _FOR_BOTH: tuple[Pass, ...] = (
     slice_scatter_to_pad,
     safe_softmax_to_softmax,
     remove_units,
+    tokens_last,
     merge_shape_ops,
     share_shape_ops,
 )

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+aten: Any = torch.ops.aten
+TO_TOKENS, TO_IMAGE = [0, 2, 3, 1], [0, 3, 1, 2]
+"""Permutations of an image [1, C, H, W] to [1, H, W, C], and back."""
+
+
+def tokens_of(before: fx.Node, image: fx.Node) -> fx.Node:
+    """An image [1, C, H, W] as tokens [H W, C]."""
+    _, channels, rows, columns = shape(image)
+    last = insert(before, aten.permute.default, image, TO_TOKENS)
+    return insert(before, aten.view.default, last, [rows * columns, channels])
+
+
+def image_of(before: fx.Node, tokens: fx.Node, sides: Sequence[int]) -> fx.Node:
+    """Tokens [H W, C] as an image [1, C, H, W] of sides (H, W)."""
+    last = insert(before, aten.view.default, tokens, [1, *sides, shape(tokens)[1]])
+    return insert(before, aten.permute.default, last, TO_IMAGE)
 
 
 def calls(module: fx.GraphModule, *targets: Any) -> list[fx.Node]:
@@ -73,6 +91,25 @@ def add_buffer(module: fx.GraphModule, before: fx.Node, name: str, tensor: Tenso
 def replace(node: fx.Node, replacement: fx.Node) -> None:
     """Let every user of ``node`` use ``replacement``, and erase ``node``."""
     node.replace_all_uses_with(replacement)
+    node.graph.erase_node(node)
+
+
+def replace_with_image(node: fx.Node, image: fx.Node) -> None:
+    """`replace` by an `image_of` tokens. Its elements lie in another order in memory; a user that
+    views ``node`` in a way that this order does not allow gets a copy.
+    """
+    strided = value(image)
+    for user in list(node.users):
+        given = image
+        if user.target is aten.view.default:
+            try:
+                torch.empty_strided(strided.shape, strided.stride(), device="meta").view(
+                    user.args[1]  # type: ignore[arg-type]
+                )
+            except RuntimeError:
+                plain = {"memory_format": torch.contiguous_format}
+                given = insert(user, aten.clone.default, image, **plain)
+        user.replace_input_with(node, given)
     node.graph.erase_node(node)
 
 

@@ -7,19 +7,27 @@ from typing import Any
 import torch
 from torch import fx
 
-from edge_dit_export.passes._graph import calls, insert, replace, shape, value
+from edge_dit_export.passes._graph import (
+    calls,
+    image_of,
+    insert,
+    replace_with_image,
+    shape,
+    tokens_of,
+)
 
 aten: Any = torch.ops.aten
 
 
 def conv1x1_to_mm(module: fx.GraphModule) -> int:
-    """Write a 1x1 convolution of one image, and its gradients, as products:
+    """Write a 1x1 convolution of one image, and its gradients, as products of its tokens:
 
-        y = W x + b    dx = W^T dy    dW = dy x^T    x [C, H W], W [O, C], y [O, H W]
+        y = x W^T + b    dx = dy W    dW = dy^T x    x [H W, C], W [O, C], y [H W, O]
 
-    The weight is the left factor, so that no feature map is transposed. ExecuTorch 1.5.1's
-    convolution is hundreds of times slower than torch's on these, its convolution_backward has no
-    kernel at all, and ONNX has none for convolution_backward either.
+    Tokens are rows, as in linear layers, so that both kinds of layers become the same products;
+    `tokens_last` then removes the permutes between them. ExecuTorch 1.5.1's convolution is hundreds
+    of times slower than torch's on these, its convolution_backward has no kernel at all, and ONNX
+    has none for convolution_backward either.
 
     Returns:
         Number of convolutions and gradients rewritten.
@@ -33,14 +41,10 @@ def _forward(module: fx.GraphModule) -> int:
         x, weight, bias, *settings = node.args
         if not _is_product(x, weight, settings):
             continue
-        _, channels, rows, columns = shape(x)
-        outputs = shape(weight)[0]
-        flat = insert(node, aten.view.default, _contiguous(node, x), [channels, rows * columns])
-        matrix = insert(node, aten.view.default, weight, [outputs, channels])
-        y = insert(node, aten.mm.default, matrix, flat)
+        y = insert(node, aten.mm.default, tokens_of(node, x), _turned(node, _matrix(node, weight)))
         if bias is not None:
-            y = insert(node, aten.add.Tensor, y, insert(node, aten.unsqueeze.default, bias, 1))
-        replace(node, insert(node, aten.view.default, y, [1, outputs, rows, columns]))
+            y = insert(node, aten.add.Tensor, y, bias)
+        replace_with_image(node, image_of(node, y, shape(x)[2:]))
         count += 1
     return count
 
@@ -51,23 +55,17 @@ def _backward(module: fx.GraphModule) -> int:
         dy, x, weight, _bias_sizes, *settings, mask = node.args
         if mask[2] or not _is_product(x, weight, settings):
             continue
-        _, channels, rows, columns = shape(x)
-        outputs = shape(weight)[0]
-        flat = insert(node, aten.view.default, _contiguous(node, dy), [outputs, rows * columns])
+        given = tokens_of(node, dy)
         gradients = {}
         if mask[0]:
-            matrix = insert(node, aten.view.default, weight, [outputs, channels])
-            transposed = insert(node, aten.permute.default, matrix, [1, 0])
-            dx = insert(node, aten.mm.default, transposed, flat)
-            gradients[0] = insert(node, aten.view.default, dx, [1, channels, rows, columns])
+            dx = insert(node, aten.mm.default, given, _matrix(node, weight))
+            gradients[0] = image_of(node, dx, shape(x)[2:])
         if mask[1]:
-            seen = insert(node, aten.view.default, _contiguous(node, x), [channels, rows * columns])
-            turned = insert(node, aten.permute.default, seen, [1, 0])
-            dw = insert(node, aten.mm.default, flat, turned)
-            gradients[1] = insert(node, aten.view.default, dw, [outputs, channels, 1, 1])
+            dw = insert(node, aten.mm.default, _turned(node, given), tokens_of(node, x))
+            gradients[1] = insert(node, aten.view.default, dw, list(shape(weight)))
         for item in list(node.users):
             if item.args[1] in gradients:  # the bias has none
-                replace(item, gradients[item.args[1]])
+                replace_with_image(item, gradients[item.args[1]])
         module.graph.eliminate_dead_code()
         count += 1
     return count
@@ -82,8 +80,9 @@ def _is_product(x: fx.Node, weight: fx.Node, settings: list[Any]) -> bool:
     )
 
 
-def _contiguous(before: fx.Node, node: fx.Node) -> fx.Node:
-    """Channels-last results of torch's own convolutions cannot be viewed as [C, H W]."""
-    if value(node).is_contiguous():
-        return node
-    return insert(before, aten.clone.default, node, memory_format=torch.contiguous_format)
+def _matrix(before: fx.Node, weight: fx.Node) -> fx.Node:
+    return insert(before, aten.view.default, weight, list(shape(weight)[:2]))
+
+
+def _turned(before: fx.Node, matrix: fx.Node) -> fx.Node:
+    return insert(before, aten.permute.default, matrix, [1, 0])
