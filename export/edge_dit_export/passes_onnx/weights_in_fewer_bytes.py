@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_dit.contract.targets import PIECE
-from edge_dit_export.passes_onnx._graph import constant
+from edge_dit_export.passes_onnx._graph import constant, shaped_after
 
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
@@ -93,7 +93,7 @@ class _Weight:
             stored = _slice(stored, 0, part, before)
         wide = ir.Value(name=name, shape=ir.Shape([end - start, *self.sides[1:]]), type=FLOAT)
         if not self.int8:
-            stored = _shaped_after(known, stored, before)
+            stored = shaped_after(known, stored, before)
             to = ir.AttrInt64("to", ir.DataType.FLOAT.value)
             self.graph.insert_before(before, ir.Node("", "Cast", [stored], [to], outputs=[wide]))
             return wide
@@ -198,30 +198,6 @@ def _other_factor(reader: ir.Node, weight: ir.Value) -> ir.Value | None:
         if len(following) != 1:
             return None
         reader, weight = following[0], reader.outputs[0]
-
-
-def _shaped_after(known: ir.Value | None, stored: ir.Value, before: ir.Node) -> ir.Value:
-    """``stored``, in a Reshape to its own shape whose numbers are known only after ``known`` is;
-    onnxruntime copies nothing for it.
-    """
-    if known is None or known.is_graph_input() or known.shape is None or stored.shape is None:
-        return stored
-    graph, rank = before.graph, len(known.shape)
-    assert isinstance(graph, ir.Graph)
-    zeros, ones = (constant(graph, [n] * rank) for n in (0, 1))
-    first = ir.Node("", "Slice", [known, zeros, ones, constant(graph, range(rank))])
-    flat = ir.Node("", "Reshape", [first.outputs[0], constant(graph, [1])])
-    # By way of bool: what is not a number has no value as an integer.
-    to = [ir.AttrInt64("to", kind.value) for kind in (ir.DataType.BOOL, ir.DataType.INT64)]
-    truth = ir.Node("", "Cast", [flat.outputs[0]], [to[0]])
-    never = ir.Node("", "And", [truth.outputs[0], constant(graph, np.zeros(1, bool))])
-    zero = ir.Node("", "Cast", [never.outputs[0]], [to[1]])
-    shape = ir.Node("", "Add", [constant(graph, stored.shape.numpy()), zero.outputs[0]])
-    late = ir.Node("", "Reshape", [stored, shape.outputs[0]])
-    for node in (first, flat, truth, never, zero, shape, late):
-        graph.insert_before(before, node)
-    late.outputs[0].shape, late.outputs[0].type = stored.shape, stored.type
-    return late.outputs[0]
 
 
 def _after(known: ir.Value | None, scale: ir.Value, before: ir.Node) -> ir.Value:

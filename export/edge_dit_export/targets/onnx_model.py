@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from edge_dit.contract.names import PATCH, SAMPLER_INPUTS
 from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit_export.graph.flat_program import flat_program
+from edge_dit_export.passes_onnx.products_in_int8 import TRANSLATIONS
 
 OPSET = 18
 """The opset the dynamo exporter writes without converting; every runtime since 2023 has it."""
@@ -62,6 +63,7 @@ def onnx_model(
             # onnxruntime does not find when it loads them.
             optimize=False,
             verbose=False,
+            custom_translation_table=TRANSLATIONS,
         )
     assert program is not None
     model = program.model

@@ -1,0 +1,121 @@
+"""Products with frozen matrices in int8, both ways: what a bundle with ``compute = "int8"`` does.
+
+A weight W [N, K] is stored once, as int8 values V with a scale s of each output channel: W = s V.
+Activations are quantised where they are used, to uint8 with one scale and zero point per tensor, as
+ONNX's DynamicQuantizeLinear does. With q(x) = (x^ - z) s_x, x^ and z integers:
+
+    forward     y  = x W^T        ~ s_x s_n  (x^ - z) V^T
+    backward    dx = dy W         ~ s_g      (g^ - z) V           g = dy s
+
+So the one V serves both directions. Sums are of integers and exact. LoRA, attention, norms, softmax
+and loss stay in float32.
+
+Here the same is done in PyTorch, slowly: exports are traced from it and compared with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edge_dit.models.quantize import to_int8
+from edge_dit.models.subgraph import can_carry_lora
+
+LEVELS = 255
+"""Steps of an activation's range."""
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The values that integer products see, (x^ - z) with its scale s_x: DynamicQuantizeLinear.
+
+    The range always holds 0, and the zero point is rounded to a level, so that 0 stays exact.
+
+    Args:
+        x: float32 of any shape.
+
+    Returns:
+        integers in float32, shaped like ``x``, and the scale, a scalar; ``x`` is about their
+        product.
+    """
+    low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
+    scale = (high - low) / LEVELS
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = torch.round((-low / scale).clamp(0, LEVELS))
+    levels = (torch.round(x / scale) + zero).clamp(0, LEVELS)
+    return levels - zero, scale
+
+
+@torch.library.custom_op("edge_dit::frozen_product", mutates_args=())
+def frozen_product(x: Tensor, weight: Tensor, back: bool) -> Tensor:
+    """x W^T, or x W, in int8.
+
+    Args:
+        x: float32 [..., K], or [..., N] where it goes ``back``.
+        weight: float32 [N, K]; it is rounded to int8 here, and a weight that was rounded before
+            stays what it is.
+        back: whether this is the product of the backward pass.
+
+    Returns:
+        float32 [..., N], or [..., K].
+    """
+    values, scale = to_int8(weight)
+    levels, own = quantized(x * scale if back else x)
+    # Sums of at most 2^15 products below 2^15 are exact in float64.
+    matrix = values.double() if back else values.double().T
+    sums = (levels.double() @ matrix).float()
+    return sums * own if back else sums * (own * scale)
+
+
+@frozen_product.register_fake
+def _(x: Tensor, weight: Tensor, back: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1] if back else weight.shape[0]))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.weight, ctx.back = inputs
+
+
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    return frozen_product(dy, ctx.weight, not ctx.back), None, None
+
+
+frozen_product.register_autograd(_gradient, setup_context=_keep)
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer whose frozen weight is multiplied in int8."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]; the bias is added in float32."""
+        return _biased(x, self.weight, self.bias)
+
+
+class Int8Conv1x1(nn.Conv2d):
+    """The same of a 1x1 convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, C, H, W] -> [1, O, H, W]."""
+        y = _biased(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+        return y.permute(0, 3, 1, 2)
+
+
+def _biased(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    y = frozen_product(x.flatten(0, -2), matrix, False)
+    y = y if bias is None else y + bias
+    return y.view(*x.shape[:-1], -1)
+
+
+def compute_in_int8(blocks: Iterable[nn.Module]) -> None:
+    """Let the frozen matrices of blocks be multiplied in int8, in place; weights and names stay.
+
+    Args:
+        blocks: LoRA in place, if they carry any.
+    """
+    for block in blocks:
+        for module in block.modules():
+            if can_carry_lora(module) and not module.weight.requires_grad:  # type: ignore[union-attr]
+                # The module itself changes its class, so that what wraps it need not know.
+                module.__class__ = Int8Linear if isinstance(module, nn.Linear) else Int8Conv1x1
