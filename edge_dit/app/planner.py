@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_dit.budget.limits import NO_LIMITS, Limits
-from edge_dit.contract.targets import tail_faults
+from edge_dit.contract.targets import WIDE, tail_faults
 from edge_dit.errors import BadInput
 from edge_dit.pictures.dataset import Survey, read_folder
 from edge_dit.planning.doubts import doubts, unused_prompts
@@ -176,6 +176,13 @@ def _plan_within(
     kept = SplitRequest(head_skip=head or 0, tail_skip=tail or 0)
     if faults := choose_split(whole.layers, kept).faults:
         raise faults[0]
+    if whole.compute != WIDE:
+        raise BadInput(
+            "export.compute",
+            found=f"{whole.compute}, with a budget",
+            expected="float32: a budget knows what that takes",
+            remedy="leave compute out, or plan without ram, flash and step_time",
+        )
     variants = variants_of(targets or whole.targets)
     names = {variant.target for variant in variants}
     refused = tail_faults(job.plan.tail, sorted(names)) if job.plan.tail else []
@@ -199,6 +206,7 @@ def _footprints(plan: Plan, profile: Profile, variants: Sequence[Any]) -> dict[s
         str(variant): footprints.of(tuple(plan.trained), plan.rank, variant, plan.tail)
         for variant in variants
         if variant.dtype == (plan.weights if variant.target == "onnx" else "float32")
+        and (variant.target != "onnx" or plan.compute == WIDE)
         and (variant.layout != "recompute" or plan.recompute)
     }
 

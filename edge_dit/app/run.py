@@ -180,18 +180,23 @@ def exported_as(plan: Plan, target: str) -> str:
     """
     variant = variant_of(target)
     name, *given = target.split(":")
-    stored = plan.weights if plan.weights in TARGETS[name].layouts.get(STREAMED, ()) else WIDE
+    record = TARGETS[name]
+    compute = plan.compute if plan.compute in record.computes else WIDE
+    stored = plan.weights if plan.weights in record.layouts.get(STREAMED, ()) else WIDE
+    missing = compute == WIDE and stored not in record.layouts[variant.layout]
     wrong = (
-        (len(given) > 1 and variant.dtype != stored)
-        or (bool(given) and stored not in TARGETS[name].layouts[variant.layout])
+        (len(given) > 1 and (variant.dtype, variant.compute) != (stored, compute))
+        or (bool(given) and missing)
         or (variant.layout == RECOMPUTE and not plan.recompute)
     )
     if wrong:
         raise BadInput(
             "--target",
             found=f"{target}, which this job does not export",
-            expected=f"a layout for [export] weights = {stored!r}, recompute = {plan.recompute}",
-            remedy="set weights or recompute in the job's [export], or name another --target",
+            expected=f"a layout for [export] weights = {stored!r}, compute = {compute!r}, "
+            f"recompute = {plan.recompute}",
+            remedy="set weights, compute or recompute in the job's [export], or name another "
+            "--target",
         )
     return ":".join([name, *given[:1]])
 

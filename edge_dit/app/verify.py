@@ -29,20 +29,23 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from edge_dit.app.claims import false_claims, loop_claims
+from edge_dit.app.rounding import drift, groups, rounded, unrounded
 from edge_dit.app.verify_words import varied_inputs
 from edge_dit.contract.adapter import with_random_b
 from edge_dit.contract.bank import Bank, draw_order
 from edge_dit.contract.bundle import Bundle, open_bundle
 from edge_dit.contract.certificate import (
+    UNROUNDED,
     Certificate,
     Draws,
+    Drift,
     TargetResult,
     differences,
     write_certificate,
 )
 from edge_dit.contract.integrity import content_faults
 from edge_dit.contract.names import THROUGH
-from edge_dit.contract.targets import TARGETS, WIDE, OnnxFacts
+from edge_dit.contract.targets import INT8, TARGETS, WIDE, OnnxFacts
 from edge_dit.errors import CheckFailed, require
 from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.plan import Plan, model_of
@@ -155,7 +158,11 @@ def verify(
     faults = [f for name in names for f in content_faults(opened, name, verify_hashes=True)]
     changed = {fault.where: fault.found for fault in faults}
     results: dict[str, TargetResult] = {}
-    total = sum(len(opened.layouts(name)) + _has_loop(opened, name) for name in names)
+    total = sum(
+        len(opened.layouts(name)) * (1 + (opened.compute(name) == INT8)) + _has_loop(opened, name)
+        for name in names
+    )
+    drifts: dict[str, Drift] = {}
     with bar("verify", total + 2) as advance:
         plan = Plan.model_validate({**opened.manifest.plan, "model": model})
         stock = model_of(plan)
@@ -167,7 +174,8 @@ def verify(
         subgraph, batch = adapted_subgraph(plan, stock)
         claims = false_claims(opened, plan, subgraph, batch, planned)
         advance(note="model")
-        for title, result, more in _results(opened, draws, names, (plan, stock, subgraph), steps):
+        stage = _Stage(opened, draws, plan, stock, subgraph, steps, drifts)
+        for title, result, more in stage.results(names):
             results[title] = result
             claims += more
             advance(note=title)
@@ -181,6 +189,7 @@ def verify(
         false_claims=claims,
         varied=varied_inputs(opened, plan, steps),
         exercised=[f"{probe.name}: {probe.shows}" for probe in PROBES],
+        drift=drifts,
     )
     write_certificate(opened, certificate)
     return certificate
@@ -190,39 +199,89 @@ def _has_loop(bundle: Bundle, target: str) -> bool:
     return getattr(bundle.facts(target), LOOP, None) is not None
 
 
-def _results(
-    bundle: Bundle,
-    bank: Bank,
-    names: Sequence[str],
-    stock: tuple[Plan, Model, TrainableSubgraph],
-    steps: int,
-) -> Iterator[tuple[str, TargetResult, list[str]]]:
-    """Title, result and false claims of every layout of every target, and of the loop's parts.
+@dataclass
+class _Stage:
+    """What the comparisons of a bundle's targets share.
 
-    Args:
+    Attributes:
         bundle: opened.
         bank: of the bundle.
-        names: of the targets, those with frozen weights in fewer bytes last.
-        stock: plan, model, and the sub-graph with its fresh LoRA; it changes.
+        plan, model: of the bundle.
+        subgraph: with its fresh LoRA; it changes.
         steps: length of the trajectory.
+        drifts: what int8 costs, by target; filled.
     """
-    from edge_dit.models.quantize import round_frozen
-    from edge_dit.reference.eager import lora_tensors
 
-    plan, model, subgraph = stock
-    fresh = lora_tensors(subgraph)
-    references: dict[str, Reference] = {}
-    for target in names:
-        dtype = bundle.dtype(target)
-        if dtype not in references:
-            round_frozen(subgraph, dtype)
-            references[dtype] = measure_reference(subgraph, fresh, plan, bank, steps)
+    bundle: Bundle
+    bank: Bank
+    plan: Plan
+    model: Model
+    subgraph: TrainableSubgraph
+    steps: int
+    drifts: dict[str, Drift]
+
+    def results(self, names: Sequence[str]) -> Iterator[tuple[str, TargetResult, list[str]]]:
+        """Title, result and false claims of every layout of every target, and of the loop's parts.
+
+        Args:
+            names: of the targets, those with frozen weights in fewer bytes last.
+        """
+        from edge_dit.models.quantize import round_frozen
+        from edge_dit.reference.eager import lora_tensors
+
+        bundle, plan = self.bundle, self.plan
+        fresh = lora_tensors(self.subgraph)
+        references: dict[str, Reference] = {}
+        for target in names:
+            dtype = bundle.dtype(target)
+            if dtype not in references:
+                round_frozen(self.subgraph, dtype)
+                references[dtype] = measure_reference(
+                    self.subgraph, fresh, plan, self.bank, self.steps
+                )
+            compare = self._in_int8 if bundle.compute(target) == INT8 else self._in_float
+            for title, result in compare(target, references[dtype], fresh):
+                yield title, result, []
+        for target in filter(partial(_has_loop, bundle), names):
+            wanted, claims = loop_reference(bundle, target, plan, self.model, self.subgraph)
+            found = verify_loop(bundle, self.bank.folder, target, wanted)
+            yield f"{target} ({LOOP})", found, claims
+
+    def _in_float(
+        self, target: str, reference: Reference, _: Mapping[str, np.ndarray]
+    ) -> Iterator[tuple[str, TargetResult]]:
+        bundle = self.bundle
         for layout in bundle.layouts(target):
-            result = verify_target(bundle, bank.folder, target, layout, references[dtype])
-            yield bundle.titled(target, layout), result, []
-    for target in filter(partial(_has_loop, bundle), names):
-        wanted, claims = loop_reference(bundle, target, plan, model, subgraph)
-        yield f"{target} ({LOOP})", verify_loop(bundle, bank.folder, target, wanted), claims
+            result = verify_target(bundle, self.bank.folder, target, layout, reference)
+            yield bundle.titled(target, layout), result
+
+    def _in_int8(
+        self, target: str, reference: Reference, fresh: Mapping[str, np.ndarray]
+    ) -> Iterator[tuple[str, TargetResult]]:
+        from edge_dit.reference.eager import EagerSession, adapted_subgraph
+
+        bundle, bank, plan = self.bundle, self.bank, self.plan
+        with unrounded(bundle, target) as plain:
+            for layout in bundle.layouts(target):
+                title = f"{bundle.titled(target, layout)} {UNROUNDED}"
+                yield title, verify_target(plain, bank.folder, target, layout, reference)
+        points, steps = reference.points, self.steps
+        right, limits = rounded(self.subgraph, plan, bank, fresh, points, steps)
+        patch = {n: value for n, value in reference.tensors.items() if n.startswith("patch.")}
+        for layout in bundle.layouts(target):
+            found = measure_target(bundle, bank.folder, target, layout, points, steps)
+            draws = reference.draws
+            if isinstance(found, str):
+                result = TargetResult(draws, error=found)
+            else:
+                rows = groups(right, found, limits)
+                rows += differences(patch, found, TARGETS[target].tolerances)
+                result = TargetResult(draws, rows)
+            yield bundle.titled(target, layout), result
+        exact, _ = adapted_subgraph(plan, self.model)
+        session = EagerSession(exact, plan.optimizer)
+        in_float = measure(session, bank, fresh, steps, replayed(points))
+        self.drifts[target] = drift(in_float, right)
 
 
 # ---------------------------------------------------------------- PyTorch
@@ -364,15 +423,23 @@ def verify_target(
 ) -> TargetResult:
     """Measure one target in a child process and compare it with ``reference``."""
     draws = reference.draws
-    with tempfile.TemporaryDirectory() as folder:
-        chosen = Path(folder) / "points.safetensors"
-        write_points(chosen, reference.points)
-        steps = len(draws.compared) - 1
-        task = Task(str(bundle.folder), str(bank), target, layout, str(chosen), steps, "")
-        measured = _in_a_child(task)
+    steps = len(draws.compared) - 1
+    measured = measure_target(bundle, bank, target, layout, reference.points, steps)
     if isinstance(measured, str):
         return TargetResult(draws, error=measured)
     return compared(reference, measured, target)
+
+
+def measure_target(
+    bundle: Bundle, bank: Path, target: str, layout: str, points: list[Point], steps: int
+) -> dict[str, np.ndarray] | str:
+    """What one target computes in a child process; or why that ended early."""
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = Path(folder) / "points.safetensors"
+        write_points(chosen, points)
+        return _in_a_child(
+            Task(str(bundle.folder), str(bank), target, layout, str(chosen), steps, "")
+        )
 
 
 def _in_a_child(task: Task) -> dict[str, np.ndarray] | str:

@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from edge_dit.contract.bundle import Bundle
-from edge_dit.contract.certificate import BankResult, Certificate
+from edge_dit.contract.certificate import UNROUNDED, BankResult, Certificate
 from edge_dit.contract.targets import TARGETS
 from edge_dit.planning.plan import Plan
 from edge_dit_runtime.probes import ANYWHERE, PLACES, PROBES, SIZES, VARIATIONS
@@ -14,6 +14,8 @@ from edge_dit_runtime.probes import ANYWHERE, PLACES, PROBES, SIZES, VARIATIONS
 KINDS = ("loss", "gradients", "inputs", "trajectory", "adapter", "optimizer", "patch")
 LOOP_KINDS = ("prompts", "collect", "paint")
 """What is compared, in the order of the table; of the loop's parts."""
+OTHER = ("(loop)", UNROUNDED)
+"""Ends of the titles of what does not round."""
 OUT_OF_REACH = (
     "other machines and versions of the runtimes",
     "draws of the bank at which targets were not compared",
@@ -28,11 +30,16 @@ def table(certificate: Certificate) -> Table:
     limits: dict[str, list[str]] = {}
     for title in certificate.targets:
         tolerances = TARGETS[title.partition(" ")[0]].tolerances
+        if title.partition(" ")[0] in certificate.drift and not title.endswith(OTHER):
+            continue
         kinds = LOOP_KINDS if title.endswith("(loop)") else KINDS
         words = ", ".join(f"{kind} {tolerances[kind]:.0e}" for kind in kinds)
         limits.setdefault(words, []).append(title)
     lines = [_of_bank(certificate.bank)] if certificate.bank else []
     lines += [f"limits of {', '.join(names)}: {words}" for words, names in limits.items()]
+    for name, drift in certificate.drift.items():
+        lines.append(f"limits of {name} in int8: what rounding can move (docs/verify.md)")
+        lines.append(f"int8 costs: {drift.in_words()}")
     shown = Table(
         "",
         *(title.replace(" ", "\n") for title in certificate.targets),

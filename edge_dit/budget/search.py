@@ -172,6 +172,7 @@ class Option:
             "targets": [self.variant.target],
             "layout": self.variant.layout,
             "weights": self.variant.dtype,
+            "compute": self.variant.compute,
             "recompute": self.variant.layout == "recompute",
         }
         return plan.model_copy(update=update)

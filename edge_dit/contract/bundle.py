@@ -163,6 +163,10 @@ class Bundle:
         """How a target stores frozen matrices: "float32", "float16" or "int8"."""
         return str(getattr(self.facts(target), "weights", WIDE))
 
+    def compute(self, target: str) -> str:
+        """How a target computes products with frozen matrices: "float32" or "int8"."""
+        return str(getattr(self.facts(target), "compute", WIDE))
+
     def adapter(self) -> dict[str, np.ndarray]:
         """The LoRA tensors that training starts from, by diffusers name.
 

@@ -15,6 +15,8 @@ from edge_dit.store.documents import STRICT, parse_json, read_whole
 from edge_dit.store.files import write_json
 
 PARITY = "parity.json"
+UNROUNDED = "unrounded"
+"""Word after a title: the graphs without the rounding of int8, see `edge_dit.app.rounding`."""
 SCHEMA = 2
 ORDER = (
     "gradients",
@@ -217,6 +219,31 @@ class BankResult:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """What products in int8 cost: PyTorch in int8 beside PyTorch in float32, weights included.
+
+    Attributes:
+        cosine_median, cosine_worst: of the gradients of one draw, over the LoRA tensors.
+        steps: length of the trajectory.
+        loss, loss_int8: of its last step.
+    """
+
+    __pydantic_config__ = STRICT
+    cosine_median: float
+    cosine_worst: float
+    steps: int
+    loss: float
+    loss_int8: float
+
+    def in_words(self) -> str:
+        """One line."""
+        return (
+            f"cosine of gradients {self.cosine_median:.4f} (worst {self.cosine_worst:.3f}), loss "
+            f"of step {self.steps} {self.loss_int8:.4f}, in float32 {self.loss:.4f}"
+        )
+
+
+@dataclass(frozen=True)
 class Certificate:
     """Every target of a bundle, compared with PyTorch.
 
@@ -230,6 +257,7 @@ class Certificate:
         false_claims: what manifest and adapter say against the plan, a line each.
         varied: inputs of the exported graphs that had several values, a line each.
         exercised: what of the optimizer was tried from made-up states, a line each.
+        drift: what int8 costs, of each target that computes in it.
     """
 
     __pydantic_config__ = STRICT
@@ -242,6 +270,7 @@ class Certificate:
     false_claims: list[str] = field(default_factory=list)
     varied: list[str] = field(default_factory=list)
     exercised: list[str] = field(default_factory=list)
+    drift: Mapping[str, Drift] = field(default_factory=dict)
     schema_version: Literal[2] = SCHEMA
 
     @property
@@ -317,4 +346,10 @@ def why_uncertified(bundle: Bundle, title: str) -> str:
         return f"{PARITY} says that the bank is not the plan's"
     if title not in certificate.targets:
         return f"{PARITY} has no result of {title}"
-    return "" if certificate.targets[title].passed else f"{PARITY} says that {title} failed"
+    both = [title, f"{title} {UNROUNDED}"]
+    failed = [name for name in both if not _passed(certificate, name)]
+    return f"{PARITY} says that {failed[0]} failed" if failed else ""
+
+
+def _passed(certificate: Certificate, title: str) -> bool:
+    return title not in certificate.targets or certificate.targets[title].passed

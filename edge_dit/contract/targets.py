@@ -21,7 +21,11 @@ from edge_dit.errors import BadInput
 Dtype = Literal["float32", "float16", "int8"]
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "int8")
 """How frozen matrices can be stored; int8 has one float32 scale per output channel."""
-WIDE: Dtype = "float32"
+WIDE: Literal["float32"] = "float32"
+Compute = Literal["float32", "int8"]
+"""How products with frozen matrices are computed."""
+INT8: Literal["int8"] = "int8"
+"""In int8 both ways, see `edge_dit.models.int8_products`; frozen matrices are stored as int8."""
 FROZEN = "frozen.safetensors"
 """File of a target's frozen weights, each once; what does not fit into it goes to further files."""
 FILE_BYTES = 512 * 10**6
@@ -115,6 +119,7 @@ class OnnxFacts(Facts):
     Attributes:
         frozen: files of the frozen weights.
         weights: how those files store frozen matrices.
+        compute: how products with the blocks' frozen matrices are computed in a training step.
         graphs: names of each graph's inputs and outputs, by file.
         streamed: the streamed layout.
         loop: what makes draws of pictures, and paints.
@@ -122,6 +127,7 @@ class OnnxFacts(Facts):
 
     frozen: Annotated[list[PlainName], BeforeValidator(_listed), Field(min_length=1)]
     weights: Dtype = WIDE
+    compute: Compute = WIDE
     graphs: dict[PlainName, GraphNames]
     streamed: StreamedFacts | None = None
     loop: LoopFacts | None = None
@@ -175,6 +181,7 @@ class Target:
         tools: packages whose versions a manifest records.
         tolerances: kind of tensor -> largest `Difference.relative` that passes verify.
         tails: what may take the place of the blocks after the last trained one.
+        computes: how products with frozen matrices can be computed; the default comes first.
     """
 
     name: str
@@ -186,6 +193,7 @@ class Target:
     tools: tuple[str, ...]
     tolerances: Mapping[str, float]
     tails: tuple[Tail, ...] = TAILS
+    computes: tuple[Compute, ...] = (WIDE,)
 
     @property
     def module(self) -> str:
@@ -205,6 +213,7 @@ TARGETS = {
             needs_to_train=("onnxruntime",),
             tools=("torch", "onnx", "onnxscript"),
             tolerances=_FLOAT32,
+            computes=(WIDE, INT8),
         ),
         Target(
             name="ort-training",
@@ -238,18 +247,24 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class TargetVariant:
-    """A target, one of its layouts, and how frozen matrices are stored."""
+    """A target, one of its layouts, how frozen matrices are stored, and how products with them are
+    computed.
+    """
 
     target: str
     layout: str = FUSED
     dtype: str = WIDE
+    compute: str = WIDE
 
     def __str__(self) -> str:
-        """As `variant_of` reads it: "onnx", "onnx:streamed", "onnx:streamed:int8"."""
-        parts = [self.target, self.layout, self.dtype]
-        for default in (WIDE, FUSED):
-            if parts[-1] == default:
-                parts.pop()
+        """As `variant_of` reads it: "onnx", "onnx:streamed", "onnx:streamed:int8",
+        "onnx:fused:int8:int8".
+        """
+        parts = [self.target, self.layout, self.dtype, self.compute]
+        for default in (WIDE, WIDE, FUSED):
+            if parts[-1] != default:
+                break
+            parts.pop()
         return ":".join(parts)
 
 
@@ -259,19 +274,27 @@ VARIANTS = tuple(
     for layout, dtypes in target.layouts.items()
     for dtype in dtypes
 )
-"""Every variant of every target."""
+"""Every variant of every target that computes in float32."""
+INT8_VARIANTS = tuple(
+    TargetVariant(target.name, layout, INT8, INT8)
+    for target in TARGETS.values()
+    if INT8 in target.computes
+    for layout in target.layouts
+)
+"""Every variant that computes in int8."""
 
 
 def variant_of(name: str) -> TargetVariant:
-    """A variant by name, "onnx:streamed:int8"; layout and dtype may be left out.
+    """A variant by name, "onnx:streamed:int8"; layout, dtype and compute may be left out.
 
     Raises:
         BadInput: there is no such variant.
     """
-    target, layout, dtype, *more = [*name.split(":"), "", ""]
-    asked = TargetVariant(target, layout or FUSED, dtype or WIDE)
-    if any(more) or asked not in VARIANTS:
-        raise BadInput("--target", found=name, expected=", ".join(map(str, VARIANTS)))
+    target, layout, dtype, compute, *more = [*name.split(":"), "", "", ""]
+    asked = TargetVariant(target, layout or FUSED, dtype or WIDE, compute or WIDE)
+    every = VARIANTS + INT8_VARIANTS
+    if any(more) or asked not in every:
+        raise BadInput("--target", found=name, expected=", ".join(map(str, every)))
     return asked
 
 
@@ -295,3 +318,30 @@ def tail_faults(tail: Tail, targets: Iterable[str]) -> list[BadInput]:
         for name in targets
         if tail not in TARGETS[name].tails
     ]
+
+
+def compute_faults(weights: Dtype, compute: Compute, targets: Iterable[str]) -> list[BadInput]:
+    """What is wrong with computing this way: other weights, or a target that cannot."""
+    if compute == WIDE:
+        return []
+    faults = []
+    if weights != INT8:
+        faults.append(
+            BadInput(
+                "export.compute",
+                found=f"int8, with weights = {weights!r}",
+                expected='weights = "int8": the products read the weights as they are stored',
+                remedy='set weights = "int8" under [export], or leave compute out',
+            )
+        )
+    able = [name for name, target in TARGETS.items() if compute in target.computes]
+    if not set(able) & set(targets):
+        faults.append(
+            BadInput(
+                "export.compute",
+                found=f"int8, with target {', '.join(targets)}",
+                expected=f"{' or '.join(able)} among the targets",
+                remedy="add it to [export] targets, or leave compute out",
+            )
+        )
+    return faults

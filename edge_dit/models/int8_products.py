@@ -15,7 +15,8 @@ Here the same is done in PyTorch, slowly: exports are traced from it and compare
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("edge_dit::frozen_product", mutates_args=())
 def frozen_product(x: Tensor, weight: Tensor, back: bool) -> Tensor:
-    """x W^T, or x W, in int8.
+    """A product with a frozen matrix in int8: x W^T, or x W.
 
     Args:
         x: float32 [..., K], or [..., N] where it goes ``back``.
@@ -88,17 +89,17 @@ frozen_product.register_autograd(_gradient, setup_context=_keep)
 class Int8Linear(nn.Linear):
     """A linear layer whose frozen weight is multiplied in int8."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N]; the bias is added in float32."""
-        return _biased(x, self.weight, self.bias)
+        return _biased(input, self.weight, self.bias)
 
 
 class Int8Conv1x1(nn.Conv2d):
     """The same of a 1x1 convolution."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[1, C, H, W] -> [1, O, H, W]."""
-        y = _biased(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+        y = _biased(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
         return y.permute(0, 3, 1, 2)
 
 
@@ -108,14 +109,26 @@ def _biased(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     return y.view(*x.shape[:-1], -1)
 
 
-def compute_in_int8(blocks: Iterable[nn.Module]) -> None:
-    """Let the frozen matrices of blocks be multiplied in int8, in place; weights and names stay.
+@contextmanager
+def computing_in_int8(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Multiply with the frozen matrices of blocks in int8 while this lasts; weights and names stay.
 
     Args:
         blocks: LoRA in place, if they carry any.
     """
-    for block in blocks:
-        for module in block.modules():
-            if can_carry_lora(module) and not module.weight.requires_grad:  # type: ignore[union-attr]
-                # The module itself changes its class, so that what wraps it need not know.
-                module.__class__ = Int8Linear if isinstance(module, nn.Linear) else Int8Conv1x1
+    modules: list[Any] = [
+        module
+        for block in blocks
+        for module in block.modules()
+        if can_carry_lora(module) and not module.weight.requires_grad  # type: ignore[union-attr]
+    ]
+    before: list[Any] = [module.__class__ for module in modules]
+    try:
+        for module in modules:
+            # The module itself changes its class, so that what wraps it need not know.
+            linear = isinstance(module, nn.Linear)
+            module.__class__ = Int8Linear if linear else Int8Conv1x1  # type: ignore[assignment]
+        yield
+    finally:
+        for module, kind in zip(modules, before, strict=True):
+            module.__class__ = kind

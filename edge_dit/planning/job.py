@@ -217,7 +217,16 @@ class Export(_Section):
         Literal["float32", "float16", "int8"],
         Field(
             description="How the onnx target stores frozen matrices: float32 for all its layouts; "
-            "float16, or int8 with a scale per output channel, for the streamed one only."
+            "float16, or int8 with a scale per output channel, for the streamed one only, unless "
+            "`compute` is int8."
+        ),
+    ] = "float32"
+    compute: Annotated[
+        Literal["float32", "int8"],
+        Field(
+            description="How a training step of the onnx target multiplies with the blocks' frozen "
+            "matrices: in float32; or in int8, in all its layouts, which takes a third to half of "
+            'the time. Needs `weights = "int8"`.'
         ),
     ] = "float32"
     recompute: Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.names import STORED, Tail
-from edge_dit.contract.targets import tail_faults
+from edge_dit.contract.targets import compute_faults, tail_faults
 from edge_dit.errors import BadInput, raise_any
 from edge_dit.models.model import Model, open_model
 from edge_dit.models.source import Located, locate
@@ -72,6 +72,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
         prompts = pictures.prompts(job.data.prompt)
     except BadInput as fault:
         faults.append(fault)
+    faults += compute_faults(job.export.weights, job.export.compute, job.export.targets)
     faults += loop_faults(job.export.loop, job.export.targets, job.train.preview_every)
     raise_any("job", faults)
     assert pictures is not None
@@ -121,6 +122,7 @@ def _plan(
         preview_every=job.train.preview_every,
         targets=list(dict.fromkeys(job.export.targets)),
         weights=job.export.weights,
+        compute=job.export.compute,
         recompute=job.export.recompute,
         loop=job.export.loop,
         bank_dtype=job.train.bank,

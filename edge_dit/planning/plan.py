@@ -16,7 +16,7 @@ from edge_dit.contract.bank import Dtype as BankDtype
 from edge_dit.contract.loop import TILE
 from edge_dit.contract.names import STORED, Tail
 from edge_dit.contract.split import trained_blocks
-from edge_dit.contract.targets import WIDE, Dtype
+from edge_dit.contract.targets import WIDE, Compute, Dtype
 from edge_dit.errors import BadInput
 from edge_dit.models.model import Model, open_model
 from edge_dit.models.whereabouts import known_folders, remember
@@ -63,6 +63,7 @@ class Plan(BaseModel):
         targets: to export.
         layout: that training uses by default; empty for the target's first one.
         weights: dtype of frozen matrices in the onnx target (`edge_dit.planning.job.Export`).
+        compute: how products with them are computed (`edge_dit.planning.job.Export`).
         recompute: whether the onnx target also gets the recomputing layout.
         loop: whether the onnx target also gets the loop's parts (`edge_dit.contract.loop`).
         asked: the job's keys, see `edge_dit.planning.job.Job.asked`; empty if there was no job.
@@ -96,6 +97,7 @@ class Plan(BaseModel):
     targets: list[str]
     layout: str = ""
     weights: Dtype = WIDE
+    compute: Compute = WIDE
     recompute: bool = False
     bank_dtype: BankDtype = "float32"
     loop: bool = False
@@ -164,6 +166,7 @@ class Plan(BaseModel):
                 "targets",
                 "layout",
                 "weights",
+                "compute",
                 "recompute",
                 "bank_dtype",
                 "loop",

@@ -23,7 +23,7 @@ from edge_dit.contract.bundle import (
     write_manifest,
 )
 from edge_dit.contract.names import GRAD, LOSS
-from edge_dit.contract.targets import TARGETS, tail_faults
+from edge_dit.contract.targets import TARGETS, compute_faults, tail_faults
 from edge_dit.errors import BadInput, raise_any, require
 from edge_dit.models.model import Model
 from edge_dit.models.pipeline import quiet
@@ -58,6 +58,7 @@ def export(
     """
     raise_any("export", loop_faults(plan.loop, plan.targets))
     raise_any("plan", tail_faults(plan.tail, targets))
+    raise_any("export", compute_faults(plan.weights, plan.compute, plan.targets))
     for target in targets:
         for module in TARGETS[target].needs_to_export:
             with quiet():
@@ -72,7 +73,14 @@ def export(
             )
         parts = loop(plan, model)
     source = Source(
-        subgraph, batch, plan.optimizer, plan.crop_rule, plan.weights, plan.recompute, parts
+        subgraph,
+        batch,
+        plan.optimizer,
+        plan.crop_rule,
+        plan.weights,
+        plan.recompute,
+        parts,
+        plan.compute,
     )
     with (
         whole_folder(folder, MANIFEST) as building,

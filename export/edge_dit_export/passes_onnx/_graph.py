@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -27,21 +27,45 @@ def shaped_after(known: ir.Value | None, stored: ir.Value, before: ir.Node) -> i
     """``stored``, in a Reshape to its own shape whose numbers are known only after ``known`` is;
     onnxruntime copies nothing for it.
     """
-    if known is None or known.is_graph_input() or known.shape is None or stored.shape is None:
+    if known is None or known.is_graph_input() or known.shape is None:
         return stored
-    graph, rank = before.graph, len(known.shape)
+    return reshaped_late(stored, zero_after([known], before), before)
+
+
+def zero_after(known: Iterable[ir.Value], before: ir.Node) -> ir.Value:
+    """Zero, int64 [1], that is computed only after values of known shapes are.
+
+    Args:
+        known: at least one.
+        before: the node before which new nodes go.
+    """
+    graph = before.graph
     assert isinstance(graph, ir.Graph)
-    zeros, ones = (constant(graph, [n] * rank) for n in (0, 1))
-    first = ir.Node("", "Slice", [known, zeros, ones, constant(graph, range(rank))])
-    flat = ir.Node("", "Reshape", [first.outputs[0], constant(graph, [1])])
-    # By way of bool: what is not a number has no value as an integer.
-    to = [ir.AttrInt64("to", kind.value) for kind in (ir.DataType.BOOL, ir.DataType.INT64)]
-    truth = ir.Node("", "Cast", [flat.outputs[0]], [to[0]])
-    never = ir.Node("", "And", [truth.outputs[0], constant(graph, np.zeros(1, bool))])
-    zero = ir.Node("", "Cast", [never.outputs[0]], [to[1]])
-    shape = ir.Node("", "Add", [constant(graph, stored.shape.numpy()), zero.outputs[0]])
-    late = ir.Node("", "Reshape", [stored, shape.outputs[0]])
-    for node in (first, flat, truth, never, zero, shape, late):
-        graph.insert_before(before, node)
-    late.outputs[0].shape, late.outputs[0].type = stored.shape, stored.type
-    return late.outputs[0]
+    tape = ir.tape.Tape()
+    flags = []
+    for value in known:
+        rank = len(sides(value))
+        zeros, ones, axes = (constant(graph, n) for n in ([0] * rank, [1] * rank, range(rank)))
+        first = tape.op("Slice", [value, zeros, ones, axes])
+        flat = tape.op("Reshape", [first, constant(graph, [1])])
+        # By way of bool: what is not a number has no value as an integer.
+        flags.append(tape.op("Cast", [flat], {"to": ir.DataType.BOOL}))
+    flag = flags[0] if len(flags) == 1 else tape.op("Concat", flags, {"axis": 0})
+    never = tape.op("And", [flag, constant(graph, np.zeros(1, bool))])
+    if len(flags) > 1:
+        never = tape.op("Slice", [never, constant(graph, [0]), constant(graph, [1])])
+    zero = tape.op("Cast", [never], {"to": ir.DataType.INT64})
+    graph.insert_before(before, tape.nodes)
+    return zero
+
+
+def reshaped_late(stored: ir.Value, zero: ir.Value, before: ir.Node) -> ir.Value:
+    """``stored`` in a Reshape to its own shape plus ``zero``."""
+    graph = before.graph
+    assert isinstance(graph, ir.Graph)
+    tape = ir.tape.Tape()
+    shape = tape.op("Add", [constant(graph, list(sides(stored))), zero])
+    late = tape.op("Reshape", [stored, shape])
+    graph.insert_before(before, tape.nodes)
+    late.shape, late.type = stored.shape, stored.type
+    return late

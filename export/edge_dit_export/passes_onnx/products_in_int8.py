@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxscript
-import torch
+from onnxscript.values import Op, Opset
 
 from edge_dit.models.int8_products import frozen_product
 from edge_dit_export.passes_onnx._graph import constant, sides
@@ -35,7 +34,7 @@ _SCHEMA = onnx.defs.OpSchema(
     outputs=[onnx.defs.OpSchema.FormalParameter("y", "tensor(float)")],
     attributes=[onnx.defs.OpSchema.Attribute("back", onnx.defs.OpSchema.AttrType.INT)],
 )
-_frozen_product = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), NAME, _SCHEMA)
+_frozen_product = Op(Opset(DOMAIN, 1), NAME, _SCHEMA)
 
 
 def _translate(x: Any, weight: Any, back: bool) -> Any:
@@ -75,3 +74,18 @@ def product_in_int8(node: ir.Node, values: ir.Value, scale: ir.Value) -> None:
     y = tape.op("Mul", [tape.op("Cast", [sums], {"to": ir.DataType.FLOAT}), scales])
     y.shape, y.type = node.outputs[0].shape, node.outputs[0].type
     ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [y])
+
+
+def share_quantised(model: ir.Model) -> None:
+    """Quantise an activation once for all products that read it, in place; the exporter's own
+    operator is no longer known to the model.
+    """
+    first: dict[ir.Value | None, ir.Node] = {}
+    for node in list(model.graph):
+        if node.op_type == "DynamicQuantizeLinear":
+            shared = first.setdefault(node.inputs[0], node)
+            if shared is not node:
+                ir.convenience.replace_nodes_and_values(
+                    model.graph, node, [node], [], node.outputs, shared.outputs
+                )
+    model.opset_imports.pop(DOMAIN, None)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from edge_dit.contract.targets import PIECE
 from edge_dit_export.passes_onnx._graph import constant, shaped_after
+from edge_dit_export.passes_onnx.products_in_int8 import is_frozen_product, product_in_int8
 
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
@@ -25,10 +26,10 @@ FLOAT = ir.TensorType(ir.DataType.FLOAT)
 def weights_in_fewer_bytes(model: ir.Model, names: Iterable[str], dtype: str) -> int:
     """Store inputs in fewer bytes and widen them in the graph, in place.
 
-    float16 goes through Cast; int8 through DequantizeLinear with one scale per output channel,
-    which becomes the input "<name>.scale" after all others. A product with a large weight is
-    computed in pieces of its output channels, one after the other: FLUX.1-dev's largest weight has
-    189 MB in float32.
+    Products in int8 (`products_in_int8`) read int8 values as they are. Otherwise float16 goes
+    through Cast; int8 through DequantizeLinear with one scale per output channel, which becomes the
+    input "<name>.scale" after all others. A product with a large weight is computed in pieces of
+    its output channels, one after the other: FLUX.1-dev's largest weight has 189 MB in float32.
 
     Args:
         model: its inputs ``names`` are float32.
@@ -47,6 +48,8 @@ def weights_in_fewer_bytes(model: ir.Model, names: Iterable[str], dtype: str) ->
         count += 1
         weight = _Weight(graph, value, dtype)
         for number, (reader, place) in enumerate(list(value.uses())):
+            if _reads_int8(reader, weight):
+                continue
             pieces = -(-4 * int(np.prod(value.shape.numpy())) // PIECE)  # type: ignore[union-attr]
             if pieces > 1 and _is_product(reader):
                 _product_in_pieces(weight, reader, place, min(pieces, weight.outputs), number)
@@ -55,6 +58,20 @@ def weights_in_fewer_bytes(model: ir.Model, names: Iterable[str], dtype: str) ->
                 wide = weight.widen(reader, known, f"{value.name}.wide.{number}")
                 reader.replace_input_with(place, wide)
     return count
+
+
+def _reads_int8(reader: ir.Node, weight: _Weight) -> bool:
+    """Rewrite a product in int8 that reads the weight, perhaps reshaped; False if it is none."""
+    if is_frozen_product(reader):
+        product_in_int8(reader, weight.value, weight.scale)
+        return True
+    products = [node for node, _ in reader.outputs[0].uses()]
+    if reader.op_type != "Reshape" or not products or not all(map(is_frozen_product, products)):
+        return False
+    reader.outputs[0].dtype = ir.DataType.INT8
+    for product in products:
+        product_in_int8(product, reader.outputs[0], weight.scale)
+    return True
 
 
 class _Weight:
@@ -71,6 +88,9 @@ class _Weight:
         )
         if self.int8:
             graph.inputs.append(self.scale)
+        # In a graph with a DequantizeLinear onnxruntime 1.19.2 keeps a turned copy of every int8
+        # weight that a Transpose reads, whatever is switched off.
+        self.beside_products = any(map(is_frozen_product, graph))
 
     def widen(
         self,
@@ -99,6 +119,15 @@ class _Weight:
             return wide
         if part is not None:
             scale = _slice(scale, 0, part, before)
+        if self.beside_products:
+            node = ir.Node("", "Cast", [stored], [ir.AttrInt64("to", ir.DataType.FLOAT.value)])
+            column = ir.Node(
+                "", "Reshape", [scale, constant(self.graph, [-1, *[1] * (len(self.sides) - 1)])]
+            )
+            scaled = ir.Node("", "Mul", [node.outputs[0], column.outputs[0]], outputs=[wide])
+            for new in (node, column, scaled):
+                self.graph.insert_before(before, new)
+            return wide
         late = _after(known, scale, before)
         axis = ir.AttrInt64("axis", 0)
         node = ir.Node("", "DequantizeLinear", [stored, late], [axis], outputs=[wide])

@@ -43,6 +43,7 @@ from edge_dit.models.subgraph import TrainableSubgraph, lora_name
 from edge_dit_export import passes
 from edge_dit_export.graph.blocks import Block, Head
 from edge_dit_export.graph.trace import trace
+from edge_dit_export.passes_onnx.products_in_int8 import share_quantised
 from edge_dit_export.passes_onnx.transposes_to_gemm import transposes_to_gemm
 from edge_dit_export.passes_onnx.weights_in_fewer_bytes import weights_in_fewer_bytes
 from edge_dit_export.targets.frozen import FrozenStore
@@ -164,6 +165,7 @@ def write_graph(
     model.graph.inputs[:] = read
     if small:
         weights_in_fewer_bytes(model, small, dtype)
+        share_quantised(model)
     RemoveUnusedNodesPass()(model)
     ir.save(model, path, size_threshold_bytes=INLINE_BYTES)
     return graph_names(model)

@@ -35,8 +35,12 @@ class OnnxProgram:
                 path,
                 options,
                 providers=["CPUExecutionProvider"],
-                # It would keep a value that is computed twice in memory in between.
-                disabled_optimizers=["CommonSubexpressionElimination"],
+                disabled_optimizers=[
+                    # It would keep a value that is computed twice in memory in between.
+                    "CommonSubexpressionElimination",
+                    # It would keep a second, transposed copy of every int8 weight.
+                    "ConstantFolding",
+                ],
             )
         except Exception as error:  # onnxruntime's errors have no common base but this
             raise BadInput(
