@@ -103,5 +103,5 @@ def test_a_product_that_rounds_otherwise_is_refused(damage):
     model = exported(both_ways, x=numbers(0, 6, 5), w=numbers(1, 4, 5))
     products = [node for node in model.graph if node.op_type == "MatMulInteger"]
     damage(model, products[1])
-    with pytest.raises(ValueError, match="reads|no quantised"):
+    with pytest.raises(ValueError, match=r"reads|no quantised"):
         without_rounding(model)
