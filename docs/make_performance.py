@@ -10,8 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from edge_dit.contract.targets import TargetVariant
+
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
+MOST_OPERATORS = 8
+"""Operators of a profile that are named."""
 DOCUMENT = DOCS / "performance.md"
 RESULTS = DOCS / "results"
 """Folder of raw JSON: bench-*.json of `edge-dit bench`, quickstart.json, busy.json."""
@@ -30,8 +34,12 @@ How it is measured (`edge_dit/app/bench/bench.py`):
 - A *ratio* compares processes of one run on one machine. Milliseconds of two tables do not compare.
 - *Anonymous* memory cannot be evicted. *File pages* hold memory-mapped weights; the system can drop
   them and read them again. Both are peaks, sampled from outside.
-- *Eager* is torch eager training the same blocks with the same LoRA. *Full LoRA* is LoRA on all
-  blocks at the checkpoint's full resolution.
+- *Eager* is torch eager training the same blocks with the same LoRA, in float32. The other rows of
+  torch are what a user could run instead: ``torch.autocast`` to bfloat16, ``torch.compile``, both.
+  *Full LoRA* is LoRA on all blocks at the checkpoint's full resolution; in bfloat16 with gradient
+  checkpointing.
+- `onnx:fused:int8:int8` is the target, its layout, how frozen matrices are stored, and how they are
+  multiplied.
 - *Gradient error* is the largest difference of a LoRA gradient from one computed in float64, over
   that gradient's largest value; the worst tensor counts.
 """
@@ -166,6 +174,7 @@ def _bench(file: Path) -> str:
         "",
         "step, ms",
         "of eager",
+        "of the fastest torch",
         "of full LoRA",
         "anonymous, MB",
         "file pages, MB",
@@ -178,6 +187,7 @@ def _bench(file: Path) -> str:
             _name(row),
             f"{row['step_ms']:,.0f}",
             f"{row['ratio_to_eager']:.2f}",
+            f"{row['ratio_to_fastest_torch']:.2f}",
             _optional(row["ratio_to_full_lora"], ".2f"),
             f"{row['rss_anon_mb']:,.0f}",
             f"{row['rss_file_mb']:,.0f}",
@@ -195,46 +205,57 @@ def _bench(file: Path) -> str:
         "",
         *_table(headings, cells),
         "",
-        *_baselines(rows),
+        *_baselines(found["baselines"]),
         "",
-        f"Raw JSON: `docs/results/{file.name}`. Re-make: `{_command(case, rows, file.name)}`",
+        *_operators(found["operators"]),
+        f"Raw JSON: `docs/results/{file.name}`. Re-make: `{_command(found, file.name)}`",
         "",
     ]
     return "\n".join(lines)
 
 
-def _baselines(rows: list[dict[str, Any]]) -> list[str]:
-    """What torch took in the same run, one line for each dtype of frozen weights."""
+def _baselines(baselines: list[dict[str, Any]]) -> list[str]:
+    """What torch took in the same run."""
+    rows = [
+        [
+            f"torch, {row['name']}",
+            _optional(row["step_ms"], ",.0f"),
+            _optional(row["step_ms"] and row["step_ms"] / baselines[0]["step_ms"], ".2f"),
+            _optional(row["rss_anon_mb"], ",.0f"),
+            row["note"] or _optional(row["grad_rel_error"], ".1e"),
+        ]
+        for row in baselines
+    ]
+    return _table(["", "step, ms", "of eager", "anonymous, MB", "gradient error"], rows)
+
+
+def _operators(found: dict[str, dict[str, float]]) -> list[str]:
+    """Where the time goes, by operator, of each variant that was profiled."""
     lines = []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        row = next(row for row in rows if row["dtype"] == dtype)
-        lines.append(
-            f"- torch eager, the same blocks ({dtype} weights): {row['eager_ms']:,.0f} ms a step, "
-            f"{row['eager_rss_mb']:,.0f} MB."
-        )
-    full = rows[0].get("full_lora_ms"), rows[0].get("full_lora_rss_mb")
-    if all(full):
-        lines.append(f"- torch eager, full LoRA: {full[0]:,.0f} ms a step, {full[1]:,.0f} MB.")
-    return lines
+    for variant, numbers in found.items():
+        times = {key[: -len(".ms")]: ms for key, ms in numbers.items() if key.endswith(".ms")}
+        largest = sorted(times, key=lambda name: -times[name])[:MOST_OPERATORS]
+        total = sum(times.values())
+        parts = [f"{name} {times[name] / total:.0%}" for name in largest]
+        lines.append(f"- operators of {variant}, {total:,.0f} ms: {', '.join(parts)}")
+    return [*lines, ""] if lines else []
 
 
-def _command(case: dict[str, Any], rows: list[dict[str, Any]], name: str) -> str:
+def _command(found: dict[str, Any], name: str) -> str:
     """The command that measures a case again."""
+    case, rows = found["case"], found["rows"]
     words = ["edge-dit bench", f"--config {case['config']}"]
     words += ["--trained " + "+".join(map(str, case["trained"]))]
     words += [f"--{key} {case[key]}" for key in ("tokens", "text", "rank", "steps")]
     words += [] if case["full_lora"] else ["--no-full-lora"]
+    words += ["--profile"] if found["operators"] else []
     words += [f"--target {_name(row)}" for row in rows]
     return " ".join([*words, f"-o docs/results/{name}"])
 
 
 def _name(row: dict[str, Any]) -> str:
-    """A target, layout and dtype as `--target` takes them: "onnx:streamed:int8"."""
-    parts = [row["target"], row["layout"], row["dtype"]]
-    for default in ("float32", "fused"):
-        if parts[-1] == default:
-            parts.pop()
-    return ":".join(parts)
+    """A variant as `--target` takes it: "onnx:streamed:int8:int8"."""
+    return str(TargetVariant(row["target"], row["layout"], row["dtype"], row["compute"]))
 
 
 def _predictions() -> str:

@@ -516,9 +516,12 @@ def bench(
         list[str] | None,
         typer.Option(help="onnx, onnx:streamed, onnx:streamed:int8, ...; may be repeated."),
     ] = None,
-    full_lora: Annotated[
-        bool, typer.Option(help="Measure full LoRA at full resolution too.")
-    ] = True,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="eager-bf16, compile, ...: torch to compare with; default all."),
+    ] = None,
+    full_lora: Annotated[bool, typer.Option(help="Full LoRA at full resolution too.")] = True,
+    profile: Annotated[bool, typer.Option("--profile", help="Time operators too.")] = False,
     loop: Annotated[
         bool,
         typer.Option("--loop", help="Measure collect, train and paint of the whole model instead."),
@@ -533,13 +536,11 @@ def bench(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure speed and memory on random weights, against torch eager in the same run."""
+    """Measure speed and memory on random weights, against torch in the same run."""
     from dataclasses import asdict
 
-    from edge_dit.app.bench.bench import DEFAULT_VARIANTS, in_words
-    from edge_dit.app.bench.bench import bench as run
-    from edge_dit.app.bench.loop import bench_loop
-    from edge_dit.app.bench.loop import in_words as loop_in_words
+    from edge_dit.app.bench import bench as plain
+    from edge_dit.app.bench import loop as looped
     from edge_dit.app.bench.model import Case
     from edge_dit.contract.targets import variant_of
     from edge_dit.models.public_configs import public_config
@@ -547,15 +548,16 @@ def bench(
 
     public = public_config(config)
     blocks = [int(part) for part in trained.split("+") if part.isdigit()]
-    variants = [variant_of(name) for name in target] if target else list(DEFAULT_VARIANTS)
+    variants = [variant_of(name) for name in target or []]
     case = Case(config, blocks, tokens, text or public.text_tokens, rank, steps, full_lora)
     say = sayer(as_json=True)
     if loop:
-        measured = bench_loop(case, variants if target else [], tail, work, say)
-        lines = loop_in_words(measured.rows)
+        measured = looped.bench_loop(case, variants, tail, work, say)
+        lines = looped.in_words(measured.rows)
     else:
-        measured = run(case, variants, work, say)
-        lines = in_words(measured.rows)
+        asked = plain.Asked(variants or plain.DEFAULT_VARIANTS, baseline or plain.NAMES, profile)
+        measured = plain.bench(case, asked, work, say)
+        lines = plain.in_words(measured)
     facts = asdict(measured)
     report(as_json, facts, *lines)
     if output:  # last: a path that cannot be written costs no measurement

@@ -155,15 +155,15 @@ def test_a_benchmark_becomes_a_table_with_its_raw_file_and_command(tmp_path):
         "target": "onnx",
         "layout": "streamed",
         "dtype": "int8",
+        "compute": "int8",
         "step_ms": 1500.0,
         "eager_ms": 1000.0,
         "ratio_to_eager": 1.5,
+        "ratio_to_fastest_torch": 2.5,
         "full_lora_ms": None,
         "ratio_to_full_lora": None,
         "rss_anon_mb": 220.0,
         "rss_file_mb": 120.0,
-        "eager_rss_mb": 2700.0,
-        "full_lora_rss_mb": None,
         "artifact_bytes": 290_000_000,
         "export_s": 15.0,
         "export_rss_mb": 900.0,
@@ -172,10 +172,22 @@ def test_a_benchmark_becomes_a_table_with_its_raw_file_and_command(tmp_path):
     }
     case = {"config": "flux.1-dev", "trained": [4, 5], "tokens": 256, "text": 512}
     case |= {"rank": 16, "steps": 5, "full_lora": False}
-    found = {"case": case, "machine": {"processor": "Xeon"}, "rows": [row]}
+    eager = {"name": "eager", "step_ms": 1000.0, "rss_anon_mb": 2700.0, "rss_file_mb": 9.0}
+    eager |= {"grad_rel_error": 2e-6, "note": ""}
+    compiled = {"name": "compile", "note": "no compiler"}
+    compiled |= dict.fromkeys(["step_ms", "rss_anon_mb", "rss_file_mb", "grad_rel_error"])
+    found = {"case": case, "machine": {"processor": "Xeon"}, "baselines": [eager, compiled]}
+    operators = {"onnx": {"Gemm.ms": 3.0, "Gemm.calls": 2.0, "Add.ms": 1.0, "Add.calls": 9.0}}
+    found |= {"rows": [row], "operators": operators}
     (tmp_path / "bench-flux.json").write_text(json.dumps(found))
     text = runpy.run_path(str(ROOT / "docs" / "make_performance.py"))["render"](tmp_path)
-    assert "| onnx:streamed:int8 | 1,500 | 1.50 | - | 220 | 120 | 290 | 15 | 4.0e-05 |" in text
+    assert (
+        "| onnx:streamed:int8:int8 | 1,500 | 1.50 | 2.50 | - | 220 | 120 | 290 | 15 | 4.0e-05 |"
+        in text
+    )
+    assert "| torch, eager | 1,000 | 1.00 | 2,700 | 2.0e-06 |" in text
+    assert "| torch, compile | - | - | - | no compiler |" in text
+    assert "- operators of onnx, 4 ms: Gemm 75%, Add 25%" in text
     assert "Machine: processor Xeon." in text
     assert "docs/results/bench-flux.json" in text
     assert "--trained 4+5 --tokens 256 --text 512 --rank 16 --steps 5 --no-full-lora" in text

@@ -12,46 +12,59 @@ from pydantic import TypeAdapter
 from safetensors.numpy import load_file
 
 from edge_dit.app.bench import bench as bench_module
-from edge_dit.app.bench.bench import METRICS, Process, Report, Row, bench, in_words
+from edge_dit.app.bench.bench import (
+    BASELINES,
+    METRICS,
+    Asked,
+    Baseline,
+    Process,
+    Report,
+    Row,
+    bench,
+    in_words,
+)
 from edge_dit.app.bench.child import (
     TASK,
-    EagerTask,
     ExportTask,
     FullLoraTask,
+    ProfileTask,
     ReferenceTask,
     SessionTask,
+    TorchTask,
     adapter_file,
     read_task,
 )
 from edge_dit.app.bench.machine import busy_warning, this_machine
 from edge_dit.app.bench.model import MARKER, Case, random_model
 from edge_dit.cli import main
-from edge_dit.contract.targets import VARIANTS, TargetVariant, variant_of
-from edge_dit.errors import BadInput
+from edge_dit.contract.targets import INT8_VARIANTS, VARIANTS, TargetVariant, variant_of
+from edge_dit.errors import BadInput, CheckFailed
 from edge_dit.models.public_configs import public_config
 
+EVERY = VARIANTS + INT8_VARIANTS
 SMALL = Case("sana-0.6b", [1], 4, 4, rank=2)
 STREAMED = TargetVariant("onnx", "streamed")
 ROW = Row(
     target="onnx",
     layout="streamed",
     dtype="int8",
+    compute="float32",
     trained_blocks=2,
     step_ms=1500.5,
     eager_ms=1000.0,
     ratio_to_eager=1.5005,
+    ratio_to_fastest_torch=2.501,
     full_lora_ms=None,
     ratio_to_full_lora=None,
     rss_anon_mb=60.5,
     rss_file_mb=124.0,
-    eager_rss_mb=680.0,
-    full_lora_rss_mb=None,
     artifact_bytes=83158151,
     export_s=27.0,
     export_rss_mb=752.0,
     max_grad_rel_error=1.4e-06,
     eager_grad_rel_error=1.0e-06,
 )
+TORCH = Baseline("eager-bf16", 600.0, 660.0, 20.0, 0.02)
 
 
 # ---------------------------------------------------------------- the work folder
@@ -85,11 +98,12 @@ def test_bundles_of_other_package_versions_are_not_used_again(tmp_path, monkeypa
 
 
 def test_variants_by_name():
-    assert [variant_of(str(variant)) for variant in VARIANTS] == list(VARIANTS)
+    assert [variant_of(str(variant)) for variant in EVERY] == list(EVERY)
 
 
 @pytest.mark.parametrize(
-    "name", ["", "onnx:int8", "onnx:fused:int8", "executorch:streamed", "a:b:c:d"]
+    "name",
+    ["", "onnx:int8", "onnx:fused:int8", "executorch:streamed", "onnx:::int8", "a:b:c:d:e"],
 )
 def test_an_unknown_variant_is_refused(name):
     with pytest.raises(BadInput, match="onnx:streamed:int8"):
@@ -103,8 +117,9 @@ def test_an_unknown_variant_is_refused(name):
     "task",
     [
         ReferenceTask(Path("work"), "int8"),
-        EagerTask(Path("work"), "float32", 5),
-        FullLoraTask(SMALL),
+        TorchTask(Path("work"), 5, bf16=True),
+        FullLoraTask(SMALL, bf16=True),
+        ProfileTask(Path("work"), STREAMED, Path("work/bundle"), 3),
         ExportTask(Path("work"), STREAMED, Path("work/bundle")),
         SessionTask(Path("work"), STREAMED, Path("work/bundle"), 5, Path("gradients")),
     ],
@@ -121,8 +136,8 @@ def test_a_task_arrives_as_it_was_sent(task):
         ("[]", "task: Input should be an object"),
         ('{"dtype": "int8"}', "'kind'"),
         ('{"kind": "quantum", "work": "w"}', "'quantum'"),
-        ('{"kind": "eager", "work": "w", "dtype": "int8"}', "eager.steps: Field required"),
-        ('{"kind": "eager", "work": "w", "dtype": "int8", "steps": "x"}', "eager.steps: .*integer"),
+        ('{"kind": "torch", "work": "w"}', "torch.steps: Field required"),
+        ('{"kind": "torch", "work": "w", "steps": "x"}', "torch.steps: .*integer"),
         ('{"kind": "reference", "work": "w", "dtype": "int8", "step": 1}', "reference.step: "),
     ],
 )
@@ -156,17 +171,28 @@ def test_a_fault_in_a_process_reaches_the_user(tmp_path):
 
 
 def test_a_report_is_the_same_after_json():
-    report = Report(SMALL, this_machine(), [ROW])
+    report = Report(SMALL, this_machine(), [TORCH], [ROW], {"onnx": {"Gemm.ms": 1.5}})
     text = json.dumps(asdict(report))
-    assert list(json.loads(text)) == ["case", "machine", "rows"]
+    assert list(json.loads(text)) == ["case", "machine", "baselines", "rows", "operators"]
     assert TypeAdapter(Report).validate_json(text) == report
 
 
 def test_the_table_shows_numbers_of_the_row_and_what_was_not_measured():
     assert METRICS.keys() <= {field.name for field in fields(Row)}
-    lines = in_words([ROW, replace(ROW, dtype="float32", full_lora_ms=3000.0)])
+    rows = [ROW, replace(ROW, dtype="float32", full_lora_ms=3000.0)]
+    no_compiler = Baseline("compile", None, None, None, None, "no compiler")
+    operators = {"Gemm.ms": 3.0, "Gemm.calls": 8.0, "Add.ms": 1.0, "Add.calls": 2.0}
+    report = Report(SMALL, this_machine(), [TORCH, no_compiler], rows, {"onnx": operators})
+    lines = in_words(report)
     assert lines[0].split() == ["onnx:streamed:int8", "onnx:streamed"]
-    table = {line[:22].strip(): line[22:].split() for line in lines[1:]}
+    assert lines[-5:] == [
+        "torch, eager-bf16: 600 ms, 680 MB, gradient error 2.0e-02",
+        "torch, compile: no compiler",
+        "operators of onnx:",
+        "  Gemm: 3.0 ms, 75%, 8 calls",
+        "  Add: 1.0 ms, 25%, 2 calls",
+    ]
+    table = {line[:22].strip(): line[22:].split() for line in lines[1:-5]}
     assert table["step, ms"][0] == "1,500"
     assert table["of eager"][0] == "1.500"
     assert table["of full LoRA"] == ["-", "-"]
@@ -204,13 +230,15 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr("edge_dit.app.bench.model.public_config", small)
     monkeypatch.setattr("edge_dit.app.bench.child.public_config", small)
     monkeypatch.setattr(bench_module, "run_task", run)
+    return run
 
 
 def test_the_command_writes_every_number(in_this_process, tmp_path, monkeypatch, capsys):
     work, output = tmp_path / "bench", tmp_path / "results" / "bench.json"
     arguments = ["--trained", "1", "--tokens", "16", "--text", "8", "--rank", "2", "--steps", "1"]
-    targets = ["--target", "onnx", "--target", "onnx:streamed"]
-    command = ["edge-dit", "bench", *arguments, *targets, "--work", work, "-o", output]
+    targets = ["--target", "onnx", "--target", "onnx:streamed:int8:int8"]
+    others = ["--baseline", "eager-bf16", "--baseline", "full-lora-bf16", "--profile"]
+    command = ["edge-dit", "bench", *arguments, *targets, *others, "--work", work, "-o", output]
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -219,16 +247,46 @@ def test_the_command_writes_every_number(in_this_process, tmp_path, monkeypatch,
     assert report.case == Case("sana-0.6b", [1], 16, 8, rank=2, steps=1)
     assert [row.layout for row in report.rows] == ["fused", "streamed"]
     table = capsys.readouterr().out.splitlines()
-    assert table == in_words(report.rows)
+    assert table == in_words(report)
+    assert [b.name for b in report.baselines] == ["eager", "eager-bf16", "full-lora-bf16"]
+    exact, bf16, full = report.baselines
+    assert 0 < exact.grad_rel_error < 1e-4 < bf16.grad_rel_error < 1
+    assert full.grad_rel_error is None
+    assert [row.compute for row in report.rows] == ["float32", "int8"]
+    assert 0 < report.rows[0].max_grad_rel_error < 1e-4 < report.rows[1].max_grad_rel_error < 1
+    fused, streamed = report.operators.values()
+    assert fused["Gemm.calls"] > 0
+    assert streamed["MatMulIntegerToFloat.calls"] + streamed["DynamicQuantizeMatMul.calls"] > 0
     for row in report.rows:
-        assert 0 < row.max_grad_rel_error < 1e-4
         assert 0 < row.eager_grad_rel_error < 1e-4
         assert row.ratio_to_eager == row.step_ms / row.eager_ms > 0
         assert row.ratio_to_full_lora == row.step_ms / row.full_lora_ms > 0
-        assert row.eager_rss_mb == 3.0
+        fastest = min(exact.step_ms, bf16.step_ms)
+        assert row.ratio_to_fastest_torch == row.step_ms / fastest > 0
         assert row.artifact_bytes > 0
     adapter = load_file(adapter_file(work, "float32"))
     assert all(np.abs(value).max() > 0 for value in adapter.values())
+
+
+def test_an_unknown_baseline_is_refused_before_any_work(tmp_path):
+    with pytest.raises(BadInput, match="--baseline") as caught:
+        bench(SMALL, Asked([STREAMED], ["jax"]), tmp_path / "bench", print)
+    assert all(name in str(caught.value) for name in BASELINES)
+    assert not (tmp_path / "bench").exists()
+
+
+def test_torch_that_cannot_compile_says_so_and_the_rest_goes_on(in_this_process, tmp_path):
+    def broken(task):
+        if isinstance(task, TorchTask) and task.compiled:
+            raise CheckFailed("bench torch: no compiler")
+        return in_this_process(task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_module, "run_task", broken)
+        case = replace(SMALL, full_lora=False, steps=1)
+        report = bench(case, Asked([], ["compile"]), tmp_path / "bench", print)
+    assert [b.step_ms is None for b in report.baselines] == [False, True]
+    assert report.baselines[1].note == "bench torch: no compiler"
 
 
 @pytest.mark.slow
@@ -237,7 +295,7 @@ def test_the_command_writes_every_number(in_this_process, tmp_path, monkeypatch,
 )
 def test_a_target_is_compared_with_exact_gradients(tmp_path, config, trained):
     case = Case(config, trained, 16, 8, rank=2, steps=1, full_lora=False)
-    (row,) = bench(case, [STREAMED], tmp_path / "bench", print).rows
+    (row,) = bench(case, Asked([STREAMED], ["eager"]), tmp_path / "bench", print).rows
     assert 0 < row.max_grad_rel_error < 1e-4
     assert 0 < row.eager_grad_rel_error < 1e-4
     assert row.ratio_to_eager == row.step_ms / row.eager_ms > 0

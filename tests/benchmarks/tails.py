@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from edge_dit.app import bench
+from edge_dit.app.bench.bench import run_task
 from edge_dit.app.bench.child import ExportTask, ReferenceTask, SessionTask, plan_file
 from edge_dit.app.bench.machine import this_machine
 from edge_dit.app.bench.model import Case, random_model
@@ -33,10 +33,10 @@ def main(work: Path, result: Path) -> None:
         write_json(plan_file(work), own.model_dump(mode="json"))
         bundle = work / f"bundle-{tail}"
         if tail == STORED:  # the others take its draw, in which their names are
-            bench._run(ReferenceTask(work, WAY.dtype))
+            run_task(ReferenceTask(work, WAY.dtype))
         if not bundle.exists():
-            bench._run(ExportTask(work, WAY, bundle))
-        trained = bench._run(SessionTask(work, WAY, bundle, CASE.steps, work / "gradients"))
+            run_task(ExportTask(work, WAY, bundle))
+        trained = run_task(SessionTask(work, WAY, bundle, CASE.steps, work / "gradients"))
         size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
         rows[tail] = {**asdict(trained), "bundle_bytes": size}
         print(tail, rows[tail], flush=True)

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from planting import relist
@@ -15,6 +16,8 @@ from edge_dit.errors import BadInput
 from edge_dit.planning.plan import Plan
 from edge_dit_export.export import export
 from edge_dit_runtime.session import open_session
+from edge_dit_runtime.sessions.int8 import PROBE, products_are_exact
+from edge_dit_runtime.sessions.ort import onnxruntime
 from edge_dit_runtime.training import train
 from worlds import make_world
 
@@ -75,6 +78,18 @@ def test_it_trains_and_goes_on(int8_world, tmp_path):
     run = train(world.bundle, world.bank, tmp_path / "run", steps=2)
     assert (run.done, run.layout) == (2, "fused")
     assert train(world.bundle, world.bank, tmp_path / "run", steps=4, resume=True).done == 4
+
+
+def test_the_probe_is_a_product_of_integers():
+    assert products_are_exact(onnxruntime("a test"))
+    (node,) = ir.from_proto(onnx.load_from_string(PROBE)).graph
+    assert node.op_type == "MatMulInteger"
+
+
+def test_a_processor_that_saturates_is_refused(int8_world, monkeypatch):
+    monkeypatch.setattr("edge_dit_runtime.sessions.int8.products_are_exact", lambda _: False)
+    with pytest.raises(BadInput, match="AVX2 without VNNI"):
+        open_session(open_bundle(int8_world("flux-dev").bundle), "onnx", "streamed")
 
 
 def planted(world, folder, damage):

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +21,62 @@ from safetensors.numpy import load_file
 
 from edge_dit.app.bench.child import (
     TASK,
-    EagerTask,
     ExportTask,
     FullLoraTask,
+    ProfileTask,
     ReferenceTask,
     SessionTask,
     Task,
+    TorchTask,
     exact_gradients_file,
     largest_error,
     plan_file,
 )
 from edge_dit.app.bench.machine import Machine, busy_warning, this_machine
 from edge_dit.app.bench.model import Case, random_model
-from edge_dit.contract.targets import RECOMPUTE, VARIANTS, TargetVariant
+from edge_dit.contract.targets import INT8_VARIANTS, RECOMPUTE, VARIANTS, WIDE, TargetVariant
 from edge_dit.errors import BadInput, CheckFailed
 from edge_dit.store.files import write_json
 from edge_dit.text import columns
 
 SAMPLE_SECONDS = 0.03
 """Pause between two samples of a process's memory."""
-DEFAULT_VARIANTS = tuple(variant for variant in VARIANTS if variant.dtype != "float16")
+DEFAULT_VARIANTS = (*(v for v in VARIANTS if v.dtype != "float16"), *INT8_VARIANTS)
 """What is measured when nothing is named."""
+
+
+EAGER, FULL = "eager", "full-lora"
+BASELINES: dict[str, dict[str, Any]] = {
+    EAGER: {},
+    "eager-bf16": {"bf16": True},
+    "compile": {"compiled": True},
+    "compile-bf16": {"bf16": True, "compiled": True},
+    FULL: {},
+    "full-lora-bf16": {"bf16": True},
+}
+"""What a user could run instead, by name: options of `TorchTask`, or of `FullLoraTask`."""
+NAMES = tuple(BASELINES)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Torch in this run.
+
+    Attributes:
+        name: one of `BASELINES`.
+        step_ms: median of the timed steps, milliseconds; None if it cannot run here.
+        rss_anon_mb, rss_file_mb: peaks of its memory, MB of 10^6 bytes.
+        grad_rel_error: largest error of a gradient over its largest value, against gradients in
+            float64; None of full LoRA.
+        note: why it cannot run here.
+    """
+
+    name: str
+    step_ms: float | None
+    rss_anon_mb: float | None
+    rss_file_mb: float | None
+    grad_rel_error: float | None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,44 +84,44 @@ class Row:
     """What one variant of a target takes, beside the baselines of the same run.
 
     A time is the median of the timed steps, in milliseconds. Memory is a peak, in MB of 10^6 bytes.
-    Baselines are torch eager: on the same blocks, and, if it was measured, as full LoRA (every
-    block, at full resolution).
+    What it is compared with is measured in float32 weights: torch eager and the fastest of the
+    `Baseline` on the same blocks, and full LoRA (every block, at full resolution).
 
     Attributes:
         target: "onnx", "ort-training" or "executorch".
         layout: of the target.
         dtype: how frozen weights are stored.
+        compute: how products with them are computed.
         trained_blocks: number of trained blocks.
         step_ms: a training step.
-        eager_ms: a step of eager on the same blocks, frozen weights rounded to ``dtype``.
+        eager_ms: a step of eager.
         ratio_to_eager: ``step_ms`` over ``eager_ms``.
-        full_lora_ms: a step of full LoRA.
+        ratio_to_fastest_torch: ``step_ms`` over the fastest of torch on the same blocks.
+        full_lora_ms: a step of the fastest full LoRA.
         ratio_to_full_lora: ``step_ms`` over ``full_lora_ms``.
         rss_anon_mb: anonymous memory in training.
         rss_file_mb: pages of files in training.
-        eager_rss_mb: memory of eager on the same blocks, of both kinds.
-        full_lora_rss_mb: memory of full LoRA, of both kinds.
         artifact_bytes: files of the target in the bundle.
         export_s: seconds of the export; layouts that lie in one bundle share it.
         export_rss_mb: memory of the export, of both kinds.
         max_grad_rel_error: largest error of a gradient over its largest value, against gradients
-            in float64.
+            in float64 with the weights as they are stored.
         eager_grad_rel_error: the same of eager's own gradients in float32.
     """
 
     target: str
     layout: str
     dtype: str
+    compute: str
     trained_blocks: int
     step_ms: float
     eager_ms: float
     ratio_to_eager: float
+    ratio_to_fastest_torch: float
     full_lora_ms: float | None
     ratio_to_full_lora: float | None
     rss_anon_mb: float
     rss_file_mb: float
-    eager_rss_mb: float
-    full_lora_rss_mb: float | None
     artifact_bytes: int
     export_s: float
     export_rss_mb: float
@@ -101,12 +136,16 @@ class Report:
     Attributes:
         case: what was measured.
         machine: where and when.
+        baselines: torch, in the same run.
         rows: one for each variant.
+        operators: by variant, calls and milliseconds of its operators in a step; where asked for.
     """
 
     case: Case
     machine: Machine
+    baselines: list[Baseline]
     rows: list[Row]
+    operators: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,94 +169,125 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Baselines:
-    """Torch eager in this run. A further baseline is a task of its own and an attribute here.
+class Asked:
+    """What to measure.
 
     Attributes:
-        eager: dtype of frozen weights -> the same blocks.
-        gradient_errors: dtype of frozen weights -> error of eager's gradients, see `Row`.
-        full_lora: every block at full resolution; None if not asked for.
+        variants: targets with their layouts, dtypes and how they compute.
+        baselines: some of `BASELINES`; eager is always among what is measured.
+        profile: whether to time operators too.
     """
 
-    eager: dict[str, Process]
-    gradient_errors: dict[str, float]
-    full_lora: Process | None
+    variants: Sequence[TargetVariant]
+    baselines: Sequence[str] = NAMES
+    profile: bool = False
 
 
-def bench(
-    case: Case, variants: Sequence[TargetVariant], work: Path, say: Callable[[str], None]
-) -> Report:
-    """Measure ``variants`` and the baselines.
+def bench(case: Case, asked: Asked, work: Path, say: Callable[[str], None]) -> Report:
+    """Measure variants and baselines.
 
     Args:
-        case: what to measure.
-        variants: targets with their layouts and dtypes.
+        case: the sizes.
+        asked: what to measure.
         work: folder for the random model, the bundles and the exact gradients. A later run of the
             same case uses them again; times and memory of training are always measured anew.
         say: prints a line of progress.
 
     Raises:
-        BadInput: sizes that do not fit the configuration, or something is not installed.
+        BadInput: sizes that do not fit the configuration, an unknown baseline, or something is not
+            installed.
         CheckFailed: a process failed.
     """
+    if unknown := sorted(set(asked.baselines) - BASELINES.keys()):
+        raise BadInput("--baseline", found=unknown[0], expected=", ".join(BASELINES))
     machine = this_machine()
     warning = busy_warning(machine)
     if warning:
         say(warning)
     write_json(plan_file(work), random_model(case, work).model_dump(mode="json"))
-    baselines = _baselines(case, {variant.dtype for variant in variants}, work, say)
-    rows = [_row(case, variant, baselines, work, say) for variant in variants]
-    return Report(case, machine, rows)
-
-
-def _baselines(case: Case, dtypes: set[str], work: Path, say: Callable[[str], None]) -> Baselines:
-    """Measure torch eager, once for each way to store frozen weights."""
-    say("eager, the same sub-graph")
-    errors, eager = {}, {}
-    for dtype in sorted(dtypes):
+    errors = {}
+    for dtype in sorted({WIDE, *(variant.dtype for variant in asked.variants)}):
         exact = _run_once(ReferenceTask(work, dtype), work / f"reference-{dtype}.json")
         errors[dtype] = exact.numbers["error"]
-        eager[dtype] = run_task(EagerTask(work, dtype, case.steps))
-    if case.full_lora:
-        say("eager, full LoRA at full resolution")
-    return Baselines(eager, errors, run_task(FullLoraTask(case)) if case.full_lora else None)
+    wanted = [name for name in BASELINES if name == EAGER or name in asked.baselines]
+    baselines = [
+        _baseline(name, case, work, say)
+        for name in wanted
+        if case.full_lora or not name.startswith(FULL)
+    ]
+    torch = [b.step_ms for b in baselines if b.step_ms and not b.name.startswith(FULL)]
+    full = [b.step_ms for b in baselines if b.step_ms and b.name.startswith(FULL)]
+    report = Report(case, machine, baselines, [])
+    for variant in asked.variants:
+        row = _row(case, variant, errors[variant.dtype], work, say)
+        report.rows.append(_beside(row, torch[0], min(torch), min(full, default=None)))
+        if asked.profile and variant.target == "onnx":
+            say(f"profile {variant}")
+            task = ProfileTask(work, variant, _bundle(work, variant), case.steps)
+            report.operators[str(variant)] = run_task(task).numbers
+    return report
+
+
+def _baseline(name: str, case: Case, work: Path, say: Callable[[str], None]) -> Baseline:
+    """Measure one of `BASELINES`; one that cannot run here says why, and the rest goes on."""
+    say(f"torch: {name}")
+    options = BASELINES[name]
+    task: Task = TorchTask(work, case.steps, **options)
+    if name.startswith(FULL):
+        task = FullLoraTask(case, **options)
+    try:
+        done = run_task(task)
+    except CheckFailed as error:
+        say(f"torch: {name}: {error}")
+        return Baseline(name, None, None, None, None, str(error))
+    numbers = done.numbers
+    return Baseline(name, numbers["step_ms"], done.anon_mb, done.file_mb, numbers.get("error"))
+
+
+def _bundle(work: Path, variant: TargetVariant) -> Path:
+    extra_layout = f"-{RECOMPUTE}" if variant.layout == RECOMPUTE else ""
+    return work / f"bundle-{variant.target}-{variant.dtype}-{variant.compute}{extra_layout}"
 
 
 def _row(
-    case: Case,
-    variant: TargetVariant,
-    baselines: Baselines,
-    work: Path,
-    say: Callable[[str], None],
+    case: Case, variant: TargetVariant, error: float, work: Path, say: Callable[[str], None]
 ) -> Row:
     """Export one variant, or take its bundle of an earlier run, and measure it."""
     say(f"export {variant}")
-    extra_layout = f"-{RECOMPUTE}" if variant.layout == RECOMPUTE else ""
-    bundle = work / f"bundle-{variant.target}-{variant.dtype}{extra_layout}"
+    bundle = _bundle(work, variant)
     exported = _run_once(ExportTask(work, variant, bundle), bundle / "export.json")
     say(f"train {variant}")
-    gradients = work / f"gradients-{variant.target}-{variant.layout}-{variant.dtype}.safetensors"
+    gradients = work / f"gradients-{str(variant).replace(':', '-')}.safetensors"
     trained = run_task(SessionTask(work, variant, bundle, case.steps, gradients))
     exact = load_file(exact_gradients_file(work, variant.dtype))
-    eager, full = baselines.eager[variant.dtype], baselines.full_lora
-    step_ms = trained.numbers["step_ms"]
     return Row(
         **asdict(variant),
         trained_blocks=sum(case.trained),
-        step_ms=step_ms,
-        eager_ms=eager.numbers["step_ms"],
-        ratio_to_eager=step_ms / eager.numbers["step_ms"],
-        full_lora_ms=full.numbers["step_ms"] if full else None,
-        ratio_to_full_lora=step_ms / full.numbers["step_ms"] if full else None,
+        step_ms=trained.numbers["step_ms"],
+        eager_ms=0,
+        ratio_to_eager=0,
+        ratio_to_fastest_torch=0,
+        full_lora_ms=None,
+        ratio_to_full_lora=None,
         rss_anon_mb=trained.anon_mb,
         rss_file_mb=trained.file_mb,
-        eager_rss_mb=eager.rss_mb,
-        full_lora_rss_mb=full.rss_mb if full else None,
         artifact_bytes=bytes_in(bundle / variant.target),
         export_s=exported.numbers["seconds"],
         export_rss_mb=exported.rss_mb,
         max_grad_rel_error=largest_error(exact, load_file(gradients)),
-        eager_grad_rel_error=baselines.gradient_errors[variant.dtype],
+        eager_grad_rel_error=error,
+    )
+
+
+def _beside(row: Row, eager: float, fastest: float, full: float | None) -> Row:
+    """A row beside the baselines' milliseconds."""
+    return replace(
+        row,
+        eager_ms=eager,
+        ratio_to_eager=row.step_ms / eager,
+        ratio_to_fastest_torch=row.step_ms / fastest,
+        full_lora_ms=full,
+        ratio_to_full_lora=row.step_ms / full if full else None,
     )
 
 
@@ -232,11 +302,10 @@ METRICS = {
     "step_ms": "step, ms",
     "eager_ms": "eager step, ms",
     "ratio_to_eager": "of eager",
+    "ratio_to_fastest_torch": "of the fastest torch",
     "ratio_to_full_lora": "of full LoRA",
     "rss_anon_mb": "anonymous, MB",
     "rss_file_mb": "of files, MB",
-    "eager_rss_mb": "eager, MB",
-    "full_lora_rss_mb": "full LoRA, MB",
     "artifact_bytes": "bundle, bytes",
     "export_s": "export, s",
     "export_rss_mb": "export, MB",
@@ -246,13 +315,40 @@ METRICS = {
 """Attributes of `Row` in the table, and what they are called there."""
 
 
-def in_words(rows: Sequence[Row]) -> list[str]:
-    """Lines of a table with a column for each row: a variant's numbers stand below each other."""
-    headings = [str(TargetVariant(row.target, row.layout, row.dtype)) for row in rows]
-    return columns(
-        headings,
-        [(name, [_cell(key, getattr(row, key)) for row in rows]) for key, name in METRICS.items()],
-    )
+def in_words(report: Report) -> list[str]:
+    """Lines for people: a column for each row, the baselines, and where there are any the operators
+    that take most time.
+    """
+    rows = report.rows
+    headings = [str(TargetVariant(row.target, row.layout, row.dtype, row.compute)) for row in rows]
+    cells = [
+        (name, [_cell(key, getattr(row, key)) for row in rows]) for key, name in METRICS.items()
+    ]
+    lines = columns(headings, cells) if rows else []
+    lines += [f"torch, {baseline.name}: {_of_torch(baseline)}" for baseline in report.baselines]
+    for variant, numbers in report.operators.items():
+        lines += [f"operators of {variant}:", *_of_operators(numbers)]
+    return lines
+
+
+def _of_torch(baseline: Baseline) -> str:
+    if baseline.step_ms is None:
+        return baseline.note
+    memory = (baseline.rss_anon_mb or 0) + (baseline.rss_file_mb or 0)
+    error = baseline.grad_rel_error
+    off = f", gradient error {error:.1e}" if error is not None else ""
+    return f"{baseline.step_ms:,.0f} ms, {memory:,.0f} MB{off}"
+
+
+def _of_operators(numbers: Mapping[str, float], most: int = 12) -> list[str]:
+    times = {key[: -len(".ms")]: ms for key, ms in numbers.items() if key.endswith(".ms")}
+    largest = sorted(times, key=lambda name: -times[name])[:most]
+    total = sum(times.values())
+    calls = {name: numbers[f"{name}.calls"] for name in largest}
+    return [
+        f"  {name}: {times[name]:.1f} ms, {times[name] / total:.0%}, {calls[name]:.0f} calls"
+        for name in largest
+    ]
 
 
 def _cell(key: str, value: float | None) -> str:

@@ -9,10 +9,13 @@ is one line on standard error and exit code 2; a check that does not hold the sa
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
+import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +30,7 @@ from edge_dit.app.bench.model import MODEL, Case
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.adapter import with_random_b
 from edge_dit.contract.bundle import open_bundle
-from edge_dit.contract.targets import RECOMPUTE, TargetVariant
+from edge_dit.contract.targets import RECOMPUTE, WIDE, TargetVariant
 from edge_dit.errors import BadInput, CheckFailed
 from edge_dit.models.public_configs import public_config
 from edge_dit.planning.plan import Plan, model_of
@@ -102,26 +105,55 @@ class ReferenceTask:
 
 
 @dataclass(frozen=True)
-class EagerTask:
-    """Time torch eager on the trained blocks. A `ReferenceTask` must have run before.
+class TorchTask:
+    """Time torch on the trained blocks. A `ReferenceTask` of float32 must have run before.
 
     Attributes:
         work: folder of the bench.
-        dtype: how frozen weights are stored.
         steps: timed steps.
+        bf16: whether forward and backward pass run in ``torch.autocast`` to bfloat16. LoRA,
+            optimizer and loss stay in float32.
+        compiled: whether the sub-graph goes through ``torch.compile``.
     """
 
     __pydantic_config__ = STRICT
     work: Path
-    dtype: str
     steps: int
-    kind: Literal["eager"] = "eager"
+    bf16: bool = False
+    compiled: bool = False
+    kind: Literal["torch"] = "torch"
 
     def run(self) -> dict[str, float]:
-        """{"step_ms": median milliseconds of a step}"""
-        session, _ = _eager_session(self.work, self.dtype)
-        draw = load_file(draw_file(self.work, self.dtype))
-        return {"step_ms": _median_ms(lambda: session.step(draw), self.steps)}
+        """{"step_ms": median milliseconds of a step, "error": largest relative error of a gradient}
+
+        Raises:
+            CheckFailed: torch cannot compile here.
+        """
+        import torch
+
+        session, _ = _eager_session(self.work, WIDE)
+        session.load_adapter(load_file(adapter_file(self.work, WIDE)))
+        draw = load_file(draw_file(self.work, WIDE))
+        if self.compiled:
+            session.subgraph.compile()
+
+        def backward() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                session.backward(draw)
+
+        def step() -> None:
+            backward()
+            session.update()
+
+        try:
+            backward()
+        except Exception as error:  # the compiler's errors have no common base
+            if not self.compiled:
+                raise
+            raise CheckFailed(f"torch.compile: {str(error).splitlines()[0]:.200}") from None
+        exact = load_file(exact_gradients_file(self.work, WIDE))
+        error = largest_error(exact, session.gradients())
+        return {"step_ms": _median_ms(step, self.steps), "error": error}
 
 
 @dataclass(frozen=True)
@@ -130,10 +162,13 @@ class FullLoraTask:
 
     Attributes:
         case: of the bench; the model has all blocks of its configuration.
+        bf16: whether it runs in ``torch.autocast`` to bfloat16, and keeps only the states between
+            blocks (gradient checkpointing).
     """
 
     __pydantic_config__ = STRICT
     case: Case
+    bf16: bool = False
     kind: Literal["full"] = "full"
 
     def run(self) -> dict[str, float]:
@@ -147,10 +182,12 @@ class FullLoraTask:
         case = self.case
         public = public_config(case.config)
         family = family_of(public.family)
-        model: Any = build(family, public.config).eval()
+        model: Any = build(family, public.config)
         layers = range(len(family.block_names(public.config)))
         modules = lora_modules(family, model, layers, family.lora_targets)
         add_lora(model, modules, case.rank, float(case.rank), seed=0)
+        if self.bf16:
+            model.enable_gradient_checkpointing()
         side = public.resolution // public.multiple
         latents, prompt = family.blank(model, (side, side), case.text)
         latents = torch.randn(latents.shape)
@@ -160,8 +197,9 @@ class FullLoraTask:
 
         def step() -> None:
             optimizer.zero_grad()
-            predicted = family.learned(model(**inputs, return_dict=False)[0])
-            torch.nn.functional.mse_loss(predicted, latents).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                predicted = family.learned(model(**inputs, return_dict=False)[0])
+            torch.nn.functional.mse_loss(predicted.float(), latents).backward()
             optimizer.step()
 
         return {"step_ms": _median_ms(step, max(3, case.steps // 2))}
@@ -188,7 +226,8 @@ class ExportTask:
         from edge_dit_export.export import export
 
         recompute = self.variant.layout == RECOMPUTE
-        choices = {"weights": self.variant.dtype, "recompute": recompute}
+        variant = self.variant
+        choices = {"weights": variant.dtype, "compute": variant.compute, "recompute": recompute}
         plan = _read_plan(self.work).model_copy(update=choices)
         started = time.perf_counter()
         export(plan, self.bundle, [self.variant.target], check=False)
@@ -228,7 +267,63 @@ class SessionTask:
         return {"step_ms": _median_ms(lambda: session.step(draw), self.steps)}
 
 
-Task = ReferenceTask | EagerTask | FullLoraTask | ExportTask | SessionTask | LoopExport | LoopStage
+@dataclass(frozen=True)
+class ProfileTask:
+    """Time the operators of an onnx variant. A `ReferenceTask` must have run before.
+
+    Attributes:
+        work: folder of the bench.
+        variant: of plain ONNX.
+        bundle: made by an `ExportTask`.
+        steps: profiled ones, after `WARM_UP` others.
+    """
+
+    __pydantic_config__ = STRICT
+    work: Path
+    variant: TargetVariant
+    bundle: Path
+    steps: int
+    kind: Literal["profile"] = "profile"
+
+    def run(self) -> dict[str, float]:
+        """{"<operator>.calls": a step, "<operator>.ms": milliseconds a step}"""
+        from edge_dit_runtime.session import open_session
+        from edge_dit_runtime.sessions.ort import profiling
+
+        variant, steps = self.variant, WARM_UP + self.steps
+        with tempfile.TemporaryDirectory() as folder:
+            with profiling(Path(folder)):
+                session = open_session(open_bundle(self.bundle), variant.target, variant.layout)
+            draw = load_file(draw_file(self.work, variant.dtype))
+            for _ in range(steps):
+                session.step(draw)
+            del session
+            gc.collect()  # a session writes its profile when it ends
+            return operators(Path(folder), steps)
+
+
+def operators(folder: Path, steps: int) -> dict[str, float]:
+    """Numbers of `ProfileTask` from the profiles that onnxruntime wrote into a folder."""
+    found: defaultdict[str, float] = defaultdict(float)
+    for path in folder.iterdir():
+        for event in json.loads(path.read_text()):
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                name = event["args"]["op_name"]
+                found[f"{name}.calls"] += 1 / steps
+                found[f"{name}.ms"] += event["dur"] / 1000 / steps
+    return dict(found)
+
+
+Task = (
+    ReferenceTask
+    | TorchTask
+    | FullLoraTask
+    | ExportTask
+    | SessionTask
+    | ProfileTask
+    | LoopExport
+    | LoopStage
+)
 TASK: TypeAdapter[Task] = TypeAdapter(Annotated[Task, Field(discriminator="kind")])
 """A task from and to JSON."""
 

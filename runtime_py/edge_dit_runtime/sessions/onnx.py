@@ -9,8 +9,9 @@ import numpy as np
 
 from edge_dit.contract.bundle import Bundle
 from edge_dit.contract.names import PATCH, SAMPLER_INPUTS
-from edge_dit.contract.targets import OPTIMIZER, SAMPLER, STEP_FILES, STREAMED, OnnxFacts
+from edge_dit.contract.targets import INT8, OPTIMIZER, SAMPLER, STEP_FILES, STREAMED, OnnxFacts
 from edge_dit_runtime.sessions.graph import GraphSession
+from edge_dit_runtime.sessions.int8 import check_exact_products
 from edge_dit_runtime.sessions.mapped import MappedTensors
 from edge_dit_runtime.sessions.onnx_program import OnnxProgram, OnnxUpdate
 from edge_dit_runtime.sessions.ort import onnxruntime, share_arena
@@ -23,10 +24,13 @@ def open_session(bundle: Bundle, layout: str) -> GraphSession:
     """A session with the train step, whole or block by block, and optimizer.onnx.
 
     Raises:
-        BadInput: onnxruntime is not installed, or cannot load a graph.
+        BadInput: onnxruntime is not installed, or cannot load a graph; or the bundle multiplies in
+            int8 and this processor cannot do that exactly.
     """
     ort = onnxruntime("the onnx target")
     facts = cast(OnnxFacts, bundle.facts(TARGET))
+    if facts.compute == INT8:
+        check_exact_products(bundle.folder)
     if layout == STREAMED:
         assert facts.streamed is not None
         share_arena(ort, doubling=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from edge_dit.errors import require
@@ -59,7 +61,24 @@ def session_options(module: Any) -> Any:
         options.add_session_config_entry(f"session.{pool}.allow_spinning", str(int(spin)))
     share_arena(module)
     options.add_session_config_entry("session.use_env_allocators", "1")
+    if _profiles:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(_profiles[-1] / f"session-{next(_numbers)}")
     return options
+
+
+_profiles: list[Path] = []
+_numbers = itertools.count()
+
+
+@contextmanager
+def profiling(folder: Path) -> Iterator[None]:
+    """Sessions opened meanwhile write a profile each, JSON, into a folder when they end."""
+    _profiles.append(folder)
+    try:
+        yield
+    finally:
+        _profiles.pop()
 
 
 SPARE = 2**20
