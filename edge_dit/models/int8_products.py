@@ -104,7 +104,10 @@ class Int8Conv1x1(nn.Conv2d):
 
 
 def _biased(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    y = frozen_product(x.flatten(0, -2), matrix, False)
+    # Every picture of a batch has a range of its own, as on a device, where it comes alone.
+    rows = [one.reshape(-1, one.shape[-1]) for one in x.unbind()]
+    products = [frozen_product(one, matrix, False) for one in rows]
+    y = products[0] if len(products) == 1 else torch.cat(products)
     y = y if bias is None else y + bias
     return y.view(*x.shape[:-1], -1)
 

@@ -38,6 +38,9 @@ class Arm:
             passes them as it is; or "blocks" - the blocks themselves, frozen.
         patch: s_min of s_max; the paper's is one half.
         tail: what stands in for skipped last blocks, see `edge_dit.contract.names.TAILS`.
+        compute: how the blocks' frozen matrices are multiplied while it trains: "float32", or
+            "int8" as a device does with ``[export] compute = "int8"``. What was learned is
+            measured in float32 in either case.
     """
 
     title: str
@@ -48,6 +51,7 @@ class Arm:
     stand_in: str = "residual"
     patch: float = 0.5
     tail: Tail = STORED
+    compute: str = "float32"
 
     @property
     def banked(self) -> bool:
@@ -133,6 +137,12 @@ ARMS: dict[str, Arm] = {
         )
         for percent in (50, 40, 30)
         for tail in TAILS
+    },
+    **{
+        f"int8-{percent}": Arm(
+            f"{percent} %, selected, int8", "", skipped=percent / 100, compute="int8"
+        )
+        for percent in (30, 50)
     },
 }
 """In the order they run: those that the claims are about come first."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import io
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from edge_dit.contract.adamw import learning_rate
 from edge_dit.contract.bank import Draw, draw_order
 from edge_dit.contract.names import STORED, Tail
 from edge_dit.contract.noise import NOISE, POSTERIOR
+from edge_dit.contract.targets import WIDE
 from edge_dit.models.families.family import State
+from edge_dit.models.int8_products import computing_in_int8
 from edge_dit.models.model import Model
 from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.pipeline import load_pipeline
@@ -301,11 +304,16 @@ def train(runs: list[Run]) -> list[list[float]]:
     subgraph = TrainableSubgraph(pipeline.transformer, family, running, grid, arm.tail)
     sessions = ManySessions(subgraph, layers, plan.optimizer)
     progress, losses = Progress(runs[0].arm, 0, plan.steps), []
-    for step in range(plan.steps):
-        batch = [draw(row, step) for row in range(len(runs))]
-        lr = learning_rate(step, plan.steps, plan.optimizer.lr)
-        losses.append(sessions.step(batch, lr))
-        progress.add(step + 1, float(np.mean(losses[-1])))
+    with (
+        nullcontext()
+        if arm.compute == WIDE
+        else computing_in_int8(map(subgraph.get_submodule, (*subgraph.order, *subgraph.after)))
+    ):
+        for step in range(plan.steps):
+            batch = [draw(row, step) for row in range(len(runs))]
+            lr = learning_rate(step, plan.steps, plan.optimizer.lr)
+            losses.append(sessions.step(batch, lr))
+            progress.add(step + 1, float(np.mean(losses[-1])))
     return losses
 
 
