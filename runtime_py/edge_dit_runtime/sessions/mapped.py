@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class MappedTensors:
         self._paths = paths
         self._files = [_MappedFile(path) for path in paths]
         self._file_of = {name: file for file in self._files for name in file.views}
+        self._reader = ThreadPoolExecutor(1, "edge-dit-read-ahead")
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._file_of:
@@ -51,12 +53,21 @@ class MappedTensors:
         """Load tensors before they are used, where the system can. This saves only time."""
         wanted = set(names)
         for file in self._files:
-            file.fetch(wanted & file.views.keys())
+            file.advise(wanted & file.views.keys(), POPULATE_READ)
 
-    def release(self) -> None:
-        """Give the pages back to the system; a later use loads them again."""
+    def fetch_ahead(self, names: Iterable[str]) -> None:
+        """`fetch` in a thread of its own, while something else is computed."""
+        self._reader.submit(self.fetch, list(names))
+
+    def release(self, names: Iterable[str] | None = None) -> None:
+        """Give pages back to the system; a later use loads them again.
+
+        Args:
+            names: of the tensors; default all. A page that another tensor shares goes too.
+        """
         for file in self._files:
-            file.release()
+            held = file.views.keys() if names is None else set(names) & file.views.keys()
+            file.advise(held, mmap.MADV_DONTNEED)
 
 
 class _MappedFile:
@@ -80,18 +91,16 @@ class _MappedFile:
                 remedy="export the bundle again",
             ) from None
 
-    def fetch(self, names: Iterable[str]) -> None:
+    def advise(self, names: Iterable[str], advice: int) -> None:
+        """Tell the system what comes of the pages of some tensors, neighbours together."""
         start = end = 0
         for begin, stop in [*sorted(self._places[name] for name in names), (sys.maxsize, 0)]:
             if begin > end + mmap.PAGESIZE:
                 if end > start:
-                    self._populate(start, end)
+                    self._tell(advice, start, end)
                 start = begin // mmap.PAGESIZE * mmap.PAGESIZE
             end = max(end, stop)
 
-    def _populate(self, start: int, end: int) -> None:
+    def _tell(self, advice: int, start: int, end: int) -> None:
         with suppress(OSError, ValueError):
-            self._map.madvise(POPULATE_READ, start, end - start)
-
-    def release(self) -> None:
-        self._map.madvise(mmap.MADV_DONTNEED)
+            self._map.madvise(advice, start, end - start)

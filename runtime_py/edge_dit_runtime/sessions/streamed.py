@@ -1,13 +1,13 @@
 """Trains a bundle's plain ONNX step block by block; numpy and onnxruntime only.
 
-Frozen weights are views of the memory-mapped file, and their pages are given back to the system
-after each block. Memory holds the states between blocks, one block's activations, the adapter and
-its moments.
+Frozen weights are views of the memory-mapped file. While a block computes, those of the next one
+are read ahead; after it, its pages are given back to the system. Memory holds the states between
+blocks, one block's activations, the adapter and its moments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,7 @@ class StreamedStep:
     def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
         """Loss, then one gradient per LoRA tensor, in the manifest's order."""
         named = dict(zip([*self._batch, *self._lora], arrays, strict=True))
+        self._ahead = self._in_order()
         borders = [{name: named[name] for name in STATE if name in named}]
         for block in self._blocks:
             for name, residual in block.residual.items():
@@ -55,7 +56,7 @@ class StreamedStep:
             last = _states(self._run(block, "forward", {**named, **last}))
         head = self._programs[HEAD]
         result = head.named({**named, **last, **self._frozen.pick(head.inputs)})
-        self._frozen.release()
+        self._frozen.release(head.inputs)
         loss, given = result[LOSS], {GRAD + ENTRY: result[NEW + GRAD + ENTRY]}
         gradients: Tensors = {}
         for block in reversed(self._blocks):
@@ -75,13 +76,23 @@ class StreamedStep:
     def _run(
         self, block: StreamedBlock, direction: str, named: Mapping[str, np.ndarray]
     ) -> Tensors:
-        self._frozen.fetch(block.weights.values())
+        keys = list(block.weights.values())
+        self._frozen.fetch(keys)  # nothing is left to do where it was fetched ahead
+        following = next(self._ahead, None)
+        if following is not None and following is not block:
+            self._frozen.fetch_ahead(following.weights.values())
         weights = {local: self._frozen[key] for local, key in block.weights.items()}
         lora = {local: named[name] for local, name in block.lora.items()}
         program = self._programs[block_file(block.kind, direction)]
         results = program.named({**named, **weights, **lora})
-        self._frozen.release()
+        if following is not block:
+            self._frozen.release(keys)
         return results
+
+    def _in_order(self) -> Iterator[StreamedBlock]:
+        """The blocks of a step after the first one, as they run."""
+        yield from [*self._blocks, *self._forward_only][1:]
+        yield from reversed(self._blocks)
 
 
 def _states(after: Tensors) -> Tensors:
