@@ -35,13 +35,15 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     The range always holds 0, and the zero point is rounded to a level, so that 0 stays exact.
 
     Args:
-        x: float32 of any shape.
+        x: float32 [M, K]; or [B, M, K], where every picture of the batch has a range of its own, as
+            on a device, where it comes alone.
 
     Returns:
-        integers in float32, shaped like ``x``, and the scale, a scalar; ``x`` is about their
-        product.
+        integers in float32, shaped like ``x``, and the scale, [1, 1] or [B, 1, 1]; ``x`` is about
+        their product.
     """
-    low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
+    axes = (-2, -1)
+    low, high = x.amin(axes, True).clamp(max=0.0), x.amax(axes, True).clamp(min=0.0)
     scale = (high - low) / LEVELS
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     zero = torch.round((-low / scale).clamp(0, LEVELS))
@@ -54,19 +56,21 @@ def frozen_product(x: Tensor, weight: Tensor, back: bool) -> Tensor:
     """A product with a frozen matrix in int8: x W^T, or x W.
 
     Args:
-        x: float32 [..., K], or [..., N] where it goes ``back``.
+        x: float32 [M, K] or [B, M, K], with N for K where it goes ``back``.
         weight: float32 [N, K]; it is rounded to int8 here, and a weight that was rounded before
             stays what it is.
         back: whether this is the product of the backward pass.
 
     Returns:
-        float32 [..., N], or [..., K].
+        float32 [M, N] or [B, M, N], or K for N.
     """
     values, scale = to_int8(weight)
     levels, own = quantized(x * scale if back else x)
-    # Sums of at most 2^15 products below 2^15 are exact in float64.
-    matrix = values.double() if back else values.double().T
-    sums = (levels.double() @ matrix).float()
+    # Exact, whatever the order of the sum: no partial sum reaches the first integer that is rounded.
+    exact = LEVELS * 127 * levels.shape[-1] < 2**24
+    kind = torch.float32 if exact else torch.float64
+    matrix = values.to(kind) if back else values.to(kind).T
+    sums = (levels.to(kind) @ matrix).float()
     return sums * own if back else sums * (own * scale)
 
 
@@ -104,10 +108,8 @@ class Int8Conv1x1(nn.Conv2d):
 
 
 def _biased(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    # Every picture of a batch has a range of its own, as on a device, where it comes alone.
-    rows = [one.reshape(-1, one.shape[-1]) for one in x.unbind()]
-    products = [frozen_product(one, matrix, False) for one in rows]
-    y = products[0] if len(products) == 1 else torch.cat(products)
+    pictures = x.shape[:1] if x.shape[0] > 1 else ()
+    y = frozen_product(x.reshape(*pictures, -1, x.shape[-1]), matrix, False)
     y = y if bias is None else y + bias
     return y.view(*x.shape[:-1], -1)
 

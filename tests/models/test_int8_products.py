@@ -43,7 +43,16 @@ def test_rounding_moves_a_value_by_half_a_level(seed, size):
     x = size * numbers(seed, 7, 9)
     levels, scale = quantized(x)
     assert float((levels * scale - x).abs().max()) <= 0.5001 * float(scale)
-    assert float(quantized(torch.zeros(3))[0].abs().max()) == 0
+    assert float(quantized(torch.zeros(3, 2))[0].abs().max()) == 0
+
+
+def test_every_picture_of_a_batch_has_its_own_range():
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 6).requires_grad_(False)
+    x = torch.randn(3, 5, 8) * torch.tensor([0.1, 1.0, 10.0]).view(3, 1, 1)
+    with computing_in_int8([linear]):
+        together, alone = linear(x), [linear(one[None]) for one in x]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-6)
 
 
 def test_the_gradient_is_the_product_back():
