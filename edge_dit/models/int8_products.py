@@ -66,7 +66,7 @@ def frozen_product(x: Tensor, weight: Tensor, back: bool) -> Tensor:
     """
     values, scale = to_int8(weight)
     levels, own = quantized(x * scale if back else x)
-    # Exact, whatever the order of the sum: no partial sum reaches the first integer that is rounded.
+    # Exact, whatever the order: no partial sum reaches the first integer that would be rounded.
     exact = LEVELS * 127 * levels.shape[-1] < 2**24
     kind = torch.float32 if exact else torch.float64
     matrix = values.to(kind) if back else values.to(kind).T
