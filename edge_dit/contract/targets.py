@@ -21,7 +21,11 @@ from edge_dit.errors import BadInput
 Dtype = Literal["float32", "float16", "int8"]
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "int8")
 """How frozen matrices can be stored; int8 has one float32 scale per output channel."""
-WIDE: Dtype = "float32"
+WIDE: Literal["float32"] = "float32"
+Compute = Literal["float32", "int8"]
+"""How products with frozen matrices are computed."""
+INT8: Literal["int8"] = "int8"
+"""In int8 both ways, see `edge_dit.models.int8_products`; frozen matrices are stored as int8."""
 FROZEN = "frozen.safetensors"
 """File of a target's frozen weights, each once; what does not fit into it goes to further files."""
 FILE_BYTES = 512 * 10**6

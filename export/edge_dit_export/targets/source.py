@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from edge_dit.contract.adamw import AdamW
-from edge_dit.contract.targets import WIDE, Dtype
+from edge_dit.contract.targets import WIDE, Compute, Dtype
 from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.subgraph import TrainableSubgraph
 from edge_dit.pictures.crop import CropRule
@@ -33,6 +33,8 @@ class Source:
         weights: how frozen matrices are stored, where a target offers more than float32.
         recompute: whether to write the recomputing layout too, where a target has one.
         loop: what the loop's parts are made from, if they are wanted and a target has them.
+        compute: how products with the blocks' frozen matrices are computed, where a target offers
+            more than float32.
     """
 
     subgraph: TrainableSubgraph
@@ -42,6 +44,7 @@ class Source:
     weights: Dtype = WIDE
     recompute: bool = False
     loop: LoopSource | None = None
+    compute: Compute = WIDE
 
     @cached_property
     def step(self) -> TracedStep:
