@@ -33,6 +33,7 @@ from edge_dit_export import passes
 from edge_dit_export.graph.flat_program import flat_program
 from edge_dit_export.graph.trace import TracedStep
 from edge_dit_export.graph.train_step import trace_train_step
+from edge_dit_export.targets.convolution_of_tokens import convolution_of_tokens
 from edge_dit_export.targets.delegates_once import delegates_once
 from edge_dit_export.targets.source import Source
 from edge_dit_export.targets.xnnpack import EDGE, Delegates
@@ -59,6 +60,7 @@ def write(source: Source, directory: Path) -> dict[str, Any]:
     with _quiet():
         module = passes.copy_of(step.module)
         passes.apply(module, passes.FOR_EXECUTORCH)
+        convolution_of_tokens(module)
         delegates = Delegates(module)
         programs = {
             TRAIN_PROGRAM: _lower(flat_program(module, step.inputs.values()), delegates),

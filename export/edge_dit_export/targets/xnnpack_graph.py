@@ -28,7 +28,8 @@ from torch import Tensor, fx
 
 from edge_dit.models.int8_products import frozen_product
 from edge_dit.models.quantize import to_int8
-from edge_dit_export.passes._graph import shape
+from edge_dit_export.passes._graph import TO_IMAGE, TO_TOKENS, shape
+from edge_dit_export.targets.convolution_of_tokens import CONVOLUTION_OF_TOKENS
 
 aten: Any = torch.ops.aten
 ALIGNMENT = 16
@@ -44,7 +45,12 @@ UNARY = {aten.sigmoid.default: schema.XNNSigmoid, aten._softmax.default: schema.
 OPERATIONS = (*BINARY, *UNARY, aten.permute.default, aten.mm.default, aten.bmm.default)
 """What XNNPACK computes with any float32 arguments."""
 INT8_PRODUCT: Any = frozen_product._opoverload
-LAYERS = (aten.linear.default, aten.convolution.default, INT8_PRODUCT)
+LAYERS = (
+    aten.linear.default,
+    aten.convolution.default,
+    CONVOLUTION_OF_TOKENS,
+    INT8_PRODUCT,
+)
 """What it computes only with constant weights."""
 
 
@@ -124,8 +130,10 @@ class DelegateProgram:
             self._fully_connected(x, weight, None, result, XNN_FLAG_TRANSPOSE_WEIGHTS)
         elif kind is INT8_PRODUCT:
             self._int8_product(call, arguments, result)
+        elif kind is CONVOLUTION_OF_TOKENS:
+            self._convolution(arguments, result)
         elif kind is aten.convolution.default:
-            self._convolution(call, arguments, result)
+            self._convolution_of_images(call, arguments, result)
         elif kind is aten.permute.default:
             self._transpose(arguments[0], list(arguments[1]), result)
         elif kind is aten.bmm.default:
@@ -181,17 +189,22 @@ class DelegateProgram:
             )
         )
 
-    def _convolution(self, call: fx.Node, arguments: list[Any], result: int) -> None:
+    def _convolution_of_images(self, call: fx.Node, arguments: list[Any], result: int) -> None:
         """Transpose before and after: XNNPACK convolves [N, H, W, C]."""
-        x, weight, bias, stride, padding, dilation, _, adjustment, groups = arguments
-        outputs, inputs, *kernel = weight.shape
-        depthwise = inputs == 1
-        filter_ = weight.permute(1, 2, 3, 0) if depthwise else weight.permute(0, 2, 3, 1)
+        x, *settings, _transposed, _adjustment, groups = arguments
         n, c, h, w = shape(self.inputs[0])
         source = self._inner((n, h, w, c))
         n, c, h, w = shape(call)
         convolved = self._inner((n, h, w, c))
-        self._transpose(x, [0, 2, 3, 1], source)
+        self._transpose(x, TO_TOKENS, source)
+        self._convolution([source, *settings, groups], convolved)
+        self._transpose(convolved, TO_IMAGE, result)
+
+    def _convolution(self, arguments: list[Any], result: int) -> None:
+        x, weight, bias, stride, padding, dilation, groups = arguments
+        outputs, inputs, *kernel = weight.shape
+        depthwise = inputs == 1
+        filter_ = weight.permute(1, 2, 3, 0) if depthwise else weight.permute(0, 2, 3, 1)
         kind = schema.XNNDepthwiseConv2d if depthwise else schema.XNNConv2d
         self._node(
             kind(
@@ -208,16 +221,15 @@ class DelegateProgram:
                 group_input_channels=inputs,
                 group_output_channels=outputs // groups,
                 groups=groups,
-                adjustment_height=adjustment[0],
-                adjustment_width=adjustment[1],
-                input1_id=source,
+                adjustment_height=0,
+                adjustment_width=0,
+                input1_id=x,
                 filter_id=self._constant(filter_),
                 bias_id=XNN_INVALID_VALUE_ID if bias is None else self._constant(bias),
-                output_id=convolved,
+                output_id=result,
                 flags=0,
             )
         )
-        self._transpose(convolved, [0, 3, 1, 2], result)
 
     def _node(self, node: Any) -> None:
         self._nodes.append(schema.XNode(xnode_union=node, debug_handle=len(self._nodes)))
