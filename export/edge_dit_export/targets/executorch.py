@@ -35,6 +35,7 @@ from edge_dit_export.graph.trace import TracedStep
 from edge_dit_export.graph.train_step import trace_train_step
 from edge_dit_export.targets.convolution_of_tokens import convolution_of_tokens
 from edge_dit_export.targets.delegates_once import delegates_once
+from edge_dit_export.targets.relu_gradient_to_sign import relu_gradient_to_sign
 from edge_dit_export.targets.source import Source
 from edge_dit_export.targets.xnnpack import EDGE, Delegates
 
@@ -61,6 +62,7 @@ def write(source: Source, directory: Path) -> dict[str, Any]:
         module = passes.copy_of(step.module)
         passes.apply(module, passes.FOR_EXECUTORCH)
         convolution_of_tokens(module)
+        relu_gradient_to_sign(module)
         delegates = Delegates(module)
         programs = {
             TRAIN_PROGRAM: _lower(flat_program(module, step.inputs.values()), delegates),
