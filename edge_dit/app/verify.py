@@ -262,8 +262,9 @@ class _Stage:
         from edge_dit.reference.eager import EagerSession, adapted_subgraph
 
         bundle, bank, plan = self.bundle, self.bank, self.plan
-        with unrounded(bundle, target) if target == "onnx" else nullcontext() as plain:
-            for layout in bundle.layouts(target) if plain else ():
+        can = target == "onnx"  # its graphs can be rewritten
+        with unrounded(bundle, target) if can else nullcontext(bundle) as plain:
+            for layout in bundle.layouts(target) if can else ():
                 title = f"{bundle.titled(target, layout)} {UNROUNDED}"
                 yield title, verify_target(plain, bank.folder, target, layout, reference)
         points, steps = reference.points, self.steps
