@@ -429,6 +429,17 @@ def test_the_command_line(run, workplace, tmp_path):
     assert "28 blocks" in said
 
 
+def test_a_budget_does_not_know_int8_products_and_says_so(run, workplace, tmp_path):
+    job = write_job(workplace, ("[export]", '[export]\nweights = "int8"\ncompute = "int8"'))
+    out = tmp_path / "plan.json"
+    code, _, err = run("plan", job, "--ram", "160MiB", "-o", out)
+    assert (code, out.exists()) == (2, False)
+    assert "export.compute: int8, with a budget" in err
+    code, _, err = run("plan", job, "-o", out)
+    assert code == 0, err
+    assert read_plan(out).compute == "int8"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -32,6 +32,30 @@ def test_options_override_the_job(workplace):
     assert make_plan(job, SplitRequest(head_skip=0, tail_skip=0)).trained == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("export", "words"),
+    [
+        ('compute = "int8"', """weights = 'float32'"""),
+        ('compute = "int8"\nweights = "float16"', """weights = 'float16'"""),
+        ('compute = "int8"\nweights = "int8"\ntargets = ["ort-training"]', "onnx or executorch"),
+    ],
+)
+def test_int8_products_need_int8_weights_and_a_target_that_has_them(workplace, export, words):
+    targets = 'targets = ["onnx", "ort-training", "executorch"]'
+    kept = "" if "targets" in export else f"\n{targets}"
+    path = write_job(workplace, (targets, export + kept))
+    with pytest.raises(BadInput, match=words) as caught:
+        make_plan(read_job(path))
+    assert "export.compute" in str(caught.value)
+
+
+def test_int8_products_are_no_part_of_what_a_bank_is_for(workplace):
+    path = write_job(workplace, ("[export]", '[export]\nweights = "int8"\ncompute = "int8"'))
+    plan, other = make_plan(read_job(path)), make_plan(read_job(workplace / "job.toml"))
+    assert (plan.compute, other.compute) == ("int8", "float32")
+    assert plan.identity() == other.identity()
+
+
 def test_runs_between_trained_blocks(workplace):
     inner = "inner_skips = [[1, 3]]"
     path = write_job(workplace, ("head_skip = 1", "head_skip = 0"), ("tail_skip = 1", inner))
