@@ -29,7 +29,9 @@ from torch import Tensor, nn
 import bundles
 import tiny
 from edge_dit.contract.bundle import Bundle
+from edge_dit.models.int8_products import computing_in_int8, frozen_product
 from edge_dit.models.pipeline import quiet
+from edge_dit.models.quantize import round_frozen, rounded, to_int8
 from edge_dit.models.subgraph import TrainableSubgraph
 
 
@@ -230,6 +232,9 @@ def every_delegated_operation_is_torchs(bundle: Exported) -> None:
     assert delegates.calls == left.count(torch.ops.edge_dit.delegated.default)
     assert delegates.calls >= len(expected) - 2
     assert delegates.layers == 5
+    # Only what XNNPACK packs is a constant of a delegate: it may free others before it reads them.
+    constants = [lowered.named_data_store_output.pte_data for lowered in delegates._lowered]
+    assert sum(map(bool, constants)) == delegates.layers
     path = bundle.folder / "operations.pte"
     with quiet(), path.open("wb") as stream:
         program = torch.export.export(module, inputs, strict=False)
@@ -238,6 +243,102 @@ def every_delegated_operation_is_torchs(bundle: Exported) -> None:
     for number, (one, other) in enumerate(zip(found, expected, strict=True)):
         error = np.abs(one - other.numpy()).max() / np.abs(other.numpy()).max()
         assert error < 2e-6, f"result {number}: {error}"
+
+
+class _Int8Products(nn.Module):
+    """Both directions of two products; one of them runs twice.
+
+    Their int8 values are the same, their scales are not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        seeded = torch.Generator().manual_seed(0)
+        weight = rounded(torch.randn(96, 80, generator=seeded), "int8")
+        self.register_buffer("weight", weight)
+        self.register_buffer("larger", 4 * weight)
+
+    def forward(self, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        """X [64, 80], dy [64, 96]."""
+        return (
+            frozen_product(x, self.weight, False, True),
+            frozen_product(x, self.larger, False, True),
+            frozen_product(dy, self.weight, True, True),
+            frozen_product(dy, self.larger, True, True),
+            frozen_product(x + 1.0, self.weight, False, True),
+        )
+
+
+def int8_products_are_the_operators(bundle: Exported) -> None:
+    """Level by level: rows that are zero, positive, negative, small and large. Weights are packed
+    once for each direction.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from edge_dit_export import passes
+    from edge_dit_export.graph.flat_program import flat_program
+    from edge_dit_export.targets.executorch import _lower
+    from edge_dit_export.targets.xnnpack import Delegates
+    from edge_dit_runtime.sessions.executorch import ExecuTorchProgram
+
+    seeded = torch.Generator().manual_seed(1)
+    inputs = (torch.randn(64, 80, generator=seeded), torch.randn(64, 96, generator=seeded))
+    for tensor in inputs:
+        tensor *= torch.logspace(-4, 4, 64)[:, None]
+        tensor[0] = 0
+        tensor[1:3] = tensor[1:3].abs() * torch.tensor([[1], [-1]])
+    expected = _Int8Products()(*inputs)
+    module = passes.copy_of(make_fx(_Int8Products())(*inputs))
+    passes.apply(module, passes.FOR_EXECUTORCH)
+    delegates = Delegates(module)
+    assert delegates.layers == len(expected)
+    path = bundle.folder / "int8.pte"
+    with quiet(), path.open("wb") as stream:
+        program = _lower(flat_program(module, inputs), delegates)
+        program.write_to_file(stream)
+    (plan,) = program.executorch_program.execution_plan
+    # Forward each has its scales; the way back sees int8 values alone, and they are the same.
+    assert len(plan.delegates) == delegates.calls - 2
+    # They lie in the file once, for both directions.
+    values, _ = to_int8(_Int8Products().weight)
+    assert path.read_bytes().count(values.numpy().tobytes()) == 1
+    found = ExecuTorchProgram(path)(*(tensor.numpy() for tensor in inputs))
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        difference = torch.from_numpy(one) - other
+        error = (difference.norm(dim=1) / other.norm(dim=1).clamp(min=1e-9)).max()
+        assert error < 1e-6, f"result {number}: {error}"
+
+
+def int8_step(bundle: Exported) -> None:
+    """A step with int8 products against PyTorch with the same ones.
+
+    A value at the border of two levels is rounded the one way here and the other way there, if what
+    it was computed from differs in the last digit. So not every draw agrees to all digits.
+    """
+    from edge_dit_export.targets.executorch import write
+    from edge_dit_export.targets.source import Source
+    from edge_dit_runtime.sessions.executorch import ExecuTorchProgram
+
+    sub, batch = bundle.make()
+    folder = bundle.folder / "int8"
+    folder.mkdir()
+    source = Source(sub, batch, bundles.ADAMW, bundles.CROPS, "int8", compute="int8")
+    with quiet():
+        facts = write(source, folder)
+    assert facts["compute"] == "int8"
+    program = ExecuTorchProgram(folder / "train.pte")
+    lora = [parameter.detach().numpy() for parameter in sub.lora_parameters().values()]
+    round_frozen(sub, "int8")
+    blocks = [sub.get_submodule(name) for name in (*sub.order, *sub.after)]
+    errors = []
+    for draw in bundles.draws(batch, 9):
+        found = program(*draw.values(), *lora)
+        with computing_in_int8(blocks, rows=True):
+            eager = tiny.eager(sub, {name: torch.from_numpy(v) for name, v in draw.items()})
+        pairs = [(a, torch.from_numpy(b)) for a, b in zip(eager.values(), found, strict=True)]
+        errors.append(max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs))
+    assert np.median(errors) < 1e-5, errors
+    assert max(errors) < 0.1, errors
 
 
 def _needed_layers(sub: TrainableSubgraph, batch: dict[str, Tensor]) -> int:
@@ -280,6 +381,8 @@ CHECKS = (
     frozen_layers,
     every_frozen_layer_is_delegated,
     every_delegated_operation_is_torchs,
+    int8_products_are_the_operators,
+    int8_step,
 )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_dit.budget.limits import NO_LIMITS, Limits
-from edge_dit.contract.targets import WIDE, tail_faults
+from edge_dit.contract.targets import TARGETS, WIDE, tail_faults
 from edge_dit.errors import BadInput
 from edge_dit.pictures.dataset import Survey, read_folder
 from edge_dit.planning.doubts import doubts, unused_prompts
@@ -206,7 +206,7 @@ def _footprints(plan: Plan, profile: Profile, variants: Sequence[Any]) -> dict[s
         str(variant): footprints.of(tuple(plan.trained), plan.rank, variant, plan.tail)
         for variant in variants
         if variant.dtype == (plan.weights if variant.target == "onnx" else "float32")
-        and (variant.target != "onnx" or plan.compute == WIDE)
+        and (plan.compute == WIDE or plan.compute not in TARGETS[variant.target].computes)
         and (variant.layout != "recompute" or plan.recompute)
     }
 

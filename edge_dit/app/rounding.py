@@ -5,7 +5,7 @@ differ in their last bits. Each such value changes the next sums, and after some
 computations differ by about as much as rounding costs at all. So two things are compared:
 
 - The graphs as they would be without rounding, with PyTorch in float32, within the limits of every
-  other target (`unrounded`).
+  other target (`unrounded`). ExecuTorch's programs cannot be rewritten so.
 - The graphs as they are, with PyTorch that rounds the same way (`rounded`): all gradients of a step
   together. Their limit is that of their kind plus `TIMES` what a nudge of the entry state in its
   last bits moves PyTorch's own result by.
@@ -107,6 +107,7 @@ def rounded(
     adapter: Tensors,
     points: list[Point],
     steps: int,
+    rows: bool = False,
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """PyTorch's results with products in int8, and the limit of each of `groups`.
 
@@ -117,6 +118,7 @@ def rounded(
         adapter: the fresh LoRA.
         points: where to compute.
         steps: length of the trajectory.
+        rows: whether each row of an activation has a range of its own, as with ExecuTorch.
     """
     from edge_dit.models.int8_products import computing_in_int8
     from edge_dit.reference.eager import EagerSession
@@ -136,12 +138,13 @@ def rounded(
         session.sign = sign
         return measure(session, bank, adapter, steps, replayed(points))
 
-    with computing_in_int8(map(subgraph.get_submodule, (*subgraph.order, *subgraph.after))):
+    blocks = map(subgraph.get_submodule, (*subgraph.order, *subgraph.after))
+    with computing_in_int8(blocks, rows):
         right, *moved = (measured(sign) for sign in (0.0, 1.0, -1.0))
     moves = [groups(right, other, {}) for other in moved]
     tolerances = TARGETS["onnx"].tolerances
     most: dict[str, float] = {}
-    for row in [row for rows in moves for row in rows]:
+    for row in [row for move in moves for row in move]:
         what = SAME.get(row.kind, row.name)
         most[what] = max(most.get(what, 0.0), row.relative)
     return right, {

@@ -28,7 +28,7 @@ from edge_dit.contract.adapter import loading_hint
 from edge_dit.contract.adapter_formats import format_of
 from edge_dit.contract.bundle import MANIFEST, Bundle, open_bundle
 from edge_dit.contract.certificate import read_certificate
-from edge_dit.contract.targets import RECOMPUTE, STREAMED, TARGETS, WIDE, variant_of
+from edge_dit.contract.targets import INT8, RECOMPUTE, STREAMED, TARGETS, WIDE, variant_of
 from edge_dit.errors import BadInput, CheckFailed
 from edge_dit.pictures.dataset import Captioned
 from edge_dit.planning.job import Job, read_job
@@ -183,6 +183,7 @@ def exported_as(plan: Plan, target: str) -> str:
     record = TARGETS[name]
     compute = plan.compute if plan.compute in record.computes else WIDE
     stored = plan.weights if plan.weights in record.layouts.get(STREAMED, ()) else WIDE
+    stored = INT8 if compute == INT8 else stored
     missing = compute == WIDE and stored not in record.layouts[variant.layout]
     wrong = (
         (len(given) > 1 and (variant.dtype, variant.compute) != (stored, compute))

@@ -138,6 +138,18 @@ class OnnxFacts(Facts):
         return whole + ([STREAMED] if self.streamed else [])
 
 
+class ExecuTorchFacts(Facts):
+    """The executorch target.
+
+    Attributes:
+        weights: how its program stores frozen matrices.
+        compute: how products with the blocks' frozen matrices are computed in a training step.
+    """
+
+    weights: Dtype = WIDE
+    compute: Compute = WIDE
+
+
 class OrtTrainingFacts(Facts):
     """The ort-training target.
 
@@ -230,12 +242,13 @@ TARGETS = {
         Target(
             name="executorch",
             layouts={FUSED: (WIDE,)},
-            facts=Facts,
+            facts=ExecuTorchFacts,
             sampler=SAMPLER_PROGRAM,
             needs_to_export=("executorch",),
             needs_to_train=("torch", "executorch"),
             tools=("torch", "executorch"),
             tolerances=_EXECUTORCH,
+            computes=(WIDE, INT8),
         ),
     )
 }

@@ -224,9 +224,9 @@ class Export(_Section):
     compute: Annotated[
         Literal["float32", "int8"],
         Field(
-            description="How a training step of the onnx target multiplies with the blocks' frozen "
-            "matrices: in float32; or in int8, in all its layouts, which takes a third to half of "
-            'the time. Needs `weights = "int8"`.'
+            description="How a training step of the onnx and executorch targets multiplies with "
+            "the blocks' frozen matrices: in float32; or in int8, in all layouts, which takes "
+            'about half of the time. Needs `weights = "int8"`.'
         ),
     ] = "float32"
     recompute: Annotated[

@@ -37,6 +37,7 @@ OTHER = {
     "train.seed": "4",
     "export.targets": '["onnx"]',
     "export.weights": '"int8"',
+    "export.compute": '"int8"',
     "export.recompute": "true",
     "export.loop": "true",
     "export.prompts": '["a toy"]',

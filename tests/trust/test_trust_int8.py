@@ -62,6 +62,16 @@ def test_every_layout_is_certified(int8_world, name):
     assert abs(drift.loss_int8 / drift.loss - 1) < 0.1
 
 
+@pytest.mark.slow
+def test_executorch_is_certified(int8_world, tmp_path):
+    world = int8_world("sana-1.5")
+    export(world.plan, tmp_path / "bundle", ["executorch"])
+    certificate = verify(tmp_path / "bundle", world.bank, steps=STEPS, model=world.plan.model)
+    assert certificate.passed, certificate.targets["executorch"].in_words()
+    assert list(certificate.targets) == ["executorch"]
+    assert certificate.drift["executorch"].cosine_median > 0.9
+
+
 def test_all_layouts_and_torch_take_the_same_step(int8_world):
     world = int8_world("flux-dev")
     bundle = open_bundle(world.bundle)

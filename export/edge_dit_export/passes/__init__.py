@@ -62,6 +62,7 @@ FOR_EXECUTORCH: tuple[Pass, ...] = (
     float_scalars,
     merge_shape_ops,
     share_shape_ops,
+    view_frozen,
 )
 """Rewrites for the ExecuTorch step. `raise_frozen_gemm` recognises frozen weights only once shape
 operations are merged, and adds permutes that are then merged again."""

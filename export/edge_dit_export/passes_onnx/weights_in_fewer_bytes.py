@@ -41,12 +41,13 @@ def weights_in_fewer_bytes(model: ir.Model, names: Iterable[str], dtype: str) ->
     """
     chosen = set(names)
     graph = model.graph
+    beside_products = any(map(is_frozen_product, graph))
     count = 0
     for value in list(graph.inputs):
         if value.name not in chosen:
             continue
         count += 1
-        weight = _Weight(graph, value, dtype)
+        weight = _Weight(graph, value, dtype, beside_products)
         for number, (reader, place) in enumerate(list(value.uses())):
             if _reads_int8(reader, weight):
                 continue
@@ -75,9 +76,9 @@ def _reads_int8(reader: ir.Node, weight: _Weight) -> bool:
 
 
 class _Weight:
-    """A weight input that is stored in fewer bytes."""
+    """A weight input that is stored in fewer bytes, in a graph with products in int8 or without."""
 
-    def __init__(self, graph: ir.Graph, value: ir.Value, dtype: str) -> None:
+    def __init__(self, graph: ir.Graph, value: ir.Value, dtype: str, beside_products: bool) -> None:
         assert value.shape is not None
         self.graph, self.value, self.int8 = graph, value, dtype == "int8"
         self.sides = [int(side) for side in value.shape.numpy()]
@@ -90,7 +91,7 @@ class _Weight:
             graph.inputs.append(self.scale)
         # In a graph with a DequantizeLinear onnxruntime 1.19.2 keeps a turned copy of every int8
         # weight that a Transpose reads, whatever is switched off.
-        self.beside_products = any(map(is_frozen_product, graph))
+        self.beside_products = beside_products
 
     def widen(
         self,

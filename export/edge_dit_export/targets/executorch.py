@@ -19,15 +19,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.exir import EdgeProgramManager, to_edge
+from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge
+from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from edge_dit.contract.names import SAMPLER_INPUTS
-from edge_dit.contract.targets import OPTIMIZER_PROGRAM, SAMPLER_PROGRAM, TRAIN_PROGRAM
+from edge_dit.contract.targets import (
+    INT8,
+    OPTIMIZER_PROGRAM,
+    SAMPLER_PROGRAM,
+    TRAIN_PROGRAM,
+    WIDE,
+)
+from edge_dit.models.int8_products import computing_in_int8
 from edge_dit.models.patch_sampler import PatchSampler
+from edge_dit.models.quantize import matrices, rounded
 from edge_dit_export import passes
 from edge_dit_export.graph.flat_program import flat_program
+from edge_dit_export.graph.trace import TracedStep
+from edge_dit_export.graph.train_step import trace_train_step
+from edge_dit_export.targets.convolution_of_tokens import convolution_of_tokens
+from edge_dit_export.targets.delegates_once import delegates_once
+from edge_dit_export.targets.relu_gradient_to_sign import relu_gradient_to_sign
 from edge_dit_export.targets.source import Source
 from edge_dit_export.targets.xnnpack import EDGE, Delegates
 
@@ -35,12 +49,16 @@ from edge_dit_export.targets.xnnpack import EDGE, Delegates
 def write(source: Source, directory: Path) -> dict[str, Any]:
     """Write the ExecuTorch target into ``directory``, an existing folder.
 
+    With int8 products the backward pass computes each block again: they are fast, and memory is
+    what a phone lacks.
+
     Returns:
-        ExecuTorch's version and, by file, the number of calls delegated to XNNPACK, how many of
-        them are layers with frozen weights, and the bytes of memory planned for a run (weights not
-        counted).
+        ExecuTorch's version, how products are computed and, by file, the number of calls delegated
+        to XNNPACK, how many of them are layers with frozen weights, and the bytes of memory planned
+        for a run (weights not counted).
     """
-    step, optimizer, sampler = source.step, source.optimizer, source.sampler
+    step = _int8_step(source) if source.compute == INT8 else source.step
+    optimizer, sampler = source.optimizer, source.sampler
     sides = {
         2: torch.export.Dim("H", min=sampler.rule.s_max, max=source.max_image_side),
         3: torch.export.Dim("W", min=sampler.rule.s_max, max=source.max_image_side),
@@ -49,6 +67,8 @@ def write(source: Source, directory: Path) -> dict[str, Any]:
     with _quiet():
         module = passes.copy_of(step.module)
         passes.apply(module, passes.FOR_EXECUTORCH)
+        convolution_of_tokens(module)
+        relu_gradient_to_sign(module)
         delegates = Delegates(module)
         programs = {
             TRAIN_PROGRAM: _lower(flat_program(module, step.inputs.values()), delegates),
@@ -68,7 +88,26 @@ def write(source: Source, directory: Path) -> dict[str, Any]:
         taken, layers = delegated.get(file, (0, 0))
         planned = _planned_bytes(program)
         facts[file] = {"delegated": taken, "frozen_layers": layers, "planned_bytes": planned}
-    return {"executorch": version("executorch"), "programs": facts}
+    weights = INT8 if source.compute == INT8 else WIDE
+    return {
+        "executorch": version("executorch"),
+        "weights": weights,
+        "compute": source.compute,
+        "programs": facts,
+    }
+
+
+def _int8_step(source: Source) -> TracedStep:
+    """The recomputing step; frozen matrices outside the blocks are rounded to int8 too."""
+    subgraph = source.subgraph
+    blocks = map(subgraph.get_submodule, (*subgraph.order, *subgraph.after))
+    with computing_in_int8(blocks, rows=True):
+        step = trace_train_step(subgraph, source.batch, recompute=True)
+    for name, weight in matrices(subgraph).items():
+        buffer = name.replace(".", "__")
+        if hasattr(step.module, buffer):
+            setattr(step.module, buffer, rounded(weight.detach(), INT8))
+    return step
 
 
 def _lower(program: ExportedProgram, delegates: Delegates | None = None) -> Any:
@@ -78,7 +117,13 @@ def _lower(program: ExportedProgram, delegates: Delegates | None = None) -> Any:
         delegates.put_back(edge.exported_program())
         # A new manager, because it collects the delegates' weights when it is made.
         edge = EdgeProgramManager(edge.exported_program(), compile_config=EDGE)
-    return edge.to_executorch()
+    # Inputs are read where the caller holds them, not copied into the program's own memory: the
+    # optimizer's are four times the LoRA. But XNNPACK reads some bytes past the end of a tensor.
+    planning = MemoryPlanningPass(alloc_graph_input=delegates is not None)
+    config = ExecutorchBackendConfig(memory_planning_pass=planning)
+    manager = edge.to_executorch(config)
+    delegates_once(manager, config)
+    return manager
 
 
 def _planned_bytes(program: Any) -> int:

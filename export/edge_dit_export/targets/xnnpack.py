@@ -6,6 +6,11 @@ lowered, and a delegate afterwards, see `edge_dit_export.targets.xnnpack_graph`.
 
 A frozen W serves both directions, and its bytes lie in the program once: x W^T is a linear layer,
 dy W a fully connected one with weights marked as transposed.
+
+Only what XNNPACK packs is a constant of a delegate; other frozen tensors and numbers are inputs.
+With its cache of packed weights, the default on Android and iOS, executorch 1.5.1 frees a
+delegate's constants once it is loaded, and would read them later
+(https://github.com/pytorch/executorch/pull/22779).
 """
 
 from __future__ import annotations
@@ -22,10 +27,21 @@ from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from edge_dit.models.quantize import to_int8
 from edge_dit_export.graph.flat_program import flat_program
-from edge_dit_export.passes._graph import calls, frozen, insert, replace, shape, sweep, value
+from edge_dit_export.passes._graph import (
+    add_buffer,
+    calls,
+    frozen,
+    insert,
+    replace,
+    shape,
+    sweep,
+    value,
+)
 from edge_dit_export.targets.xnnpack_graph import (
     BINARY,
+    INT8_PRODUCT,
     LAYERS,
     OPERATIONS,
     Constants,
@@ -71,7 +87,8 @@ class Delegates:
         for call in calls(module, *LAYERS, *OPERATIONS):
             if not _is_taken(module, call):
                 continue
-            tensors = _frozen_arguments(module, call)
+            tensors = _packed_arguments(module, call)
+            _numbers_to_inputs(module, call)
             index, inputs = self._lower(call, tensors)
             arguments = (inputs, index, list(shape(call)))
             replace(call, insert(call, torch.ops.edge_dit.delegated.default, *arguments))
@@ -159,10 +176,31 @@ def _is_taken(module: fx.GraphModule, call: fx.Node) -> bool:
     )
 
 
-def _frozen_arguments(module: fx.GraphModule, call: fx.Node) -> dict[int, Tensor]:
-    """A call's frozen tensors by position."""
+def _packed_arguments(module: fx.GraphModule, call: fx.Node) -> dict[int, Tensor]:
+    """The frozen tensors that XNNPACK packs for a call, by position."""
     return {
         position: tensor
         for position, argument in enumerate(call.args)
-        if isinstance(argument, fx.Node) and (tensor := frozen(module, argument)) is not None
+        if call.target in (*LAYERS, aten.mm.default)
+        and isinstance(argument, fx.Node)
+        and (tensor := frozen(module, argument)) is not None
     }
+
+
+def _numbers_to_inputs(module: fx.GraphModule, call: fx.Node) -> None:
+    """Let a call read its numbers from buffers; an int8 product that goes back its scale too."""
+    if call.target in BINARY:
+        call.args = tuple(
+            _number(module, call, argument) if isinstance(argument, float) else argument
+            for argument in call.args
+        )
+    elif call.target is INT8_PRODUCT and call.args[2]:
+        weight: Any = call.args[1]
+        _, scale = to_int8(getattr(module, weight.target))
+        call.args = (*call.args, add_buffer(module, call, f"{weight.target}__scale", scale))
+
+
+def _number(module: fx.GraphModule, before: fx.Node, number: float) -> fx.Node:
+    tensor = torch.tensor([number])
+    name = f"number_{tensor.numpy().tobytes().hex()}"
+    return add_buffer(module, before, name, tensor)

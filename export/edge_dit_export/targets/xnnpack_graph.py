@@ -26,7 +26,10 @@ from executorch.backends.xnnpack.utils.xnnpack_constants import (
 from executorch.exir._serialize._named_data_store import NamedDataStore
 from torch import Tensor, fx
 
-from edge_dit_export.passes._graph import shape
+from edge_dit.models.int8_products import frozen_product
+from edge_dit.models.quantize import to_int8
+from edge_dit_export.passes._graph import TO_IMAGE, TO_TOKENS, shape
+from edge_dit_export.targets.convolution_of_tokens import CONVOLUTION_OF_TOKENS
 
 aten: Any = torch.ops.aten
 ALIGNMENT = 16
@@ -41,25 +44,47 @@ BINARY = {
 UNARY = {aten.sigmoid.default: schema.XNNSigmoid, aten._softmax.default: schema.XNNSoftmax}
 OPERATIONS = (*BINARY, *UNARY, aten.permute.default, aten.mm.default, aten.bmm.default)
 """What XNNPACK computes with any float32 arguments."""
-LAYERS = (aten.linear.default, aten.convolution.default)
+INT8_PRODUCT: Any = frozen_product._opoverload
+LAYERS = (
+    aten.linear.default,
+    aten.convolution.default,
+    CONVOLUTION_OF_TOKENS,
+    INT8_PRODUCT,
+)
 """What it computes only with constant weights."""
 
 
 class Constants:
-    """Frozen tensors by the hash of their bytes, each held once."""
+    """Frozen tensors by name, each held once.
+
+    XNNPACK's cache of packed weights goes by name. So a name says all that the packing depends on:
+    the tensor, its scales, its direction. Equal bytes lie in a program once, whatever their names.
+    """
 
     def __init__(self) -> None:
         self._known: dict[str, bytes] = {}
 
-    def key(self, tensor: Tensor) -> str:
-        """Keep the bytes of a float32 tensor; their name in a program."""
-        content = tensor.detach().contiguous().numpy().tobytes()
+    def key(self, tensor: Tensor, scale: Tensor | None = None, turned: bool = False) -> str:
+        """Keep the bytes of a float32 or int8 tensor; their name in a program.
+
+        Args:
+            tensor: to be kept.
+            scale: of its channels, if it is int8.
+            turned: whether a layer takes it as it is, [K, N], not [N, K].
+        """
+        content = _bytes(tensor)
         key = hashlib.sha256(content).hexdigest()
+        key += "" if scale is None else hashlib.sha256(_bytes(scale)).hexdigest()
+        key += "T" if turned else ""
         self._known.setdefault(key, content)
         return key
 
     def __getitem__(self, key: str) -> bytes:
         return self._known[key]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().numpy().tobytes()
 
 
 class DelegateProgram:
@@ -100,12 +125,15 @@ class DelegateProgram:
             self._fully_connected(x, weight, bias[0] if bias else None, result)
         elif kind is aten.mm.default:
             x, weight = arguments
-            # A bias of -0.0 does not change a sum. XNNPACK caches packed weights by name; no layer
-            # has this bias, so W as it is packed here is not taken for W as the layer packs it.
-            bias = torch.full((shape(call)[1],), -0.0) if isinstance(weight, Tensor) else None
-            self._fully_connected(x, weight, bias, result, XNN_FLAG_TRANSPOSE_WEIGHTS)
+            if isinstance(weight, Tensor):
+                weight = self._constant(weight, turned=True)
+            self._fully_connected(x, weight, None, result, XNN_FLAG_TRANSPOSE_WEIGHTS)
+        elif kind is INT8_PRODUCT:
+            self._int8_product(call, arguments, result)
+        elif kind is CONVOLUTION_OF_TOKENS:
+            self._convolution(arguments, result)
         elif kind is aten.convolution.default:
-            self._convolution(call, arguments, result)
+            self._convolution_of_images(call, arguments, result)
         elif kind is aten.permute.default:
             self._transpose(arguments[0], list(arguments[1]), result)
         elif kind is aten.bmm.default:
@@ -120,12 +148,8 @@ class DelegateProgram:
         self._node(kind(input1_id=one, input2_id=other, output_id=result, flags=0))
 
     def _operand(self, argument: Any) -> int:
-        """The number of the value for an argument: a tensor, a float, or such a number already."""
-        if isinstance(argument, Tensor):
-            return self._constant(argument)
-        if isinstance(argument, float):
-            return self._constant(torch.tensor([argument]))
-        return argument
+        """The number of the value for an argument: a tensor, or such a number already."""
+        return self._constant(argument) if isinstance(argument, Tensor) else argument
 
     def _fully_connected(
         self, x: int, weight: Any, bias: Tensor | None, result: int, flags: int = 0
@@ -140,6 +164,23 @@ class DelegateProgram:
             )
         )
 
+    def _int8_product(self, call: fx.Node, arguments: list[Any], result: int) -> None:
+        """Quantise the rows of x, then multiply; both directions with the same int8 values.
+
+        Where it goes back, the delegate's last input is the scales of the weight's channels.
+        """
+        x, weight, back, _, *before = arguments
+        values, scale = to_int8(weight)
+        source = shape(self.inputs[0])
+        if back:
+            scaled = self._inner(source)
+            self._binary(schema.XNNMultiply, [x, *before], scaled)
+            x, scale = scaled, torch.ones(shape(call)[1])
+        levels = self._quantized_rows(source)
+        self._node(schema.XNNConvert(input_id=x, output_id=levels, flags=0))
+        flags = XNN_FLAG_TRANSPOSE_WEIGHTS if back else 0
+        self._fully_connected(levels, self._int8_constant(values, scale, back), None, result, flags)
+
     def _transpose(self, x: int, order: list[int], result: int) -> None:
         order = [dim % len(order) for dim in order]
         self._node(
@@ -148,17 +189,22 @@ class DelegateProgram:
             )
         )
 
-    def _convolution(self, call: fx.Node, arguments: list[Any], result: int) -> None:
+    def _convolution_of_images(self, call: fx.Node, arguments: list[Any], result: int) -> None:
         """Transpose before and after: XNNPACK convolves [N, H, W, C]."""
-        x, weight, bias, stride, padding, dilation, _, adjustment, groups = arguments
-        outputs, inputs, *kernel = weight.shape
-        depthwise = inputs == 1
-        filter_ = weight.permute(1, 2, 3, 0) if depthwise else weight.permute(0, 2, 3, 1)
+        x, *settings, _transposed, _adjustment, groups = arguments
         n, c, h, w = shape(self.inputs[0])
         source = self._inner((n, h, w, c))
         n, c, h, w = shape(call)
         convolved = self._inner((n, h, w, c))
-        self._transpose(x, [0, 2, 3, 1], source)
+        self._transpose(x, TO_TOKENS, source)
+        self._convolution([source, *settings, groups], convolved)
+        self._transpose(convolved, TO_IMAGE, result)
+
+    def _convolution(self, arguments: list[Any], result: int) -> None:
+        x, weight, bias, stride, padding, dilation, groups = arguments
+        outputs, inputs, *kernel = weight.shape
+        depthwise = inputs == 1
+        filter_ = weight.permute(1, 2, 3, 0) if depthwise else weight.permute(0, 2, 3, 1)
         kind = schema.XNNDepthwiseConv2d if depthwise else schema.XNNConv2d
         self._node(
             kind(
@@ -175,24 +221,31 @@ class DelegateProgram:
                 group_input_channels=inputs,
                 group_output_channels=outputs // groups,
                 groups=groups,
-                adjustment_height=adjustment[0],
-                adjustment_width=adjustment[1],
-                input1_id=source,
+                adjustment_height=0,
+                adjustment_width=0,
+                input1_id=x,
                 filter_id=self._constant(filter_),
                 bias_id=XNN_INVALID_VALUE_ID if bias is None else self._constant(bias),
-                output_id=convolved,
+                output_id=result,
                 flags=0,
             )
         )
-        self._transpose(convolved, [0, 3, 1, 2], result)
 
     def _node(self, node: Any) -> None:
         self._nodes.append(schema.XNode(xnode_union=node, debug_handle=len(self._nodes)))
 
-    def _value(self, dims: Sequence[int], external: int, buffer: int, flags: int) -> int:
+    def _value(
+        self,
+        dims: Sequence[int],
+        external: int = XNN_INVALID_VALUE_ID,
+        buffer: int = 0,
+        flags: int = 0,
+        quantized: tuple[schema.XNNDatatype, Any] | None = None,
+    ) -> int:
+        """A value's number; ``quantized``: its datatype and parameters, where it is not float32."""
         number = len(self._values)
-        value = schema.XNNTensorValue(
-            datatype=schema.XNNDatatype.xnn_datatype_fp32,
+        value: Any = schema.XNNTensorValue(
+            datatype=quantized[0] if quantized else schema.XNNDatatype.xnn_datatype_fp32,
             num_dims=len(dims),
             dims=list(dims),
             constant_buffer_idx=buffer,
@@ -200,6 +253,8 @@ class DelegateProgram:
             flags=flags,
             id_out=number,
         )
+        if quantized:
+            value = schema.XNNQuantizedTensorValue(value, quantized[1])
         self._values.append(schema.XValue(xvalue_union=value))
         return number
 
@@ -211,14 +266,30 @@ class DelegateProgram:
         return value
 
     def _inner(self, dims: Sequence[int]) -> int:
-        return self._value(dims, XNN_INVALID_VALUE_ID, 0, 0)
+        return self._value(dims)
 
-    def _constant(self, tensor: Tensor) -> int:
-        key = self._constants.key(tensor)
+    def _quantized_rows(self, dims: Sequence[int]) -> int:
+        kind = schema.XNNDatatype.xnn_datatype_qdint8
+        return self._value(dims, quantized=(kind, schema.PerTokenDynamicQuant(1)))
+
+    def _constant(self, tensor: Tensor, turned: bool = False) -> int:
+        buffer = self._buffer(tensor, self._constants.key(tensor, turned=turned))
+        return self._value(tuple(tensor.shape), buffer=buffer)
+
+    def _int8_constant(self, values: Tensor, scale: Tensor, back: bool) -> int:
+        """int8 [N, K], with a scale for each of the N rows, or of the K columns if ``back``."""
+        scales = self._buffer(scale, self._constants.key(scale))
+        parameters = schema.PerChannelQuant([], int(back), scales, scale.numel())
+        kind = schema.XNNDatatype.xnn_datatype_qcint8
+        buffer = self._buffer(values, self._constants.key(values, scale, back))
+        return self._value(tuple(values.shape), buffer=buffer, quantized=(kind, parameters))
+
+    def _buffer(self, tensor: Tensor, key: str) -> int:
+        """The number of a constant's bytes in the program."""
         self._data.append(
             schema.ConstantDataOffset(UINT64_MAX, tensor.numel() * tensor.element_size(), key)
         )
-        return self._value(tuple(tensor.shape), XNN_INVALID_VALUE_ID, len(self._data) - 1, 0)
+        return len(self._data) - 1
 
     def serialize(self) -> bytes:
         """The bytes that the delegate loads."""

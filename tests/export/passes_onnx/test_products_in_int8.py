@@ -65,6 +65,21 @@ def test_an_activation_is_quantised_once():
     np.testing.assert_allclose(run(model, feeds(w, x=x))[0], twice(x, w), rtol=1e-6, atol=1e-6)
 
 
+def test_no_weight_is_dequantised_beside_products():
+    """Onnxruntime would keep turned copies of all int8 weights then."""
+    x, w, v = numbers(0, 6, 5), numbers(1, 4, 5), numbers(2, 3, 4)
+    inputs = {"x": x, "w": w, "v": v}
+    module = trace(lambda t: frozen_product(t["x"], t["w"], False) @ t["v"].T, inputs)
+    model = onnx_model(module, inputs, ["y"])
+    weights_in_fewer_bytes(model, ["w", "v"], "int8")
+    share_quantised(model)
+    assert "DequantizeLinear" not in kinds(model)
+    values, scale = to_int8(v)
+    (found,) = run(model, {**feeds(w, x=x), "v": values, "v.scale": scale})
+    want = frozen_product(x, w, False) @ (values * scale[:, None]).T
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
 def both_ways(x, w):
     return frozen_product(frozen_product(x, w, False).sin(), w, True)
 
