@@ -222,11 +222,13 @@ def _baselines(baselines: list[dict[str, Any]]) -> list[str]:
             _optional(row["step_ms"], ",.0f"),
             _optional(row["step_ms"] and row["step_ms"] / baselines[0]["step_ms"], ".2f"),
             _optional(row["rss_anon_mb"], ",.0f"),
+            _optional(row["rss_file_mb"], ",.0f"),
             row["note"] or _optional(row["grad_rel_error"], ".1e"),
         ]
         for row in baselines
     ]
-    return _table(["", "step, ms", "of eager", "anonymous, MB", "gradient error"], rows)
+    headings = ["", "step, ms", "of eager", "anonymous, MB", "file pages, MB", "gradient error"]
+    return _table(headings, rows)
 
 
 def _operators(found: dict[str, dict[str, float]]) -> list[str]:
@@ -248,6 +250,7 @@ def _command(found: dict[str, Any], name: str) -> str:
     words += ["--trained " + "+".join(map(str, case["trained"]))]
     words += [f"--{key} {case[key]}" for key in ("tokens", "text", "rank", "steps")]
     words += [] if case["full_lora"] else ["--no-full-lora"]
+    words += [f"--baseline {baseline['name']}" for baseline in found["baselines"]]
     words += ["--profile"] if found["operators"] else []
     words += [f"--target {_name(row)}" for row in rows]
     return " ".join([*words, f"-o docs/results/{name}"])

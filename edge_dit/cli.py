@@ -546,6 +546,8 @@ def bench(
     from edge_dit.models.public_configs import public_config
     from edge_dit.store.files import write_json
 
+    if loop and (profile or baseline):
+        raise BadInput("--loop", found="--profile or --baseline beside it", expected="it alone")
     public = public_config(config)
     blocks = [int(part) for part in trained.split("+") if part.isdigit()]
     variants = [variant_of(name) for name in target or []]
@@ -555,7 +557,7 @@ def bench(
         measured = looped.bench_loop(case, variants, tail, work, say)
         lines = looped.in_words(measured.rows)
     else:
-        asked = plain.Asked(variants or plain.DEFAULT_VARIANTS, baseline or plain.NAMES, profile)
+        asked = plain.Asked(variants or plain.DEFAULT_VARIANTS, baseline, profile)
         measured = plain.bench(case, asked, work, say)
         lines = plain.in_words(measured)
     facts = asdict(measured)

@@ -185,12 +185,13 @@ def test_a_benchmark_becomes_a_table_with_its_raw_file_and_command(tmp_path):
         "| onnx:streamed:int8:int8 | 1,500 | 1.50 | 2.50 | - | 220 | 120 | 290 | 15 | 4.0e-05 |"
         in text
     )
-    assert "| torch, eager | 1,000 | 1.00 | 2,700 | 2.0e-06 |" in text
-    assert "| torch, compile | - | - | - | no compiler |" in text
+    assert "| torch, eager | 1,000 | 1.00 | 2,700 | 9 | 2.0e-06 |" in text
+    assert "| torch, compile | - | - | - | - | no compiler |" in text
     assert "- operators of onnx, 4 ms: Gemm 75%, Add 25%" in text
     assert "Machine: processor Xeon." in text
     assert "docs/results/bench-flux.json" in text
     assert "--trained 4+5 --tokens 256 --text 512 --rank 16 --steps 5 --no-full-lora" in text
+    assert "--baseline eager --baseline compile --profile --target onnx:streamed" in text
     assert "No benchmark" not in text
 
 

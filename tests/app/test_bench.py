@@ -32,6 +32,7 @@ from edge_dit.app.bench.child import (
     SessionTask,
     TorchTask,
     adapter_file,
+    operators,
     read_task,
 )
 from edge_dit.app.bench.machine import busy_warning, this_machine
@@ -186,7 +187,7 @@ def test_the_table_shows_numbers_of_the_row_and_what_was_not_measured():
     lines = in_words(report)
     assert lines[0].split() == ["onnx:streamed:int8", "onnx:streamed"]
     assert lines[-5:] == [
-        "torch, eager-bf16: 600 ms, 680 MB, gradient error 2.0e-02",
+        "torch, eager-bf16: 600 ms, 660 MB anonymous, 20 MB of files, gradient error 2.0e-02",
         "torch, compile: no compiler",
         "operators of onnx:",
         "  Gemm: 3.0 ms, 75%, 8 calls",
@@ -275,6 +276,24 @@ def test_an_unknown_baseline_is_refused_before_any_work(tmp_path):
     assert not (tmp_path / "bench").exists()
 
 
+def test_a_baseline_that_the_case_leaves_out_is_refused(tmp_path):
+    case = replace(SMALL, full_lora=False)
+    with pytest.raises(BadInput, match="full-lora-bf16 beside --no-full-lora"):
+        bench(case, Asked([STREAMED], ["full-lora-bf16"]), tmp_path / "bench", print)
+    assert not (tmp_path / "bench").exists()
+
+
+@pytest.mark.parametrize("option", [["--profile"], ["--baseline", "compile"]])
+def test_what_the_loop_would_not_use_is_refused(monkeypatch, capsys, tmp_path, option):
+    command = ["edge-dit", "bench", "--loop", *option, "--work", str(tmp_path / "bench")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "--loop: --profile or --baseline beside it" in capsys.readouterr().err
+    assert not (tmp_path / "bench").exists()
+
+
 def test_torch_that_cannot_compile_says_so_and_the_rest_goes_on(in_this_process, tmp_path):
     def broken(task):
         if isinstance(task, TorchTask) and task.compiled:
@@ -284,9 +303,63 @@ def test_torch_that_cannot_compile_says_so_and_the_rest_goes_on(in_this_process,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_module, "run_task", broken)
         case = replace(SMALL, full_lora=False, steps=1)
-        report = bench(case, Asked([], ["compile"]), tmp_path / "bench", print)
-    assert [b.step_ms is None for b in report.baselines] == [False, True]
-    assert report.baselines[1].note == "bench torch: no compiler"
+        report = bench(case, Asked([]), tmp_path / "bench", print)
+    names = ["eager", "eager-bf16", "compile", "compile-bf16"]
+    assert [baseline.name for baseline in report.baselines] == names
+    assert [b.step_ms is None for b in report.baselines] == [False, False, True, True]
+    assert report.baselines[2].note == "bench torch: no compiler"
+
+
+def test_eager_that_cannot_run_ends_the_bench(in_this_process, tmp_path, monkeypatch):
+    """Its milliseconds would else be those of another baseline."""
+
+    def broken(task):
+        if isinstance(task, TorchTask) and not task.bf16:
+            raise CheckFailed("bench torch: ended with code -9")
+        return in_this_process(task)
+
+    monkeypatch.setattr(bench_module, "run_task", broken)
+    case = replace(SMALL, full_lora=False, steps=1)
+    with pytest.raises(CheckFailed, match="code -9"):
+        bench(case, Asked([], ["eager-bf16"]), tmp_path / "bench", print)
+
+
+def test_operators_are_those_of_the_timed_steps_in_all_sessions(tmp_path):
+    def node(ts, name, dur):
+        name_of_event = f"{name}_1_kernel_time"
+        return {
+            "cat": "Node",
+            "name": name_of_event,
+            "ts": ts,
+            "dur": dur,
+            "args": {"op_name": name},
+        }
+
+    def run(ts):
+        return {"cat": "Session", "name": "model_run", "ts": ts, "dur": 99}
+
+    once = [[run(t), node(t + 1, "Gemm", 9000 if t < 20 else 1000)] for t in range(0, 50, 10)]
+    twice = [[run(t), node(t + 1, "Gemm", 500), node(t + 2, "Add", 60)] for t in range(0, 100, 10)]
+    # A profile lists a run after its nodes.
+    for name, runs in (("a", once), ("b", twice)):
+        events = [event for events in runs for event in reversed(events)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(events))
+    (tmp_path / "idle.json").write_text('[{"cat": "Session", "name": "session_initialization"}]')
+    found = operators(tmp_path, 3)
+    assert found == pytest.approx({"Gemm.calls": 3, "Gemm.ms": 2, "Add.calls": 2, "Add.ms": 0.12})
+
+
+@pytest.mark.slow
+def test_torch_itself_says_in_one_line_that_a_compiler_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    case = Case("sana-0.6b", [1], 16, 8, rank=2, steps=1, full_lora=False)
+    report = bench(case, Asked([], ["compile"]), tmp_path / "bench", print)
+    eager, compiled = report.baselines
+    assert eager.step_ms
+    assert compiled.step_ms is None
+    assert "compiler" in compiled.note
+    assert "\n" not in compiled.note
 
 
 @pytest.mark.slow
@@ -295,9 +368,10 @@ def test_torch_that_cannot_compile_says_so_and_the_rest_goes_on(in_this_process,
 )
 def test_a_target_is_compared_with_exact_gradients(tmp_path, config, trained):
     case = Case(config, trained, 16, 8, rank=2, steps=1, full_lora=False)
-    (row,) = bench(case, Asked([STREAMED], ["eager"]), tmp_path / "bench", print).rows
+    report = bench(case, Asked([STREAMED], ["eager"]), tmp_path / "bench", print)
+    (row,) = report.rows
     assert 0 < row.max_grad_rel_error < 1e-4
     assert 0 < row.eager_grad_rel_error < 1e-4
     assert row.ratio_to_eager == row.step_ms / row.eager_ms > 0
     assert min(row.rss_anon_mb, row.rss_file_mb, row.export_s) > 0
-    assert in_words([row])
+    assert in_words(report)

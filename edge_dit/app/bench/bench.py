@@ -55,7 +55,7 @@ BASELINES: dict[str, dict[str, Any]] = {
     "full-lora-bf16": {"bf16": True},
 }
 """What a user could run instead, by name: options of `TorchTask`, or of `FullLoraTask`."""
-NAMES = tuple(BASELINES)
+PROFILED_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,13 @@ class Asked:
 
     Attributes:
         variants: targets with their layouts, dtypes and how they compute.
-        baselines: some of `BASELINES`; eager is always among what is measured.
+        baselines: some of `BASELINES`; eager is measured in any case. None for all of them; without
+            those of full LoRA where the case leaves it out.
         profile: whether to time operators too.
     """
 
     variants: Sequence[TargetVariant]
-    baselines: Sequence[str] = NAMES
+    baselines: Sequence[str] | None = None
     profile: bool = False
 
 
@@ -194,12 +195,11 @@ def bench(case: Case, asked: Asked, work: Path, say: Callable[[str], None]) -> R
         say: prints a line of progress.
 
     Raises:
-        BadInput: sizes that do not fit the configuration, an unknown baseline, or something is not
-            installed.
+        BadInput: sizes that do not fit the configuration, an unknown baseline or one of full LoRA
+            that the case leaves out, or something is not installed.
         CheckFailed: a process failed.
     """
-    if unknown := sorted(set(asked.baselines) - BASELINES.keys()):
-        raise BadInput("--baseline", found=unknown[0], expected=", ".join(BASELINES))
+    wanted = _wanted(case, asked.baselines)
     machine = this_machine()
     warning = busy_warning(machine)
     if warning:
@@ -209,27 +209,43 @@ def bench(case: Case, asked: Asked, work: Path, say: Callable[[str], None]) -> R
     for dtype in sorted({WIDE, *(variant.dtype for variant in asked.variants)}):
         exact = _run_once(ReferenceTask(work, dtype), work / f"reference-{dtype}.json")
         errors[dtype] = exact.numbers["error"]
-    wanted = [name for name in BASELINES if name == EAGER or name in asked.baselines]
-    baselines = [
-        _baseline(name, case, work, say)
-        for name in wanted
-        if case.full_lora or not name.startswith(FULL)
-    ]
+    baselines = [_baseline(name, case, work, say) for name in wanted]
+    eager = next(b.step_ms for b in baselines if b.name == EAGER)
+    assert eager is not None
     torch = [b.step_ms for b in baselines if b.step_ms and not b.name.startswith(FULL)]
     full = [b.step_ms for b in baselines if b.step_ms and b.name.startswith(FULL)]
     report = Report(case, machine, baselines, [])
     for variant in asked.variants:
         row = _row(case, variant, errors[variant.dtype], work, say)
-        report.rows.append(_beside(row, torch[0], min(torch), min(full, default=None)))
-        if asked.profile and variant.target == "onnx":
+        report.rows.append(_beside(row, eager, min(torch), min(full, default=None)))
+        if asked.profile and variant.target != "onnx":
+            say(f"profile {variant}: left out, only onnx has operators to time")
+        elif asked.profile:
             say(f"profile {variant}")
-            task = ProfileTask(work, variant, _bundle(work, variant), case.steps)
+            task = ProfileTask(work, variant, _bundle(work, variant), PROFILED_STEPS)
             report.operators[str(variant)] = run_task(task).numbers
     return report
 
 
+def _wanted(case: Case, named: Sequence[str] | None) -> list[str]:
+    """Names of the baselines to measure, in the order of `BASELINES`; see `Asked`."""
+    left_out = [] if case.full_lora else [name for name in BASELINES if name.startswith(FULL)]
+    possible = [name for name in BASELINES if name not in left_out]
+    if named is None:
+        return possible
+    for name in named:
+        beside = " beside --no-full-lora" if name in left_out else ""
+        if name not in possible:
+            raise BadInput("--baseline", found=name + beside, expected=", ".join(possible))
+    return [name for name in possible if name == EAGER or name in named]
+
+
 def _baseline(name: str, case: Case, work: Path, say: Callable[[str], None]) -> Baseline:
-    """Measure one of `BASELINES`; one that cannot run here says why, and the rest goes on."""
+    """Measure one of `BASELINES`; one that cannot run here says why, and the rest goes on.
+
+    Raises:
+        CheckFailed: eager cannot run here; every row is compared with it.
+    """
     say(f"torch: {name}")
     options = BASELINES[name]
     task: Task = TorchTask(work, case.steps, **options)
@@ -238,6 +254,8 @@ def _baseline(name: str, case: Case, work: Path, say: Callable[[str], None]) -> 
     try:
         done = run_task(task)
     except CheckFailed as error:
+        if name == EAGER:
+            raise
         say(f"torch: {name}: {error}")
         return Baseline(name, None, None, None, None, str(error))
     numbers = done.numbers
@@ -334,10 +352,10 @@ def in_words(report: Report) -> list[str]:
 def _of_torch(baseline: Baseline) -> str:
     if baseline.step_ms is None:
         return baseline.note
-    memory = (baseline.rss_anon_mb or 0) + (baseline.rss_file_mb or 0)
+    memory = f"{baseline.rss_anon_mb:,.0f} MB anonymous, {baseline.rss_file_mb:,.0f} MB of files"
     error = baseline.grad_rel_error
     off = f", gradient error {error:.1e}" if error is not None else ""
-    return f"{baseline.step_ms:,.0f} ms, {memory:,.0f} MB{off}"
+    return f"{baseline.step_ms:,.0f} ms, {memory}{off}"
 
 
 def _of_operators(numbers: Mapping[str, float], most: int = 12) -> list[str]:

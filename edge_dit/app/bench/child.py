@@ -150,7 +150,8 @@ class TorchTask:
         except Exception as error:  # the compiler's errors have no common base
             if not self.compiled:
                 raise
-            raise CheckFailed(f"torch.compile: {str(error).splitlines()[0]:.200}") from None
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            raise CheckFailed(f"torch.compile: {reason:.200}") from None
         exact = load_file(exact_gradients_file(self.work, WIDE))
         error = largest_error(exact, session.gradients())
         return {"step_ms": _median_ms(step, self.steps), "error": error}
@@ -290,28 +291,39 @@ class ProfileTask:
         from edge_dit_runtime.session import open_session
         from edge_dit_runtime.sessions.ort import profiling
 
-        variant, steps = self.variant, WARM_UP + self.steps
+        variant = self.variant
         with tempfile.TemporaryDirectory() as folder:
             with profiling(Path(folder)):
                 session = open_session(open_bundle(self.bundle), variant.target, variant.layout)
             draw = load_file(draw_file(self.work, variant.dtype))
-            for _ in range(steps):
+            for _ in range(WARM_UP + self.steps):
                 session.step(draw)
             del session
             gc.collect()  # a session writes its profile when it ends
-            return operators(Path(folder), steps)
+            return operators(Path(folder), self.steps)
 
 
 def operators(folder: Path, steps: int) -> dict[str, float]:
-    """Numbers of `ProfileTask` from the profiles that onnxruntime wrote into a folder."""
+    """Numbers of `ProfileTask` from the profiles that onnxruntime wrote into a folder.
+
+    Args:
+        folder: a profile for each session.
+        steps: timed ones; each profile has as many runs in every step, after `WARM_UP` others.
+    """
     found: defaultdict[str, float] = defaultdict(float)
     for path in folder.iterdir():
-        for event in json.loads(path.read_text()):
-            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+        events = json.loads(path.read_text())
+        runs = sorted(event["ts"] for event in events if event["name"] == "model_run")
+        if not runs:
+            continue
+        first = runs[len(runs) * WARM_UP // (WARM_UP + steps)]
+        for event in events:
+            timed = event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+            if timed and event["ts"] >= first:
                 name = event["args"]["op_name"]
-                found[f"{name}.calls"] += 1 / steps
-                found[f"{name}.ms"] += event["dur"] / 1000 / steps
-    return dict(found)
+                found[f"{name}.calls"] += 1
+                found[f"{name}.ms"] += event["dur"] / 1000
+    return {name: value / steps for name, value in found.items()}
 
 
 Task = (
