@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from edge_dit.app.claims import false_claims, loop_claims
-from edge_dit.app.rounding import drift, groups, rounded, unrounded
+from edge_dit.app.rounding import NUDGE, drift, groups, rounded, unrounded
 from edge_dit.app.verify_words import varied_inputs
 from edge_dit.contract.adapter import with_random_b
 from edge_dit.contract.bank import Bank, draw_order
@@ -73,8 +73,6 @@ if TYPE_CHECKING:
     from edge_dit.reference.eager import EagerSession
     from edge_dit.reference.locate import Modules, Suspect
 
-NUDGE = 2e-6
-"""Relative size of the nudge of `is_well_posed`: just above what float32 rounding does."""
 MOST_LEFT_OUT = 0.5
 """Largest share of the draws that may be left out. With more, a certificate would speak for the
 minority of draws that are easy to compare."""
@@ -160,7 +158,7 @@ def verify(
     changed = {fault.where: fault.found for fault in faults}
     results: dict[str, TargetResult] = {}
     total = sum(
-        len(opened.layouts(name)) * (1 + (opened.compute(name) == INT8)) + _has_loop(opened, name)
+        len(opened.layouts(name)) * (1 + _unrounded_too(opened, name)) + _has_loop(opened, name)
         for name in names
     )
     drifts: dict[str, Drift] = {}
@@ -194,6 +192,11 @@ def verify(
     )
     write_certificate(opened, certificate)
     return certificate
+
+
+def _unrounded_too(bundle: Bundle, target: str) -> bool:
+    """Whether a target rounds to int8 in graphs that can be rewritten not to."""
+    return bundle.compute(target) == INT8 and isinstance(bundle.facts(target), OnnxFacts)
 
 
 def _has_loop(bundle: Bundle, target: str) -> bool:
@@ -262,7 +265,7 @@ class _Stage:
         from edge_dit.reference.eager import EagerSession, adapted_subgraph
 
         bundle, bank, plan = self.bundle, self.bank, self.plan
-        can = target == "onnx"  # its graphs can be rewritten
+        can = _unrounded_too(bundle, target)
         with unrounded(bundle, target) if can else nullcontext(bundle) as plain:
             for layout in bundle.layouts(target) if can else ():
                 title = f"{bundle.titled(target, layout)} {UNROUNDED}"

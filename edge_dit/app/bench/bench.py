@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +216,8 @@ def bench(case: Case, asked: Asked, work: Path, say: Callable[[str], None]) -> R
     full = [b.step_ms for b in baselines if b.step_ms and b.name.startswith(FULL)]
     report = Report(case, machine, baselines, [])
     for variant in asked.variants:
-        row = _row(case, variant, errors[variant.dtype], work, say)
-        report.rows.append(_beside(row, eager, min(torch), min(full, default=None)))
+        times = eager, min(torch), min(full, default=None)
+        report.rows.append(_row(case, variant, errors[variant.dtype], times, work, say))
         if asked.profile and variant.target != "onnx":
             say(f"profile {variant}: left out, only onnx has operators to time")
         elif asked.profile:
@@ -268,9 +268,23 @@ def _bundle(work: Path, variant: TargetVariant) -> Path:
 
 
 def _row(
-    case: Case, variant: TargetVariant, error: float, work: Path, say: Callable[[str], None]
+    case: Case,
+    variant: TargetVariant,
+    error: float,
+    times: tuple[float, float, float | None],
+    work: Path,
+    say: Callable[[str], None],
 ) -> Row:
-    """Export one variant, or take its bundle of an earlier run, and measure it."""
+    """Export one variant, or take its bundle of an earlier run, and measure it.
+
+    Args:
+        case: the sizes.
+        variant: to measure.
+        error: of eager's own gradients.
+        times: milliseconds of eager, of the fastest torch on the same blocks, of full LoRA.
+        work: folder of the bench.
+        say: prints a line of progress.
+    """
     say(f"export {variant}")
     bundle = _bundle(work, variant)
     exported = _run_once(ExportTask(work, variant, bundle), bundle / "export.json")
@@ -278,15 +292,16 @@ def _row(
     gradients = work / f"gradients-{str(variant).replace(':', '-')}.safetensors"
     trained = run_task(SessionTask(work, variant, bundle, case.steps, gradients))
     exact = load_file(exact_gradients_file(work, variant.dtype))
+    step_ms, (eager, fastest, full) = trained.numbers["step_ms"], times
     return Row(
         **asdict(variant),
         trained_blocks=sum(case.trained),
-        step_ms=trained.numbers["step_ms"],
-        eager_ms=0,
-        ratio_to_eager=0,
-        ratio_to_fastest_torch=0,
-        full_lora_ms=None,
-        ratio_to_full_lora=None,
+        step_ms=step_ms,
+        eager_ms=eager,
+        ratio_to_eager=step_ms / eager,
+        ratio_to_fastest_torch=step_ms / fastest,
+        full_lora_ms=full,
+        ratio_to_full_lora=step_ms / full if full else None,
         rss_anon_mb=trained.anon_mb,
         rss_file_mb=trained.file_mb,
         artifact_bytes=bytes_in(bundle / variant.target),
@@ -294,18 +309,6 @@ def _row(
         export_rss_mb=exported.rss_mb,
         max_grad_rel_error=largest_error(exact, load_file(gradients)),
         eager_grad_rel_error=error,
-    )
-
-
-def _beside(row: Row, eager: float, fastest: float, full: float | None) -> Row:
-    """A row beside the baselines' milliseconds."""
-    return replace(
-        row,
-        eager_ms=eager,
-        ratio_to_eager=row.step_ms / eager,
-        ratio_to_fastest_torch=row.step_ms / fastest,
-        full_lora_ms=full,
-        ratio_to_full_lora=row.step_ms / full if full else None,
     )
 
 

@@ -65,9 +65,12 @@ class MappedTensors:
         Args:
             names: of the tensors; default all. A page that another tensor shares goes too.
         """
+        given = None if names is None else set(names)
         for file in self._files:
-            held = file.views.keys() if names is None else set(names) & file.views.keys()
-            file.advise(held, mmap.MADV_DONTNEED)
+            if given is None:
+                file.release()
+            else:
+                file.advise(given & file.views.keys(), mmap.MADV_DONTNEED)
 
 
 class _MappedFile:
@@ -100,6 +103,10 @@ class _MappedFile:
                     self._tell(advice, start, end)
                 start = begin // mmap.PAGESIZE * mmap.PAGESIZE
             end = max(end, stop)
+
+    def release(self) -> None:
+        """Give all pages back to the system."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
     def _tell(self, advice: int, start: int, end: int) -> None:
         with suppress(OSError, ValueError):
