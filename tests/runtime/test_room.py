@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +40,7 @@ def system(tmp_path, monkeypatch):
 )
 def test_the_tightest_group_counts(system, monkeypatch, line, version):
     root = system / "groups"
-    monkeypatch.setattr(
-        room,
-        (version is room.V1 and "V1") or "V2",
-        room.Version(root, *list(vars(version).values())[1:]),
-    )
+    monkeypatch.setattr(room, "V1" if version is room.V1 else "V2", replace(version, root=root))
     (system / "cgroup").write_text(f"7:freezer:/\n{line}")
     pages = f"{version.files} {30 * MIB}\n{version.shared} {10 * MIB}\n"
     group(root / "app", version, str(256 * MIB), 100 * MIB, pages)
