@@ -1,7 +1,8 @@
-"""A small bank and bundle for tests on other devices, and stock builds of onnxruntime."""
+"""A small bank and bundles for tests of other devices; stock builds of onnxruntime; machines."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from machines import Machine
 
 from edge_dit.pictures.dataset import read_folder
 from edge_dit.planning.job import read_job
@@ -48,3 +50,19 @@ def stock(tmp_path_factory) -> Callable[[str], Path]:
         return folder
 
     return install
+
+
+@pytest.fixture(scope="session")
+def arm() -> Machine:
+    """64-bit Arm, emulated."""
+    root = os.environ.get("EDGE_DIT_ARM_ROOT")
+    assert root, "`bash .ci/arm-root FOLDER` makes it; then set EDGE_DIT_ARM_ROOT to FOLDER"
+    return Machine(Path(root) / "python")
+
+
+@pytest.fixture(scope="session")
+def x86(arm: Machine, stock, tmp_path_factory) -> Machine:
+    """The machine at hand, with the stock onnxruntime of the version that ``arm`` has."""
+    say = "import onnxruntime; print(onnxruntime.__version__)"
+    version = arm.run(say, tmp_path_factory.mktemp("version")).strip()
+    return Machine(Path(sys.executable), (stock(version),))
