@@ -53,11 +53,17 @@ def stock(tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def arm() -> Machine:
-    """64-bit Arm, emulated."""
+def arm_root() -> Path:
+    """Folder of a userland of 64-bit Arm, with programs `run` and `python`."""
     root = os.environ.get("EDGE_DIT_ARM_ROOT")
     assert root, "`bash .ci/arm-root FOLDER` makes it; then set EDGE_DIT_ARM_ROOT to FOLDER"
-    return Machine(Path(root) / "python")
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
+def arm(arm_root: Path) -> Machine:
+    """64-bit Arm, emulated."""
+    return Machine(arm_root / "python")
 
 
 @pytest.fixture(scope="session")

@@ -30,14 +30,16 @@ class Machine:
     Attributes:
         python: the interpreter.
         packages: what goes to the front of PYTHONPATH.
+        hidden: modules that it must not import; a device has neither of them.
     """
 
     python: Path
     packages: tuple[Path, ...] = ()
+    hidden: tuple[str, ...] = ("torch", "matplotlib")
 
     def run(self, code: str, folder: Path) -> str:
-        """What a program prints, run in a folder, without torch."""
-        hidden = "import sys; sys.modules['torch'] = sys.modules['matplotlib'] = None\n"
+        """What a program prints, run in a folder."""
+        hidden = f"import sys; sys.modules.update(dict.fromkeys({self.hidden}))\n"
         paths = map(str, (*self.packages, *CODE))
         done = subprocess.run(
             [self.python, "-c", hidden + code],
