@@ -37,14 +37,14 @@ class Machine:
     packages: tuple[Path, ...] = ()
     hidden: tuple[str, ...] = ("torch", "matplotlib")
 
-    def run(self, code: str, folder: Path) -> str:
+    def run(self, code: str, folder: Path, **environment: str) -> str:
         """What a program prints, run in a folder."""
         hidden = f"import sys; sys.modules.update(dict.fromkeys({self.hidden}))\n"
         paths = map(str, (*self.packages, *CODE))
         done = subprocess.run(
             [self.python, "-c", hidden + code],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
             capture_output=True,
             text=True,
         )

@@ -1,56 +1,42 @@
 """The newest stock onnxruntime, which reports its use unless told not to, stays silent here."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from edge_dit.app.run import HIDDEN
+from machines import Machine
 
 pytestmark = pytest.mark.devices
 
-TRAIN = f"""
-import sys
-sys.modules.update(dict.fromkeys({(*HIDDEN, "matplotlib")!r}))  # a device has none of them
+TRAIN = """
 import edge_dit_runtime as er
 import onnxruntime
 
-run = er.train(*sys.argv[1:4], target="onnx", steps=2)
+run = er.train({bundle!r}, {bank!r}, "run", target="onnx", steps=2)
 print(onnxruntime.__version__, run.done)
 """
 NOWHERE = "http://127.0.0.1:9"
 """A proxy that does not answer, so that what the control would report goes nowhere."""
 
 
-@pytest.fixture
-def trained(made: Path, stock, tmp_path: Path):
+@pytest.fixture(params=["x86", "arm"])
+def trained(request, made: Path, stock, tmp_path: Path, monkeypatch):
     """Trains in a process with a home of its own; what onnxruntime left there."""
+    # Importing edge_dit set it in this process.
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
 
     def files(**environment: str) -> list[str]:
         home = tmp_path / "home"
         home.mkdir()
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if name != "ORT_DISABLE_TELEMETRY" and not name.startswith("XDG_")
-        }
-        paths = [stock(), *filter(None, [os.environ.get("PYTHONPATH")])]
-        done = subprocess.run(
-            [sys.executable, "-c", TRAIN, made / "bundle", made / "bank", tmp_path / "run"],
-            env={
-                **inherited,
-                "HOME": str(home),
-                "PYTHONPATH": os.pathsep.join(map(str, paths)),
-                "https_proxy": NOWHERE,
-                **environment,
-            },
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        version, steps = done.stdout.split()
+        if request.param == "arm":
+            machine = request.getfixturevalue("arm")
+        else:
+            machine = Machine(Path(sys.executable), (stock(),))
+        code = TRAIN.format(bundle=str(made / "bundle"), bank=str(made / "bank"))
+        environment = {"HOME": str(home), "https_proxy": NOWHERE, **environment}
+        version, steps = machine.run(code, tmp_path, **environment).split()
         assert tuple(map(int, version.split(".")[:2])) >= (1, 29), version
         assert steps == "2"
         found = [path.relative_to(home) for path in home.rglob("*") if path.is_file()]

@@ -2,10 +2,12 @@
 
 import csv
 import os
+import re
 import signal
 import threading
 import time
 from math import isnan
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,6 +152,47 @@ def test_ctrl_c_ends_a_pause(road, tmp_path):
     run = train(road.bundle, road.bank, tmp_path / "run", target="onnx", on_step=endless)
     assert run.done == 2
     assert time.monotonic() - started < 60
+
+
+def test_the_example_of_the_documents_pauses(road, whole, tmp_path, monkeypatch):
+    """That of docs/device.md, whose device cools down each time it is looked at."""
+    target, reference = whole
+    text = (Path(__file__).parents[2] / "docs" / "device.md").read_text()
+    (example,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "def on_step" in b]
+    (tmp_path / "power" / "mains").mkdir(parents=True)
+    (tmp_path / "power" / "mains" / "online").write_text("1\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("bundle", "bank"):
+        (tmp_path / name).symlink_to(getattr(road, name))
+    degrees, waited = iter([43, 40, 39, 37, 40, 42, *[30] * STEPS]), []
+
+    class Heat:
+        def read_text(self) -> str:
+            return f"{1000 * next(degrees)}\n"
+
+    replaced = {
+        'Path("/sys/class/power_supply")': f"Path({str(tmp_path / 'power')!r})",
+        "seconds=30": "seconds=0.01",
+        '"onnx:streamed"': repr(target),
+        "def on_step": "HEAT = heat\n\n\ndef on_step",
+    }
+    for old, new in replaced.items():
+        assert old in example
+        example = example.replace(old, new)
+    monkeypatch.setattr(RunFolder, "save", noting(RunFolder.save, waited))
+    exec(example, {"heat": Heat(), "__name__": "example"})
+    assert waited == [0, STEPS]  # one pause, before the first step; the end
+    assert bits(tmp_path / "run") == bits(reference)
+
+
+def noting(save, done: list[int]):
+    """A run's ``save`` that also notes the steps done."""
+
+    def save_and_note(self, session, run, draws, losses):
+        done.append(len(losses))
+        save(self, session, run, draws, losses)
+
+    return save_and_note
 
 
 def test_stopped_before_the_first_step(road, whole, tmp_path):
