@@ -13,6 +13,8 @@ namespace {
 
 constexpr int kSchema = 2;
 constexpr std::size_t kDocumentLimit = std::size_t{64} << 20;
+/// Most pixels of a side, and most steps and prompts.
+constexpr std::uint64_t kMostSide = 65536;
 const std::string kExportAgain = "copy the bundle again, or export it again";
 
 /// Whether a name is a plain file name: no path, not hidden.
@@ -76,6 +78,69 @@ Streamed streamed_of(const Json& entry) {
     return streamed;
 }
 
+bool is_there(const Json* value) { return value && value->kind() != Json::Kind::null; }
+
+std::vector<float> floats(const Json& list) {
+    std::vector<float> values;
+    for (const Json& item : list.items()) values.push_back(static_cast<float>(item.real()));
+    return values;
+}
+
+Latents latents_of(const Json& entry) {
+    Latents latents{floats(entry.at("shift")), floats(entry.at("scale")),
+                    entry.at("packed").boolean(),
+                    static_cast<std::int64_t>(entry.at("factor").natural(kMostSide))};
+    if (latents.shift.empty() || latents.shift.size() != latents.scale.size() || !latents.factor)
+        throw Malformed("latents without channels");
+    return latents;
+}
+
+/// Factors of a step, which reads results of steps that are done.
+std::vector<std::pair<std::size_t, float>> factors_of(const Json& object, std::size_t known) {
+    std::vector<std::pair<std::size_t, float>> factors;
+    for (const auto& [number, factor] : object.members()) {
+        const std::size_t step = parse_json(number).natural(kMostSide);
+        if (step >= known) throw Malformed("a step of painting that reads a later one");
+        factors.emplace_back(step, static_cast<float>(factor.real()));
+    }
+    return factors;
+}
+
+Painting painting_of(const Json& entry) {
+    Painting painting;
+    painting.side = static_cast<std::int64_t>(entry.at("side").natural(kMostSide));
+    painting.guidance = entry.at("guidance").text();
+    painting.scale = static_cast<float>(entry.at("scale").real());
+    for (const Json& step : entry.at("steps").items()) {
+        const std::size_t known = painting.steps.size() + 1;
+        painting.steps.push_back({step.at("timestep").real(),
+                                  factors_of(step.at("latents"), known),
+                                  factors_of(step.at("predictions"), known)});
+        if (painting.steps.back().latents.empty()) throw Malformed("a step without latents");
+    }
+    if (painting.steps.empty() || !painting.side) throw Malformed("a painting without steps");
+    return painting;
+}
+
+Loop loop_of(const Json& entry) {
+    Loop loop;
+    for (const auto& [file, graph] : entry.at("graphs").members())
+        loop.graphs[plain(file)] = {{graph.at("inputs").texts(), graph.at("outputs").texts()},
+                                    names_of(graph.at("weights"))};
+    loop.block_graphs = graphs_of(entry.at("block_graphs"));
+    loop.paint_blocks = blocks_of(entry.at("paint_blocks"));
+    loop.latents = latents_of(entry.at("latents"));
+    loop.timestep_factor = entry.at("timestep_factor").real();
+    loop.tile = static_cast<std::int64_t>(entry.at("tile").natural(kMostSide));
+    loop.prompts = entry.at("prompts").texts();
+    for (const Json& number : entry.at("negatives").items())
+        loop.negatives.push_back(number.natural(kMostSide));
+    if (is_there(entry.find("negative"))) loop.negative = entry.at("negative").natural(kMostSide);
+    if (is_there(entry.find("painting"))) loop.painting = painting_of(entry.at("painting"));
+    if (is_there(entry.find("no_painting"))) loop.no_painting = entry.at("no_painting").text();
+    return loop;
+}
+
 OnnxFacts onnx_of(const Json& entry) {
     OnnxFacts facts;
     const Json& frozen = entry.at("frozen");  // schema 1 has one name, not a list
@@ -87,8 +152,8 @@ OnnxFacts onnx_of(const Json& entry) {
     if (const Json* compute = entry.find("compute"))
         facts.int8_products = compute->text() == "int8";
     facts.graphs = graphs_of(entry.at("graphs"));
-    const Json* streamed = entry.find("streamed");
-    if (streamed && streamed->kind() != Json::Kind::null) facts.streamed = streamed_of(*streamed);
+    if (is_there(entry.find("streamed"))) facts.streamed = streamed_of(entry.at("streamed"));
+    if (is_there(entry.find("loop"))) facts.loop = loop_of(entry.at("loop"));
     if (!facts.graphs.count("optimizer.onnx")) throw Malformed("no graph 'optimizer.onnx'");
     return facts;
 }

@@ -48,11 +48,54 @@ struct Streamed {
     std::vector<Block> forward_only;
 };
 
+/// A graph of the loop that is not a block's, with its weights.
+struct LoopGraph {
+    GraphNames names;
+    Block::Names weights;  // input -> key in the files of frozen weights
+};
+
+/// How the autoencoder's latents and the transformer's differ: (raw - shift) * scale by channel; if
+/// packed, 2 x 2 of them are a token.
+struct Latents {
+    std::vector<float> shift, scale;
+    bool packed = false;
+    std::int64_t factor = 1;  // pixels a side
+};
+
+/// A step of the scheduler: the sum of earlier latents and guided predictions times their factors.
+struct PaintStep {
+    double timestep = 0;
+    std::vector<std::pair<std::size_t, float>> latents, predictions;  // number of a step, factor
+};
+
+struct Painting {
+    std::int64_t side = 0;  // of the picture, in pixels
+    std::vector<PaintStep> steps;
+    std::string guidance;  // "none", "classifier-free" or "rescaled"
+    float scale = 0;
+};
+
+/// What paints pictures. The parts that read pictures are left out.
+struct Loop {
+    std::map<std::string, LoopGraph> graphs;        // by file
+    std::map<std::string, GraphNames> block_graphs;  // by file
+    std::vector<Block> paint_blocks;
+    Latents latents;
+    double timestep_factor = 1;
+    std::int64_t tile = 1;  // pixels a side that the decoder takes at once
+    std::vector<std::string> prompts;
+    std::vector<std::size_t> negatives;
+    std::optional<std::size_t> negative;
+    std::optional<Painting> painting;
+    std::string no_painting;  // why not
+};
+
 struct OnnxFacts {
     std::vector<std::string> frozen;  // files of frozen weights
     bool int8_products = false;
     std::map<std::string, GraphNames> graphs;
     std::optional<Streamed> streamed;
+    std::optional<Loop> loop;
 };
 
 struct Bundle {

@@ -51,7 +51,7 @@ void append_utf8(std::string& to, std::uint32_t point) {
         return;
     }
     const int more = point < 0x800 ? 1 : point < 0x10000 ? 2 : 3;
-    to += static_cast<char>((0xF00 >> more & 0xFF) | point >> (6 * more));
+    to += static_cast<char>((0xFF00 >> (more + 1) & 0xFF) | point >> (6 * more));
     for (int i = more - 1; i >= 0; --i) to += static_cast<char>(0x80 | (point >> (6 * i) & 0x3F));
 }
 
@@ -130,6 +130,11 @@ std::uint64_t Json::natural(std::uint64_t most) const {
 double Json::real() const {
     expect(Kind::number);
     return to_double(text_);
+}
+
+bool Json::boolean() const {
+    expect(Kind::boolean);
+    return text_ == "true";
 }
 
 const std::vector<Json>& Json::items() const {

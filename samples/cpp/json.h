@@ -33,6 +33,7 @@ public:
     const std::string& text() const;
     std::uint64_t natural(std::uint64_t most = INT64_MAX) const;
     double real() const;
+    bool boolean() const;
     const std::vector<Json>& items() const;
     const Members& members() const;
     std::vector<std::string> texts() const;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <numeric>
 
 namespace edge_dit {
@@ -35,6 +36,20 @@ std::vector<std::uint32_t> words(std::uint64_t seed, Stream stream, std::size_t 
         for (const std::uint32_t word : philox(block, stream, seed)) all.push_back(word);
     all.resize(count);
     return all;
+}
+
+std::vector<float> normal(std::uint64_t seed, Stream stream, std::size_t count) {
+    constexpr double kUnit = 1.0 / 4294967296.0, kPi = 3.141592653589793;
+    const std::vector<std::uint32_t> drawn = words(seed, stream, count + count % 2);
+    std::vector<float> numbers;
+    for (std::size_t i = 0; i < drawn.size(); i += 2) {  // Box and Muller
+        const double radius = std::sqrt(-2.0 * std::log((drawn[i] + 1.0) * kUnit));
+        const double angle = 2.0 * kPi * kUnit * drawn[i + 1];
+        numbers.push_back(static_cast<float>(radius * std::cos(angle)));
+        numbers.push_back(static_cast<float>(radius * std::sin(angle)));
+    }
+    numbers.resize(count);
+    return numbers;
 }
 
 std::uint64_t seed_of(std::uint64_t seed, std::uint64_t number) {

@@ -1,4 +1,4 @@
-// Random numbers by contract (docs/noise.md): the order of draws.
+// Random numbers by contract (docs/noise.md).
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,9 @@ enum class Stream : std::uint32_t { crop = 0, posterior = 1, noise = 2, order = 
 
 /// The first `count` words of a seed's stream.
 std::vector<std::uint32_t> words(std::uint64_t seed, Stream stream, std::size_t count);
+
+/// Standard normal numbers.
+std::vector<float> normal(std::uint64_t seed, Stream stream, std::size_t count);
 
 /// The seed of draw or epoch `number` of a seed.
 std::uint64_t seed_of(std::uint64_t seed, std::uint64_t number);

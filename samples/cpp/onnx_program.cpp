@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "fault.h"
@@ -66,14 +67,15 @@ public:
     Values(const Values&) = delete;
     Values& operator=(const Values&) = delete;
 
-    void add(const std::string& name, const View& view) {
+    /// `name` must outlive this object.
+    void add(const char* name, const View& view) {
         OrtValue* value = nullptr;
         // onnxruntime takes arguments without const; it does not write to those of a graph.
         ort_.check(ort_.api().CreateTensorWithDataAsOrtValue(
             ort_.memory(), const_cast<void*>(view.data), view.bytes(), view.shape.data(),
             view.shape.size(), onnx_type(view.dtype), &value));
         values_.push_back(value);
-        names_.push_back(name.c_str());
+        names_.push_back(name);
     }
     const char* const* names() const { return names_.data(); }
     OrtValue** values() { return values_.data(); }
@@ -84,6 +86,22 @@ private:
     std::vector<OrtValue*> values_;
     std::vector<const char*> names_;
 };
+
+/// Shape of a float32 result.
+Shape shape_of(const Onnxruntime& ort, const OrtValue* value) {
+    OrtTensorTypeAndShapeInfo* raw = nullptr;
+    ort.check(ort.api().GetTensorTypeAndShape(value, &raw));
+    const std::shared_ptr<OrtTensorTypeAndShapeInfo> info(
+        raw, ort.api().ReleaseTensorTypeAndShapeInfo);
+    ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    std::size_t sides = 0;
+    ort.check(ort.api().GetTensorElementType(raw, &type));
+    ort.check(ort.api().GetDimensionsCount(raw, &sides));
+    if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) throw Malformed("a result that is no float32");
+    Shape shape(sides);
+    ort.check(ort.api().GetDimensions(raw, shape.data(), sides));
+    return shape;
+}
 
 }  // namespace
 
@@ -159,26 +177,94 @@ OnnxProgram::OnnxProgram(const Onnxruntime& ort, const Path& path, GraphNames na
     }
 }
 
+void OnnxProgram::run(const Feeds& feeds, OrtValue** results) const {
+    Values in(ort_);
+    for (const std::string& name : names_.inputs) {
+        const auto feed = feeds.find(name);
+        if (feed == feeds.end()) throw Malformed("nothing known of input '" + name + "'");
+        in.add(name.c_str(), feed->second);
+    }
+    std::vector<const char*> names;
+    for (const std::string& name : names_.outputs) names.push_back(name.c_str());
+    ort_.check(ort_.api().Run(session_.get(), nullptr, in.names(), in.values(), in.size(),
+                              names.data(), names.size(), results));
+}
+
 void OnnxProgram::run(const Feeds& feeds, const Results& results) const {
     try {
-        Values in(ort_), out(ort_);
-        for (const std::string& name : names_.inputs) {
-            const auto feed = feeds.find(name);
-            if (feed == feeds.end()) throw Malformed("nothing known of input '" + name + "'");
-            in.add(name, feed->second);
-        }
+        Values out(ort_);
         for (const std::string& name : names_.outputs) {
             const auto result = results.find(name);
             if (result == results.end()) throw Malformed("nothing known of result '" + name + "'");
-            out.add(name, result->second->view());
+            out.add(name.c_str(), result->second->view());
         }
-        ort_.check(ort_.api().Run(session_.get(), nullptr, in.names(), in.values(), in.size(),
-                                  out.names(), out.size(), out.values()));
+        run(feeds, out.values());
     } catch (const Malformed& fault) {
-        throw BadInput(path_.string(), std::string("onnxruntime cannot run it: ") + fault.what(),
-                       "a graph that fits its manifest", "export the bundle again");
+        refuse(fault);
     }
 }
+
+std::map<std::string, Tensor> OnnxProgram::run(const Feeds& feeds) const {
+    std::map<std::string, Tensor> results;
+    std::vector<OrtValue*> made(names_.outputs.size());
+    const auto release = [this](std::vector<OrtValue*>* values) {
+        for (OrtValue* value : *values)
+            if (value) ort_.api().ReleaseValue(value);
+    };
+    const std::unique_ptr<std::vector<OrtValue*>, decltype(release)> owned(&made, release);
+    try {
+        run(feeds, made.data());
+        for (std::size_t i = 0; i < made.size(); ++i) {
+            Tensor& tensor = results[names_.outputs[i]] = Tensor(shape_of(ort_, made[i]));
+            void* data = nullptr;
+            ort_.check(ort_.api().GetTensorMutableData(made[i], &data));
+            std::memcpy(tensor.values.data(), data, tensor.view().bytes());
+        }
+    } catch (const Malformed& fault) {
+        refuse(fault);
+    }
+    return results;
+}
+
+void OnnxProgram::refuse(const Malformed& fault) const {
+    throw BadInput(path_.string(), std::string("onnxruntime cannot run it: ") + fault.what(),
+                   "a graph that fits its manifest", "export the bundle again");
+}
+
+// ---------------------------------------------------------------- weights
+
+Frozen::Frozen(const Bundle& bundle) : folder_(bundle.folder / "onnx") {
+    for (const std::string& name : bundle.onnx->frozen) {
+        try {
+            files_.push_back(std::make_unique<TensorFile>(folder_ / name));
+        } catch (const Malformed& fault) {
+            throw BadInput((folder_ / name).string(), fault.what(), "a file of frozen weights",
+                           "copy the bundle again, or export it again");
+        }
+    }
+}
+
+const View* Frozen::find(const std::string& key) const {
+    for (const auto& file : files_) {
+        const auto found = file->tensors().find(key);
+        if (found != file->tensors().end()) return &found->second;
+    }
+    return nullptr;
+}
+
+const View& Frozen::at(const std::string& key) const {
+    if (const View* view = find(key)) return *view;
+    throw BadInput(folder_.string(), "no weight '" + key + "'", "the weights that the manifest names",
+                   "export the bundle again");
+}
+
+Feeds Frozen::named(const Block::Names& names) const {
+    Feeds feeds;
+    for (const auto& [local, key] : names) feeds[local] = at(key);
+    return feeds;
+}
+
+// ---------------------------------------------------------------- int8
 
 bool int8_products_are_exact(const Onnxruntime& ort) {
     // An ONNX model: y = MatMulInteger(x, w); x uint8 [1, 4], w int8 [4, 1], y int32 [1, 1].

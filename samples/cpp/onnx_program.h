@@ -7,6 +7,7 @@
 #include <string>
 
 #include "bundle.h"
+#include "fault.h"
 #include "tensors.h"
 #include "third_party/onnxruntime/onnxruntime_c_api.h"
 #include "trainer.h"
@@ -53,12 +54,35 @@ public:
     const GraphNames& names() const { return names_; }
     /// Run the graph on memory of the caller's; nothing is copied. Throws `BadInput`.
     void run(const Feeds& feeds, const Results& results) const;
+    /// Run the graph where the shapes of its float32 results are not known; copies of them, by name.
+    std::map<std::string, Tensor> run(const Feeds& feeds) const;
 
 private:
+    /// Run on values of the graph's results, null where onnxruntime is to make them.
+    void run(const Feeds& feeds, OrtValue** results) const;
+    [[noreturn]] void refuse(const Malformed& fault) const;
+
     const Onnxruntime& ort_;
     Path path_;
     GraphNames names_;
     std::shared_ptr<OrtSession> session_;
+};
+
+/// The frozen weights of a bundle, in mapped files.
+class Frozen {
+public:
+    /// Throws `BadInput` if a file is damaged.
+    explicit Frozen(const Bundle& bundle);
+    /// A weight by its key, or null.
+    const View* find(const std::string& key) const;
+    /// A weight by its key. Throws `BadInput` if there is none.
+    const View& at(const std::string& key) const;
+    /// Weights by the names of a graph's inputs.
+    Feeds named(const Block::Names& names) const;
+
+private:
+    Path folder_;
+    std::vector<std::unique_ptr<TensorFile>> files_;
 };
 
 /// Whether the largest sum of int8 products is right. x86 processors with AVX2 but without VNNI add

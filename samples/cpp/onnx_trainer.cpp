@@ -103,7 +103,6 @@ private:
     };
 
     Part part(const Block& block, bool with_backward);
-    const View& frozen(const std::string& key) const;
     /// Add what skipped blocks add to a state.
     void add(Tensor& to, const View& residual) const;
     Flow forward(const Part& part, Feeds feeds, const Flow& before) const;
@@ -112,22 +111,14 @@ private:
                   Tensors& gradients) const;
 
     const Path folder_;
-    std::vector<std::unique_ptr<TensorFile>> files_;
+    const Frozen frozen_;
     std::map<std::string, OnnxProgram> programs_;  // by file
     std::vector<Part> parts_, forward_only_;
     Feeds head_weights_;
 };
 
 StreamedTrainer::StreamedTrainer(const Bundle& bundle, const Onnxruntime& ort, int threads)
-    : OnnxTrainer(bundle, ort, threads), folder_(bundle.folder / "onnx") {
-    for (const std::string& name : bundle.onnx->frozen) {
-        try {
-            files_.push_back(std::make_unique<TensorFile>(folder_ / name));
-        } catch (const Malformed& fault) {
-            throw BadInput((folder_ / name).string(), fault.what(), "a file of frozen weights",
-                           "copy the bundle again, or export it again");
-        }
-    }
+    : OnnxTrainer(bundle, ort, threads), folder_(bundle.folder / "onnx"), frozen_(bundle) {
     const Streamed& facts = *bundle.onnx->streamed;
     for (const auto& [file, names] : facts.graphs)
         programs_.emplace(file, OnnxProgram(ort, folder_ / file, names, threads));
@@ -141,14 +132,13 @@ StreamedTrainer::StreamedTrainer(const Bundle& bundle, const Onnxruntime& ort, i
         throw BadInput(bundle.folder.string(), "a LoRA tensor that no block has",
                        "blocks with all of the manifest's tensors", "export the bundle again");
     for (const std::string& name : facts.graphs.at("head.onnx").inputs)
-        for (const auto& file : files_)  // the head's weights go by their keys in the files
-            if (file->tensors().count(name)) head_weights_[name] = file->tensors().at(name);
+        if (const View* weight = frozen_.find(name)) head_weights_[name] = *weight;
 }
 
 StreamedTrainer::Part StreamedTrainer::part(const Block& block, bool with_backward) {
-    Part part{&programs_.at(block.file("forward")), nullptr, {}, {}, block.residual};
+    Part part{&programs_.at(block.file("forward")), nullptr, frozen_.named(block.weights), {},
+              block.residual};
     if (with_backward) part.backward = &programs_.at(block.file("backward"));
-    for (const auto& [local, key] : block.weights) part.weights[local] = frozen(key);
     for (const auto& [local, name] : block.lora) {
         std::size_t number = 0;
         while (number < lora_.size() && lora_[number].name != name) ++number;
@@ -158,15 +148,6 @@ StreamedTrainer::Part StreamedTrainer::part(const Block& block, bool with_backwa
         part.lora.emplace_back(local, number);
     }
     return part;
-}
-
-const View& StreamedTrainer::frozen(const std::string& key) const {
-    for (const auto& file : files_) {
-        const auto found = file->tensors().find(key);
-        if (found != file->tensors().end()) return found->second;
-    }
-    throw BadInput(folder_.string(), "no weight '" + key + "'", "the weights that the manifest names",
-                   "export the bundle again");
 }
 
 void StreamedTrainer::add(Tensor& to, const View& residual) const {

@@ -27,6 +27,13 @@ std::vector<T> row(const TensorFile& file, const std::string& name, Dtype dtype)
     return values;
 }
 
+/// The run in a checkpoint's metadata.
+Run run_of(const TensorFile& file) {
+    const std::string* text = file.find("run");
+    if (!text || !file.hashed()) throw Malformed("it does not say what it belongs to");
+    return Run::from(parse_json(*text));
+}
+
 State state_of(const TensorFile& file, const Bundle& bundle) {
     State state;
     for (const auto& [prefix, part] : kParts) {
@@ -131,9 +138,7 @@ Losses RunFolder::restore(const Bundle& bundle, const Run& run, State& state) co
     Run saved;
     try {
         const TensorFile file(path);
-        const std::string* text = file.find("run");
-        if (!text || !file.hashed()) throw Malformed("it does not say what it belongs to");
-        saved = Run::from(parse_json(*text));
+        saved = run_of(file);
         losses.draws = row<std::int64_t>(file, kDraws, Dtype::i64);
         losses.losses = row<double>(file, kLosses, Dtype::f64);
         if (saved.done != losses.size() || losses.losses.size() != losses.draws.size())
@@ -176,6 +181,20 @@ void RunFolder::save(const Bundle& bundle, const Bank& bank, const Run& run, con
     write_tensors(path_ / kState, tensors, {{"run", dump_json(saved.json(), JsonStyle::plain)}});
     write_whole(path_ / "loss.csv", {csv_of(losses, bank)});
     write_document(path_ / kRun, saved.json());
+}
+
+Tensors RunFolder::adapter(const Bundle& bundle) const {
+    const Path path = path_ / kState;
+    try {
+        const TensorFile file(path);
+        const Run saved = run_of(file);
+        if (saved.manifest_sha256 == bundle.sha256) return state_of(file, bundle).adapter;
+        throw BadInput(path_.string(), "a run of another bundle (" + saved.bundle + ")",
+                       "a run of " + bundle.folder.string(), "name the bundle that it trained");
+    } catch (const Malformed& fault) {
+        throw BadInput(path.string(), std::string("no whole checkpoint (") + fault.what() + ")", "",
+                       "train first");
+    }
 }
 
 void RunFolder::finish(const Bundle& bundle, const State& state) const {

@@ -50,6 +50,8 @@ public:
     /// if the state is not finite.
     void save(const Bundle& bundle, const Bank& bank, const Run& run, const State& state,
               const Losses& losses) const;
+    /// The LoRA tensors as last saved. Throws `BadInput` if nothing was, or by another bundle.
+    Tensors adapter(const Bundle& bundle) const;
     /// Write the trained adapter.
     void finish(const Bundle& bundle, const State& state) const;
 
