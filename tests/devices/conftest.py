@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from machines import Machine
 
+import pipelines
 from edge_dit.pictures.dataset import read_folder
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
+from loops import write_world
 
 
 @pytest.fixture(scope="session")
@@ -72,3 +74,33 @@ def x86(arm: Machine, stock, tmp_path_factory) -> Machine:
     say = "import onnxruntime; print(onnxruntime.__version__)"
     version = arm.run(say, tmp_path_factory.mktemp("version")).strip()
     return Machine(Path(sys.executable), (stock(version),))
+
+
+@pytest.fixture(scope="session")
+def machines(arm: Machine, x86: Machine) -> dict[str, Machine]:
+    return {"arm": arm, "x86": x86}
+
+
+LOOP = f"""
+import edge_dit_runtime as er
+
+er.collect("bundle", "images", "bank")
+er.train("bundle", er.live("bundle", "images"), "live", target="onnx:streamed", steps=4)
+er.paint("bundle", {pipelines.LONG.strip()!r}, "painted.png", run="live", seeds=5)
+"""
+
+
+@pytest.fixture(scope="session")
+def looped(machines: dict[str, Machine], tmp_path_factory) -> Path:
+    """arm/ and x86/: a bundle with the loop's parts, and what each made of the same pictures."""
+    from edge_dit.app.api import export
+
+    folder = tmp_path_factory.mktemp("loop")
+    job = read_job(write_world(folder, "sana", draws=2, steps=4, lr=0.01))
+    export(make_plan(job), folder / "bundle", ["onnx"], job=job)
+    for name, machine in machines.items():
+        (folder / name).mkdir()
+        for inputs in ("bundle", "images"):
+            (folder / name / inputs).symlink_to(folder / inputs)
+        machine.run(LOOP, folder / name)
+    return folder

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from edge_dit.contract.adapter import read_adapter
 
@@ -19,6 +20,7 @@ ADAPTER = 1e-3
 
 Where a gradient is within rounding of zero, AdamW's first steps go one way or the other.
 """
+MACHINES = ("arm", "x86")
 ROOT = Path(__file__).resolve().parents[2]
 CODE = (ROOT, ROOT / "export", ROOT / "runtime_py")
 
@@ -79,6 +81,13 @@ def assert_agree(found: Trained, wanted: Trained) -> None:
         worst = float(np.abs(found.adapter[name] - value).max())
         largest = float(np.abs(value).max())
         assert worst <= ADAPTER * largest, f"{name}: {worst / largest:.1e} of its largest value"
+
+
+def assert_same_picture(found: Path, wanted: Path) -> None:
+    """No value of two pictures differs by more than one."""
+    pixels = [np.asarray(Image.open(path)).astype(int) for path in (found, wanted)]
+    assert pixels[1].std() > 5
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
 
 
 def differ(found: Trained, wanted: Trained) -> bool:

@@ -10,7 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from machines import ROOT, Machine, assert_agree, trained
+from machines import MACHINES, ROOT, Machine, assert_agree, assert_same_picture, trained
+
+import pipelines
 
 pytestmark = pytest.mark.devices
 
@@ -49,8 +51,8 @@ def executorch(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def train(arm_root: Path, executorch: Path, tmp_path_factory) -> Callable[..., None]:
-    """Trains with the program for Arm."""
+def programs(executorch: Path, tmp_path_factory) -> Path:
+    """Folder of the programs for Arm."""
     build = tmp_path_factory.mktemp("build")
     settings = {
         "CMAKE_SYSTEM_NAME": "Linux",
@@ -62,13 +64,29 @@ def train(arm_root: Path, executorch: Path, tmp_path_factory) -> Callable[..., N
     defined = [f"-D{name}={value}" for name, value in settings.items()]
     subprocess.run(["cmake", "-S", ROOT / "samples" / "cpp", "-B", build, *defined], check=True)
     subprocess.run(["cmake", "--build", build, "-j", "2"], check=True)
+    return build
+
+
+@pytest.fixture(scope="module")
+def run(arm_root: Path, programs: Path) -> Callable[..., None]:
+    """Runs a program for Arm, which must succeed."""
     (library,) = (arm_root / "packages" / "onnxruntime" / "capi").glob("libonnxruntime.so.*")
 
-    def call(case: Case, run: Path, steps: int, *more: str) -> None:
-        command = [arm_root / "run", build / "edge-dit-train", case.bundle, "--bank", case.bank]
-        command += ["-o", run, "--target", case.target, "--steps", str(steps), *more]
-        done = subprocess.run([*command, "--onnxruntime", library], capture_output=True, text=True)
+    def call(program: str, *arguments: object) -> None:
+        command = [arm_root / "run", programs / program, *arguments, "--onnxruntime", library]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-4000:]}"
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def train(run) -> Callable[..., None]:
+    """Trains with the program for Arm."""
+
+    def call(case: Case, folder: Path, steps: int, *more: str) -> None:
+        options = ("--bank", case.bank, "-o", folder, "--target", case.target, "--steps", steps)
+        run("edge-dit-train", case.bundle, *options, *more)
 
     return call
 
@@ -113,3 +131,11 @@ def test_a_run_goes_on_on_the_other_machine(case: Case, train, tmp_path):
     by_python(case.x86, case, tmp_path / "ended", HALF)
     train(case, tmp_path / "ended", STEPS, "--resume")
     assert_agree(trained(tmp_path / "ended"), whole)
+
+
+def test_it_paints_what_python_paints(looped, run, tmp_path):
+    painted, live = tmp_path / "painted.png", looped / "arm" / "live"
+    options = ("--run", live, "--seed", 5, "-o", painted)
+    run("edge-dit-paint", looped / "bundle", pipelines.LONG.strip(), *options)
+    for name in MACHINES:
+        assert_same_picture(painted, looped / name / "painted.png")
