@@ -73,7 +73,7 @@ class ReferenceTask:
 
     Attributes:
         work: folder of the bench, with the plan in it.
-        dtype: how frozen weights are stored: "float32", "float16" or "int8".
+        dtype: how frozen weights are stored: as `TargetVariant.stored` says.
     """
 
     __pydantic_config__ = STRICT
@@ -256,16 +256,20 @@ class SessionTask:
     kind: Literal["session"] = "session"
 
     def run(self) -> dict[str, float]:
-        """{"step_ms": median milliseconds of a step}"""
+        """{"step_ms": median milliseconds of a step, "read_mb": MB read from storage in one}"""
         from edge_dit_runtime.session import open_session
 
         variant = self.variant
         session = open_session(open_bundle(self.bundle), variant.target, variant.layout)
-        draw = load_file(draw_file(self.work, variant.dtype))
-        session.load_adapter(load_file(adapter_file(self.work, variant.dtype)))
+        draw = load_file(draw_file(self.work, variant.stored))
+        session.load_adapter(load_file(adapter_file(self.work, variant.stored)))
         session.backward(draw)
         save_file(session.gradients(), self.gradients)
-        return {"step_ms": _median_ms(lambda: session.step(draw), self.steps)}
+        for _ in range(WARM_UP):
+            session.step(draw)
+        before = bytes_read()
+        step_ms = _median_ms(lambda: session.step(draw), self.steps, warm_up=0)
+        return {"step_ms": step_ms, "read_mb": (bytes_read() - before) / self.steps / 1e6}
 
 
 @dataclass(frozen=True)
@@ -295,7 +299,7 @@ class ProfileTask:
         with tempfile.TemporaryDirectory() as folder:
             with profiling(Path(folder)):
                 session = open_session(open_bundle(self.bundle), variant.target, variant.layout)
-            draw = load_file(draw_file(self.work, variant.dtype))
+            draw = load_file(draw_file(self.work, variant.stored))
             for _ in range(WARM_UP + self.steps):
                 session.step(draw)
             del session
@@ -371,9 +375,18 @@ def largest_error(exact: Mapping[str, np.ndarray], other: Mapping[str, np.ndarra
     )
 
 
-def _median_ms(step: Callable[[], Any], steps: int) -> float:
-    """Median milliseconds of ``step``, after `WARM_UP` calls that do not count."""
-    for _ in range(WARM_UP):
+def bytes_read() -> int:
+    """Bytes that this process has had read from storage; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes")), 0)
+
+
+def _median_ms(step: Callable[[], Any], steps: int, warm_up: int = WARM_UP) -> float:
+    """Median milliseconds of ``step``, after ``warm_up`` calls that do not count."""
+    for _ in range(warm_up):
         step()
     seconds = []
     for _ in range(steps):
@@ -390,12 +403,12 @@ def _read_plan(work: Path) -> Plan:
 
 def _eager_session(work: Path, dtype: str) -> tuple[Any, dict[str, Any]]:
     """A session of torch with frozen weights rounded to ``dtype``, and a batch of its shapes."""
-    from edge_dit.models.quantize import round_frozen
+    from edge_dit.models.quantize import round_subgraph
     from edge_dit.reference.eager import EagerSession, adapted_subgraph
 
     plan = _read_plan(work)
     subgraph, batch = adapted_subgraph(plan, model_of(plan, check=False))
-    round_frozen(subgraph, dtype)
+    round_subgraph(subgraph, dtype)
     session = EagerSession(subgraph, AdamW(lr=1e-4))
     session.load_adapter(with_random_b(session.adapter()))
     return session, batch
