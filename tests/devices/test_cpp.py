@@ -781,12 +781,17 @@ def with_noise(path: Path, rng: np.random.Generator) -> None:
 
 
 def junk_in_header(path: Path, rng: np.random.Generator) -> None:
-    """Junk in a safetensors header, without digests."""
+    """Junk in a safetensors header, without digests, or a tensor that lies elsewhere."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)
-    with_junk(header, rng)
+    if rng.random() < 0.5:
+        with_junk(header, rng)
+    else:
+        entry = header[list(header)[rng.integers(len(header))]]
+        by = int(rng.integers(1, 2 ** int(rng.integers(1, 48))))
+        entry["data_offsets"] = [place + by for place in entry["data_offsets"]]
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
