@@ -150,7 +150,7 @@ OnnxFacts onnx_of(const Json& entry) {
         facts.frozen = plain_names(frozen);
     if (facts.frozen.empty()) throw Malformed("no files of frozen weights");
     if (const Json* compute = entry.find("compute"))
-        facts.int8_products = compute->text() == "int8";
+        facts.int8_products = compute->text() != "float32";  // "int8" or "int8-rotated"
     facts.graphs = graphs_of(entry.at("graphs"));
     if (is_there(entry.find("streamed"))) facts.streamed = streamed_of(entry.at("streamed"));
     if (is_there(entry.find("loop"))) facts.loop = loop_of(entry.at("loop"));

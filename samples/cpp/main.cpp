@@ -64,6 +64,11 @@ Options parse(const std::vector<std::string>& arguments) {
     return options;
 }
 
+void say(const char* what, const Progress& progress) {
+    std::printf("%s %lld\n", what, static_cast<long long>(progress.done));
+    std::fflush(stdout);
+}
+
 void report(const Progress& progress) {
     if (progress.done % 10 && progress.done != progress.steps) return;
     std::printf("step %lld of %lld, loss %.4f\n", static_cast<long long>(progress.done),
@@ -78,14 +83,14 @@ int main(int count, char** arguments) {
     for (const std::string& argument : given)
         if (argument == "--help" || argument == "-h") return std::fputs(kUsage, stdout) < 0;
     Hooks hooks;
-    hooks.before_step = [was = false](const Progress& progress) mutable {
+    hooks.pause_seconds = 0.2;
+    hooks.before_step = [asked = 0](const Progress& progress) mutable {
         if (stopped) return Answer::stop;
-        if (was != bool(paused))
-            std::printf("%s after step %lld\n", paused ? "paused" : "goes on",
-                        static_cast<long long>(progress.done));
-        std::fflush(stdout);
-        was = paused;
-        return paused ? Answer::pause : Answer::go_on;
+        if (paused && ++asked == 2) say("paused after step", progress);  // asked again: it is saved
+        if (paused) return Answer::pause;
+        if (asked > 1) say("goes on after step", progress);
+        asked = 0;
+        return Answer::go_on;
     };
     hooks.after_step = report;
     try {
