@@ -1,0 +1,108 @@
+// The worker: one bundle, its draws and its run. Messages {id, method, values} are answered with
+// {id, value} or {id, fault}; {event, ...} tells of progress.
+
+import { Bank, Bundle, forget, keptBundles } from "./bundle.mjs";
+import { Fault, filesFolder, storedFolder, urlFolder } from "./files.mjs";
+import { Engine } from "./steps.mjs";
+import { Training, importState, progressOf, startAgain } from "./trainer.mjs";
+
+let engine, bundle, draws, training, release;
+let stopped = false;
+
+const tell = (event, facts) => postMessage({ event, ...facts });
+
+/** A folder of a source: {url}, {name, files: [[path, File]]} or {kept: identity}. */
+async function folderOf(source) {
+  if (source.url) return urlFolder(source.url);
+  if (source.files) return filesFolder(source.name, source.files);
+  return storedFolder("edge-dit", "bundles", source.kept);
+}
+
+const methods = {
+  kept: keptBundles,
+  forget,
+
+  /** Open a bundle and keep its files in OPFS. */
+  async open(source, options) {
+    engine = await Engine.start(options);
+    [bundle, draws, training] = [null, null, null];
+    const opened = await Bundle.open(await folderOf(source));
+    bundle = await opened.keep((done, all) => tell("copy", { done, all }));
+    const { plan, manifest, layouts, layout, bytes, name, identity } = bundle;
+    const threads = engine.ort.env.wasm.numThreads;
+    return {
+      name, identity, plan, family: manifest.family, layouts, layout, bytes, threads,
+      loop: bundle.loop && { ...bundle.loop, graphs: null, block_graphs: null, blocks: null, paint_blocks: null },
+    };
+  },
+
+  /** Open the bank to train over; how far its run is. */
+  async bank(source) {
+    training = null;
+    draws = await Bank.open(await folderOf(source), bundle.plan && bundle.manifest.plan_hash);
+    return { name: draws.name, draws: draws.index.draws.length, run: await progressOf(bundle, draws) };
+  },
+
+  startAgain: () => startAgain(bundle, draws),
+  importState: (file) => importState(bundle, draws, file),
+
+  /** Train until all steps are done or `pause`; goes on where the run stopped. */
+  async train(options) {
+    stopped = false;
+    await occupy();
+    try {
+      training = await Training.open(engine, bundle, draws, options);
+      const { run, losses, layout } = training;
+      tell("begin", { steps: run.steps, losses, layout });
+      await training.go(() => stopped, async (facts) => tell("step", facts));
+      return { done: training.done, steps: run.steps };
+    } finally {
+      release();
+    }
+  },
+
+  pause() {
+    stopped = true;
+  },
+
+  /** Loss and gradients of a draw with the run's adapter, without an update. */
+  async gradients(number, options) {
+    training ??= await Training.open(engine, bundle, draws, options);
+    const loss = await training.backward(number);
+    const pairs = Object.entries(training.gradients).map(([name, { data }]) => [name, Array.from(data)]);
+    return { loss, gradients: Object.fromEntries(pairs) };
+  },
+
+  /** The files of the adapter as it is, {name: Blob}. */
+  async adapter(options) {
+    training ??= await Training.open(engine, bundle, draws, options);
+    return training.files();
+  },
+
+  /** The saved state, a file that edge-dit train continues. */
+  async state() {
+    const folder = await storedFolder("edge-dit", "runs", bundle.identity, draws.identity);
+    return folder.blob("state.safetensors");
+  },
+};
+
+/** Keep other tabs out of this run until `release`. */
+async function occupy() {
+  const name = `edge-dit ${bundle.identity} ${draws.identity}`;
+  const free = await new Promise((resolve) => {
+    navigator.locks.request(name, { ifAvailable: true }, (lock) => {
+      resolve(Boolean(lock));
+      return lock && new Promise((end) => { release = end; });
+    });
+  });
+  if (!free) throw new Fault("this run", { found: "another tab trains it", remedy: "close that tab" });
+}
+
+onmessage = async ({ data: { id, method, values } }) => {
+  try {
+    postMessage({ id, value: await methods[method](...values) });
+  } catch (error) {
+    const { where = method, found = error.message ?? String(error), expected, remedy } = error;
+    postMessage({ id, fault: { where, found, expected, remedy, stack: error.stack } });
+  }
+};
