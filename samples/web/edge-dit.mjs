@@ -7,6 +7,11 @@
 //     await device.train();                    // or device.pause(); a closed tab goes on later
 //     const files = await device.adapter();    // {"pytorch_lora_weights.safetensors": Blob, ...}
 //
+// A bundle with the loop's parts needs no bank, and paints:
+//
+//     await device.collect([["toy.png", file], ...]);
+//     const { side, pixels } = await device.paint({ prompt: "a sks toy", seed: 0 });
+//
 // All work is done by a worker (worker.mjs); this is its handle.
 
 import { Fault } from "./files.mjs";
@@ -14,7 +19,7 @@ import { Fault } from "./files.mjs";
 export { Fault, inWords } from "./files.mjs";
 
 const METHODS = [
-  "open", "bank", "train", "pause", "gradients", "adapter", "state", "startAgain", "importState",
+  "open", "bank", "collect", "paint", "train", "pause", "gradients", "adapter", "state", "startAgain", "importState",
   "kept", "forget",
 ];
 

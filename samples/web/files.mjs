@@ -31,9 +31,24 @@ export function canonical(value) {
     return `{${keys.map((key) => `${canonical(key)}: ${canonical(value[key])}`).join(", ")}}`;
   }
   if (typeof value === "string" && value.startsWith(NUMBER)) return value.slice(NUMBER.length);
-  return JSON.stringify(value).replace(
-    /[^ -~]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+  return ascii(JSON.stringify(value));
 }
+
+/** A number as Python writes a float in JSON, for `canonical` and `pythonJson`. */
+export function float(value) {
+  const [digits, power] = value.toExponential().split("e").map((part, n) => (n ? Number(part) : part));
+  const plain = power >= -4 && power < 16;
+  const text = plain ? String(value) : `${digits}e${power < 0 ? "-" : "+"}${String(Math.abs(power)).padStart(2, "0")}`;
+  return NUMBER + (plain && Number.isInteger(value) ? `${text}.0` : text);
+}
+
+/** A value as Python's json.dumps(value, indent=2) writes it, and a line feed. */
+export const pythonJson = (value) => `${ascii(JSON.stringify(value, null, 2))}\n`
+  .replace(/"\\u0000number ([^"]*)"/g, "$1");
+
+/** JSON with all but ASCII escaped. */
+export const ascii = (text) =>
+  text.replace(/[^ -~\n]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
 
 const encoder = new TextEncoder();
 

@@ -1,7 +1,7 @@
 // Safetensors files with the digests of docs/bundle.md. A tensor here is {type, dims, data}, which
 // are the arguments of onnxruntime's Tensor.
 
-import { Fault, digestOf, sha256 } from "./files.mjs";
+import { Fault, ascii, digestOf, sha256 } from "./files.mjs";
 
 const KINDS = {
   F64: { type: "float64", code: "<f8", array: Float64Array },
@@ -135,8 +135,7 @@ export async function tensorPieces(tensors, metadata = {}) {
     sealed[`sha256.${name}`] = await sha256(bytesOf(tensors[name]));
   }
   sealed.sha256 = await seal(sealed, places);
-  const text = JSON.stringify({ __metadata__: sealed, ...entries })
-    .replace(/[^ -~]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+  const text = ascii(JSON.stringify({ __metadata__: sealed, ...entries }));
   const header = new TextEncoder().encode(text.padEnd(Math.ceil(text.length / 8) * 8));
   const length = new BigUint64Array([BigInt(header.length)]);
   return [length, header, ...names.map((name) => bytesOf(tensors[name]))];

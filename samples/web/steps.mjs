@@ -215,13 +215,13 @@ export async function openOptimizer(engine, bundle) {
   return async (named) => withoutPrefix(await program.run(named), "new.");
 }
 
-const picked = (named, names) =>
+export const picked = (named, names) =>
   Object.fromEntries(names.filter((name) => name in named).map((name) => [name, named[name]]));
 
-const mapped = (map, named) =>
+export const mapped = (map, named) =>
   Object.fromEntries(Object.entries(map).map(([local, name]) => [local, named[name]]));
 
-const withoutPrefix = (named, prefix) => Object.fromEntries(
+export const withoutPrefix = (named, prefix) => Object.fromEntries(
   Object.entries(named).filter(([name]) => name.startsWith(prefix))
     .map(([name, value]) => [name.slice(prefix.length), value]));
 

@@ -1,6 +1,6 @@
 // The training loop over a bank: a draw, a step, AdamW; its state in OPFS; the adapter's files.
 
-import { Fault, canonical, storedFolder } from "./files.mjs";
+import { Fault, canonical, float, storedFolder } from "./files.mjs";
 import { TensorFile, tensorPieces } from "./safetensors.mjs";
 import { openOptimizer, openStep } from "./steps.mjs";
 
@@ -200,18 +200,10 @@ export class Training {
 
 /** The header of a file whose B holds alpha / rank: alpha is the rank there. */
 function exportedHeader(own, rank, alpha) {
-  const config = own[METADATA].replace(/("transformer\.lora_alpha": )[^,\s]+/, `$1${float(rank)}`);
-  const note = `{"alpha": ${float(alpha)}, "format": "diffusers", "rank": ${rank}}`;
+  const plain = (value) => canonical(float(value));
+  const config = own[METADATA].replace(/("transformer\.lora_alpha": )[^,\s]+/, `$1${plain(rank)}`);
+  const note = `{"alpha": ${plain(alpha)}, "format": "diffusers", "rank": ${rank}}`;
   return { ...own, [METADATA]: config, edge_dit: note };
-}
-
-/** A number as Python writes a float in JSON. */
-export function float(value) {
-  const text = String(value);
-  if (Number.isInteger(value) && !text.includes("e")) return `${text}.0`;
-  if (Math.abs(value) >= 1e-4 || value === 0) return text;
-  const [digits, exponent] = value.toExponential().split("e-");
-  return `${digits}e-${exponent.padStart(2, "0")}`;
 }
 
 const prefixed = (prefix, named) =>

@@ -3,10 +3,11 @@
 
 import { Bank, Bundle, forget, keptBundles } from "./bundle.mjs";
 import { Fault, filesFolder, storedFolder, urlFolder } from "./files.mjs";
+import { Parts, collect, paint } from "./loop.mjs";
 import { Engine } from "./steps.mjs";
 import { Training, importState, progressOf, startAgain } from "./trainer.mjs";
 
-let engine, bundle, draws, training, release;
+let engine, bundle, draws, training, parts, release;
 let stopped = false;
 
 const tell = (event, facts) => postMessage({ event, ...facts });
@@ -25,7 +26,7 @@ const methods = {
   /** Open a bundle and keep its files in OPFS. */
   async open(source, options) {
     engine = await Engine.start(options);
-    [bundle, draws, training] = [null, null, null];
+    [bundle, draws, training, parts] = [null, null, null, null];
     const opened = await Bundle.open(await folderOf(source));
     bundle = await opened.keep((done, all) => tell("copy", { done, all }));
     const { plan, manifest, layouts, layout, bytes, name, identity } = bundle;
@@ -38,9 +39,28 @@ const methods = {
 
   /** Open the bank to train over; how far its run is. */
   async bank(source) {
-    training = null;
-    draws = await Bank.open(await folderOf(source), bundle.plan && bundle.manifest.plan_hash);
-    return { name: draws.name, draws: draws.index.draws.length, run: await progressOf(bundle, draws) };
+    return trainOver(await Bank.open(await folderOf(source), bundle.manifest.plan_hash));
+  },
+
+  /** Make the bank of pictures, [[name, File]], and open it; null if it was stopped. */
+  async collect(files, caption) {
+    stopped = false;
+    const made = await collect(await looped(), files, caption, (done, all) => {
+      tell("collect", { done, all });
+      return stopped;
+    });
+    return made && trainOver(made);
+  },
+
+  /** Paint {prompt: text, seed} with the run's adapter, or with none; null if it was stopped. */
+  async paint({ prompt, seed, adapted = true }) {
+    stopped = false;
+    await looped();
+    const adapter = adapted && training ? training.adapter : await untrained();
+    return paint(parts, { prompt: parts.prompt(prompt), seed }, adapter, (done, all) => {
+      tell("paint", { done, all });
+      return stopped;
+    });
   },
 
   startAgain: () => startAgain(bundle, draws),
@@ -54,7 +74,12 @@ const methods = {
       training = await Training.open(engine, bundle, draws, options);
       const { run, losses, layout } = training;
       tell("begin", { steps: run.steps, losses, layout });
-      await training.go(() => stopped, async (facts) => tell("step", facts));
+      const every = options?.previewEvery ?? 0;
+      if (every && !training.done) await preview();
+      await training.go(() => stopped, async (facts) => {
+        tell("step", facts);
+        if (every && (training.done % every === 0 || training.done === run.steps)) await preview();
+      });
       return { done: training.done, steps: run.steps };
     } finally {
       release();
@@ -85,6 +110,30 @@ const methods = {
     return folder.blob("state.safetensors");
   },
 };
+
+function trainOver(opened) {
+  [draws, training] = [opened, null];
+  return progressOf(bundle, draws).then(
+    (run) => ({ name: draws.name, draws: draws.index.draws.length, run }));
+}
+
+const looped = async () => (parts ??= await Parts.open(engine, bundle));
+
+/** The bundle's adapter with B = 0: the model as it was. */
+async function untrained() {
+  const adapter = await (await bundle.adapter()).read();
+  for (const [name, { data }] of Object.entries(adapter)) if (name.includes(".lora_B.")) data.fill(0);
+  return adapter;
+}
+
+/** Paint the bundle's preview prompts, always from the same noise. */
+async function preview() {
+  await looped();
+  for (const [seed, prompt] of parts.facts.previews.entries()) {
+    const picture = await paint(parts, { prompt, seed }, training.adapter, () => stopped);
+    if (picture) tell("preview", { ...picture, step: training.done, prompt: parts.facts.prompts[prompt] });
+  }
+}
 
 /** Keep other tabs out of this run until `release`. */
 async function occupy() {
