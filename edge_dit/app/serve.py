@@ -1,13 +1,12 @@
 """Serves the browser sample with a bundle and a bank, to this machine alone.
 
-    /                 the page, samples/web
-    /node_modules/    onnxruntime-web's files, nothing else of that folder
-    /bundle/, /bank/  the folders given
+/                 the page, samples/web
+/node_modules/    onnxruntime-web's files, nothing else of that folder
+/bundle/, /bank/  the folders given
 """
 
 from __future__ import annotations
 
-import mimetypes
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,8 +30,15 @@ PORT = 8765
 between two visits."""
 ORT = "node_modules/onnxruntime-web/dist"
 PAGE = "index.html"
-PAGE_FILES = (".html", ".css", ".mjs")
-TYPES = {".mjs": "text/javascript", ".wasm": "application/wasm", ".json": "application/json"}
+PAGE_FILES = (".html", ".css", ".mjs", ".svg")
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".mjs": "text/javascript",
+    ".wasm": "application/wasm",
+    ".json": "application/json",
+}
 HEADERS = {
     # Without these two a page has no shared memory, and onnxruntime-web one thread.
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -178,9 +184,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(HTTPStatus.OK if asked is None else HTTPStatus.PARTIAL_CONTENT)
             if asked is not None:
                 self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
-            guessed = mimetypes.guess_type(path.name)[0]
-            kind = TYPES.get(path.suffix) or guessed or "application/octet-stream"
-            self.send_header("Content-Type", kind)
+            self.send_header("Content-Type", TYPES.get(path.suffix, "application/octet-stream"))
             self.send_header("Content-Length", str(end - begin))
             self.end_headers()
             if with_body:

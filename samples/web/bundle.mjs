@@ -140,7 +140,7 @@ export class Bundle {
 /** Bundles in OPFS: [{identity, name, model, bytes}]. */
 export async function keptBundles() {
   const found = [];
-  for await (const identity of await identities()) {
+  for await (const identity of (await stored("bundles")).keys()) {
     const folder = await storedFolder("edge-dit", "bundles", identity);
     const [name, manifest] = [await folder.blob("name"), await folder.blob(MANIFEST)];
     if (!name || !manifest) continue;  // a copy that was not finished
@@ -151,20 +151,32 @@ export async function keptBundles() {
   return found;
 }
 
-async function identities() {
-  const root = await navigator.storage.getDirectory();
-  const ours = await root.getDirectoryHandle("edge-dit", { create: true });
-  return (await ours.getDirectoryHandle("bundles", { create: true })).keys();
+async function stored(...path) {
+  let folder = await navigator.storage.getDirectory();
+  for (const part of ["edge-dit", ...path]) {
+    folder = await folder.getDirectoryHandle(part, { create: true });
+  }
+  return folder;
 }
 
 /** Remove a bundle, its runs and the banks made of pictures for it. */
 export async function forget(identity) {
-  const root = await navigator.storage.getDirectory();
-  const ours = await root.getDirectoryHandle("edge-dit", { create: true });
   for (const kind of ["bundles", "runs", "banks"]) {
-    const folder = await ours.getDirectoryHandle(kind, { create: true });
-    await folder.removeEntry(identity, { recursive: true }).catch(() => {});
+    await (await stored(kind)).removeEntry(identity, { recursive: true }).catch(() => {});
   }
+}
+
+/** Complete banks made of pictures for a bundle: [{identity, names, draws}]. */
+export async function pictureBanks(bundle) {
+  const found = [];
+  for await (const identity of (await stored("banks", bundle.identity)).keys()) {
+    const folder = await storedFolder("edge-dit", "banks", bundle.identity, identity);
+    const bank = await Bank.open(folder, bundle.manifest.plan_hash).catch(() => null);
+    if (!bank) continue;
+    const names = bank.index.images.map(({ name }) => name);
+    found.push({ identity, names, draws: bank.index.draws.length });
+  }
+  return found;
 }
 
 /** A complete bank. */

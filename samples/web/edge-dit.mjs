@@ -20,7 +20,7 @@ export { Fault, inWords } from "./files.mjs";
 
 const METHODS = [
   "open", "bank", "collect", "paint", "train", "pause", "gradients", "adapter", "state", "startAgain", "importState",
-  "kept", "forget",
+  "kept", "forget", "banks", "reopened",
 ];
 
 /** A worker with one bundle, its draws and its run; worker.mjs has its methods. */

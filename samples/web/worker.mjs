@@ -1,7 +1,7 @@
 // The worker: one bundle, its draws and its run. Messages {id, method, values} are answered with
 // {id, value} or {id, fault}; {event, ...} tells of progress.
 
-import { Bank, Bundle, forget, keptBundles } from "./bundle.mjs";
+import { Bank, Bundle, forget, keptBundles, pictureBanks } from "./bundle.mjs";
 import { Fault, filesFolder, storedFolder, urlFolder } from "./files.mjs";
 import { Parts, collect, paint } from "./loop.mjs";
 import { Engine } from "./steps.mjs";
@@ -12,10 +12,15 @@ let stopped = false;
 
 const tell = (event, facts) => postMessage({ event, ...facts });
 
-/** A folder of a source: {url}, {name, files: [[path, File]]} or {kept: identity}. */
+/** A folder of a source: {url}, {name, files: [[path, File]]}, {kept: identity of a bundle} or
+ * {pictures: identity of a bank made of pictures}. */
 async function folderOf(source) {
   if (source.url) return urlFolder(source.url);
   if (source.files) return filesFolder(source.name, source.files);
+  if (source.pictures) {
+    const folder = await storedFolder("edge-dit", "banks", bundle.identity, source.pictures);
+    return Object.assign(folder, { name: "pictures" });
+  }
   return storedFolder("edge-dit", "bundles", source.kept);
 }
 
@@ -62,6 +67,12 @@ const methods = {
       return stopped;
     });
   },
+
+  /** The draws that are open, and how far their run is now. */
+  reopened: () => trainOver(draws),
+
+  /** Complete banks made of pictures for this bundle: [{identity, names, draws}]. */
+  banks: () => pictureBanks(bundle),
 
   startAgain: () => startAgain(bundle, draws),
   importState: (file) => importState(bundle, draws, file),
@@ -131,7 +142,7 @@ async function preview() {
   await looped();
   for (const [seed, prompt] of parts.facts.previews.entries()) {
     const picture = await paint(parts, { prompt, seed }, training.adapter, () => stopped);
-    if (picture) tell("preview", { ...picture, step: training.done, prompt: parts.facts.prompts[prompt] });
+    if (picture) tell("preview", { ...picture, row: seed, step: training.done, prompt: parts.facts.prompts[prompt] });
   }
 }
 
