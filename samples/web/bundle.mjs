@@ -202,6 +202,7 @@ export class Bank {
         throw new Fault(folder.name, { found: `incomplete: no ${shardName(shard)}`, remedy: PRECOMPUTE });
       }
     }
+    await bank.#file(shardName(0));  // a server without ranges is found now, not in the first step
     return bank;
   }
 

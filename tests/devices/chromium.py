@@ -76,7 +76,8 @@ return await page.evaluate(async (given) => {
     reader.onload = () => resolve(reader.result.split(",")[1]);
     reader.readAsDataURL(blob);
   });
-  const fileOf = (text, name) => new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], name);
+  const fileOf = (text, name) =>
+    new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], name);
   const device = new Device();
   const losses = [];
   device.addEventListener("step", ({ detail }) => losses.push(detail.loss));
