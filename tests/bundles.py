@@ -102,7 +102,7 @@ def streamed(folder: Path, made: Made, dtype: str) -> dict[str, Any]:
 
     sub, batch = made
     (folder / "onnx").mkdir()
-    store = FrozenStore(frozen_tensors(sub), {plain_name(n) for n in matrices(sub)}, dtype)
+    store = FrozenStore(frozen_tensors(sub), dict.fromkeys(map(plain_name, matrices(sub)), dtype))
     facts = export_streamed(sub, batch, store, folder / "onnx")
     store.write(folder / "onnx")
     return facts

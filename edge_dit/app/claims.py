@@ -16,7 +16,7 @@ import numpy as np
 from edge_dit.contract.adapter import read_adapter
 from edge_dit.contract.bundle import ADAPTER, Bundle
 from edge_dit.contract.loop import TILE, LoopFacts, Painting, PaintStep
-from edge_dit.contract.targets import INT8, RECOMPUTE, TARGETS, WIDE
+from edge_dit.contract.targets import RECOMPUTE, TARGETS, WIDE
 from edge_dit.errors import BadInput
 from edge_dit.planning.plan import Plan
 
@@ -93,7 +93,7 @@ def _of_target(bundle: Bundle, plan: Plan, target: str) -> dict[str, tuple[Any, 
         said[f"{target}: weights"] = (bundle.dtype(target), plan.weights)
     if target in TARGETS and plan.compute in TARGETS[target].computes:
         said[f"{target}: compute"] = (bundle.compute(target), plan.compute)
-    if RECOMPUTE in layouts and (plan.weights == WIDE or plan.compute == INT8):
+    if RECOMPUTE in layouts and (plan.weights == WIDE or plan.compute != WIDE):
         said[f"{target}: recompute"] = (RECOMPUTE in bundle.layouts(target), plan.recompute)
     return said
 

@@ -138,8 +138,7 @@ def rounded(
         session.sign = sign
         return measure(session, bank, adapter, steps, replayed(points))
 
-    blocks = map(subgraph.get_submodule, (*subgraph.order, *subgraph.after))
-    with computing_in_int8(blocks, rows):
+    with computing_in_int8(subgraph.blocks(), rows):
         right, *moved = (measured(sign) for sign in (0.0, 1.0, -1.0))
     moves = [groups(right, other, {}) for other in moved]
     tolerances = TARGETS["onnx"].tolerances

@@ -183,7 +183,7 @@ def exported_as(plan: Plan, target: str) -> str:
     record = TARGETS[name]
     compute = plan.compute if plan.compute in record.computes else WIDE
     stored = plan.weights if plan.weights in record.layouts.get(STREAMED, ()) else WIDE
-    stored = INT8 if compute == INT8 else stored
+    stored = stored if compute == WIDE else INT8
     missing = compute == WIDE and stored not in record.layouts[variant.layout]
     wrong = (
         (len(given) > 1 and (variant.dtype, variant.compute) != (stored, compute))

@@ -46,7 +46,7 @@ from edge_dit.contract.certificate import (
 )
 from edge_dit.contract.integrity import content_faults
 from edge_dit.contract.names import THROUGH
-from edge_dit.contract.targets import INT8, TARGETS, WIDE, OnnxFacts
+from edge_dit.contract.targets import TARGETS, WIDE, OnnxFacts
 from edge_dit.errors import CheckFailed, require
 from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.plan import Plan, model_of
@@ -196,7 +196,7 @@ def verify(
 
 def _unrounded_too(bundle: Bundle, target: str) -> bool:
     """Whether a target rounds to int8 in graphs that can be rewritten not to."""
-    return bundle.compute(target) == INT8 and isinstance(bundle.facts(target), OnnxFacts)
+    return bundle.compute(target) != WIDE and isinstance(bundle.facts(target), OnnxFacts)
 
 
 def _has_loop(bundle: Bundle, target: str) -> bool:
@@ -230,20 +230,20 @@ class _Stage:
         Args:
             names: of the targets, those with frozen weights in fewer bytes last.
         """
-        from edge_dit.models.quantize import round_frozen
+        from edge_dit.models.quantize import round_subgraph
         from edge_dit.reference.eager import lora_tensors
 
         bundle, plan = self.bundle, self.plan
         fresh = lora_tensors(self.subgraph)
         references: dict[str, Reference] = {}
         for target in names:
-            dtype = bundle.dtype(target)
+            dtype = bundle.stored(target)
             if dtype not in references:
-                round_frozen(self.subgraph, dtype)
+                round_subgraph(self.subgraph, dtype)
                 references[dtype] = measure_reference(
                     self.subgraph, fresh, plan, self.bank, self.steps
                 )
-            compare = self._in_int8 if bundle.compute(target) == INT8 else self._in_float
+            compare = self._in_float if bundle.compute(target) == WIDE else self._in_int8
             for title, result in compare(target, references[dtype], fresh):
                 yield title, result, []
         for target in filter(partial(_has_loop, bundle), names):

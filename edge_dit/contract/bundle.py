@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.adapter import read_adapter
 from edge_dit.contract.names import RelativePath
-from edge_dit.contract.targets import TARGETS, WIDE, Facts
+from edge_dit.contract.targets import TARGETS, WIDE, Facts, stored_as
 from edge_dit.errors import BadInput
 from edge_dit.store.documents import read_document, validated, write_document
 from edge_dit.store.files import sha256
@@ -164,8 +164,14 @@ class Bundle:
         return str(getattr(self.facts(target), "weights", WIDE))
 
     def compute(self, target: str) -> str:
-        """How a target computes products with frozen matrices: "float32" or "int8"."""
+        """How a target computes products with frozen matrices: "float32", "int8" or
+        "int8-rotated".
+        """
         return str(getattr(self.facts(target), "compute", WIDE))
+
+    def stored(self, target: str) -> str:
+        """See `edge_dit.contract.targets.stored_as`."""
+        return stored_as(self.dtype(target), self.compute(target))
 
     def adapter(self) -> dict[str, np.ndarray]:
         """The LoRA tensors that training starts from, by diffusers name.

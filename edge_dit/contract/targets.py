@@ -22,10 +22,19 @@ Dtype = Literal["float32", "float16", "int8"]
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "int8")
 """How frozen matrices can be stored; int8 has one float32 scale per output channel."""
 WIDE: Literal["float32"] = "float32"
-Compute = Literal["float32", "int8"]
+Compute = Literal["float32", "int8", "int8-rotated"]
 """How products with frozen matrices are computed."""
 INT8: Literal["int8"] = "int8"
 """In int8 both ways, see `edge_dit.models.int8_products`; frozen matrices are stored as int8."""
+ROTATED: Literal["int8-rotated"] = "int8-rotated"
+"""The same, with matrices and their inputs rotated first, see `edge_dit.models.rotation`."""
+
+
+def stored_as(dtype: str, compute: str) -> str:
+    """How blocks' frozen matrices are stored: as ``dtype``, or as int8 after they were rotated."""
+    return ROTATED if compute == ROTATED else dtype
+
+
 FROZEN = "frozen.safetensors"
 """File of a target's frozen weights, each once; what does not fit into it goes to further files."""
 FILE_BYTES = 512 * 10**6
@@ -225,7 +234,7 @@ TARGETS = {
             needs_to_train=("onnxruntime",),
             tools=("torch", "onnx", "onnxscript"),
             tolerances=_FLOAT32,
-            computes=(WIDE, INT8),
+            computes=(WIDE, INT8, ROTATED),
         ),
         Target(
             name="ort-training",
@@ -248,7 +257,7 @@ TARGETS = {
             needs_to_train=("torch", "executorch"),
             tools=("torch", "executorch"),
             tolerances=_EXECUTORCH,
-            computes=(WIDE, INT8),
+            computes=(WIDE, INT8, ROTATED),
         ),
     )
 }
@@ -268,6 +277,11 @@ class TargetVariant:
     layout: str = FUSED
     dtype: str = WIDE
     compute: str = WIDE
+
+    @property
+    def stored(self) -> str:
+        """See `stored_as`."""
+        return stored_as(self.dtype, self.compute)
 
     def __str__(self) -> str:
         """As `variant_of` reads it: "onnx", "onnx:streamed", "onnx:streamed:int8",
@@ -289,10 +303,11 @@ VARIANTS = tuple(
 )
 """Every variant of every target that computes in float32."""
 INT8_VARIANTS = tuple(
-    TargetVariant(target.name, layout, INT8, INT8)
+    TargetVariant(target.name, layout, INT8, compute)
     for target in TARGETS.values()
-    if INT8 in target.computes
     for layout in target.layouts
+    for compute in target.computes
+    if compute != WIDE
 )
 """Every variant that computes in int8."""
 
@@ -342,7 +357,7 @@ def compute_faults(weights: Dtype, compute: Compute, targets: Iterable[str]) -> 
         faults.append(
             BadInput(
                 "export.compute",
-                found=f"int8, with weights = {weights!r}",
+                found=f"{compute}, with weights = {weights!r}",
                 expected='weights = "int8": the products read the weights as they are stored',
                 remedy='set weights = "int8" under [export], or leave compute out',
             )
@@ -352,7 +367,7 @@ def compute_faults(weights: Dtype, compute: Compute, targets: Iterable[str]) -> 
         faults.append(
             BadInput(
                 "export.compute",
-                found=f"int8, with target {', '.join(targets)}",
+                found=f"{compute}, with target {', '.join(targets)}",
                 expected=f"{' or '.join(able)} among the targets",
                 remedy="add it to [export] targets, or leave compute out",
             )

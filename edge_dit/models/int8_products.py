@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_dit.models.quantize import to_int8
+from edge_dit.models.rotation import is_rotated, rotate
 from edge_dit.models.subgraph import can_carry_lora
 
 LEVELS = 255
@@ -125,23 +126,29 @@ class Int8Linear(nn.Linear):
 
     Attributes:
         rows: as `frozen_product` takes it.
+        rotated: whether the weight is one of `edge_dit.models.rotation`.
     """
 
     rows: bool
+    rotated: bool
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N]; the bias is added in float32."""
-        return _biased(input, self.weight, self.bias, self.rows)
+        x = rotate(input) if self.rotated else input
+        return _biased(x, self.weight, self.bias, self.rows)
 
 
 class Int8Conv1x1(nn.Conv2d):
     """The same of a 1x1 convolution."""
 
     rows: bool
+    rotated: bool
 
     def forward(self, input: Tensor) -> Tensor:
         """[1, C, H, W] -> [1, O, H, W]."""
-        y = _biased(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias, self.rows)
+        x = input.permute(0, 2, 3, 1)
+        x = rotate(x) if self.rotated else x
+        y = _biased(x, self.weight.flatten(1), self.bias, self.rows)
         return y.permute(0, 3, 1, 2)
 
 
@@ -172,10 +179,10 @@ def computing_in_int8(blocks: Iterable[nn.Module], rows: bool = False) -> Iterat
         for module in modules:
             # The module itself changes its class, so that what wraps it need not know.
             linear = isinstance(module, nn.Linear)
+            module.rotated, module.rows = is_rotated(module), rows
             module.__class__ = Int8Linear if linear else Int8Conv1x1  # type: ignore[assignment]
-            module.rows = rows
         yield
     finally:
         for module, kind in zip(modules, before, strict=True):
             module.__class__ = kind
-            del module.rows
+            del module.rows, module.rotated

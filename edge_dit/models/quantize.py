@@ -1,4 +1,5 @@
-"""Round frozen weights to fewer bytes: float16, or int8 with one scale per output channel.
+"""Round frozen weights to fewer bytes: float16, or int8 with one scale per output channel, as they
+are or rotated (`edge_dit.models.rotation`).
 
 Only matrices (linear layers and 1x1 convolutions) are rounded; everything else stays float32. A
 model is rounded before it is exported, so PyTorch computes with the same numbers that a bundle
@@ -7,10 +8,14 @@ holds.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from edge_dit.models.subgraph import can_carry_lora
+from edge_dit.contract.targets import INT8, ROTATED, WIDE
+from edge_dit.models.rotation import is_rotated, rotated_matrix, take_for_rotated
+from edge_dit.models.subgraph import TrainableSubgraph, can_carry_lora
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,10 +31,12 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded(weight: Tensor, dtype: str) -> Tensor:
-    """A float32 weight after it was stored as ``dtype`` and read back."""
+    """A float32 weight after it was stored as ``dtype`` and read back; rotated, with `ROTATED`."""
+    if dtype == ROTATED:
+        return rounded(rotated_matrix(weight), INT8)
     if dtype == "float16":
         return weight.half().float()
-    if dtype == "int8":
+    if dtype == INT8:
         values, scale = to_int8(weight)
         return values.float() * scale.reshape(-1, *[1] * (weight.ndim - 1))
     return weight
@@ -55,7 +62,32 @@ def round_autoencoder(vae: nn.Module, dtype: str) -> None:
 
 
 def round_frozen(model: nn.Module, dtype: str) -> None:
-    """Round the matrices of ``model`` to ``dtype``, in place."""
-    if dtype != "float32":
-        for parameter in matrices(model).values():
-            parameter.data = rounded(parameter.data, dtype)
+    """Round the matrices of ``model`` to ``dtype``, in place. With `ROTATED` they become W H, and
+    their modules take them so.
+    """
+    _round(model, dict.fromkeys(matrices(model), dtype))
+
+
+def round_subgraph(subgraph: TrainableSubgraph, dtype: str) -> None:
+    """Round the matrices of a sub-graph as a device stores them, in place; see `kinds_of`."""
+    _round(subgraph, kinds_of(subgraph, dtype))
+
+
+def kinds_of(subgraph: TrainableSubgraph, dtype: str) -> dict[str, str]:
+    """How a device stores each matrix of a sub-graph, by parameter name: as ``dtype``. But only
+    those of blocks are rotated.
+    """
+    blocks = tuple(f"{name}." for name in (*subgraph.order, *subgraph.after))
+    return {
+        name: dtype if dtype != ROTATED or name.startswith(blocks) else INT8
+        for name in matrices(subgraph)
+    }
+
+
+def _round(model: nn.Module, kinds: dict[str, str]) -> None:
+    for name, kind in kinds.items():
+        module: Any = model.get_submodule(name.removesuffix(".weight"))
+        if kind != WIDE and not is_rotated(module):
+            module.weight.data = rounded(module.weight.data, kind)
+            if kind == ROTATED:
+                take_for_rotated(module)

@@ -207,6 +207,10 @@ class TrainableSubgraph(nn.Module):
             setattr(self, name, getattr(model, name))
         self.config = model.config
 
+    def blocks(self) -> list[nn.Module]:
+        """The trained blocks and those of the tail that run, in order."""
+        return [self.get_submodule(name) for name in (*self.order, *self.after)]
+
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by diffusers LoRA name, in a stable order."""
         return {

@@ -222,11 +222,13 @@ class Export(_Section):
         ),
     ] = "float32"
     compute: Annotated[
-        Literal["float32", "int8"],
+        Literal["float32", "int8", "int8-rotated"],
         Field(
             description="How a training step of the onnx and executorch targets multiplies with "
             "the blocks' frozen matrices: in float32; or in int8, in all layouts, which takes "
-            'about half of the time. Needs `weights = "int8"`.'
+            'about half of the time; or in int8 after channels were mixed ("int8-rotated"), which '
+            "costs time and helps where single channels stand out. Both need "
+            '`weights = "int8"`.'
         ),
     ] = "float32"
     recompute: Annotated[

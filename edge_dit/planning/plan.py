@@ -16,7 +16,7 @@ from edge_dit.contract.bank import Dtype as BankDtype
 from edge_dit.contract.loop import TILE
 from edge_dit.contract.names import STORED, Tail
 from edge_dit.contract.split import trained_blocks
-from edge_dit.contract.targets import WIDE, Compute, Dtype
+from edge_dit.contract.targets import WIDE, Compute, Dtype, stored_as
 from edge_dit.errors import BadInput
 from edge_dit.models.model import Model, open_model
 from edge_dit.models.whereabouts import known_folders, remember
@@ -135,11 +135,11 @@ class Plan(BaseModel):
         return TILE if self.loop and self.s_min > TILE else None
 
     @property
-    def held(self) -> Dtype:
-        """Dtype of the frozen matrices that a bank is made with. A device makes it with those that
-        it holds, so the host does where the device may too.
+    def held(self) -> str:
+        """How the frozen matrices are stored that a bank is made with. A device makes it with those
+        that it holds, so the host does where the device may too.
         """
-        return self.weights if self.loop else WIDE
+        return stored_as(self.weights, self.compute) if self.loop else WIDE
 
     def shared(self) -> dict[str, Any]:
         """What a bundle says of its plan: all but the job's own words, such as its prompt."""

@@ -57,7 +57,7 @@ def test_only_matrices_are_rounded_and_lora_is_not():
 def test_the_file_holds_the_rounded_weights_where_it_says(tmp_path_factory, array, dtype):
     path = tmp_path_factory.mktemp("frozen") / "frozen.safetensors"
     weight, bias = torch.from_numpy(array), torch.arange(3.0)
-    store = FrozenStore({"weight": weight, "bias": bias}, {"weight"}, dtype)
+    store = FrozenStore({"weight": weight, "bias": bias}, {"weight": dtype})
     assert store.write(path.parent) == [path.name]
     found, mapped = load_file(path), MappedTensors(path)
     assert set(found) == {"bias", *store.keys("weight")}
@@ -79,7 +79,7 @@ def test_the_file_holds_the_rounded_weights_where_it_says(tmp_path_factory, arra
 @given(st.data())
 def test_a_damaged_file_of_weights_is_refused(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("frozen") / "frozen.safetensors"
-    FrozenStore({"weight": torch.ones(4, 4)}, set(), "float32").write(path.parent)
+    FrozenStore({"weight": torch.ones(4, 4)}, {}).write(path.parent)
     whole = path.read_bytes()
     cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
     longer = whole + data.draw(st.binary(min_size=1, max_size=9))

@@ -154,9 +154,12 @@ def test_tails_that_run_need_no_tail_in_the_bank(make, name, tail):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["int8", "float16"])
-def test_a_bank_is_made_with_the_weights_that_the_device_holds(make, weights):
-    made = make("sana", weights=weights)
+@pytest.mark.parametrize(
+    ("weights", "compute"),
+    [("int8", "float32"), ("float16", "float32"), ("int8", "int8-rotated")],
+)
+def test_a_bank_is_made_with_the_weights_that_the_device_holds(make, weights, compute):
+    made = make("sana", weights=weights, compute=compute)
     host, device = (Bank(made.folder / where, made.plan.identity()) for where in ("host", "device"))
     whole = Bank(make("sana").folder / "host")
     for number in range(DRAWS):

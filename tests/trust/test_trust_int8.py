@@ -30,15 +30,19 @@ def int8_world(tmp_path_factory):
     """Makes the world of a pipeline with an int8 bundle, once."""
     made = {}
 
-    def of(name):
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            world = make_world(folder, name, ("onnx",))
-            choices = {"weights": "int8", "compute": "int8", "recompute": True}
+    worlds = {}
+
+    def of(name, compute="int8"):
+        if (name, compute) not in made:
+            if name not in worlds:
+                worlds[name] = make_world(tmp_path_factory.mktemp(name), name, ("onnx",))
+            world = worlds[name]
+            choices = {"weights": "int8", "compute": compute, "recompute": True}
             plan = Plan.model_validate(world.plan.model_copy(update=choices))
-            made[name] = replace(world, plan=plan, bundle=folder / "int8")
-            export(plan, made[name].bundle, ["onnx"])
-        return made[name]
+            folder = world.bank.parent / compute
+            made[name, compute] = replace(world, plan=plan, bundle=folder)
+            export(plan, folder, ["onnx"])
+        return made[name, compute]
 
     return of
 
@@ -62,9 +66,27 @@ def test_every_layout_is_certified(int8_world, name):
     assert abs(drift.loss_int8 / drift.loss - 1) < 0.1
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["sana-1.5", *(pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES[1:])],
+)
+def test_rotated_products_are_certified(int8_world, name):
+    world = int8_world(name, "int8-rotated")
+    certificate = verify(world.bundle, world.bank, steps=STEPS, model=world.plan.model)
+    assert certificate.passed, {t: r.in_words() for t, r in certificate.targets.items() if r.failed}
+    assert len(certificate.targets) == 6
+    plain, rotated = (
+        open_bundle(int8_world(name, compute).bundle).folder / "onnx" / "frozen.safetensors"
+        for compute in ("int8", "int8-rotated")
+    )
+    assert plain.stat().st_size == rotated.stat().st_size
+    assert plain.read_bytes() != rotated.read_bytes()
+
+
 @pytest.mark.slow
-def test_executorch_is_certified(int8_world, tmp_path):
-    world = int8_world("sana-1.5")
+@pytest.mark.parametrize("compute", ["int8", "int8-rotated"])
+def test_executorch_is_certified(int8_world, tmp_path, compute):
+    world = int8_world("sana-1.5", compute)
     export(world.plan, tmp_path / "bundle", ["executorch"])
     certificate = verify(tmp_path / "bundle", world.bank, steps=STEPS, model=world.plan.model)
     assert certificate.passed, certificate.targets["executorch"].in_words()

@@ -34,14 +34,17 @@ from edge_dit.app.bench.child import (
 )
 from edge_dit.app.bench.machine import Machine, busy_warning, this_machine
 from edge_dit.app.bench.model import Case, random_model
-from edge_dit.contract.targets import INT8_VARIANTS, RECOMPUTE, VARIANTS, WIDE, TargetVariant
+from edge_dit.contract.targets import INT8, INT8_VARIANTS, RECOMPUTE, VARIANTS, WIDE, TargetVariant
 from edge_dit.errors import BadInput, CheckFailed
 from edge_dit.store.files import write_json
 from edge_dit.text import columns
 
 SAMPLE_SECONDS = 0.03
 """Pause between two samples of a process's memory."""
-DEFAULT_VARIANTS = (*(v for v in VARIANTS if v.dtype != "float16"), *INT8_VARIANTS)
+DEFAULT_VARIANTS = (
+    *(v for v in VARIANTS if v.dtype != "float16"),
+    *(v for v in INT8_VARIANTS if v.compute == INT8),
+)
 """What is measured when nothing is named."""
 
 
@@ -206,7 +209,7 @@ def bench(case: Case, asked: Asked, work: Path, say: Callable[[str], None]) -> R
         say(warning)
     write_json(plan_file(work), random_model(case, work).model_dump(mode="json"))
     errors = {}
-    for dtype in sorted({WIDE, *(variant.dtype for variant in asked.variants)}):
+    for dtype in sorted({WIDE, *(variant.stored for variant in asked.variants)}):
         exact = _run_once(ReferenceTask(work, dtype), work / f"reference-{dtype}.json")
         errors[dtype] = exact.numbers["error"]
     baselines = [_baseline(name, case, work, say) for name in wanted]
@@ -217,7 +220,7 @@ def bench(case: Case, asked: Asked, work: Path, say: Callable[[str], None]) -> R
     report = Report(case, machine, baselines, [])
     for variant in asked.variants:
         times = eager, min(torch), min(full, default=None)
-        report.rows.append(_row(case, variant, errors[variant.dtype], times, work, say))
+        report.rows.append(_row(case, variant, errors[variant.stored], times, work, say))
         if asked.profile and variant.target != "onnx":
             say(f"profile {variant}: left out, only onnx has operators to time")
         elif asked.profile:
@@ -291,7 +294,7 @@ def _row(
     say(f"train {variant}")
     gradients = work / f"gradients-{str(variant).replace(':', '-')}.safetensors"
     trained = run_task(SessionTask(work, variant, bundle, case.steps, gradients))
-    exact = load_file(exact_gradients_file(work, variant.dtype))
+    exact = load_file(exact_gradients_file(work, variant.stored))
     step_ms, (eager, fastest, full) = trained.numbers["step_ms"], times
     return Row(
         **asdict(variant),

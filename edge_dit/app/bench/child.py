@@ -73,7 +73,7 @@ class ReferenceTask:
 
     Attributes:
         work: folder of the bench, with the plan in it.
-        dtype: how frozen weights are stored: "float32", "float16" or "int8".
+        dtype: how frozen weights are stored: as `TargetVariant.stored` says.
     """
 
     __pydantic_config__ = STRICT
@@ -261,8 +261,8 @@ class SessionTask:
 
         variant = self.variant
         session = open_session(open_bundle(self.bundle), variant.target, variant.layout)
-        draw = load_file(draw_file(self.work, variant.dtype))
-        session.load_adapter(load_file(adapter_file(self.work, variant.dtype)))
+        draw = load_file(draw_file(self.work, variant.stored))
+        session.load_adapter(load_file(adapter_file(self.work, variant.stored)))
         session.backward(draw)
         save_file(session.gradients(), self.gradients)
         return {"step_ms": _median_ms(lambda: session.step(draw), self.steps)}
@@ -295,7 +295,7 @@ class ProfileTask:
         with tempfile.TemporaryDirectory() as folder:
             with profiling(Path(folder)):
                 session = open_session(open_bundle(self.bundle), variant.target, variant.layout)
-            draw = load_file(draw_file(self.work, variant.dtype))
+            draw = load_file(draw_file(self.work, variant.stored))
             for _ in range(WARM_UP + self.steps):
                 session.step(draw)
             del session
@@ -390,12 +390,12 @@ def _read_plan(work: Path) -> Plan:
 
 def _eager_session(work: Path, dtype: str) -> tuple[Any, dict[str, Any]]:
     """A session of torch with frozen weights rounded to ``dtype``, and a batch of its shapes."""
-    from edge_dit.models.quantize import round_frozen
+    from edge_dit.models.quantize import round_subgraph
     from edge_dit.reference.eager import EagerSession, adapted_subgraph
 
     plan = _read_plan(work)
     subgraph, batch = adapted_subgraph(plan, model_of(plan, check=False))
-    round_frozen(subgraph, dtype)
+    round_subgraph(subgraph, dtype)
     session = EagerSession(subgraph, AdamW(lr=1e-4))
     session.load_adapter(with_random_b(session.adapter()))
     return session, batch

@@ -23,8 +23,8 @@ from edge_dit.contract.loop import (
 from edge_dit.contract.names import COND, ENTRY, STATE
 from edge_dit.models.families.family import Family, Grid, Prompt
 from edge_dit.models.subgraph import conditioning_of
+from edge_dit_export.graph.fold_constants import fold_constants
 from edge_dit_export.graph.trace import TracedStep, trace
-from edge_dit_export.passes.fold_constants import fold_constants
 
 Tensors = dict[str, Tensor]
 LARGE = 1024

@@ -20,6 +20,7 @@ from edge_dit_export.passes.negative_pad_to_slice import negative_pad_to_slice
 from edge_dit_export.passes.raise_frozen_gemm import raise_frozen_gemm
 from edge_dit_export.passes.relu_gradient_to_product import relu_gradient_to_product
 from edge_dit_export.passes.remove_units import remove_units
+from edge_dit_export.passes.rotations_to_mm import rotations_to_mm
 from edge_dit_export.passes.safe_softmax_to_softmax import safe_softmax_to_softmax
 from edge_dit_export.passes.share_shape_ops import share_shape_ops
 from edge_dit_export.passes.slice_scatter_to_pad import slice_scatter_to_pad
@@ -29,6 +30,7 @@ from edge_dit_export.passes.view_frozen import view_frozen
 Pass = Callable[[fx.GraphModule], int]
 
 _FOR_BOTH: tuple[Pass, ...] = (
+    rotations_to_mm,
     conv1x1_to_mm,
     depthwise_backward_to_conv,
     bmm_of_one_to_mm,

@@ -32,10 +32,10 @@ from edge_dit.contract.targets import (
     TRAIN_PROGRAM,
     WIDE,
 )
-from edge_dit.models.int8_products import computing_in_int8
 from edge_dit.models.patch_sampler import PatchSampler
-from edge_dit.models.quantize import matrices, rounded
+from edge_dit.models.quantize import kinds_of, matrices, rounded
 from edge_dit_export import passes
+from edge_dit_export.graph.blocks import plain_name
 from edge_dit_export.graph.flat_program import flat_program
 from edge_dit_export.graph.trace import TracedStep
 from edge_dit_export.graph.train_step import trace_train_step
@@ -57,7 +57,7 @@ def write(source: Source, directory: Path) -> dict[str, Any]:
         to XNNPACK, how many of them are layers with frozen weights, and the bytes of memory planned
         for a run (weights not counted).
     """
-    step = _int8_step(source) if source.compute == INT8 else source.step
+    step = _int8_step(source) if source.compute != WIDE else source.step
     optimizer, sampler = source.optimizer, source.sampler
     sides = {
         2: torch.export.Dim("H", min=sampler.rule.s_max, max=source.max_image_side),
@@ -88,7 +88,7 @@ def write(source: Source, directory: Path) -> dict[str, Any]:
         taken, layers = delegated.get(file, (0, 0))
         planned = _planned_bytes(program)
         facts[file] = {"delegated": taken, "frozen_layers": layers, "planned_bytes": planned}
-    weights = INT8 if source.compute == INT8 else WIDE
+    weights = WIDE if source.compute == WIDE else INT8
     return {
         "executorch": version("executorch"),
         "weights": weights,
@@ -100,13 +100,13 @@ def write(source: Source, directory: Path) -> dict[str, Any]:
 def _int8_step(source: Source) -> TracedStep:
     """The recomputing step; frozen matrices outside the blocks are rounded to int8 too."""
     subgraph = source.subgraph
-    blocks = map(subgraph.get_submodule, (*subgraph.order, *subgraph.after))
-    with computing_in_int8(blocks, rows=True):
+    with source.computing(rows=True):
         step = trace_train_step(subgraph, source.batch, recompute=True)
-    for name, weight in matrices(subgraph).items():
-        buffer = name.replace(".", "__")
+    weights = matrices(subgraph)
+    for name, kind in kinds_of(subgraph, source.stored).items():
+        buffer = plain_name(name).replace(".", "__")
         if hasattr(step.module, buffer):
-            setattr(step.module, buffer, rounded(weight.detach(), INT8))
+            setattr(step.module, buffer, rounded(weights[name].detach(), kind))
     return step
 
 

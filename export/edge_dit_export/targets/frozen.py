@@ -16,10 +16,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from edge_dit.contract.targets import FILE_BYTES, frozen_file
+from edge_dit.contract.targets import FILE_BYTES, INT8, ROTATED, WIDE, frozen_file
 from edge_dit.models.quantize import to_int8
+from edge_dit.models.rotation import rotated_matrix
 
-DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "int8": ("I8", 1)}
+DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), INT8: ("I8", 1), ROTATED: ("I8", 1)}
 """Name in safetensors and bytes of an element."""
 ALIGNMENT = 64
 HEADER_BYTES = 192
@@ -72,20 +73,24 @@ class FrozenStore:
 
     Args:
         tensors: float32 by name; a memory-mapped one is read only when it is written.
-        small: names of those stored as ``dtype``.
-        dtype: "float32", "float16" or "int8"; int8 adds the tensor "<name>.scale".
+        kinds: name -> how it is stored, where that is not as float32: one of `DTYPES`. int8 adds
+            the tensor "<name>.scale".
         limit: most bytes of a file that has more than one tensor.
+
+    Attributes:
+        dtype: what graphs read for those of ``kinds``: "float32", "float16" or "int8".
     """
 
     def __init__(
         self,
         tensors: Mapping[str, Tensor | Later],
-        small: set[str],
-        dtype: str,
+        kinds: Mapping[str, str],
         limit: int = FILE_BYTES,
     ) -> None:
-        self.tensors, self.dtype, self.limit = dict(tensors), dtype, limit
-        self._dtypes = dict.fromkeys(small, dtype)
+        self.tensors, self.limit = dict(tensors), limit
+        self._dtypes = dict(kinds)
+        read = {INT8 if kind == ROTATED else kind for kind in kinds.values()}
+        self.dtype = min(read, default=WIDE)
 
     def add(self, name: str, tensor: Tensor | Later, dtype: str = "float32") -> None:
         """Add a tensor that is stored as ``dtype``, unless there is one of that name. Only before
@@ -111,7 +116,7 @@ class FrozenStore:
 
     def keys(self, name: str) -> list[str]:
         """Keys in the files that make up ``name``: itself, and its scales in int8."""
-        return [name, f"{name}.scale"] if self.stored_as(name) == "int8" else [name]
+        return [name, f"{name}.scale"] if self.stored_as(name) in (INT8, ROTATED) else [name]
 
     def inputs(self, names: Mapping[str, str]) -> dict[str, str]:
         """Inputs of a graph that takes stored tensors -> keys in the files.
@@ -144,8 +149,8 @@ class FrozenStore:
         stored = self.tensors[entry.name]
         tensor = stored.read() if isinstance(stored, Later) else stored.detach()
         kind = self.stored_as(entry.name)
-        if kind == "int8":
-            values, scale = to_int8(tensor)
+        if kind in (INT8, ROTATED):
+            values, scale = to_int8(rotated_matrix(tensor) if kind == ROTATED else tensor)
             return scale if entry.is_scale else values
         return tensor.half() if kind == "float16" else tensor
 
@@ -155,7 +160,7 @@ class FrozenStore:
         for name, tensor in self.tensors.items():
             kind = self.stored_as(name)
             entries.append(_Entry(name, False, *DTYPES[kind], list(tensor.shape)))
-            if kind == "int8":
+            if kind in (INT8, ROTATED):
                 entries.append(_Entry(name, True, *DTYPES["float32"], [tensor.shape[0]]))
         return sorted(entries, key=lambda entry: -entry.width)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,10 @@ from edge_dit.contract.loop import (
 )
 from edge_dit.contract.names import COND, NEW, STATE
 from edge_dit.contract.objective import FlowMatching
-from edge_dit.contract.targets import WIDE
+from edge_dit.contract.targets import ROTATED, WIDE
 from edge_dit.errors import BadInput
 from edge_dit.models.quantize import matrices
+from edge_dit.models.rotation import taken_for_rotated
 from edge_dit.models.subgraph import TrainableSubgraph, lora_name
 from edge_dit.store.tensors import write_tensors
 from edge_dit_export import passes
@@ -46,7 +47,7 @@ VAE = "vae."
 
 
 def export_loop(
-    source: LoopSource, subgraph: TrainableSubgraph, store: FrozenStore, directory: Path
+    source: LoopSource, subgraph: TrainableSubgraph, store: FrozenStore, dtype: str, directory: Path
 ) -> dict[str, Any]:
     """Write the parts into ``directory``, an existing folder.
 
@@ -54,6 +55,7 @@ def export_loop(
         source: what they are made from.
         subgraph: the trained blocks, LoRA in place.
         store: gets the weights that it lacks; not written yet.
+        dtype: how blocks' matrices are stored.
         directory: of the onnx target.
 
     Returns:
@@ -62,7 +64,15 @@ def export_loop(
     Raises:
         BadInput: a part cannot be exported; it is named.
     """
-    _add_blocks(source, store)
+    _add_blocks(source, store, dtype)
+    blocks = [*source.family.blocks(source.skeleton).values(), *subgraph.blocks()]
+    with taken_for_rotated(blocks) if dtype == ROTATED else nullcontext():
+        return _export_loop(source, subgraph, store, directory)
+
+
+def _export_loop(
+    source: LoopSource, subgraph: TrainableSubgraph, store: FrozenStore, directory: Path
+) -> dict[str, Any]:
     writer = _Writer(source, store, directory)
     model, family = source.skeleton, source.family
     batch = writer.part(BEGIN, begin_part(family, model, *source.blank(source.grid), source.grid))
@@ -93,14 +103,14 @@ def export_loop(
     }
 
 
-def _add_blocks(source: LoopSource, store: FrozenStore) -> None:
+def _add_blocks(source: LoopSource, store: FrozenStore, dtype: str) -> None:
     """Add the weights of the blocks that are not trained; each is read when it is written."""
     small = matrices(source.skeleton)
     for name, block in source.family.blocks(source.skeleton).items():
         for local, tensor in block.state_dict().items():
             full = f"{name}.{local}"
             later = Later(tuple(tensor.shape), partial(source.checkpoint.tensor, full))
-            store.add(full, later, store.dtype if full in small else WIDE)
+            store.add(full, later, dtype if full in small else WIDE)
 
 
 def _export_painting(writer: _Writer, whole: TrainableSubgraph) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ patch_sampler.onnx         image, sigma, uv -> patch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,7 @@ from edge_dit.contract.targets import (
     STEP_FILES,
     WIDE,
 )
-from edge_dit.models.int8_products import computing_in_int8
-from edge_dit.models.quantize import matrices
+from edge_dit.models.quantize import kinds_of
 from edge_dit.models.subgraph import TrainableSubgraph
 from edge_dit_export import passes
 from edge_dit_export.graph.blocks import frozen_tensors, plain_name
@@ -67,14 +65,14 @@ def write(source: Source, directory: Path) -> dict[str, Any]:
         The target's facts: opset, IR, and those of `edge_dit.contract.targets.OnnxFacts`.
     """
     subgraph = source.subgraph
-    store = frozen_store(subgraph, source.weights)
+    store = frozen_store(subgraph, source.stored)
     # Before the other graphs: it adds weights to the store. The loop's parts compute in float32.
-    loop = source.loop and export_loop(source.loop, subgraph, store, directory)
+    loop = source.loop and export_loop(source.loop, subgraph, store, source.stored, directory)
     files = store.write(directory)
     optimizer = source.optimizer
     update = onnx_model(optimizer.module, optimizer.inputs, optimizer.outputs)
     models = {OPTIMIZER: update, SAMPLER: patch_sampler_model(source.sampler)}
-    with _computing(source):
+    with source.computing():
         streamed = export_streamed(subgraph, source.batch, store, directory)
         for file, step in _steps(source).items():
             models[file] = train_step_model(step, store, directory / f"{file}.data")
@@ -94,14 +92,6 @@ def write(source: Source, directory: Path) -> dict[str, Any]:
     }
 
 
-def _computing(source: Source) -> AbstractContextManager[None]:
-    """Within it, blocks are multiplied as the source says."""
-    if source.compute == WIDE:
-        return nullcontext()
-    subgraph = source.subgraph
-    return computing_in_int8(map(subgraph.get_submodule, (*subgraph.order, *subgraph.after)))
-
-
 def _steps(source: Source) -> dict[str, TracedStep]:
     """The steps that are one graph, by file."""
     if source.compute == WIDE:
@@ -115,10 +105,10 @@ def _steps(source: Source) -> dict[str, TracedStep]:
     }
 
 
-def frozen_store(subgraph: TrainableSubgraph, weights: str) -> FrozenStore:
-    """The frozen weights of a sub-graph, its matrices stored as ``weights``."""
-    small = {plain_name(name) for name in matrices(subgraph)}
-    return FrozenStore(frozen_tensors(subgraph), small, weights)
+def frozen_store(subgraph: TrainableSubgraph, dtype: str) -> FrozenStore:
+    """The frozen weights of a sub-graph, its matrices stored as ``dtype``, see `kinds_of`."""
+    kinds = {plain_name(name): kind for name, kind in kinds_of(subgraph, dtype).items()}
+    return FrozenStore(frozen_tensors(subgraph), kinds)
 
 
 def train_step_model(step: TracedStep, store: FrozenStore, data: Path) -> ir.Model:

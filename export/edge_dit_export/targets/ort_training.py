@@ -27,7 +27,7 @@ from torch.func import functional_call
 
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.names import LOSS
-from edge_dit.contract.targets import OPTIMIZER_MODEL, SAMPLER, TRAINING_MODEL, WIDE
+from edge_dit.contract.targets import OPTIMIZER_MODEL, SAMPLER, TRAINING_MODEL
 from edge_dit.models.subgraph import TrainableSubgraph
 from edge_dit_export.passes_onnx.cast_like_to_cast import cast_like_to_cast
 from edge_dit_export.passes_onnx.complete_layer_norm import complete_layer_norm
@@ -69,7 +69,7 @@ def write(source: Source, directory: Path) -> dict[str, Any]:
     frozen = _frozen(subgraph)
     model = _forward_model(subgraph, source.batch, lora, frozen)
     _make_artifacts(model, list(lora), source.adamw, directory)
-    files = FrozenStore(frozen, set(), WIDE).write(directory)
+    files = FrozenStore(frozen, {}).write(directory)
     ir.save(patch_sampler_model(source.sampler), directory / SAMPLER)
     return {"opset": OPSET, "ir": IR, "frozen": list(frozen), "files": files}
 

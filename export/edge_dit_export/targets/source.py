@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
 from edge_dit.contract.adamw import AdamW
-from edge_dit.contract.targets import WIDE, Compute, Dtype
+from edge_dit.contract.targets import ROTATED, WIDE, Compute, Dtype, stored_as
+from edge_dit.models.int8_products import computing_in_int8
 from edge_dit.models.patch_sampler import PatchSampler
+from edge_dit.models.rotation import taken_for_rotated
 from edge_dit.models.subgraph import TrainableSubgraph
 from edge_dit.pictures.crop import CropRule
 from edge_dit_export.graph.optimizer import AdamWStep, trace_optimizer
@@ -45,6 +49,26 @@ class Source:
     recompute: bool = False
     loop: LoopSource | None = None
     compute: Compute = WIDE
+
+    @property
+    def stored(self) -> str:
+        """See `edge_dit.contract.targets.stored_as`."""
+        return stored_as(self.weights, self.compute)
+
+    @contextmanager
+    def computing(self, rows: bool = False) -> Iterator[None]:
+        """Within it, the trained blocks multiply as ``compute`` says, and are traced so.
+
+        Args:
+            rows: as `edge_dit.models.int8_products.frozen_product` takes it.
+        """
+        blocks = self.subgraph.blocks()
+        with ExitStack() as stack:
+            if self.compute == ROTATED:
+                stack.enter_context(taken_for_rotated(blocks))
+            if self.compute != WIDE:
+                stack.enter_context(computing_in_int8(blocks, rows))
+            yield
 
     @cached_property
     def step(self) -> TracedStep:

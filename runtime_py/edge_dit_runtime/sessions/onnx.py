@@ -9,7 +9,7 @@ import numpy as np
 
 from edge_dit.contract.bundle import Bundle
 from edge_dit.contract.names import PATCH, SAMPLER_INPUTS
-from edge_dit.contract.targets import INT8, OPTIMIZER, SAMPLER, STEP_FILES, STREAMED, OnnxFacts
+from edge_dit.contract.targets import OPTIMIZER, SAMPLER, STEP_FILES, STREAMED, WIDE, OnnxFacts
 from edge_dit_runtime.sessions.graph import GraphSession
 from edge_dit_runtime.sessions.int8 import check_exact_products
 from edge_dit_runtime.sessions.mapped import MappedTensors
@@ -29,7 +29,7 @@ def open_session(bundle: Bundle, layout: str) -> GraphSession:
     """
     ort = onnxruntime("the onnx target")
     facts = cast(OnnxFacts, bundle.facts(TARGET))
-    if facts.compute == INT8:
+    if facts.compute != WIDE:
         check_exact_products(bundle.folder)
     if layout == STREAMED:
         assert facts.streamed is not None
