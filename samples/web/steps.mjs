@@ -144,7 +144,7 @@ export class Weights {
  * @throws Fault: graphs cannot be loaded, or int8 products would be wrong here.
  */
 export async function openStep(engine, bundle, layout) {
-  if (bundle.facts.compute === "int8" && !(await engine.exactProducts())) {
+  if (bundle.facts.compute?.startsWith("int8") && !(await engine.exactProducts())) {
     throw new Fault(bundle.name, {
       found: "products in int8, which this browser adds up in 16 bits",
       remedy: 'export with [export] compute = "float32"',
