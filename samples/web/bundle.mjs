@@ -42,6 +42,12 @@ export class Bundle {
         expected: "a bundle with the onnx target", remedy: EXPORT,
       });
     }
+    if (!Number.isSafeInteger(value.plan.seed)) {
+      throw new Fault(folder.name, {
+        found: "a seed beyond 2 ** 53, which JavaScript's numbers do not hold",
+        remedy: "plan with a smaller [train] seed",
+      });
+    }
     return new Bundle(folder, value, identity);
   }
 

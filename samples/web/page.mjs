@@ -58,7 +58,12 @@ function setBusy(value) {
   document.body.setAttribute("aria-busy", String(value));
 }
 
-const say = (text) => { at("status").textContent = text; };
+/** Say how far it is; `quiet` if it is one of many times, which nobody wants to hear each. */
+function say(text, quiet = false) {
+  at("status").setAttribute("aria-live", quiet ? "off" : "polite");
+  at("status").textContent = text;
+}
+
 const sayOfBundle = (text) => { at("bundle-facts").textContent = text; };
 
 // ---------------------------------------------------------------- what this browser lacks
@@ -200,7 +205,7 @@ async function readPictures() {
 
 device.addEventListener("collect", ({ detail: { done, all } }) => {
   at("progress").value = done / all;
-  say(`Reading pictures: ${done.toFixed(1)} of ${all} draws${clock.left("collect", done, all)}`);
+  say(`Reading pictures: ${done.toFixed(1)} of ${all} draws${clock.left("collect", done, all)}`, true);
 });
 
 // ---------------------------------------------------------------- 3. train
@@ -217,7 +222,9 @@ async function train() {
   at("pause").disabled = false;
   say("Opening the graphs ...");
   const previewEvery = at("every-label").hidden ? 0 : number("every");
-  const { done, steps } = await device.train({ steps: number("steps"), layout: at("layout").value, previewEvery });
+  const awake = await navigator.wakeLock?.request("screen").catch(() => null);
+  const options = { steps: number("steps"), layout: at("layout").value, previewEvery };
+  const { done, steps } = await device.train(options).finally(() => awake?.release());
   at("start").textContent = "Continue";
   at("again").hidden = false;
   say(done < steps ? `Paused after ${done} of ${steps} steps; saved.` : `Done: ${steps} steps; saved.`);
@@ -234,7 +241,7 @@ device.addEventListener("step", ({ detail: { loss } }) => {
   run.losses.push(loss);
   const done = run.losses.length;
   at("progress").value = done / run.steps;
-  say(`${done} of ${run.steps} steps, loss ${loss.toFixed(4)}${clock.left("train", done, run.steps)}`);
+  say(`${done} of ${run.steps} steps, loss ${loss.toFixed(4)}${clock.left("train", done, run.steps)}`, true);
   drawChart(at("chart"), run.losses, run.steps);
 });
 

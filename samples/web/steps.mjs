@@ -37,7 +37,9 @@ export class Engine {
       });
     }
     engine.backend = backend;
-    engine.ort = await import(`${DIST}ort.${backend}.min.mjs`);
+    engine.ort = await import(`${DIST}ort.${backend}.min.mjs`).catch(() => {
+      throw new Fault(DIST, { found: "onnxruntime-web is not there", remedy: "npm ci in samples/web" });
+    });
     const { wasm } = engine.ort.env;
     wasm.wasmPaths = DIST;
     wasm.numThreads = self.crossOriginIsolated

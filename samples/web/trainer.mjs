@@ -21,7 +21,7 @@ const finite = (tensors) => Object.values(tensors).every(({ data }) => data.ever
 /** A bundle that trains over draws. */
 export class Training {
   /**
-   * Open a run, and restore its state if there is one.
+   * Open a run, and restore its state if there is one. Graphs are loaded by the first step.
    * @param draws a `Bank`.
    * @param options {layout, steps, lr, saveEvery}; the defaults are the plan's.
    * @throws Fault: bundle and state do not fit together, or are damaged.
@@ -36,13 +36,11 @@ export class Training {
       });
     }
     Object.assign(training, {
-      bundle, draws, folder, layout, lora: bundle.names("lora"), batch: bundle.tensors("batch"),
+      engine, bundle, draws, folder, layout, batch: bundle.tensors("batch"),
       lr: options.lr ?? bundle.manifest.optimizer.lr, saveEvery: options.saveEvery ?? SAVE_EVERY,
       run: runOf(bundle, draws, layout, options.steps ?? bundle.plan.steps),
     });
     await training.#restore();
-    training.step = await openStep(engine, bundle, layout);
-    training.optimize = await openOptimizer(engine, bundle);
     return training;
   }
 
@@ -61,6 +59,7 @@ export class Training {
         });
       }
     }
+    this.step ??= await openStep(this.engine, this.bundle, this.layout);
     const [loss, gradients] = await this.step({ ...draw, ...this.adapter });
     this.gradients = gradients;
     return loss.data[0];
@@ -74,6 +73,7 @@ export class Training {
       ...this.adapter, ...prefixed("grad.", this.gradients),
       ...prefixed(MOMENTS[0], this.moments[0]), ...prefixed(MOMENTS[1], this.moments[1]),
     };
+    this.optimize ??= await openOptimizer(this.engine, this.bundle);
     const found = await this.optimize(named);
     this.adapter = this.#taken(found, "");
     this.moments = MOMENTS.map((prefix) => this.#taken(found, prefix));

@@ -32,8 +32,8 @@ const methods = {
   async open(source, options) {
     engine = await Engine.start(options);
     [bundle, draws, training, parts] = [null, null, null, null];
-    const opened = await Bundle.open(await folderOf(source));
-    bundle = await opened.keep((done, all) => tell("copy", { done, all }));
+    const given = await Bundle.open(await folderOf(source));
+    bundle = await given.keep((done, all) => tell("copy", { done, all }));
     const { plan, manifest, layouts, layout, bytes, name, identity } = bundle;
     const threads = engine.ort.env.wasm.numThreads;
     return {
@@ -61,7 +61,7 @@ const methods = {
   async paint({ prompt, seed, adapted = true }) {
     stopped = false;
     await looped();
-    const adapter = adapted && training ? training.adapter : await untrained();
+    const adapter = adapted && draws ? (await opened()).adapter : await untrained();
     return paint(parts, { prompt: parts.prompt(prompt), seed }, adapter, (done, all) => {
       tell("paint", { done, all });
       return stopped;
@@ -74,8 +74,15 @@ const methods = {
   /** Complete banks made of pictures for this bundle: [{identity, names, draws}]. */
   banks: () => pictureBanks(bundle),
 
-  startAgain: () => startAgain(bundle, draws),
-  importState: (file) => importState(bundle, draws, file),
+  startAgain() {
+    training = null;
+    return startAgain(bundle, draws);
+  },
+
+  importState(file) {
+    training = null;
+    return importState(bundle, draws, file);
+  },
 
   /** Train until all steps are done or `pause`; goes on where the run stopped. */
   async train(options) {
@@ -103,7 +110,7 @@ const methods = {
 
   /** Loss and gradients of a draw with the run's adapter, without an update. */
   async gradients(number, options) {
-    training ??= await Training.open(engine, bundle, draws, options);
+    await opened(options);
     const loss = await training.backward(number);
     const pairs = Object.entries(training.gradients).map(([name, { data }]) => [name, Array.from(data)]);
     return { loss, gradients: Object.fromEntries(pairs) };
@@ -111,8 +118,7 @@ const methods = {
 
   /** The files of the adapter as it is, {name: Blob}. */
   async adapter(options) {
-    training ??= await Training.open(engine, bundle, draws, options);
-    return training.files();
+    return (await opened(options)).files();
   },
 
   /** The saved state, a file that edge-dit train continues. */
@@ -122,11 +128,14 @@ const methods = {
   },
 };
 
-function trainOver(opened) {
-  [draws, training] = [opened, null];
-  return progressOf(bundle, draws).then(
-    (run) => ({ name: draws.name, draws: draws.index.draws.length, run }));
+/** Take a bank; its name, its number of draws, and how far its run is. */
+async function trainOver(bank) {
+  [draws, training] = [bank, null];
+  return { name: draws.name, draws: draws.index.draws.length, run: await progressOf(bundle, draws) };
 }
+
+/** The run, as it was saved if it is not open. */
+const opened = async (options) => (training ??= await Training.open(engine, bundle, draws, options));
 
 const looped = async () => (parts ??= await Parts.open(engine, bundle));
 
