@@ -9,6 +9,7 @@ let bundle = null;       // what device.open gave
 let run = null;          // {losses, steps, times, saved} of the run that is shown
 let pictures = [];       // [[name, File]]
 let busy = false;
+let starting = true;     // until what the server was given is open
 
 /** Time left of a task by its pace since it began. */
 class Clock {
@@ -52,10 +53,11 @@ async function attempt(section, work) {
 
 function setBusy(value) {
   busy = value;
-  for (const control of document.querySelectorAll("button, input, select")) control.disabled = value;
+  const off = value || starting;
+  for (const control of document.querySelectorAll("button, input, select")) control.disabled = off;
   at("pause").disabled = true;
-  at("pictures-read").disabled = value || !pictures.length;
-  document.body.setAttribute("aria-busy", String(value));
+  at("pictures-read").disabled = off || !pictures.length;
+  document.body.setAttribute("aria-busy", String(off));
 }
 
 /** Say how far it is; `quiet` if it is one of many times, which nobody wants to hear each. */
@@ -347,9 +349,10 @@ async function start() {
   lookAround();
   await attempt("bundle", showKept);
   const there = async (path) => (await fetch(path, { method: "HEAD" }).catch(() => ({}))).ok;
-  if (!(await there("bundle/manifest.json"))) return;
-  await begin({ url: "bundle/" });
+  if (await there("bundle/manifest.json")) await begin({ url: "bundle/" });
   if (bundle && (await there("bank/index.json"))) await attempt("draws", () => openBank({ url: "bank/" }));
+  starting = false;
+  setBusy(false);
 }
 
 start();

@@ -26,6 +26,7 @@ const asked = new Set();
 context.on("request", (request) => asked.add(request.url()));
 context.on("console", (message) => message.type() === "error" && faults.push(message.text()));
 context.on("weberror", (error) => faults.push(String(error.error().stack)));
+context.setDefaultTimeout(200_000); // a machine may be busy with other work
 const page = context.pages()[0] ?? (await context.newPage());
 let result, error;
 try {

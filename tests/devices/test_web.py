@@ -359,7 +359,7 @@ const { readFileSync } = await import("node:fs");
 const pictures = given.pictures.map(
   (path) => [path.split("/").at(-1), readFileSync(path, "base64")]);
 await page.goto(url);
-await page.waitForSelector("#draws:not([hidden])");
+await page.waitForFunction(() => document.body.getAttribute("aria-busy") === "false");
 await page.evaluate((pictures) => {
   const transfer = new DataTransfer();
   for (const [name, text] of pictures) {
@@ -370,15 +370,15 @@ await page.evaluate((pictures) => {
   document.getElementById("drop").dispatchEvent(new DragEvent("drop", drop));
 }, pictures);
 await page.click("#pictures-read");
-await page.waitForSelector("#start:enabled", { timeout: 100_000 });
+await page.waitForSelector("#start:enabled");
 await page.fill("#every", "5");
 await page.click("#start");
 const done = () => document.getElementById("status").textContent.startsWith("Done");
-await page.waitForFunction(done, null, { timeout: 100_000 });
+await page.waitForFunction(done);
 await page.selectOption("#prompt", given.prompt);
 await page.fill("#seed", "5");
 await page.click("#paint-go");
-await page.waitForSelector("#paint-go:enabled", { timeout: 100_000 });
+await page.waitForSelector("#paint-go:enabled");
 const taken = {};
 for (const name of ["pytorch_lora_weights.safetensors", "state.safetensors"]) {
   const [download] = await Promise.all(
