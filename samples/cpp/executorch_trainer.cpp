@@ -6,7 +6,7 @@
 
 namespace edge_dit {
 
-std::unique_ptr<Trainer> open_executorch(const Bundle& bundle) {
+std::unique_ptr<Trainer> open_executorch(const Bundle& bundle, const Runtime&) {
     throw BadInput(bundle.folder.string(), "target executorch, which this build leaves out",
                    "a build with ExecuTorch", "cmake -DEDGE_DIT_EXECUTORCH=...; or --target onnx");
 }
@@ -27,15 +27,33 @@ namespace edge_dit {
 namespace {
 
 using executorch::extension::Module;
+using executorch::runtime::BackendOptions;
+using executorch::runtime::Error;
 using executorch::runtime::EValue;
+using executorch::runtime::LoadBackendOptionsMap;
+
+/// Options by which XNNPACK keeps its packed matrices in a file.
+LoadBackendOptionsMap cached_in(const std::string& file) {
+    if (file.size() >= executorch::runtime::kMaxOptionValueLength)
+        throw BadInput(file, "a path that is too long for ExecuTorch", "at most 255 bytes");
+    static BackendOptions<2> options;  // the map refers to it
+    LoadBackendOptionsMap map;
+    if (options.set_option("weight_cache_enabled", true) != Error::Ok ||
+        options.set_option("packed_cache_path", file.c_str()) != Error::Ok ||
+        map.set_options("XnnpackBackend", options.view()) != Error::Ok)
+        throw BadInput(file, "ExecuTorch does not take it for a file of packed matrices");
+    return map;
+}
 
 /// The "forward" of a .pte file.
 class Program {
 public:
-    explicit Program(const Path& path)
+    /// `packed`: see `Runtime::packed`.
+    Program(const Path& path, const std::string& packed)
         : path_(path.string()), module_(path_, Module::LoadMode::Mmap) {
-        const auto error = module_.load_forward();
-        if (error != executorch::runtime::Error::Ok)
+        auto error = packed.empty() ? module_.load() : module_.load(cached_in(packed));
+        if (error == Error::Ok) error = module_.load_forward();
+        if (error != Error::Ok)
             throw BadInput(path_, "ExecuTorch cannot load it: error " + std::to_string(int(error)),
                            "a program of ExecuTorch 1.5", "export the bundle again");
     }
@@ -85,8 +103,8 @@ void add(std::vector<Tensor*>& to, Tensors& tensors) {
 
 class ExecuTorchTrainer : public Trainer {
 public:
-    explicit ExecuTorchTrainer(const Path& folder)
-        : step_(folder / "train.pte"), optimizer_(folder / "optimizer.pte") {}
+    ExecuTorchTrainer(const Path& folder, const std::string& packed)
+        : step_(folder / "train.pte", packed), optimizer_(folder / "optimizer.pte", "") {}
 
     float backward(const Tensors& batch, const Tensors& adapter, Tensors& gradients) override {
         Tensor loss(Shape{});
@@ -119,8 +137,8 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Trainer> open_executorch(const Bundle& bundle) {
-    return std::make_unique<ExecuTorchTrainer>(bundle.folder / "executorch");
+std::unique_ptr<Trainer> open_executorch(const Bundle& bundle, const Runtime& runtime) {
+    return std::make_unique<ExecuTorchTrainer>(bundle.folder / "executorch", runtime.packed);
 }
 
 }  // namespace edge_dit

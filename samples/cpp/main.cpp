@@ -20,6 +20,7 @@ const char* const kUsage =
     "  --resume              go on with the run in -o, also with one of `edge-dit train`\n"
     "  --onnxruntime PATH    its shared library; default: $EDGE_DIT_ONNXRUNTIME, else the system's\n"
     "  --threads N           of onnxruntime; default: its own choice\n"
+    "  --packed FILE         where ExecuTorch keeps packed matrices, to save memory\n"
     "Ctrl-C stops it with a checkpoint. SIGUSR1 pauses it, and lets it go on.\n";
 
 volatile std::sig_atomic_t stopped = 0, paused = 0;
@@ -53,6 +54,7 @@ Options parse(const std::vector<std::string>& arguments) {
         else if (name == "--steps") options.steps = natural(name, value());
         else if (name == "--threads") options.runtime.threads = int(natural(name, value()));
         else if (name == "--onnxruntime") options.runtime.onnxruntime = value();
+        else if (name == "--packed") options.runtime.packed = value();
         else if (name == "--resume") options.resume = true;
         else if (name[0] == '-' || !options.bundle.empty())
             throw BadInput(name, "not an option", "those of --help");

@@ -103,8 +103,9 @@ private:
     };
 
     Part part(const Block& block, bool with_backward);
-    /// Add what skipped blocks add to a state.
-    void add(Tensor& to, const View& residual) const;
+    /// Add what skipped blocks add to a tensor of the state.
+    void add(Flow& flow, const std::string& name, const Feeds& batch,
+             const std::string& residual) const;
     Flow forward(const Part& part, Feeds feeds, const Flow& before) const;
     float head(Feeds feeds, const Flow& last, Flow& given) const;
     Flow backward(const Part& part, Feeds feeds, const Flow& before, const Flow& given,
@@ -150,12 +151,15 @@ StreamedTrainer::Part StreamedTrainer::part(const Block& block, bool with_backwa
     return part;
 }
 
-void StreamedTrainer::add(Tensor& to, const View& residual) const {
-    if (residual.shape != to.shape)
-        throw BadInput(folder_.string(), "a residual of shape " + in_words(residual.shape),
-                       in_words(to.shape), "export the bundle again");
-    const auto* values = static_cast<const float*>(residual.data);
-    for (float& value : to.values) value += *values++;
+void StreamedTrainer::add(Flow& flow, const std::string& name, const Feeds& batch,
+                          const std::string& residual) const {
+    const auto to = flow.find(name);
+    const auto what = batch.find(residual);
+    if (to == flow.end() || what == batch.end() || what->second.shape != to->second.shape)
+        throw BadInput(folder_.string(), "a residual '" + residual + "' that does not fit " + name,
+                       "a batch tensor of the state's shape", "export the bundle again");
+    const auto* values = static_cast<const float*>(what->second.data);
+    for (float& value : to->second.values) value += *values++;
 }
 
 StreamedTrainer::Flow StreamedTrainer::forward(const Part& part, Feeds feeds,
@@ -212,7 +216,7 @@ float StreamedTrainer::backward(const Tensors& batch, const Tensors& adapter, Te
             borders[0][batch_[i].name] = batch[i];
     for (const Part& part : parts_) {
         for (const auto& [name, residual] : part.residual)
-            add(borders.back()[name], feeds[residual]);  // of no shape if the bundle lacks either
+            add(borders.back(), name, feeds, residual);
         borders.push_back(forward(part, with_lora(part), borders.back()));
     }
     Flow last = std::move(borders.back());

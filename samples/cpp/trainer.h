@@ -31,6 +31,9 @@ public:
 struct Runtime {
     std::string onnxruntime;  // path of its library; empty: in the process, or where the system looks
     int threads = 0;          // 0: as many as onnxruntime takes by itself
+    /// File in which ExecuTorch keeps its matrices as XNNPACK packs them, one for each bundle. They are
+    /// then pages that the system may drop, and later starts are faster. Empty: they are in memory.
+    std::string packed;
 };
 
 /// The onnx target. `layout`: "fused", "recompute" or "streamed". Throws `BadInput` if onnxruntime
@@ -40,6 +43,6 @@ std::unique_ptr<Trainer> open_onnx(const Bundle& bundle, const std::string& layo
 
 /// The executorch target. Throws `BadInput` if this build lacks ExecuTorch, or it cannot load a
 /// program.
-std::unique_ptr<Trainer> open_executorch(const Bundle& bundle);
+std::unique_ptr<Trainer> open_executorch(const Bundle& bundle, const Runtime& runtime);
 
 }  // namespace edge_dit

@@ -172,7 +172,7 @@ Run train(const Options& options, const Hooks& hooks) {
     Training training(bundle, bank, folder, run);
     if (previous) training.restore();
     const auto trainer = target == "onnx" ? open_onnx(bundle, layout, options.runtime)
-                                          : open_executorch(bundle);
+                                          : open_executorch(bundle, options.runtime);
     if (!training.done()) folder.begin(run);
     training.loop(*trainer, hooks);
     training.save();

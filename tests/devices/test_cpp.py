@@ -306,6 +306,21 @@ def processor_refuses(case: Case) -> bool:
     return facts["compute"] != "float32" and not products_are_exact(onnxruntime("this test"))
 
 
+@pytest.mark.parametrize("case", ["executorch"], indirect=True)
+def test_packed_matrices_in_a_file_give_the_same_bits(
+    trainers: Trainers, case: Case, tmp_path: Path
+):
+    """When they are packed, when they are found, and where the file holds something else."""
+    packed = tmp_path / "packed"
+    trainers.train("cpp", case, tmp_path / "without", "--steps", STEPS)
+    for run in ("packs", "finds", "packs again"):
+        if run == "packs again":
+            packed.write_bytes(b"something else")
+        trainers.train("cpp", case, tmp_path / run, "--steps", STEPS, "--packed", packed)
+        assert packed.stat().st_size > 2**16
+        assert_same_run(tmp_path / run, tmp_path / "without")
+
+
 @pytest.mark.parametrize("case", ["fused", "streamed", "executorch"], indirect=True)
 def test_each_goes_on_with_a_run_of_the_other(trainers: Trainers, case: Case, tmp_path: Path):
     runs = {(one, other): tmp_path / f"{one}-{other}" for one, other in ORDERS}
