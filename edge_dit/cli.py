@@ -505,9 +505,7 @@ def adapter(
 @app.command()
 def bench(
     config: Annotated[str, typer.Option(help="A public configuration.")] = "sana-0.6b",
-    trained: Annotated[
-        str, typer.Option(help="Trained blocks; for FLUX double+single, e.g. 4+4.")
-    ] = "14",
+    trained: Annotated[str, typer.Option(help="Trained blocks; 4+4 for FLUX.")] = "14",
     tokens: Annotated[int, typer.Option(min=1, help="Image tokens of a patch.")] = 256,
     text: Annotated[int | None, typer.Option(min=1, help="Text tokens; default all.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = 16,
@@ -522,10 +520,10 @@ def bench(
     ] = None,
     full_lora: Annotated[bool, typer.Option(help="Full LoRA at full resolution too.")] = True,
     profile: Annotated[bool, typer.Option("--profile", help="Time operators too.")] = False,
-    loop: Annotated[
-        bool,
-        typer.Option("--loop", help="Measure collect, train and paint of the whole model instead."),
-    ] = False,
+    memory: Annotated[
+        str | None, typer.Option(help="Train within 512MiB, say, with no page in memory before.")
+    ] = None,
+    loop: Annotated[bool, typer.Option("--loop", help="Collect, train, paint instead.")] = False,
     tail: Annotated[str, typer.Option(help="With --loop: stored, fresh or through.")] = "stored",
     work: Annotated[
         Path, typer.Option(help="Folder for the random model and the bundles; used again.")
@@ -541,23 +539,24 @@ def bench(
 
     from edge_dit.app.bench import bench as plain
     from edge_dit.app.bench import loop as looped
-    from edge_dit.app.bench.model import Case
+    from edge_dit.app.bench.model import Case, blocks_of
+    from edge_dit.app.planner import read_size
     from edge_dit.contract.targets import variant_of
     from edge_dit.models.public_configs import public_config
     from edge_dit.store.files import write_json
 
-    if loop and (profile or baseline):
-        raise BadInput("--loop", found="--profile or --baseline beside it", expected="it alone")
-    public = public_config(config)
-    blocks = [int(part) for part in trained.split("+") if part.isdigit()]
+    if loop and (profile or baseline or memory):
+        raise BadInput("--loop", found="--profile, --baseline or --memory beside it")
     variants = [variant_of(name) for name in target or []]
-    case = Case(config, blocks, tokens, text or public.text_tokens, rank, steps, full_lora)
+    text = text or public_config(config).text_tokens
+    case = Case(config, blocks_of(trained), tokens, text, rank, steps, full_lora)
     say = sayer(as_json=True)
     if loop:
         measured = looped.bench_loop(case, variants, tail, work, say)
         lines = looped.in_words(measured.rows)
     else:
-        asked = plain.Asked(variants or plain.DEFAULT_VARIANTS, baseline, profile)
+        most = None if memory is None else read_size("--memory", memory)
+        asked = plain.Asked(variants or plain.DEFAULT_VARIANTS, baseline, profile, most)
         measured = plain.bench(case, asked, work, say)
         lines = plain.in_words(measured)
     facts = asdict(measured)

@@ -6,7 +6,7 @@ matter), `edge_dit.budget.footprint` (what training takes) and `edge_dit.budget.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -141,14 +141,28 @@ def read_limits(ram: str | None, flash: str | None, step_time: str | None) -> Li
         "flash": ("flash (--flash)", flash, bytes_of),
         "seconds": ("step_time (--step-time)", step_time, seconds_of),
     }
-    limits: dict[str, float] = {}
-    for name, (where, words, read) in asked.items():
-        if words is not None:
-            try:
-                limits[name] = read(words)
-            except ValueError as error:
-                raise BadInput(where, found=repr(words), expected=str(error)) from None
+    limits = {n: _read(where, w, read) for n, (where, w, read) in asked.items() if w is not None}
     return Limits(**limits) if limits else None
+
+
+def read_size(where: str, words: str) -> int:
+    """Bytes of "512MiB".
+
+    Args:
+        where: it was given, for the message.
+        words: the size.
+
+    Raises:
+        BadInput: it is none.
+    """
+    return int(_read(where, words, bytes_of))
+
+
+def _read(where: str, words: str, read: Callable[[str], float]) -> float:
+    try:
+        return read(words)
+    except ValueError as error:
+        raise BadInput(where, found=repr(words), expected=str(error)) from None
 
 
 def limits_of(job: Job) -> Limits | None:

@@ -64,6 +64,7 @@ ROW = Row(
     export_rss_mb=752.0,
     max_grad_rel_error=1.4e-06,
     eager_grad_rel_error=1.0e-06,
+    read_mb=0.0,
 )
 TORCH = Baseline("eager-bf16", 600.0, 660.0, 20.0, 0.02)
 
@@ -283,15 +284,30 @@ def test_a_baseline_that_the_case_leaves_out_is_refused(tmp_path):
     assert not (tmp_path / "bench").exists()
 
 
-@pytest.mark.parametrize("option", [["--profile"], ["--baseline", "compile"]])
+@pytest.mark.parametrize("option", [["--profile"], ["--baseline", "compile"], ["--memory", "1GiB"]])
 def test_what_the_loop_would_not_use_is_refused(monkeypatch, capsys, tmp_path, option):
     command = ["edge-dit", "bench", "--loop", *option, "--work", str(tmp_path / "bench")]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert "--loop: --profile or --baseline beside it" in capsys.readouterr().err
+    assert "--loop: --profile, --baseline or --memory beside it" in capsys.readouterr().err
     assert not (tmp_path / "bench").exists()
+
+
+@pytest.mark.slow
+def test_a_step_in_little_memory(tmp_path):
+    case = replace(SMALL, full_lora=False)
+    try:
+        report = bench(case, Asked([STREAMED], [], memory=400 * 2**20), tmp_path, print)
+    except BadInput as fault:
+        pytest.skip(str(fault))
+    assert report.rows[0].memory_mb == 400 * 2**20 / 1e6
+    assert report.rows[0].rss_anon_mb + report.rows[0].rss_file_mb < 400 * 2**20 / 1e6
+    said: list[str] = []
+    report = bench(case, Asked([STREAMED], [], memory=40 * 2**20), tmp_path, said.append)
+    assert not report.rows
+    assert "killed" in said[-1]
 
 
 def test_torch_that_cannot_compile_says_so_and_the_rest_goes_on(in_this_process, tmp_path):

@@ -8,6 +8,7 @@ because the system can drop pages of files when memory is short.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ from edge_dit.app.bench.child import (
     largest_error,
     plan_file,
 )
+from edge_dit.app.bench.limit import drop_pages, limited
 from edge_dit.app.bench.machine import Machine, busy_warning, this_machine
 from edge_dit.app.bench.model import Case, random_model
 from edge_dit.contract.targets import INT8, INT8_VARIANTS, RECOMPUTE, VARIANTS, WIDE, TargetVariant
@@ -110,6 +112,8 @@ class Row:
         max_grad_rel_error: largest error of a gradient over its largest value, against gradients
             in float64 with the weights as they are stored.
         eager_grad_rel_error: the same of eager's own gradients in float32.
+        read_mb: MB that a step reads from storage.
+        memory_mb: the limit that it trained in; None for none. See `edge_dit.app.bench.limit`.
     """
 
     target: str
@@ -130,6 +134,8 @@ class Row:
     export_rss_mb: float
     max_grad_rel_error: float
     eager_grad_rel_error: float
+    read_mb: float
+    memory_mb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -180,11 +186,13 @@ class Asked:
         baselines: some of `BASELINES`; eager is measured in any case. None for all of them; without
             those of full LoRA where the case leaves it out.
         profile: whether to time operators too.
+        memory: bytes that a training process may take; default as many as there are.
     """
 
     variants: Sequence[TargetVariant]
     baselines: Sequence[str] | None = None
     profile: bool = False
+    memory: int | None = None
 
 
 def bench(case: Case, asked: Asked, work: Path, say: Callable[[str], None]) -> Report:
@@ -220,7 +228,14 @@ def bench(case: Case, asked: Asked, work: Path, say: Callable[[str], None]) -> R
     report = Report(case, machine, baselines, [])
     for variant in asked.variants:
         times = eager, min(torch), min(full, default=None)
-        report.rows.append(_row(case, variant, errors[variant.stored], times, work, say))
+        try:
+            report.rows.append(
+                _row(case, variant, errors[variant.stored], times, work, say, asked.memory)
+            )
+        except (BadInput, CheckFailed) as error:
+            if asked.memory is None:
+                raise
+            say(f"{variant}: {error}")
         if asked.profile and variant.target != "onnx":
             say(f"profile {variant}: left out, only onnx has operators to time")
         elif asked.profile:
@@ -277,6 +292,7 @@ def _row(
     times: tuple[float, float, float | None],
     work: Path,
     say: Callable[[str], None],
+    memory: int | None,
 ) -> Row:
     """Export one variant, or take its bundle of an earlier run, and measure it.
 
@@ -287,13 +303,20 @@ def _row(
         times: milliseconds of eager, of the fastest torch on the same blocks, of full LoRA.
         work: folder of the bench.
         say: prints a line of progress.
+        memory: bytes that it may take to train.
     """
     say(f"export {variant}")
     bundle = _bundle(work, variant)
     exported = _run_once(ExportTask(work, variant, bundle), bundle / "export.json")
     say(f"train {variant}")
     gradients = work / f"gradients-{str(variant).replace(':', '-')}.safetensors"
-    trained = run_task(SessionTask(work, variant, bundle, case.steps, gradients))
+    task = SessionTask(work, variant, bundle, case.steps, gradients)
+    if memory is None:
+        trained = run_task(task)
+    else:
+        with limited(memory) as within:
+            say(drop_pages(path for path in bundle.rglob("*") if path.is_file()))
+            trained = run_task(task, within)
     exact = load_file(exact_gradients_file(work, variant.stored))
     step_ms, (eager, fastest, full) = trained.numbers["step_ms"], times
     return Row(
@@ -312,6 +335,8 @@ def _row(
         export_rss_mb=exported.rss_mb,
         max_grad_rel_error=largest_error(exact, load_file(gradients)),
         eager_grad_rel_error=error,
+        read_mb=trained.numbers["read_mb"],
+        memory_mb=memory and memory / 1e6,
     )
 
 
@@ -330,6 +355,7 @@ METRICS = {
     "ratio_to_full_lora": "of full LoRA",
     "rss_anon_mb": "anonymous, MB",
     "rss_file_mb": "of files, MB",
+    "read_mb": "read a step, MB",
     "artifact_bytes": "bundle, bytes",
     "export_s": "export, s",
     "export_rss_mb": "export, MB",
@@ -393,15 +419,19 @@ def _run_once(task: Task, record: Path) -> Process:
     return Process(**json.loads(record.read_text()))
 
 
-def run_task(task: Task) -> Process:
+def run_task(task: Task, within: Sequence[str] = ()) -> Process:
     """Run a task in a process of its own.
+
+    Args:
+        task: to run.
+        within: what its command line is put behind, see `limited`.
 
     Raises:
         BadInput: the process cannot work with its input, or lacks a package.
         CheckFailed: it failed in another way.
     """
     child = subprocess.Popen(
-        [sys.executable, "-m", "edge_dit.app.bench.child"],
+        [*within, sys.executable, "-m", "edge_dit.app.bench.child"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -415,6 +445,8 @@ def run_task(task: Task) -> Process:
     reason = (errors.strip().splitlines() or ["no message"])[-1]
     if child.returncode == 2:
         raise BadInput(f"bench {task.kind}", found=reason)
+    if child.returncode == -signal.SIGKILL and within:
+        raise CheckFailed(f"bench {task.kind}: killed, it needs more memory than it may take")
     if child.returncode != 0:
         raise CheckFailed(f"bench {task.kind}: ended with code {child.returncode}: {reason}")
     numbers = json.loads(output.strip().splitlines()[-1])

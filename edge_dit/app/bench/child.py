@@ -256,7 +256,7 @@ class SessionTask:
     kind: Literal["session"] = "session"
 
     def run(self) -> dict[str, float]:
-        """{"step_ms": median milliseconds of a step}"""
+        """{"step_ms": median milliseconds of a step, "read_mb": MB read from storage in one}"""
         from edge_dit_runtime.session import open_session
 
         variant = self.variant
@@ -265,7 +265,11 @@ class SessionTask:
         session.load_adapter(load_file(adapter_file(self.work, variant.stored)))
         session.backward(draw)
         save_file(session.gradients(), self.gradients)
-        return {"step_ms": _median_ms(lambda: session.step(draw), self.steps)}
+        for _ in range(WARM_UP):
+            session.step(draw)
+        before = bytes_read()
+        step_ms = _median_ms(lambda: session.step(draw), self.steps, warm_up=0)
+        return {"step_ms": step_ms, "read_mb": (bytes_read() - before) / self.steps / 1e6}
 
 
 @dataclass(frozen=True)
@@ -371,9 +375,18 @@ def largest_error(exact: Mapping[str, np.ndarray], other: Mapping[str, np.ndarra
     )
 
 
-def _median_ms(step: Callable[[], Any], steps: int) -> float:
-    """Median milliseconds of ``step``, after `WARM_UP` calls that do not count."""
-    for _ in range(WARM_UP):
+def bytes_read() -> int:
+    """Bytes that this process has had read from storage; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes")), 0)
+
+
+def _median_ms(step: Callable[[], Any], steps: int, warm_up: int = WARM_UP) -> float:
+    """Median milliseconds of ``step``, after ``warm_up`` calls that do not count."""
+    for _ in range(warm_up):
         step()
     seconds = []
     for _ in range(steps):

@@ -52,6 +52,11 @@ class Case:
     full_lora: bool = True
 
 
+def blocks_of(words: str) -> list[int]:
+    """Blocks of "14" or "4+4", those of each container."""
+    return [int(part) for part in words.split("+") if part.isdigit()]
+
+
 def random_model(case: Case, work: Path) -> Plan:
     """Write a pipeline folder ``work/model`` with random weights, and plan to train all its blocks.
 
