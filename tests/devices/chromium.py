@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 WEB = ROOT / "samples" / "web"
 BROWSER = Path(__file__).with_name("browser.mjs")
-LIMIT = 240
+LIMIT = 400
 """Seconds that a scenario may take."""
 SERVE = "import sys; from edge_dit.cli import main; main()"
 
