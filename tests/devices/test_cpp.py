@@ -71,8 +71,9 @@ def program(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def careful(tmp_path_factory) -> Path:
     """The program without ExecuTorch, which stops at the first byte read out of bounds."""
-    flags = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
-    return build(tmp_path_factory.mktemp("careful"), f"-DCMAKE_CXX_FLAGS={flags}")
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+    settings = ("-DCMAKE_BUILD_TYPE=Debug", f"-DCMAKE_CXX_FLAGS={flags}")
+    return build(tmp_path_factory.mktemp("careful"), *settings)
 
 
 @dataclass(frozen=True)
