@@ -46,8 +46,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     # The page can load from and send to this server only.
     "Content-Security-Policy": (
-        "default-src 'self'; script-src 'self' blob: 'wasm-unsafe-eval'; worker-src 'self' blob:; "
-        "img-src 'self' blob:; style-src 'self'; connect-src 'self' blob:; form-action 'none'; "
+        "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; "
+        "img-src 'self' blob:; style-src 'self'; connect-src 'self'; form-action 'none'; "
         "frame-ancestors 'none'; base-uri 'none'"
     ),
     "X-Content-Type-Options": "nosniff",

@@ -2,8 +2,10 @@
 // {id, value} or {id, fault}; {event, ...} tells of progress.
 
 import { Bank, Bundle, forget, keptBundles, pictureBanks } from "./bundle.mjs";
+import { collect } from "./collect.mjs";
 import { Fault, filesFolder, storedFolder, urlFolder } from "./files.mjs";
-import { Parts, collect, paint } from "./loop.mjs";
+import { Parts } from "./loop.mjs";
+import { paint } from "./paint.mjs";
 import { Engine } from "./steps.mjs";
 import { Training, importState, progressOf, startAgain } from "./trainer.mjs";
 

@@ -26,6 +26,7 @@ from edge_dit.contract.adamw import learning_rate
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import Bundle
 from edge_dit.models.pipeline import load_pipeline
+from edge_dit.pictures.tiles import tiled
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.store.documents import read_document, write_document
@@ -194,9 +195,8 @@ def test_a_step_on_webgpu(world, trained):
 
 
 CASES = {
-    "float16, through": ("sana", {"weights": "float16"}, {"tail": "through"}, "streamed"),
-    "int8, fresh": ("sana", {"weights": "int8"}, {"tail": "fresh"}, "streamed"),
-    "inner skip, text": ("flux-dev", {}, {"head_skip": 0, "inner_skips": [(1, 2)]}, "streamed"),
+    "float16, through": ("float16", "through"),
+    "int8, fresh": ("int8", "fresh"),
 }
 FEW = in_page("""
   await open();
@@ -207,12 +207,95 @@ FEW = in_page("""
 
 @pytest.mark.parametrize("case", CASES)
 def test_other_weights_and_tails(tmp_path, case):
-    name, keys, plan, layout = CASES[case]
-    lines = "".join(f'{key} = "{value}"\n' for key, value in keys.items())
-    world = make_world(tmp_path, name, f'targets = ["onnx"]\n{lines}', **plan)
+    weights, tail = CASES[case]
+    keys = f'targets = ["onnx"]\nweights = "{weights}"\n'
+    world = make_world(tmp_path, "sana", keys, tail=tail)
     with serving(world.bundle.folder, world.bank.folder) as url:
-        found = browse(url, FEW, {"layout": layout})
-    assert loss_difference(world.losses(layout)[0], found) < LOSS
+        found = browse(url, FEW, {"layout": "streamed"})
+    assert loss_difference(world.losses("streamed")[0], found) < LOSS
+
+
+COLLECTED = in_page("""
+  await device.open({ url: "bundle/" }, { threads: 2 });
+  const files = given.pictures.map(([name, text]) => [name, fileOf(text, name)]);
+  await device.collect(files);
+  await device.train({ layout: "streamed" });
+  const found = { losses };
+  let folder = await navigator.storage.getDirectory();
+  const [{ identity }] = await device.banks();
+  for (const part of ["edge-dit", "banks", given.bundle, identity]) {
+    folder = await folder.getDirectoryHandle(part);
+  }
+  found.files = {};
+  for await (const [name, handle] of folder) {
+    found.files[name] = await bytesOf(await handle.getFile());
+  }
+  return found;
+""")
+
+
+def test_a_bank_of_the_page_with_text_and_an_inner_skip(tmp_path):
+    """FLUX: packed latents, the autoencoder's samples, text tokens; a run is skipped in between."""
+    world = make_world(tmp_path, "flux-dev", EXPORT, head_skip=0, inner_skips=[(1, 2)])
+    given = {
+        "bundle": world.bundle.manifest_sha256,
+        "pictures": [
+            (path.name, encoded(path.read_bytes()))
+            for path in sorted((world.folder / "images").iterdir())
+        ],
+    }
+    with serving(world.bundle.folder) as url:
+        found = browse(url, COLLECTED, given)
+    assert loss_difference(world.losses("streamed")[0], found["losses"]) < LOSS
+    (tmp_path / "made").mkdir()
+    for name, text in found["files"].items():
+        (tmp_path / "made" / name).write_bytes(decoded(text))
+    made = Bank(tmp_path / "made", world.bundle.manifest.plan_hash)
+    assert made.identity == world.bank.identity
+    assert "residual_text.1" in made[0]
+    for wanted, draw in zip(world.bank, made, strict=True):
+        assert difference(wanted, draw) < LOSS
+
+
+TILED = """
+import { tiled } from %s;
+const { dims, data, tile, step, scale: [up, down] } = JSON.parse(%s);
+const run = async ({ dims: [, channels, h, w], data }) => {
+  const [height, width] = [(h * up) / down, (w * up) / down];
+  const made = new Float32Array(channels * height * width);
+  for (let n = 0; n < made.length; n++) {
+    const [x, y] = [n %% width, Math.floor(n / width) %% height];
+    const c = Math.floor(n / width / height);
+    const from = (c * h + Math.floor((y * down) / up)) * w + Math.floor((x * down) / up);
+    made[n] = data[from] + x - 2 * y;  // a tile's own place shows how tiles are blended
+  }
+  return [{ type: "float32", dims: [1, channels, height, width], data: made }];
+};
+const [found] = await tiled({ dims, data: Float32Array.from(data) }, run, tile, step, [up, down]);
+console.log(JSON.stringify({ dims: found.dims, data: Array.from(found.data) }));
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "tile", "step", "scale"),
+    [((40, 56), 16, 4, (1, 4)), ((9, 6), 4, 1, (3, 1)), ((12, 44), 16, 4, (1, 4))],
+)
+def test_tiles_are_those_of_python(size, tile, step, scale):
+    up, down = scale
+
+    def run(part: np.ndarray) -> list[np.ndarray]:
+        height, width = (side * up // down for side in part.shape[2:])
+        rows, columns = np.mgrid[:height, :width]
+        return [part[:, :, rows * down // up, columns * down // up] + (columns - 2 * rows)]
+
+    image = np.random.default_rng(0).normal(size=(1, 2, *size)).astype(np.float32)
+    (wanted,) = tiled(image, run, tile, step, scale)
+    given = {"dims": image.shape, "data": image.reshape(-1).tolist(), "tile": tile}
+    given |= {"step": step, "scale": scale}
+    place = json.dumps(str(WEB / "pictures.mjs"))
+    found = in_node(TILED % (place, json.dumps(json.dumps(given))))
+    assert tuple(found["dims"]) == wanted.shape
+    assert difference({"": wanted}, {"": np.array(found["data"], np.float32)}) < 1e-6
 
 
 def test_products_in_int8(tmp_path):
@@ -225,6 +308,14 @@ def test_products_in_int8(tmp_path):
         wanted = world.losses(layout)[0]
         assert loss_difference(wanted[:1], found[:1]) < LOSS
         assert loss_difference(wanted, found) < 1e-3
+
+
+def in_node(code: str) -> Any:
+    """The JSON that a module prints."""
+    command = ["node", "--input-type=module", "-e", code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_random_numbers_are_those_of_the_contract():
@@ -242,10 +333,7 @@ def test_random_numbers_are_those_of_the_contract():
           permutation: given.permutation.map(
             (v) => noise.permutation(v.result.length, v.seed, v.epoch)),
         }}))"""
-    done = subprocess.run(
-        ["node", "--input-type=module", "-e", code], capture_output=True, text=True, check=True
-    )
-    found = json.loads(done.stdout)
+    found = in_node(code)
     for key, answer in {"words": "words", "uniform": "numbers", "seed_of": "result"}.items():
         assert found[key] == [vector[answer] for vector in vectors[key]]
     assert found["permutation"] == [vector["result"] for vector in vectors["permutation"]]
