@@ -72,6 +72,9 @@ Targets = Annotated[
     list[str] | None,
     typer.Option("--target", help="onnx, ort-training or executorch; may be repeated."),
 ]
+AnyMemory = Annotated[
+    bool, typer.Option("--any-memory", help="Train even if less memory is free than is expected.")
+]
 TargetsOrLayouts = Annotated[
     list[str] | None,
     typer.Option("--target", help="A target, or a layout (onnx:streamed); may be repeated."),
@@ -151,6 +154,7 @@ def run(
     job: JobFile,
     folder: Annotated[Path, typer.Option("--out", "-o", help="Where everything goes.")],
     target: OneTarget = None,
+    any_memory: AnyMemory = False,
     as_json: Json = False,
 ) -> None:
     """Plan, precompute, export, verify, train, write the adapter. Goes on where it stopped."""
@@ -159,7 +163,7 @@ def run(
 
     if target:
         variant_of(target)
-    road = walk(job, folder, target, sayer(as_json))
+    road = walk(job, folder, target, sayer(as_json), any_memory)
     if as_json:
         lora = road.lora(target or road.plan.targets[0])
         print(json.dumps({"out": str(folder), "lora": str(lora)}))
@@ -431,6 +435,7 @@ def train(
     target: OneTarget = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: the plan's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
+    any_memory: AnyMemory = False,
     verify_hashes: Annotated[
         bool, typer.Option(help="Hash every file of the bundle, also those known unchanged.")
     ] = False,
@@ -460,7 +465,15 @@ def train(
             expected="--images: a bank has its pictures and prompts already",
         )
     draws = bank or er.live(bundle, images or Path(), prompt=prompt, recursive=recursive)
-    done = er.train(bundle, draws, output, target=target, steps=steps, resume=resume)
+    done = er.train(
+        bundle,
+        draws,
+        output,
+        target=target,
+        steps=steps,
+        resume=resume,
+        any_memory=any_memory,
+    )
     stopped = "" if done.done == done.steps else "; stopped early, --resume continues"
     words = f"{output}: {done.done} of {done.steps} steps on {done.target}{stopped}"
     report(as_json, {"done": done.done, "steps": done.steps, "target": done.target}, words)

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "reference": HOST | {"planning"},
     "budget": HOST | {"planning"},
     "select": HOST | {"planning", "reference"},
-    "export": HOST | {"planning", "reference"},
+    "export": HOST | {"planning", "reference", "budget"},
     "app": HOST | {"planning", "reference", "budget", "select", "export", "runtime"},
     "cli": HOST | {"planning", "reference", "budget", "select", "export", "runtime", "app"},
     "api": set(),  # edge_dit/__init__.py names what is below and imports it when it is asked for

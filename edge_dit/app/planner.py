@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edge_dit.budget.limits import NO_LIMITS, Limits
-from edge_dit.contract.targets import TARGETS, WIDE, tail_faults
+from edge_dit.contract.targets import RECOMPUTE, TARGETS, WIDE, TargetVariant, tail_faults
 from edge_dit.errors import BadInput
 from edge_dit.pictures.dataset import Survey, read_folder
 from edge_dit.planning.doubts import doubts, unused_prompts
@@ -113,7 +113,7 @@ def plan_job(
         made = make(job, asked)
         plan = made.plan
         selection, source = _selection_of(plan)
-        footprints = _footprints(plan, profile, variants_of(targets or plan.targets))
+        footprints = _footprints(plan, profile, variants_of(targets or plan.targets, plan.compute))
         planned = Planned(plan, selection, source, None, None, footprints, made.pictures, [])
     from edge_dit.models.families import family_of  # imports torch
 
@@ -190,14 +190,7 @@ def _plan_within(
     kept = SplitRequest(head_skip=head or 0, tail_skip=tail or 0)
     if faults := choose_split(whole.layers, kept).faults:
         raise faults[0]
-    if whole.compute != WIDE:
-        raise BadInput(
-            "export.compute",
-            found=f"{whole.compute}, with a budget",
-            expected="float32: a budget knows what that takes",
-            remedy="leave compute out, or plan without ram, flash and step_time",
-        )
-    variants = variants_of(targets or whole.targets)
+    variants = _that_compute(whole, variants_of(targets or whole.targets, whole.compute))
     names = {variant.target for variant in variants}
     refused = tail_faults(job.plan.tail, sorted(names)) if job.plan.tail else []
     if tail != 0 and len(refused) == len(names):
@@ -208,21 +201,43 @@ def _plan_within(
     return Planned(plan, selection, source, choice, limits, footprints, made.pictures, [])
 
 
-def _footprints(plan: Plan, profile: Profile, variants: Sequence[Any]) -> dict[str, Footprint]:
-    """Footprints of those variants that an export of the plan has."""
-    from edge_dit.budget.cost import Shapes
-    from edge_dit.budget.footprint import Footprints
+def _that_compute(plan: Plan, variants: Sequence[TargetVariant]) -> list[TargetVariant]:
+    """Those of ``variants`` that compute as the job asks for; all, where it asks for nothing.
 
-    model = model_of(plan, check=False)
-    shapes = Shapes(model.family, model.config, plan.grid, plan.text_tokens, plan.lora_targets)
-    footprints = Footprints(shapes, profile, plan.bank_dtype)
+    Raises:
+        BadInput: none does.
+    """
+    able = [v for v in variants if plan.compute in (WIDE, v.compute)]
+    if not able:
+        raise BadInput(
+            "export.compute",
+            found=f"{plan.compute}, with a budget for {', '.join(map(str, variants))}",
+            expected="a target that computes so",
+            remedy="name another target, or leave compute out",
+        )
+    return able
+
+
+def _footprints(
+    plan: Plan, profile: Profile, variants: Sequence[TargetVariant]
+) -> dict[str, Footprint]:
+    """Footprints of those variants that an export of the plan has."""
+    from edge_dit.budget.footprint import footprints_of
+
+    footprints = footprints_of(plan, model_of(plan, check=False), profile)
     return {
         str(variant): footprints.of(tuple(plan.trained), plan.rank, variant, plan.tail)
         for variant in variants
-        if variant.dtype == (plan.weights if variant.target == "onnx" else "float32")
-        and (plan.compute == WIDE or plan.compute not in TARGETS[variant.target].computes)
-        and (variant.layout != "recompute" or plan.recompute)
+        if _exports(plan, variant)
     }
+
+
+def _exports(plan: Plan, variant: TargetVariant) -> bool:
+    """Whether a plan's bundle has a variant."""
+    compute = plan.compute if plan.compute in TARGETS[variant.target].computes else WIDE
+    dtype = plan.weights if variant.target == "onnx" or compute != WIDE else WIDE
+    layout = variant.layout != RECOMPUTE or plan.recompute
+    return layout and (variant.dtype, variant.compute) == (dtype, compute)
 
 
 def report_on(job: Job, planned: Planned, path: Path) -> None:

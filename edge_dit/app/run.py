@@ -86,7 +86,7 @@ class Road:
         return what if target == first else f"{what}-{target.replace(':', '-')}"
 
 
-def run(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
+def run(job_path: Path, out: Path, target: str | None, say: Say, any_memory: bool = False) -> Road:
     """Run all stages of a job, or continue them.
 
     Args:
@@ -94,6 +94,7 @@ def run(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
         out: folder for everything; new, or that of the same job.
         target: the one to train, "onnx" or "onnx:streamed"; default the plan's first.
         say: prints to the user.
+        any_memory: train even if less memory is free than the layout is predicted to take.
 
     Raises:
         BadInput: a stage refuses its input; or ``out`` belongs to another job, or to this one
@@ -106,7 +107,7 @@ def run(job_path: Path, out: Path, target: str | None, say: Say) -> Road:
     export(road, target)
     fill_bank(road, [target], say)
     verify(road, target, say)
-    lora = train(road, target, say)
+    lora = train(road, target, say, any_memory)
     say(f"the adapter: {lora}")
     say(f"load it: {loading_hint(lora, format_of(road.plan.family))}")
     return road
@@ -291,10 +292,11 @@ def on_device(say: Say, *arguments: str) -> None:
         )
 
 
-def train(road: Road, target: str, say: Say) -> Path:
+def train(road: Road, target: str, say: Say, any_memory: bool = False) -> Path:
     """Train one target, or continue its run; the folder of its LoRA.
 
     Raises:
+        BadInput: too little memory is free, unless ``any_memory``.
         KeyboardInterrupt: Ctrl-C stopped it, with a checkpoint.
     """
     import edge_dit_runtime as er
@@ -304,11 +306,11 @@ def train(road: Road, target: str, say: Say) -> Path:
     bundle, resume = road.bundle(target), (run / RUN).is_file()
     name = exported_as(road.plan, target)
     if road.looped(target):
-        more = ["--resume"] if resume else []
+        more = [*["--resume"] * resume, *["--any-memory"] * any_memory]
         places = ["--bank", str(road.bank), "-o", str(run)]
         on_device(say, "train", str(bundle), *places, "--target", name, *more)
     else:
-        done = er.train(bundle, road.bank, run, target=name, resume=resume)
+        done = er.train(bundle, road.bank, run, target=name, resume=resume, any_memory=any_memory)
         if done.done < done.steps:
             raise KeyboardInterrupt  # training stops at the first Ctrl-C, and so do later stages
     lora = road.lora(target)

@@ -32,12 +32,14 @@ from pydantic import TypeAdapter
 
 from edge_dit.budget.cost import FLOAT, Cost, Shapes
 from edge_dit.contract.names import STORED, THROUGH, Tail
-from edge_dit.contract.targets import PIECE, TARGETS, TargetVariant
+from edge_dit.contract.targets import INT8, PIECE, ROTATED, TARGETS, WIDE, TargetVariant
 from edge_dit.errors import BadInput
+from edge_dit.models.model import Model
+from edge_dit.planning.plan import Plan
 from edge_dit.store.documents import STRICT, read_document, validated, write_document
 
 MB = 10**6
-MEMORY_ERROR, TIME_ERROR = 0.10, 0.25
+MEMORY_ERROR, TIME_ERROR = 0.10, 0.20
 """Largest |predicted / measured - 1| over the rows of measured.json. Memory: anonymous memory and
 file pages, each on its own. Time: of a step."""
 BYTES_OF = {"float32": 4, "float16": 2, "int8": 1}
@@ -45,6 +47,9 @@ BYTES_OF = {"float32": 4, "float16": 2, "int8": 1}
 WIDENED = 1.2
 """How many copies of a block's largest matrix lie in memory as float32 at once, where weights are
 stored in a narrower dtype. Of a matrix above `PIECE` bytes only a piece of that size is widened."""
+
+ROTATED_TIME = 1.1
+"""Step time of rotated int8 products over that of plain ones."""
 
 
 # ---------------------------------------------------------------- the device
@@ -67,6 +72,8 @@ class Runtime:
         lora_copies: memory of LoRA, gradients, moments and what the optimizer makes of them, as a
             multiple of the LoRA's own bytes.
         flops: floating-point operations per second of a training step.
+        seconds_per_byte: time that comes to them, for every byte of the block's largest activation
+            in every trained block: kernels that run on one thread (softmax, for example).
     """
 
     anonymous: int
@@ -77,13 +84,22 @@ class Runtime:
     tensors_per_block: float
     lora_copies: int
     flops: float
+    seconds_per_byte: float = 0.0
 
     __pydantic_config__ = STRICT
 
+    def faster(self, times: float) -> Runtime:
+        """The same on a machine that computes ``times`` as fast."""
+        slow = self.seconds_per_byte / times
+        return replace(self, flops=self.flops * times, seconds_per_byte=slow)
+
 
 def name_of(variant: TargetVariant) -> str:
-    """Key of a target and its layout: "onnx" for the default layout, else "onnx:streamed"."""
-    return str(replace(variant, dtype="float32"))
+    """Key of a target, its layout and how it computes: "onnx", "onnx:streamed",
+    "onnx:streamed:int8:int8". Rotated products take the memory of those that are not.
+    """
+    wide = variant.compute == WIDE
+    return str(replace(variant, dtype=WIDE) if wide else replace(variant, compute=INT8))
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,7 @@ class Profile:
         name: for people.
         gemm: float32 operations per second of a large matrix product. Speeds scale with it.
         runtimes: by target ("onnx"). A layout with figures of its own has a further entry
-            ("onnx:streamed").
+            ("onnx:streamed"), and so has one that computes in int8 ("onnx:streamed:int8:int8").
     """
 
     name: str
@@ -104,12 +120,14 @@ class Profile:
     __pydantic_config__ = STRICT
 
     def runtime(self, variant: TargetVariant) -> Runtime:
-        """The layout's own figures, else those of its target.
+        """The variant's own figures, else those of its layout in float32, else of its target.
 
         Raises:
-            BadInput: the profile has neither.
+            BadInput: the profile has none of them.
         """
-        figures = self.runtimes.get(name_of(variant)) or self.runtimes.get(variant.target)
+        wide = TargetVariant(variant.target, variant.layout)
+        names = name_of(variant), name_of(wide), variant.target
+        figures = next((self.runtimes[name] for name in names if name in self.runtimes), None)
         if figures is None:
             raise BadInput(
                 "device profile",
@@ -125,25 +143,31 @@ class Profile:
         second.
         """
         faster = gemm / self.gemm
-        runtimes = {kind: replace(r, flops=r.flops * faster) for kind, r in self.runtimes.items()}
+        runtimes = {kind: r.faster(faster) for kind, r in self.runtimes.items()}
         return Profile(name, gemm, runtimes)
 
 
 REFERENCE = Profile(
-    "a 2-core x86 machine with AVX2",
+    "a 2-core x86 machine with AVX-512 and VNNI",
     gemm=80e9,
     runtimes={
-        "onnx": Runtime(58 * MB, 43 * MB, 1.0, 0.3, 3.9, 0.96, 4, 56e9),
-        "onnx:recompute": Runtime(58 * MB, 43 * MB, 1.0, 0.8, 2.6, 1.15, 4, 42e9),
-        "onnx:streamed": Runtime(61 * MB, 43 * MB, 1.0, 0.5, 3.0, 0, 4, 32e9),
+        "onnx": Runtime(58 * MB, 41 * MB, 0.35, 1.23, 0.0, 2.87, 4, 90e9),
+        "onnx:recompute": Runtime(58 * MB, 41 * MB, 1.0, 1.03, 2.2, 1.14, 4, 65e9),
+        "onnx:streamed": Runtime(61 * MB, 41 * MB, 1.0, 0.65, 2.3, 0.3, 4, 50e9),
+        "onnx:fused:int8:int8": Runtime(58 * MB, 41 * MB, 0.32, 1.5, 0.5, 2.62, 4, 136e9),
+        "onnx:recompute:int8:int8": Runtime(58 * MB, 41 * MB, 1.0, 1.5, 2.3, 1.5, 4, 100e9),
+        "onnx:streamed:int8:int8": Runtime(61 * MB, 41 * MB, 1.0, 0.85, 3.1, 0.02, 4, 82e9),
         "ort-training": Runtime(54 * MB, 43 * MB, 0.5, 0.49, 0.0, 2.78, 7, 54e9),
-        "executorch": Runtime(290 * MB, 93 * MB, 1.0, 0.25, 2.6, 0, 8, 54e9),
+        "executorch": Runtime(158 * MB, 88 * MB, 1.0, 0.0, 3.34, 0.0, 8, 140e9, 12e-9),
+        "executorch:fused:int8:int8": Runtime(
+            158 * MB, 88 * MB, 1.0, 0.04, 3.45, 0.54, 8, 194e9, 8e-9
+        ),
     },
 )
 """The machine of measured.json. Memory of Python itself is part of each runtime's own.
 
-The figures are fitted to what was measured. onnxruntime-training keeps about half of
-what autograd saves: with `saved` at 1 no figures come closer than 15 % over 1 to 14 blocks.
+The figures are fitted to what was measured. Two targets keep less than autograd saves: the fused
+onnx step computes what is cheap again, and onnxruntime-training keeps about half.
 """
 
 
@@ -238,10 +262,18 @@ def recompute(sizes: Sizes, width: int) -> Held:
 
 
 def streamed(sizes: Sizes, width: int) -> Held:
-    """One block is loaded at a time. Weights in a narrower dtype are widened for each product."""
+    """One block is loaded at a time, and the next while it runs. Weights in a narrower dtype are
+    widened for each product.
+    """
     widened = WIDENED * min(sizes.cost.largest_transposed_bytes, PIECE) if width < FLOAT else 0
     activations = sizes.borders + sizes.block_activations
-    return Held(activations, _stored(sizes.block_weights, width), widened)
+    two = min(2 * sizes.block_weights, sizes.cost.frozen_bytes)
+    return Held(activations, _stored(two, width), widened)
+
+
+def streamed_in_int8(sizes: Sizes, width: int) -> Held:
+    """As streamed; products read the weights as they are stored."""
+    return streamed(sizes, width)._replace(unmapped=0)
 
 
 def packed(sizes: Sizes, width: int) -> Held:
@@ -251,6 +283,19 @@ def packed(sizes: Sizes, width: int) -> Held:
     cost = sizes.cost
     copies = _stored(cost.frozen_bytes, width) + cost.transposed_bytes
     return Held(cost.activation_bytes, cost.largest_weight_bytes, copies)
+
+
+def packed_in_int8(sizes: Sizes, width: int) -> Held:
+    """As packed, both copies in int8; each block is computed again in the backward pass."""
+    cost = sizes.cost
+    copies = _stored(cost.frozen_bytes + cost.transposed_bytes, width)
+    largest = _stored(cost.largest_weight_bytes, width)
+    return Held(recompute(sizes, width).activations, largest, copies)
+
+
+def _slowed(variant: TargetVariant) -> float:
+    """By how much a step takes longer than that of its runtime's figures."""
+    return ROTATED_TIME if variant.compute == ROTATED else 1.0
 
 
 def _stored(float_bytes: int, width: int) -> int:
@@ -263,6 +308,10 @@ LAYOUTS: dict[str, Callable[[Sizes, int], Held]] = {
     "onnx:streamed": streamed,
     "ort-training": fused,
     "executorch": packed,
+    "onnx:fused:int8:int8": fused,
+    "onnx:recompute:int8:int8": recompute,
+    "onnx:streamed:int8:int8": streamed_in_int8,
+    "executorch:fused:int8:int8": packed_in_int8,
 }
 """What each target layout holds, by `name_of`: a function of the sizes and of the bytes of a stored
 weight element. A new target or layout adds one entry here, and one to a profile's runtimes."""
@@ -334,6 +383,9 @@ class Footprints:
         lora = FLOAT * cost.lora
         tensors = runtime.tensors + runtime.tensors_per_block * sizes.differentiated
         scratch = runtime.scratch * sizes.block_activations + tensors * sizes.largest_activation
+        seconds = cost.flops / runtime.flops + runtime.seconds_per_byte * (
+            sizes.differentiated * sizes.largest_activation
+        )
         anonymous = runtime.anonymous + runtime.saved * held.activations + scratch + held.unmapped
         return Footprint(
             anonymous=int(anonymous + runtime.lora_copies * lora + cost.bank_bytes),
@@ -341,7 +393,7 @@ class Footprints:
             bundle=_stored(cost.frozen_bytes, width) + lora,
             draw=cost.bank_bytes // (2 if self.bank == "float16" else 1),
             flops=cost.flops,
-            seconds=cost.flops / runtime.flops,
+            seconds=_slowed(variant) * seconds,
         )
 
     def _sizes_of(self, trained: range | tuple[int, ...], rank: int, tail: Tail) -> Sizes:
@@ -366,6 +418,18 @@ class Footprints:
             if (kind, rank) not in self._alone:
                 self._alone[kind, rank] = self.shapes.cost((number,), rank)
         return [self._alone[kind, rank] for kind in kinds]
+
+
+def footprints_of(plan: Plan, model: Model, profile: Profile) -> Footprints:
+    """Footprints at a plan's patch size.
+
+    Args:
+        plan: its grid, text, LoRA modules and bank are read.
+        model: the plan's, see `edge_dit.planning.plan.model_of`.
+        profile: of the device.
+    """
+    shapes = Shapes(model.family, model.config, plan.grid, plan.text_tokens, plan.lora_targets)
+    return Footprints(shapes, profile, plan.bank_dtype)
 
 
 # ---------------------------------------------------------------- what was measured

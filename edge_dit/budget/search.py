@@ -47,7 +47,15 @@ from edge_dit.budget.footprint import MEMORY_ERROR, TIME_ERROR, Footprint, Footp
 from edge_dit.budget.limits import Limits
 from edge_dit.contract.names import FRESH, STORED, THROUGH, Tail
 from edge_dit.contract.split import trained_blocks
-from edge_dit.contract.targets import TARGETS, VARIANTS, TargetVariant, variant_of
+from edge_dit.contract.targets import (
+    INT8,
+    INT8_VARIANTS,
+    TARGETS,
+    VARIANTS,
+    WIDE,
+    TargetVariant,
+    variant_of,
+)
 from edge_dit.errors import BadInput
 from edge_dit.models.families.family import Family
 from edge_dit.planning.plan import Plan, model_of
@@ -494,14 +502,27 @@ def plan_within(
     return choice.best.option.applied_to(plan), choice
 
 
-def variants_of(targets: Sequence[str]) -> list[TargetVariant]:
+def variants_of(targets: Sequence[str], compute: str = WIDE) -> list[TargetVariant]:
     """Every variant of some targets ("onnx") or layouts ("onnx:streamed").
+
+    Args:
+        targets: a layout's name may say how weights are stored and products computed.
+        compute: how products with frozen matrices are computed where the name does not say it and
+            the target can.
 
     Raises:
         BadInput: an unknown target, or a layout that the target does not have.
     """
     chosen = []
     for name in targets:
-        every = [variant for variant in VARIANTS if variant.target == name]
-        chosen += every or [variant_of(name)]
+        every = [v for v in VARIANTS + INT8_VARIANTS if (v.target, v.compute) == (name, compute)]
+        chosen += every or [_named_variant(name, compute)]
     return list(dict.fromkeys(chosen))
+
+
+def _named_variant(name: str, compute: str) -> TargetVariant:
+    variant = variant_of(name)
+    says = (variant.dtype, variant.compute) != (WIDE, WIDE)
+    if says or compute == WIDE or compute not in TARGETS[variant.target].computes:
+        return variant
+    return replace(variant, dtype=INT8, compute=compute)

@@ -85,7 +85,14 @@ TRAIN_PROGRAM, OPTIMIZER_PROGRAM, SAMPLER_PROGRAM = (
 
 
 class Facts(BaseModel):
-    """The part of a target's entry that a session reads; the entry may have more keys."""
+    """The part of a target's entry that a session reads; the entry may have more keys.
+
+    Attributes:
+        memory: layout -> bytes of anonymous memory that a training process is predicted to take at
+            its peak; bundles of earlier versions have none.
+    """
+
+    memory: dict[str, Annotated[int, Field(ge=0)]] = {}
 
     def layouts(self) -> list[str]:
         """The exported layouts, the default first."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from edge_dit.budget.footprint import REFERENCE, Footprints, footprints_of
 from edge_dit.contract.adapter import write_adapter
 from edge_dit.contract.bundle import (
     ADAPTER,
@@ -23,7 +24,13 @@ from edge_dit.contract.bundle import (
     write_manifest,
 )
 from edge_dit.contract.names import GRAD, LOSS
-from edge_dit.contract.targets import TARGETS, compute_faults, tail_faults
+from edge_dit.contract.targets import (
+    TARGETS,
+    WIDE,
+    TargetVariant,
+    compute_faults,
+    tail_faults,
+)
 from edge_dit.errors import BadInput, raise_any, require
 from edge_dit.models.model import Model
 from edge_dit.models.pipeline import quiet
@@ -87,6 +94,7 @@ def export(
         quiet(),
         bar("export", len(targets)) as advance,
     ):
+        footprints = footprints_of(plan, model, REFERENCE)
         lora = lora_tensors(source.subgraph)
         write_adapter(building / ADAPTER, lora, plan.rank, plan.alpha)
         facts: dict[str, dict[str, Any]] = {}
@@ -95,10 +103,26 @@ def export(
             directory = building / target
             directory.mkdir()
             writer = import_module(f"edge_dit_export.targets.{TARGETS[target].module}")
-            facts[target] = writer.write(source, directory)
+            written = writer.write(source, directory)
+            facts[target] = {**written, "memory": _memory(footprints, plan, target, written)}
             advance(note=f"{target} {time.monotonic() - started:.0f} s")
-        written = write_manifest(building, _manifest(plan, source, facts, _files(building)))
-    return replace(written, folder=folder)
+        bundle = write_manifest(building, _manifest(plan, source, facts, _files(building)))
+    return replace(bundle, folder=folder)
+
+
+def _memory(
+    footprints: Footprints, plan: Plan, target: str, facts: dict[str, Any]
+) -> dict[str, int]:
+    """Layout -> predicted peak of a training process, see `Facts.memory`."""
+    read = TARGETS[target].facts.model_validate(facts)
+    dtype, compute = facts.get("weights", WIDE), facts.get("compute", WIDE)
+    trained = tuple(plan.trained)
+    return {
+        layout: footprints.of(
+            trained, plan.rank, TargetVariant(target, layout, dtype, compute), plan.tail
+        ).anonymous
+        for layout in read.layouts()
+    }
 
 
 def _manifest(

@@ -11,8 +11,10 @@ import numpy as np
 
 from edge_dit.contract.bundle import Bundle, open_bundle
 from edge_dit.contract.integrity import check_bundle
-from edge_dit.contract.targets import TARGETS
+from edge_dit.contract.targets import STREAMED, TARGETS
+from edge_dit.errors import BadInput
 from edge_dit.store.files import StrPath
+from edge_dit_runtime.room import held, room
 from edge_dit_runtime.sessions.trainer import Session
 
 
@@ -29,6 +31,30 @@ def open_session(bundle: Bundle, target: str, layout: str | None = None) -> Sess
     """
     chosen = bundle.layout(target, layout)
     return _module(target).open_session(bundle, chosen)
+
+
+def check_room(bundle: Bundle, target: str, layout: str) -> None:
+    """Refuse a layout that is predicted to take more memory than is free. The streamed layout is
+    never refused, and nothing is where the bundle or the system does not say.
+
+    Raises:
+        BadInput: too little memory is free.
+    """
+    facts, free = bundle.facts(target), room()
+    if layout == STREAMED or free is None or layout not in facts.memory:
+        return
+    more = facts.memory[layout] - held()
+    if more > free:
+        streamed = STREAMED in facts.layouts()
+        other = (
+            f"--target {target}:{STREAMED}" if streamed else "a layout or target that takes less"
+        )
+        raise BadInput(
+            bundle.folder,
+            found=f"{free / 1e6:,.0f} MB of memory free",
+            expected=f"about {more / 1e6:,.0f} MB for {bundle.titled(target, layout)}",
+            remedy=f"take {other}, or try all the same with --any-memory (any_memory=True)",
+        )
 
 
 def open(bundle: StrPath, target: str | None = None) -> Session:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypedDict, Unpack
 
 import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter
@@ -32,7 +32,7 @@ from edge_dit.progress import bar, warn
 from edge_dit.store.documents import validated
 from edge_dit.store.files import StrPath
 from edge_dit_runtime.run_folder import Losses, Run, RunFolder, all_finite
-from edge_dit_runtime.session import open_session
+from edge_dit_runtime.session import check_room, open_session
 from edge_dit_runtime.sessions.state import check_draw
 from edge_dit_runtime.sessions.trainer import Draws, Session
 
@@ -101,15 +101,28 @@ class _Training:
         self.folder.save(self.session, self.run, self.draws, losses)
 
 
+class Options(TypedDict, total=False):
+    """Keywords of `train`.
+
+    Attributes:
+        target: one of the bundle's targets, "onnx", or with its layout, "onnx:streamed". Default:
+            that of the resumed run, else the bundle's first target in the planned layout.
+        steps: of the whole run; default the plan's.
+        resume: continue from the folder's last checkpoint; default false.
+        on_step: asked before every step whether to go on, pause or stop; see `OnStep`.
+        any_memory: train even if less memory is free than the layout is predicted to take; default
+            false.
+    """
+
+    target: str | None
+    steps: int | None
+    resume: bool
+    on_step: OnStep | None
+    any_memory: bool
+
+
 def train(
-    bundle: StrPath,
-    bank: StrPath | Draws,
-    folder: StrPath,
-    *,
-    target: str | None = None,
-    steps: int | None = None,
-    resume: bool = False,
-    on_step: OnStep | None = None,
+    bundle: StrPath, bank: StrPath | Draws, folder: StrPath, **options: Unpack[Options]
 ) -> Run:
     """Train a bundle over its bank.
 
@@ -118,22 +131,21 @@ def train(
         bank: the bank precomputed with the same plan; or draws made of pictures just in time, from
             `edge_dit_runtime.live`.
         folder: the run folder: a new one, or with ``resume`` one that was stopped.
-        target: one of the bundle's targets, "onnx", or with its layout, "onnx:streamed". Default:
-            that of the resumed run, else the bundle's first target in the planned layout.
-        steps: of the whole run; default the plan's.
-        resume: continue from the folder's last checkpoint.
-        on_step: asked before every step whether to go on, pause or stop; see `OnStep`.
+        options: target, steps, resume, on_step and any_memory; see `Options`.
 
     Raises:
         BadInput: bundle, bank or run do not fit together or are damaged; the run exists and
-            ``resume`` is off; another process trains into it; it cannot be written; or
-            `MOST_SKIPPED` steps in a row had no finite loss and gradients.
+            ``resume`` is off; another process trains into it; it cannot be written; too little
+            memory is free; or `MOST_SKIPPED` steps in a row had no finite loss and gradients.
 
     Example:
         >>> run = er.train("bundle", "bank", "run", steps=3)
         >>> run.done, run.target
         (3, 'onnx')
     """
+    for name in options.keys() - Options.__annotations__.keys():
+        raise TypeError(f"train() has no keyword {name!r}")
+    resume, steps = options.get("resume", False), options.get("steps")
     opened = open_bundle(Path(bundle))
     draws = _opened(bank, opened)
     kept = RunFolder(Path(folder))
@@ -143,8 +155,10 @@ def train(
     )
     with kept.occupied():
         previous = kept.previous(resume)
-        name, layout = _target_and_layout(opened, target, previous, planned.layout)
+        name, layout = _target_and_layout(opened, options.get("target"), previous, planned.layout)
         check_bundle(opened, name)
+        if not options.get("any_memory"):
+            check_room(opened, name, layout)
         run = _new_run(opened, draws, planned, name, layout)
         run = replace(run, steps=steps or (previous.steps if previous else run.steps))
         session = open_session(opened, name, layout)
@@ -156,7 +170,7 @@ def train(
             kept.begin(run)
         previews = _previews(opened, kept.path, planned.preview_every, run.steps)
         training = _Training(session, opened, draws, kept, run, planned.seed, previews)
-        _loop(training, losses, on_step)
+        _loop(training, losses, options.get("on_step"))
         kept.save(session, run, draws, losses)
         if len(losses) == run.steps:
             kept.finish(session, run, draws, losses)

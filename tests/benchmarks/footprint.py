@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edge_dit.app.bench.bench import EAGER, Asked, bench
+from edge_dit.app.bench.bench import DEFAULT_VARIANTS, EAGER, Asked, bench
 from edge_dit.app.bench.model import Case
 from edge_dit.budget.cost import Shapes
 from edge_dit.budget.footprint import (
@@ -33,7 +33,7 @@ from edge_dit.budget.footprint import (
 )
 from edge_dit.budget.search import MARGIN
 from edge_dit.contract.bundle import TARGETS
-from edge_dit.contract.targets import VARIANTS, TargetVariant
+from edge_dit.contract.targets import INT8_VARIANTS, ROTATED, TargetVariant
 from edge_dit.models.families import family_of
 from edge_dit.models.public_configs import public_config
 from edge_dit.store.files import write_json
@@ -45,8 +45,14 @@ CASES = {
     for trained in ((2, 4) if config == "sana-0.6b" else (1, 2))
 }
 
-WANTED = [variant for variant in VARIANTS if variant.dtype != "float16"]
-"""What a budget knows."""
+ROTATED_CASE = "sana-0.6b-4"
+"""Where rotated products are measured too: a budget takes them for plain ones that are slower."""
+
+
+def wanted(name: str) -> list[TargetVariant]:
+    """The variants to measure in a case."""
+    rotated = [variant for variant in INT8_VARIANTS if variant.compute == ROTATED]
+    return [*DEFAULT_VARIANTS, *(rotated if name == ROTATED_CASE else ())]
 
 
 def measured(case: Case, work: Path, name: str, again: str | None) -> list[dict[str, Any]]:
@@ -57,7 +63,7 @@ def measured(case: Case, work: Path, name: str, again: str | None) -> list[dict[
     rows = json.loads(record.read_text())["rows"] if record.is_file() else []
     kept = [row for row in rows if row["target"] != again]
     there = [_execution(row) for row in kept]
-    missing = [variant for variant in WANTED if asdict(variant) not in there]
+    missing = [variant for variant in wanted(name) if asdict(variant) not in there]
     if missing:
         speed = {"gemm": calibrated(3.0).gemm}
         report = bench(case, Asked(missing, [EAGER]), work / name, print)

@@ -202,7 +202,7 @@ def test_blocks_that_matter_little_are_skipped_before_the_patch_shrinks(space):
     kept = replace(space.bounds, tail=STORED)  # as the paper has it
     fused = replace(space, selection=None, variants=[TargetVariant("onnx")], bounds=kept)
     assert [chosen(fused, gib) for gib in (4, 2.2, 1.6)] == [(0, 512), (1, 512), (3, 512)]
-    assert [chosen(fused, gib) for gib in (1.2, 0.8)] == [(2, 384), (2, 256)]
+    assert [chosen(fused, gib) for gib in (1.1, 0.7)] == [(2, 384), (2, 256)]
 
 
 def test_the_patch_shrinks_before_blocks_are_skipped_that_matter_much(space):
@@ -319,6 +319,12 @@ def test_variants_of_targets():
     assert variants_of(["onnx:streamed", "onnx"])[0] == TargetVariant("onnx", "streamed")
     with pytest.raises(BadInput, match="onnx:streamed:int8"):
         variants_of(["coreml"])
+    assert {str(variant) for variant in variants_of(["onnx", "ort-training"], "int8")} == {
+        "onnx:fused:int8:int8",
+        "onnx:recompute:int8:int8",
+        "onnx:streamed:int8:int8",
+        "ort-training",  # it cannot
+    }
 
 
 # ---------------------------------------------------------------- a job under a budget
@@ -429,15 +435,40 @@ def test_the_command_line(run, workplace, tmp_path):
     assert "28 blocks" in said
 
 
-def test_a_budget_does_not_know_int8_products_and_says_so(run, workplace, tmp_path):
-    job = write_job(workplace, ("[export]", '[export]\nweights = "int8"\ncompute = "int8"'))
+@pytest.fixture
+def in_int8(workplace):
+    return write_job(workplace, ("[export]", '[export]\nweights = "int8"\ncompute = "int8"'))
+
+
+def test_a_budget_keeps_to_the_jobs_int8_products(run, in_int8, tmp_path):
     out = tmp_path / "plan.json"
-    code, _, err = run("plan", job, "--ram", "160MiB", "-o", out)
-    assert (code, out.exists()) == (2, False)
-    assert "export.compute: int8, with a budget" in err
-    code, _, err = run("plan", job, "-o", out)
+    code, said, err = run("plan", in_int8, "--ram", "200MiB", "-o", out)
     assert code == 0, err
-    assert read_plan(out).compute == "int8"
+    plan = read_plan(out)
+    assert (plan.compute, plan.weights) == ("int8", "int8")
+    assert f"{plan.targets[0]}:{plan.layout}:int8:int8, skip" in said
+    code, said, err = run("plan", in_int8, "--ram", "200MiB", "--target", "onnx:streamed")
+    assert code == 0, err
+    assert "onnx:streamed:int8:int8, skip" in said
+    code, _, err = run("plan", in_int8, "--ram", "200MiB", "--target", "ort-training")
+    assert code == 2
+    assert "export.compute: int8, with a budget for ort-training" in err
+
+
+def test_a_budget_does_not_compute_in_int8_of_its_own_accord(workplace):
+    job = read_job(workplace / "job.toml")
+    planned = plan_job(job, limits=Limits(), targets=["onnx"], profile=REFERENCE)
+    assert planned.plan.compute == "float32"
+    assert {v.compute for v in variants_of(["onnx", "executorch"])} == {"float32"}
+
+
+def test_what_int8_products_take_is_said_without_a_budget(in_int8):
+    planned = plan_job(read_job(in_int8), targets=["onnx", "ort-training"], profile=REFERENCE)
+    assert list(planned.footprints) == [
+        "onnx:fused:int8:int8",
+        "onnx:streamed:int8:int8",
+        "ort-training",
+    ]
 
 
 @pytest.mark.parametrize(

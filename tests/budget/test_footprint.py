@@ -20,21 +20,32 @@ from edge_dit.budget.footprint import (
     write_profile,
 )
 from edge_dit.budget.search import MARGIN, TIME_MARGIN
-from edge_dit.contract.targets import VARIANTS, TargetVariant, variant_of
+from edge_dit.contract.targets import (
+    INT8,
+    INT8_VARIANTS,
+    ROTATED,
+    VARIANTS,
+    TargetVariant,
+    variant_of,
+)
 from edge_dit.errors import BadInput
 from edge_dit.models.families import family_of
 from edge_dit.models.public_configs import public_config
 from edge_dit.store.documents import write_document
 
 MACHINE, MEASURED = read_measured()
+KNOWN = [*VARIANTS, *(variant for variant in INT8_VARIANTS if variant.compute == INT8)]
 TEXT = {"sana-0.6b": 300, "sd3-medium": 333}
 """Text tokens of the measured configurations, as tests/benchmarks/footprint.py has them."""
 
 DEEPER = [
-    ("sana-0.6b", 14, "onnx", 828.2e6),
-    ("sana-0.6b", 14, "onnx:recompute", 287.6e6),
-    ("sana-0.6b", 14, "onnx:streamed", 214.5e6),
-    ("sana-0.6b", 14, "onnx:streamed:int8", 260.3e6),
+    ("sana-0.6b", 14, "onnx", 566.7e6),
+    ("sana-0.6b", 14, "onnx:recompute", 295.9e6),
+    ("sana-0.6b", 14, "onnx:streamed", 225.6e6),
+    ("sana-0.6b", 14, "onnx:streamed:int8", 269.2e6),
+    ("sana-0.6b", 14, "onnx:fused:int8:int8", 570.7e6),
+    ("sana-0.6b", 14, "onnx:streamed:int8:int8", 232.1e6),
+    ("sana-0.6b", 14, "executorch:fused:int8:int8", 936.2e6),
     ("sana-0.6b", 14, "ort-training", 665.8e6),
     ("sd3-medium", 4, "ort-training", 616.0e6),
 ]
@@ -75,10 +86,12 @@ def test_a_faster_machine_is_faster_in_proportion():
 
 def test_every_variant_but_float16_was_measured_at_two_depths_of_two_families():
     assert REFERENCE.name == MACHINE
-    variants = {str(variant) for variant in VARIANTS if variant.dtype != "float16"}
+    variants = {str(variant) for variant in KNOWN if variant.dtype != "float16"}
     depths = [("sana-0.6b", 2), ("sana-0.6b", 4), ("sd3-medium", 1), ("sd3-medium", 2)]
     rows = [(row.case, row.trained, row.execution) for row in MEASURED]
-    assert sorted(rows) == sorted((*depth, name) for depth in depths for name in variants)
+    plain = [(*depth, name) for depth in depths for name in variants]
+    rotated = [("sana-0.6b", 4, str(v)) for v in INT8_VARIANTS if v.compute == ROTATED]
+    assert sorted(rows) == sorted(plain + rotated)
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda r: f"{r.case}-{r.trained}-{r.execution}")
@@ -113,7 +126,7 @@ def test_no_measured_plan_overran_a_budget_that_its_prediction_fits():
 
 
 def test_every_variant_has_its_layout_and_its_runtime():
-    names = {name_of(variant) for variant in VARIANTS}
+    names = {name_of(variant) for variant in VARIANTS + INT8_VARIANTS}
     assert LAYOUTS.keys() == names
     assert REFERENCE.runtimes.keys() == names
 
@@ -161,3 +174,7 @@ def test_a_layout_without_figures_of_its_own_has_its_targets():
     runtimes = {name: r for name, r in REFERENCE.runtimes.items() if ":" not in name}
     plain = Profile("plain", 1.0, runtimes)
     assert plain.runtime(TargetVariant("onnx", "streamed")) == runtimes["onnx"]
+    runtimes["onnx:streamed"] = REFERENCE.runtimes["onnx:streamed"]
+    plain = Profile("plain", 1.0, runtimes)
+    in_int8 = variant_of("onnx:streamed:int8:int8")
+    assert plain.runtime(in_int8) == runtimes["onnx:streamed"]

@@ -1,5 +1,6 @@
 """How much memory a process may still take, and what the streamed layout makes of it."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,9 +11,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from edge_dit.app.bench.limit import drop_pages, limited
+from edge_dit.budget.footprint import REFERENCE, footprints_of
+from edge_dit.contract.bundle import open_bundle, write_manifest
+from edge_dit.contract.targets import TargetVariant
 from edge_dit.errors import BadInput
-from edge_dit_runtime import room
+from edge_dit.planning.plan import model_of
+from edge_dit_runtime import room, session
 from edge_dit_runtime.sessions import mapped
+from edge_dit_runtime.training import train
 
 MIB = 2**20
 
@@ -92,6 +98,84 @@ def test_a_limit_is_seen_and_enforced():
     assert 0 < int(in_a_group(128 * MIB, held).stdout) < 128 * MIB
     assert in_a_group(64 * MIB, "x = b'1' * (200 << 20)").returncode != 0
     assert in_a_group(400 * MIB, "x = b'1' * (200 << 20)").returncode == 0
+
+
+# ---------------------------------------------------------------- what a bundle says it needs
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """1 MB of memory is free, and this process holds none."""
+    monkeypatch.setattr(session, "room", lambda: 10**6)
+    monkeypatch.setattr(session, "held", lambda: 0)
+
+
+def test_an_export_says_what_each_layout_takes(road):
+    bundle = open_bundle(road.bundle)
+    assert bundle.facts("onnx").memory.keys() == set(bundle.layouts("onnx"))
+    model = model_of(road.plan, check=False)
+    footprints = footprints_of(road.plan, model, REFERENCE)
+    trained = tuple(road.plan.trained)
+    for layout, bytes_ in bundle.facts("onnx").memory.items():
+        way = TargetVariant("onnx", layout)
+        assert bytes_ == footprints.of(trained, road.plan.rank, way, road.plan.tail).anonymous
+
+
+def test_a_layout_that_takes_more_than_is_free_is_refused(road, little, tmp_path):
+    with pytest.raises(BadInput) as caught:
+        train(road.bundle, road.bank, tmp_path / "run", target="onnx")
+    fault = caught.value
+    assert fault.found == "1 MB of memory free"
+    needs = open_bundle(road.bundle).facts("onnx").memory["fused"]
+    assert fault.expected == f"about {needs / 1e6:,.0f} MB for onnx"
+    assert fault.remedy.startswith("take --target onnx:streamed, or")
+    assert "--any-memory" in fault.remedy
+    assert not (tmp_path / "run").exists()
+    forced = train(
+        road.bundle, road.bank, tmp_path / "run", target="onnx", steps=1, any_memory=True
+    )
+    assert forced.done == 1
+
+
+def test_the_streamed_layout_is_never_refused(road, little, tmp_path):
+    streamed = train(road.bundle, road.bank, tmp_path / "run", target="onnx:streamed", steps=1)
+    assert streamed.done == 1
+
+
+def test_what_the_process_holds_already_counts(road, little, monkeypatch):
+    bundle = open_bundle(road.bundle)
+    needs = bundle.facts("onnx").memory["fused"]
+    monkeypatch.setattr(session, "held", lambda: needs - 10**6)
+    session.check_room(bundle, "onnx", "fused")
+    monkeypatch.setattr(session, "held", lambda: needs - 10**6 - 1)
+    with pytest.raises(BadInput, match="1 MB of memory free"):
+        session.check_room(bundle, "onnx", "fused")
+
+
+def test_where_bundle_or_system_says_nothing_nothing_is_refused(road, little, monkeypatch):
+    bundle = open_bundle(road.bundle)
+    older = {**bundle.manifest.targets["onnx"]}
+    del older["memory"]
+    manifest = bundle.manifest.model_copy(update={"targets": {"onnx": older}})
+    session.check_room(replace(bundle, manifest=manifest), "onnx", "fused")
+    monkeypatch.setattr(session, "room", lambda: None)
+    session.check_room(bundle, "onnx", "fused")
+
+
+def test_in_a_group_a_layout_is_refused_that_would_be_killed(road, tmp_path):
+    """A bundle that says it needs 400 MB."""
+    bundle = shutil.copytree(road.bundle, tmp_path / "bundle")
+    manifest = open_bundle(bundle).manifest
+    manifest.targets["onnx"]["memory"]["fused"] = 400 * MIB
+    write_manifest(bundle, manifest)
+    words = ["edge-dit", "train", bundle, "--bank", road.bank, "-o", tmp_path / "run"]
+    words += ["--steps", 1, "--target", "onnx"]
+    code = "import sys; sys.argv = {}; from edge_dit.cli import main; main()"
+    asked = code.format(list(map(str, words)))
+    refused = in_a_group(256 * MIB, asked)
+    assert refused.returncode == 2, refused.stderr
+    assert "MB of memory free" in refused.stderr
+    assert in_a_group(1024 * MIB, asked).returncode == 0
 
 
 def test_without_the_right_to_make_a_group_it_says_so(system):

@@ -250,6 +250,11 @@ def test_damaged_state_is_refused(road, tmp_path):
         RunFolder(run).adapter()
 
 
+def test_a_keyword_that_it_does_not_have(road, tmp_path):
+    with pytest.raises(TypeError, match="no keyword 'any_memroy'"):
+        train(road.bundle, road.bank, tmp_path / "run", any_memroy=True)  # type: ignore[call-arg]
+
+
 def test_a_target_the_bundle_lacks(road, tmp_path):
     with pytest.raises(BadInput, match="no target 'coreml'"):
         train(road.bundle, road.bank, tmp_path / "run", target="coreml")
