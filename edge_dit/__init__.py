@@ -56,6 +56,10 @@ __version__ = "0.1.0"
 # processor from other work (docs/performance.md, "Beside other work"). It must be set before torch
 # is imported. A value that the user set stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Otherwise onnxruntime, from 1.29 on, reports its use to Microsoft and keeps files for that under
+# ~/.cache/Microsoft. It must be set before onnxruntime is imported: its own switch,
+# disable_telemetry_events(), comes after the first event.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOME = {
     "read_job": "app.api",

@@ -579,6 +579,28 @@ def bench(
 
 
 @app.command()
+def serve(
+    bundle: Bundle,
+    bank: Annotated[
+        Path | None, typer.Option("--bank", help="Bank; default: pictures, on the page.")
+    ] = None,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="To listen on; 0 for any free one.")
+    ] = 8765,
+) -> None:
+    """Serve a page that trains the bundle in a browser, to this machine alone. Ctrl-C ends it."""
+    from edge_dit.app.serve import server
+
+    with server(bundle, bank, port) as serving:
+        host, used = serving.server_address[:2]
+        print(f"http://{host!s}:{used}/", flush=True)
+        try:
+            serving.serve_forever()
+        except KeyboardInterrupt:
+            return
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A plan, bank, bundle, run, LoRA or pictures.")],
     as_json: Json = False,

@@ -31,7 +31,7 @@ DOCUMENTS = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "FAULTS", "SECURITY")),
     ROOT / "COMPATIBILITY.md",
     *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "samples" / "reproduce" / "README.md",
+    *(ROOT / "samples" / folder / "README.md" for folder in ("cpp", "reproduce")),
 ]
 CODE = [
     path

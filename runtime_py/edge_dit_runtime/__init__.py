@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from edge_dit_runtime.run_folder import save_lora as save_lora
     from edge_dit_runtime.session import open as open
     from edge_dit_runtime.sessions.trainer import Session as Session
+    from edge_dit_runtime.training import Wait as Wait
     from edge_dit_runtime.training import train as train
 
 _HOME = {
@@ -47,9 +48,10 @@ _HOME = {
     "save_lora": "run_folder",
     "Run": "run_folder",
     "Session": "sessions.trainer",
+    "Wait": "training",
 }
 """Name of the API -> module that has it."""
-__all__ = ["Run", "Session", "collect", "live", "open", "paint", "save_lora", "train"]
+__all__ = ["Run", "Session", "Wait", "collect", "live", "open", "paint", "save_lora", "train"]
 
 
 def __getattr__(name: str) -> Any:

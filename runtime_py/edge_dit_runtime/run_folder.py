@@ -105,6 +105,11 @@ class Losses:
         self.skipped_in_a_row = 0 if np.isfinite(loss) else self.skipped_in_a_row + 1
 
     @property
+    def last(self) -> float:
+        """Loss of the last step; nan if there is none."""
+        return self.losses[-1] if self.losses else float("nan")
+
+    @property
     def recent(self) -> float:
         """Mean of the last `RECENT` steps that were not skipped."""
         finite = [loss for loss in self.losses[-RECENT:] if np.isfinite(loss)]

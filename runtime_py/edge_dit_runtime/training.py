@@ -3,6 +3,7 @@
     train("bundle", "bank", "run")        # Ctrl-C stops it with a checkpoint
     train("bundle", "bank", "run", resume=True)
 
+By `OnStep` an app pauses and stops it, say when the device gets hot.
 `edge_dit_runtime.run_folder` says what a run keeps on disk.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,8 +43,27 @@ SAVE_EVERY = 100
 """Steps between checkpoints."""
 MOST_SKIPPED = 10
 """Steps in a row without finite loss and gradients after which training stops."""
-OnStep = Callable[[int, float], bool | None]
-"""Called with (steps done, loss) after every step; true stops the run with a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """An answer of `OnStep`: pause, and ask again later. A checkpoint of all steps done is written
+    first. Nothing computes during a pause; memory stays taken.
+
+    Args:
+        seconds: until it is asked again.
+    """
+
+    seconds: float = 10.0
+
+
+OnStep = Callable[[int, float], bool | Wait | None]
+"""Asked before every step, with (steps done, loss of the last one): None or false goes on, `Wait`
+pauses, true stops with a checkpoint. The loss is nan if no step was done or the last was skipped.
+Called once more after the last step; that answer does not matter.
+"""
+LONGEST_SLEEP = 0.2
+"""Seconds between two looks for Ctrl-C during a pause."""
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -75,6 +96,10 @@ class _Training:
         if self.previews is not None and self.previews.due(done):
             self.previews.paint(done, self.session.adapter())
 
+    def save(self, losses: Losses) -> None:
+        """Write a checkpoint."""
+        self.folder.save(self.session, self.run, self.draws, losses)
+
 
 class Options(TypedDict, total=False):
     """Keywords of `train`.
@@ -84,7 +109,7 @@ class Options(TypedDict, total=False):
             that of the resumed run, else the bundle's first target in the planned layout.
         steps: of the whole run; default the plan's.
         resume: continue from the folder's last checkpoint; default false.
-        on_step: called with (steps done, loss) after every step; true stops the run.
+        on_step: asked before every step whether to go on, pause or stop; see `OnStep`.
         any_memory: train even if less memory is free than the layout is predicted to take; default
             false.
     """
@@ -216,25 +241,44 @@ def _new_run(bundle: Bundle, draws: Draws, plan: _Planned, target: str, layout: 
 
 
 def _loop(training: _Training, losses: Losses, on_step: OnStep | None) -> None:
-    """Train until all steps are done, ``on_step`` returns true, or Ctrl-C. Checkpoints are written
+    """Train until all steps are done, ``on_step`` stops it, or Ctrl-C. Checkpoints are written
     on the way, not at the end.
     """
     run = training.run
     title = f"train ({run.target})"
     with bar(title, run.steps, len(losses)) as advance, interrupt_flag() as interrupted:
         training.preview(len(losses))
-        while len(losses) < run.steps and not interrupted():
-            loss = _step(training, losses)
+        while len(losses) < run.steps and _may_go_on(training, losses, on_step, interrupted):
+            _step(training, losses)
             training.preview(len(losses))
             advance(note=f"loss {losses.recent:.4f}")
-            if on_step and on_step(len(losses), loss):
-                break
-            if len(losses) % SAVE_EVERY == 0 and len(losses) < run.steps:
-                training.folder.save(training.session, run, training.draws, losses)
+            if len(losses) == run.steps:
+                if on_step:
+                    on_step(len(losses), losses.last)
+            elif len(losses) % SAVE_EVERY == 0:
+                training.save(losses)
 
 
-def _step(training: _Training, losses: Losses) -> float:
-    """Do a step and add it to ``losses``; its loss, nan if it was skipped."""
+def _may_go_on(
+    training: _Training, losses: Losses, on_step: OnStep | None, interrupted: Callable[[], bool]
+) -> bool:
+    """Ask ``on_step`` before a step, until it no longer says `Wait`; false stops the run."""
+    saved = False
+    while not interrupted():
+        answer = on_step(len(losses), losses.last) if on_step else None
+        if not isinstance(answer, Wait):
+            return not answer and not interrupted()
+        if not saved:
+            training.save(losses)
+            saved = True
+        until = time.monotonic() + answer.seconds
+        while not interrupted() and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, LONGEST_SLEEP))
+    return False
+
+
+def _step(training: _Training, losses: Losses) -> None:
+    """Do a step and add its loss to ``losses``, nan if it was skipped."""
     session, draws, run = training.session, training.draws, training.run
     number = draws.number(len(losses), training.seed)
     session.lr = learning_rate(len(losses), run.steps, training.bundle.manifest.optimizer.lr)
@@ -254,7 +298,6 @@ def _step(training: _Training, losses: Losses) -> float:
             expected="numbers; the last checkpoint is kept",
             remedy="plan with a lower lr; if it is always the same draws, precompute again",
         )
-    return loss
 
 
 @contextmanager

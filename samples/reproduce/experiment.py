@@ -320,13 +320,23 @@ def train(runs: list[Run]) -> list[list[float]]:
 # ---------------------------------------------------------------- measuring
 
 
-@torch.no_grad()
 def heldout_losses(runs: list[Run]) -> list[float]:
     """`evaluate.heldout_loss` of every run: the whole model, no block skipped."""
+    unseen = [subject_of(run.job, run.subject).heldout for run in runs]
+    return np.mean(losses_by_level(runs, unseen), axis=1).tolist()
+
+
+@torch.no_grad()
+def losses_by_level(runs: list[Run], unseen: list[list[Whole]]) -> list[list[float]]:
+    """For every run the mean loss over its pictures at each of `LEVELS` noise levels, ascending.
+
+    Args:
+        runs: of one arm, trained.
+        unseen: pictures of each run, encoded, all of one size.
+    """
     model, transformer = model_for(runs[0].job), pipeline_of(runs[0].job).transformer
     family, objective = model.family, model.objective
-    unseen = [subject_of(run.job, run.subject).heldout for run in runs]
-    losses = []
+    losses: list[list[np.ndarray]] = [[] for _ in range(LEVELS)]
     for number in range(len(unseen[0])):
         for level in range(LEVELS):
             sigma, whole = (level + 0.5) / LEVELS, [images[number] for images in unseen]
@@ -341,8 +351,8 @@ def heldout_losses(runs: list[Run]) -> list[float]:
             ]
             found = family.learned(transformer(**joined(inputs), return_dict=False)[0])
             wanted = torch.cat([objective.target(w.clean, noise) for w in whole])
-            losses.append((found - wanted).square().flatten(1).mean(1).numpy())
-    return np.mean(losses, axis=0).tolist()
+            losses[level].append((found - wanted).square().flatten(1).mean(1).numpy())
+    return np.mean(losses, axis=1).T.tolist()
 
 
 def generate(runs: list[Run]) -> list[list[Image.Image]]:

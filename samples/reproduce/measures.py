@@ -64,22 +64,25 @@ def encoder() -> torch.nn.Module:
     return AutoencoderDC.from_pretrained(EYE, local_files_only=True).encoder.eval()
 
 
+def cut_out(picture: Image.Image) -> np.ndarray:
+    """The toy on grey, in a window around its centre: uint8 [WINDOW, WINDOW, 3]."""
+    pixels = standard(picture)
+    _, toy, centre = find_toy(pixels)
+    half = WINDOW // 2
+    on_grey = np.pad(
+        np.where(toy[..., None], pixels, 128),
+        ((half, half), (half, half), (0, 0)),
+        constant_values=128,
+    )
+    left, top = centre.round().astype(int)
+    return on_grey[top : top + WINDOW, left : left + WINDOW]
+
+
 @torch.no_grad()
 def features(pictures: list[Image.Image]) -> torch.Tensor:
     """[pictures, channels x GRID x GRID]."""
-    seen = []
-    for picture in pictures:
-        pixels = standard(picture)
-        _, toy, centre = find_toy(pixels)
-        half = WINDOW // 2
-        on_grey = np.pad(
-            np.where(toy[..., None], pixels, 128),
-            ((half, half), (half, half), (0, 0)),
-            constant_values=128,
-        )
-        left, top = centre.round().astype(int)
-        seen.append(on_grey[top : top + WINDOW, left : left + WINDOW])
-    batch = torch.from_numpy(np.stack(seen)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    seen = np.stack([cut_out(picture) for picture in pictures])
+    batch = torch.from_numpy(seen).permute(0, 3, 1, 2).float() / 127.5 - 1
     stages: list[torch.Tensor] = []
     hooks = [
         stage.register_forward_hook(lambda _m, _a, output: stages.append(output))

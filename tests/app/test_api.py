@@ -91,17 +91,17 @@ def test_a_module_does_not_take_the_place_of_a_function():
     assert done.stdout.split() == ["True"] * 4
 
 
-# ---------------------------------------------------------------- threads that wait
+# ---------------------------------------------------------------- the environment
 
 
-def waiting(**environment: str) -> str:
-    """What a child process of one that imported the packages finds in its environment."""
+def in_a_child(name: str, **environment: str) -> str:
+    """A variable as a child process of one that imported the package finds it."""
     code = (
         "import edge_dit_runtime, subprocess, sys\n"
-        "inner = 'import os; print(os.environ[\"OMP_WAIT_POLICY\"])'\n"
+        f"inner = 'import os; print(os.environ[\"{name}\"])'\n"
         "subprocess.run([sys.executable, '-c', inner], check=True)"
     )
-    kept = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    kept = {k: v for k, v in os.environ.items() if k != name}
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -112,9 +112,27 @@ def waiting(**environment: str) -> str:
     return done.stdout.strip()
 
 
-def test_waiting_threads_sleep_in_child_processes_and_the_users_word_stays():
-    assert waiting() == "PASSIVE"
-    assert waiting(OMP_WAIT_POLICY="ACTIVE") == "ACTIVE"
+@pytest.mark.parametrize(
+    ("name", "ours", "users"),
+    [("OMP_WAIT_POLICY", "PASSIVE", "ACTIVE"), ("ORT_DISABLE_TELEMETRY", "1", "0")],
+)
+def test_child_processes_inherit_what_is_set_and_the_users_word_stays(name, ours, users):
+    assert in_a_child(name) == ours
+    assert in_a_child(name, **{name: users}) == users
+
+
+@pytest.mark.parametrize("module", ["edge_dit", "edge_dit_runtime", "edge_dit_export.export"])
+def test_telemetry_is_off_before_onnxruntime_is_imported(module):
+    """It is imported late, in functions; `edge_dit` comes before all other modules of ours."""
+    code = (
+        f"import os, sys, {module}\n"
+        "print('onnxruntime' in sys.modules, os.environ.get('ORT_DISABLE_TELEMETRY'))"
+    )
+    kept = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=kept
+    )
+    assert done.stdout.split() == ["False", "1"]
 
 
 @pytest.mark.parametrize(("policy", "spins"), [("PASSIVE", "0"), ("ACTIVE", "1"), ("active", "1")])

@@ -27,6 +27,7 @@ from edge_dit.planning.plan import Plan
 from edge_dit.reference.evaluate import adapted
 from edge_dit_runtime.loop.collect import open_parts
 from edge_dit_runtime.loop.live import RING, USES, LiveDraws
+from edge_dit_runtime.run_folder import RunFolder
 from loops import on_device, write_world
 
 DRAWS = 6
@@ -182,7 +183,7 @@ def test_a_crop_is_encoded_once(make):
     assert len(encoded) == len(set(encoded)) == RING + 1
 
 
-def test_a_stopped_collection_and_a_stopped_run_go_on(make, tmp_path):
+def test_a_stopped_collection_and_a_paused_and_stopped_run_go_on(make, tmp_path):
     made = make("sana")
     shutil.copytree(made.folder / "device", tmp_path / "bank")
     (tmp_path / "bank" / "shard-00000.safetensors").unlink()
@@ -195,7 +196,9 @@ def test_a_stopped_collection_and_a_stopped_run_go_on(make, tmp_path):
         return er.train(made.bundle.folder, draws, tmp_path / folder, **options)  # type: ignore[arg-type]
 
     train("whole", target="onnx:streamed")
-    train("run", target="onnx:streamed", on_step=lambda step, _loss: step == 2)
+    pause = iter([er.Wait(0.01), None, er.Wait(0.01), None, True])
+    train("run", target="onnx:streamed", on_step=lambda _done, _loss: next(pause))
+    assert RunFolder(tmp_path / "run").read().done == 2
     assert train("run", resume=True).done == STEPS
     adapters = [tmp_path / name / "adapter.safetensors" for name in ("whole", "run")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()

@@ -2,7 +2,12 @@
 
 import csv
 import os
+import re
 import signal
+import threading
+import time
+from math import isnan
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +18,7 @@ from edge_dit.contract.adapter import read_adapter
 from edge_dit.contract.bank import draw_order
 from edge_dit.errors import BadInput
 from edge_dit_runtime.run_folder import RunFolder
-from edge_dit_runtime.training import train
+from edge_dit_runtime.training import Wait, train
 
 STEPS = 12
 
@@ -76,6 +81,126 @@ def test_killed_between_checkpoints_goes_on_from_the_last(road, whole, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         train(road.bundle, road.bank, run, target=target, steps=STEPS, on_step=die)
     assert RunFolder(run).read().done == 4
+    train(road.bundle, road.bank, run, target=target, resume=True)
+    assert bits(run) == bits(reference)
+
+
+def test_it_is_asked_before_every_step_and_told_after_the_last(road, whole, tmp_path):
+    target, reference = whole
+    asked: list[tuple[int, float]] = []
+    train(
+        road.bundle,
+        road.bank,
+        tmp_path / "run",
+        target=target,
+        steps=STEPS,
+        on_step=lambda *step: asked.append(step),
+    )
+    assert [done for done, _ in asked] == list(range(STEPS + 1))
+    assert isnan(asked[0][1])
+    with (reference / "loss.csv").open() as file:
+        assert [loss for _, loss in asked[1:]] == [float(r["loss"]) for r in csv.DictReader(file)]
+
+
+def test_a_pause_keeps_every_step_and_ends_with_the_same_bits(road, whole, tmp_path):
+    """Also before the first step: the device may be hot already."""
+    target, reference = whole
+    run, calls, kept = tmp_path / "run", [], {}
+
+    def hot(done, _loss):
+        calls.append(done)
+        if done in (0, 5) and calls.count(done) < 3:
+            if calls.count(done) == 2:
+                kept[done] = RunFolder(run).read().done
+            return Wait(seconds=0.05)
+        return None
+
+    started = time.monotonic()
+    train(road.bundle, road.bank, run, target=target, steps=STEPS, on_step=hot)
+    assert time.monotonic() - started > 4 * 0.05
+    assert kept == {0: 0, 5: 5}
+    assert (calls.count(0), calls.count(5), len(calls)) == (3, 3, STEPS + 5)
+    assert bits(run) == bits(reference)
+
+
+@pytest.mark.parametrize("when", [0, 5])
+def test_killed_during_a_pause_loses_no_step(road, whole, tmp_path, when):
+    target, reference = whole
+    run, asked = tmp_path / "run", []
+
+    def die(done, _loss):
+        asked.append(done)
+        if asked.count(when) == 2:
+            raise KeyboardInterrupt
+        return Wait(seconds=0) if done == when else None
+
+    with pytest.raises(KeyboardInterrupt):
+        train(road.bundle, road.bank, run, target=target, steps=STEPS, on_step=die)
+    assert RunFolder(run).read().done == when
+    train(road.bundle, road.bank, run, target=target, resume=True)
+    assert bits(run) == bits(reference)
+
+
+def test_ctrl_c_ends_a_pause(road, tmp_path):
+    def endless(done, _loss):
+        if done < 2:
+            return None
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return Wait(seconds=3600)
+
+    started = time.monotonic()
+    run = train(road.bundle, road.bank, tmp_path / "run", target="onnx", on_step=endless)
+    assert run.done == 2
+    assert time.monotonic() - started < 60
+
+
+def test_the_example_of_the_documents_pauses(road, whole, tmp_path, monkeypatch):
+    """That of docs/device.md, whose device cools down each time it is looked at."""
+    target, reference = whole
+    text = (Path(__file__).parents[2] / "docs" / "device.md").read_text()
+    (example,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "def on_step" in b]
+    (tmp_path / "power" / "mains").mkdir(parents=True)
+    (tmp_path / "power" / "mains" / "online").write_text("1\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("bundle", "bank"):
+        (tmp_path / name).symlink_to(getattr(road, name))
+    degrees, waited = iter([43, 40, 39, 37, 40, 42, *[30] * STEPS]), []
+
+    class Heat:
+        def read_text(self) -> str:
+            return f"{1000 * next(degrees)}\n"
+
+    replaced = {
+        'Path("/sys/class/power_supply")': f"Path({str(tmp_path / 'power')!r})",
+        "seconds=30": "seconds=0.01",
+        '"onnx:streamed"': repr(target),
+        "def on_step": "HEAT = heat\n\n\ndef on_step",
+    }
+    for old, new in replaced.items():
+        assert old in example
+        example = example.replace(old, new)
+    monkeypatch.setattr(RunFolder, "save", noting(RunFolder.save, waited))
+    exec(example, {"heat": Heat(), "__name__": "example"})
+    assert waited == [0, STEPS]  # one pause, before the first step; the end
+    assert bits(tmp_path / "run") == bits(reference)
+
+
+def noting(save, done: list[int]):
+    """A run's ``save`` that also notes the steps done."""
+
+    def save_and_note(self, session, run, draws, losses):
+        done.append(len(losses))
+        save(self, session, run, draws, losses)
+
+    return save_and_note
+
+
+def test_stopped_before_the_first_step(road, whole, tmp_path):
+    target, reference = whole
+    run = tmp_path / "run"
+    assert (
+        train(road.bundle, road.bank, run, target=target, steps=STEPS, on_step=after(0)).done == 0
+    )
     train(road.bundle, road.bank, run, target=target, resume=True)
     assert bits(run) == bits(reference)
 

@@ -156,7 +156,7 @@ class LoopStage:
                 self.bundle.with_name(f"{self.bundle.name}-{self.stage}-{time.time_ns()}"),
                 target="onnx:streamed",
                 steps=self.steps,
-                on_step=lambda _step, _loss: seen.append(time.perf_counter()),
+                on_step=lambda _done, _loss: seen.append(time.perf_counter()),
             )
-            return {"seconds": (seen[-1] - started) / len(seen)}
+            return {"seconds": (seen[-1] - started) / self.steps}
         return {"seconds": (time.perf_counter() - started) / counted}

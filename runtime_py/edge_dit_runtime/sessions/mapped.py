@@ -25,9 +25,9 @@ from edge_dit_runtime.room import room
 ROOM = 1.5
 """Tensors are loaded before they are used if the room is this many times their size."""
 ROOM_AHEAD = 2.5
-"""The same, while others of about their size are in use. Measured with SANA-0.6B's 14 blocks of 83
-MB (float32) and 21 MB (int8): at 0.5 times 6.1 s a step without and 8.4 s with, at 1.7 times 2.3
-and 1.8 s, and 2.7 s ahead too (docs/device.md)."""
+"""The same, while others of about their size are in use. Measured in 256 MiB with SANA-0.6B's 14
+blocks: of 83 MB in float32, with room for half a block, 6.1 s a step without and 8.4 s with; of 21
+MB in int8, with room for 1.7 blocks, 2.3 and 1.8 s, and 2.7 s with the next one loaded too."""
 LOOK = 0.5
 """Looking at the room takes about a millisecond."""
 POPULATE_READ = 22
