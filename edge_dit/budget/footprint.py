@@ -24,21 +24,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
+from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from edge_dit.budget.cost import FLOAT, Cost, Shapes
 from edge_dit.contract.names import STORED, THROUGH, Tail
-from edge_dit.contract.targets import INT8, PIECE, ROTATED, TARGETS, WIDE, TargetVariant
+from edge_dit.contract.targets import INT8, PIECE, ROTATED, STREAMED, TARGETS, WIDE, TargetVariant
 from edge_dit.errors import BadInput
 from edge_dit.models.model import Model
 from edge_dit.planning.plan import Plan
 from edge_dit.store.documents import STRICT, read_document, validated, write_document
 
 MB = 10**6
+PASSES = 3
+"""How often a step of the streamed layout goes through its weights: once forward, and twice in the
+backward pass, which computes each block again."""
 MEMORY_ERROR, TIME_ERROR = 0.10, 0.20
 """Largest |predicted / measured - 1| over the rows of measured.json. Memory: anonymous memory and
 file pages, each on its own. Time: of a step."""
@@ -111,11 +115,13 @@ class Profile:
         gemm: float32 operations per second of a large matrix product. Speeds scale with it.
         runtimes: by target ("onnx"). A layout with figures of its own has a further entry
             ("onnx:streamed"), and so has one that computes in int8 ("onnx:streamed:int8:int8").
+        read: bytes per second that are read from storage; None if files stay in memory once read.
     """
 
     name: str
     gemm: float
     runtimes: dict[str, Runtime]
+    read: Annotated[float, Field(gt=0)] | None = None
 
     __pydantic_config__ = STRICT
 
@@ -144,7 +150,7 @@ class Profile:
         """
         faster = gemm / self.gemm
         runtimes = {kind: r.faster(faster) for kind, r in self.runtimes.items()}
-        return Profile(name, gemm, runtimes)
+        return replace(self, name=name, gemm=gemm, runtimes=runtimes)
 
 
 REFERENCE = Profile(
@@ -183,7 +189,8 @@ def calibrated(seconds: float = 1.0) -> Profile:
 
 
 PROFILE_KEYS = (
-    'an object with "name", "gemm" (float32 operations per second of a large matrix product) and '
+    'an object with "name", "gemm" (float32 operations per second of a large matrix product), if '
+    'need be "read" (bytes per second, above 0) and '
     f'"runtimes", which has {", ".join(TARGETS)} or some of them, each an object with '
     + ", ".join(f'"{field.name}"' for field in fields(Runtime))
     + " (bytes, multiples, and operations per second)"
@@ -330,7 +337,8 @@ class Footprint:
         bundle: bytes of the target's files.
         draw: bytes of a stored draw.
         flops: operations of a step.
-        seconds: time of a step.
+        seconds: time of a step, reading included.
+        read: bytes of weights that a step reads from storage.
     """
 
     anonymous: int
@@ -339,6 +347,7 @@ class Footprint:
     draw: int
     flops: int
     seconds: float
+    read: int = 0
 
     @property
     def ram(self) -> int:
@@ -366,6 +375,7 @@ class Footprints:
         rank: int,
         variant: TargetVariant,
         tail: Tail = STORED,
+        ram: float = inf,
     ) -> Footprint:
         """Footprint of one way to train.
 
@@ -374,6 +384,8 @@ class Footprints:
             rank: LoRA rank.
             variant: target, layout and dtype of the stored weights.
             tail: what takes the place of the blocks after the last trained one.
+            ram: bytes of memory that the process may take. Weights of the streamed layout that do
+                not fit are read in every step, if the profile says how fast.
         """
         if (trained, rank, tail) not in self._sizes:
             self._sizes[trained, rank, tail] = self._sizes_of(trained, rank, tail)
@@ -387,13 +399,19 @@ class Footprints:
             sizes.differentiated * sizes.largest_activation
         )
         anonymous = runtime.anonymous + runtime.saved * held.activations + scratch + held.unmapped
+        anonymous = int(anonymous + runtime.lora_copies * lora + cost.bank_bytes)
+        weights = _stored(cost.frozen_bytes, width)
+        read = 0
+        if variant.layout == STREAMED and self.profile.read is not None:
+            read = int(PASSES * max(0, weights - max(0, ram - anonymous - runtime.file)))
         return Footprint(
-            anonymous=int(anonymous + runtime.lora_copies * lora + cost.bank_bytes),
+            anonymous=anonymous,
             file=runtime.file + held.mapped,
-            bundle=_stored(cost.frozen_bytes, width) + lora,
+            bundle=weights + lora,
             draw=cost.bank_bytes // (2 if self.bank == "float16" else 1),
             flops=cost.flops,
-            seconds=_slowed(variant) * seconds,
+            seconds=_slowed(variant) * seconds + read / (self.profile.read or inf),
+            read=read,
         )
 
     def _sizes_of(self, trained: range | tuple[int, ...], rank: int, tail: Tail) -> Sizes:

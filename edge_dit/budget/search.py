@@ -217,7 +217,7 @@ class Candidate:
             f"{option.variant}, skip {option.head_skip} before and {option.tail_skip} after"
             f"{_named(option)}{between}, patch {option.s_min} px, rank {option.rank}: "
             f"{size(footprint.anonymous)} anonymous and {size(footprint.file)} of files, "
-            f"{footprint.seconds:.3g} s a step"
+            f"{footprint.seconds:.3g} s a step{_reading(footprint)}"
         )
 
 
@@ -313,21 +313,23 @@ class Space:
         can = (STORED,) if inner_skips else TARGETS[variant.target].tails
         return can if self.bounds.tail is None else tuple(t for t in can if t == self.bounds.tail)
 
-    def candidate(self, option: Option) -> Candidate:
-        """An option with its footprint and score."""
+    def candidate(self, option: Option, ram: float = inf) -> Candidate:
+        """An option with its footprint, where there are ``ram`` bytes of memory, and score."""
         ends = self.layers, option.head_skip, option.tail_skip
         trained = tuple(trained_blocks(*ends, option.inner_skips))
         patch = self.patches[option.s_min]
-        footprint = patch.of(trained, option.rank, option.variant, option.tail)
+        footprint = patch.of(trained, option.rank, option.variant, option.tail, ram)
         return Candidate(option, footprint, self.score(option))
 
-    def candidates(self) -> list[Candidate]:
-        """Every combination, best first: by score, then by time, then by memory."""
+    def candidates(self, ram: float = inf) -> list[Candidate]:
+        """Every combination where there are ``ram`` bytes of memory, best first: by score, then by
+        time, then by memory.
+        """
 
         def order(candidate: Candidate) -> tuple[float, float, int]:
             return -candidate.score, candidate.footprint.seconds, candidate.footprint.ram
 
-        return sorted(map(self.candidate, self.options()), key=order)
+        return sorted((self.candidate(option, ram) for option in self.options()), key=order)
 
     def fits(self, candidate: Candidate, limits: Limits) -> bool:
         """Whether a candidate keeps to all limits, with the margins to spare."""
@@ -382,7 +384,7 @@ def choose(space: Space, limits: Limits) -> Choice:
     Raises:
         BadInput: no plan fits; the message names limits that some plan would fit.
     """
-    everything = space.candidates()
+    everything = space.candidates(limits.ram)
     fitting = [candidate for candidate in everything if space.fits(candidate, limits)]
     if not fitting:
         raise _nothing_fits(space, everything, limits)
@@ -435,6 +437,11 @@ def differences(one: Option, other: Option) -> list[str]:
         ("run as", str(one.variant), str(other.variant)),
     )
     return [f"{name} {before} -> {after}" for name, before, after in rows if before != after]
+
+
+def _reading(footprint: Footprint) -> str:
+    """What a step reads in words, where it reads."""
+    return f", in which {size(footprint.read)} of weights are read" if footprint.read else ""
 
 
 def _named(option: Option) -> str:

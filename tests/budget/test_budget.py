@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from edge_dit.app.planner import plan_job
 from edge_dit.app.public_plan import PublicRequest, best_within
-from edge_dit.budget.footprint import REFERENCE
+from edge_dit.budget.footprint import REFERENCE, Footprints
 from edge_dit.budget.limits import Limits
 from edge_dit.budget.search import (
     FRESH_SHARE,
@@ -305,6 +305,31 @@ def candidate_of(space, tail):
     """With two blocks skipped after the trained ones, streamed."""
     way = TargetVariant("onnx", "streamed")
     return space.candidate(Option(1, 2, 512, space.bounds.rank, way, (), tail))
+
+
+def test_slow_storage_counts_in_a_budget_of_memory_and_time(space):
+    """Streamed, in memory that holds a block and little more."""
+    ends = replace(space.bounds, head_skip=1, tail_skip=0)
+    ways = [TargetVariant("onnx", "streamed"), TargetVariant("onnx", "streamed", "int8")]
+    small = {256: space.patches[256].shapes}
+
+    def on(rate: float | None) -> Space:
+        profile = replace(REFERENCE, read=rate)
+        patches = {side: Footprints(shapes, profile) for side, shapes in small.items()}
+        return replace(space, bounds=ends, variants=ways, patches=patches)
+
+    wide = Option(1, 0, 256, 16, ways[0])
+    ram = MARGIN * on(None).candidate(wide).footprint.ram
+    in_time = Limits(ram=ram, seconds=2 * TIME_MARGIN * on(None).candidate(wide).footprint.seconds)
+    assert choose(on(None), in_time).best.option == wide
+    fast = choose(on(10e9), in_time).best
+    assert fast.option == wide
+    assert fast.footprint.read > 0
+    assert f"in which {size(fast.footprint.read)} of weights are read" in fast.in_words()
+    slow = choose(on(100e6), in_time).best
+    assert slow.option.variant == ways[1]  # a quarter of the bytes, which fit
+    assert slow.footprint.read < fast.footprint.read
+    assert "are read" not in choose(on(100e6), Limits(seconds=1e6)).best.in_words()
 
 
 def test_without_a_selection_the_papers_ablation_speaks(space):

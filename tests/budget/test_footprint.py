@@ -1,7 +1,10 @@
 """Footprints: what they depend on, how far they are from what was measured, device profiles."""
 
-from dataclasses import asdict
+import json
+from dataclasses import asdict, replace
 from functools import cache
+from math import inf
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,7 @@ from edge_dit.budget.footprint import (
     MEMORY_ERROR,
     REFERENCE,
     TIME_ERROR,
+    Footprint,
     Footprints,
     Profile,
     calibrated,
@@ -34,6 +38,7 @@ from edge_dit.models.public_configs import public_config
 from edge_dit.store.documents import write_document
 
 MACHINE, MEASURED = read_measured()
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 KNOWN = [*VARIANTS, *(variant for variant in INT8_VARIANTS if variant.compute == INT8)]
 TEXT = {"sana-0.6b": 300, "sd3-medium": 333}
 """Text tokens of the measured configurations, as tests/benchmarks/footprint.py has them."""
@@ -131,12 +136,59 @@ def test_every_variant_has_its_layout_and_its_runtime():
     assert REFERENCE.runtimes.keys() == names
 
 
+# ---------------------------------------------------------------- weights that are read again
+
+RATE = 500e6
+
+
+def in_little(ram: float, way: str, rate: float | None = RATE) -> Footprint:
+    """14 blocks of SANA-0.6B where there are ``ram`` bytes of memory."""
+    shapes = footprints("sana-0.6b", 14).shapes
+    profile = replace(REFERENCE, read=rate)
+    return Footprints(shapes, profile).of(range(14), 16, variant_of(way), ram=ram)
+
+
+@pytest.mark.parametrize("mib", [256, 512])
+def test_what_is_read_in_little_memory_is_near_what_was_measured(mib):
+    raw = json.loads((RESULTS / f"memory-{mib}MiB.json").read_text())
+    for row in raw["rows"]:
+        way = TargetVariant(row["target"], row["layout"], row["dtype"], row["compute"])
+        read = in_little(mib * 2**20, str(way)).read
+        assert read / 1e6 == pytest.approx(row["read_mb"], rel=0.3, abs=100), way
+
+
+def test_reading_takes_time():
+    ample, little = in_little(inf, "onnx:streamed"), in_little(512e6, "onnx:streamed")
+    assert ample.read == 0 < little.read
+    assert little.seconds - ample.seconds == pytest.approx(little.read / RATE)
+    # A megabyte more of memory is read once less in each pass.
+    assert little.read - in_little(513e6, "onnx:streamed").read == 3 * 10**6
+
+
+@pytest.mark.parametrize(
+    ("way", "rate"), [("onnx", RATE), ("executorch", RATE), ("onnx:streamed", None)]
+)
+def test_what_stays_in_memory_is_not_read_again(way, rate):
+    assert in_little(256e6, way, rate) == in_little(inf, way, rate)
+
+
 # ---------------------------------------------------------------- device profiles
 
 
 def test_a_profile_is_read_back(tmp_path):
     write_profile(REFERENCE, tmp_path / "device.json")
     assert read_profile(tmp_path / "device.json") == REFERENCE
+
+
+def test_a_profile_may_say_how_fast_files_are_read(tmp_path):
+    raw = asdict(REFERENCE)
+    del raw["read"]
+    write_document(tmp_path / "device.json", raw)
+    assert read_profile(tmp_path / "device.json") == REFERENCE
+    flash = replace(REFERENCE, read=80e6)
+    write_profile(flash, tmp_path / "device.json")
+    assert read_profile(tmp_path / "device.json") == flash
+    assert flash.at(1e9).read == 80e6
 
 
 def test_a_profile_that_is_missing(tmp_path):
@@ -151,6 +203,7 @@ def test_a_profile_that_is_missing(tmp_path):
         (lambda raw: raw.pop("gemm"), "gemm: Field required"),
         (lambda raw: raw["runtimes"]["onnx"].pop("scratch"), "runtimes.onnx.scratch"),
         (lambda raw: raw["runtimes"]["onnx"].update(share=0.3), "runtimes.onnx.share"),
+        (lambda raw: raw.update(read=0), "read: "),
     ],
 )
 def test_what_is_no_profile_is_told_the_keys(tmp_path, change, words):
@@ -160,7 +213,7 @@ def test_what_is_no_profile_is_told_the_keys(tmp_path, change, words):
     with pytest.raises(BadInput) as caught:
         read_profile(tmp_path / "device.json")
     assert words in caught.value.found
-    for key in ("gemm", "runtimes", "executorch", "scratch", "tensors_per_block"):
+    for key in ("gemm", "read", "runtimes", "executorch", "scratch", "tensors_per_block"):
         assert key in caught.value.expected
 
 
