@@ -56,8 +56,8 @@ def run(world, name="run", stop_after=None, **options):
         first = []
 
         def stop(done, _loss):
-            first.append(done)
-            return len(first) == stop_after
+            first.append(done)  # asked before each step
+            return len(first) == stop_after + 1
 
         options["on_step"] = stop
     return train(world / "bundle", world / "bank", world / name, **options)
