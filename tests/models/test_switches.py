@@ -518,7 +518,7 @@ def test_a_changed_key_of_an_autoencoder_works_or_is_refused(family, data, tmp_p
     text = json.dumps(config)
     (tmp_path / "vae" / "config.json").write_text(text)
     read, fault = attempt(lambda: made.vae_config(tmp_path))
-    if "NaN" in text or "Infinity" in text:  # no JSON
+    if "NaN" in text:  # it equals nothing, so it is refused wherever it stands
         assert "a value that is not a number" in str(fault)
     elif fault is None:
         assert made.multiple({"patch_size": 1}, read) >= 1
