@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -450,9 +451,12 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
             raise ValueError(f"larger than {LIMIT} bytes")
         if data.startswith(b"\xef\xbb\xbf"):
             raise ValueError("a byte order mark, which diffusers does not read")
-        value = json.loads(data.decode("utf-8"), parse_constant=_constant)
+        value = json.loads(data.decode("utf-8"))  # stock schedulers save -Infinity
         if not isinstance(value, dict):
             raise ValueError(f"{type(value).__name__} in place of an object")
+        for key, inner in value.items():
+            if _has_nan(inner):
+                raise ValueError(f"{key} = {inner!r:.80}: a value that is not a number (NaN)")
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(
             path,
@@ -511,10 +515,11 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
             yield from _entries(inner)
 
 
-def _constant(name: str) -> float:
-    if name == "NaN":
-        raise ValueError("a value that is not a number (NaN)")
-    return float(name)  # stock schedulers save -Infinity (lambda_min_clipped)
+def _has_nan(value: Any) -> bool:
+    """Whether a value of a configuration is NaN, or one within it is."""
+    if isinstance(value, (dict, list)):
+        return any(map(_has_nan, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, float) and isnan(value)
 
 
 def brief(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from edge_dit.models.quantize import to_int8
 from edge_dit.models.rotation import is_rotated, rotate
-from edge_dit.models.subgraph import can_carry_lora
+from edge_dit.models.subgraph import frozen_layers
 
 LEVELS = 255
 """Steps of an activation's range."""
@@ -168,12 +168,7 @@ def computing_in_int8(blocks: Iterable[nn.Module], rows: bool = False) -> Iterat
         rows: whether each row of an activation has its own scale, as with ExecuTorch, or each
             tensor, as with ONNX.
     """
-    modules: list[Any] = [
-        module
-        for block in blocks
-        for module in block.modules()
-        if can_carry_lora(module) and not module.weight.requires_grad  # type: ignore[union-attr]
-    ]
+    modules: list[Any] = [*frozen_layers(blocks)]
     before: list[Any] = [module.__class__ for module in modules]
     try:
         for module in modules:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edge_dit.models.subgraph import can_carry_lora
+from edge_dit.models.subgraph import frozen_layers
 
 LARGEST_BLOCK = 128
 """Most channels that are mixed."""
@@ -107,17 +107,12 @@ def taken_for_rotated(blocks: Iterable[nn.Module]) -> Iterator[None]:
     Args:
         blocks: LoRA in place, if they carry any; on any device.
     """
-    modules: dict[int, Any] = {
-        id(module): module
-        for block in blocks
-        for module in block.modules()
-        if can_carry_lora(module) and not module.weight.requires_grad  # type: ignore[union-attr]
-    }
-    before = [module.__class__ for module in modules.values()]
+    modules: list[Any] = [*frozen_layers(blocks)]
+    before = [module.__class__ for module in modules]
     try:
-        for module in modules.values():
+        for module in modules:
             take_for_rotated(module)
         yield
     finally:
-        for module, kind in zip(modules.values(), before, strict=True):
+        for module, kind in zip(modules, before, strict=True):
             module.__class__ = kind

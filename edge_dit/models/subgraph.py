@@ -53,6 +53,19 @@ def can_carry_lora(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or one
 
 
+def frozen_layers(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules of blocks whose frozen weight is a matrix, each once: linear layers and 1x1
+    convolutions, those within LoRA too.
+    """
+    found = {
+        id(module): module
+        for block in blocks
+        for module in block.modules()
+        if can_carry_lora(module) and not module.weight.requires_grad  # type: ignore[union-attr]
+    }
+    return list(found.values())
+
+
 def lora_modules(
     family: Family,
     model: nn.Module,

@@ -304,11 +304,7 @@ def train(runs: list[Run]) -> list[list[float]]:
     subgraph = TrainableSubgraph(pipeline.transformer, family, running, grid, arm.tail)
     sessions = ManySessions(subgraph, layers, plan.optimizer)
     progress, losses = Progress(runs[0].arm, 0, plan.steps), []
-    with (
-        nullcontext()
-        if arm.compute == WIDE
-        else computing_in_int8(map(subgraph.get_submodule, (*subgraph.order, *subgraph.after)))
-    ):
+    with nullcontext() if arm.compute == WIDE else computing_in_int8(subgraph.blocks()):
         for step in range(plan.steps):
             batch = [draw(row, step) for row in range(len(runs))]
             lr = learning_rate(step, plan.steps, plan.optimizer.lr)

@@ -515,12 +515,9 @@ def test_a_changed_key_of_an_autoencoder_works_or_is_refused(family, data, tmp_p
     key = data.draw(st.sampled_from(sorted(made.vae_switches)))
     config[key] = data.draw(VALUES)
     (tmp_path / "vae").mkdir(exist_ok=True)
-    text = json.dumps(config)
-    (tmp_path / "vae" / "config.json").write_text(text)
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
     read, fault = attempt(lambda: made.vae_config(tmp_path))
-    if "NaN" in text:  # it equals nothing, so it is refused wherever it stands
-        assert "a value that is not a number" in str(fault)
-    elif fault is None:
+    if fault is None:
         assert made.multiple({"patch_size": 1}, read) >= 1
     else:
         assert f"{key} = " in str(fault) or "values" in str(fault)
