@@ -18,10 +18,20 @@ print(onnxruntime.__version__, run.done)
 NOWHERE = "http://127.0.0.1:9"
 """A proxy that does not answer, so that what the control would report goes nowhere."""
 
-CI = (
-    "CI GITHUB_ACTIONS GITLAB_CI TF_BUILD CIRCLECI TRAVIS APPVEYOR BUILDKITE JENKINS_URL "
-    "TEAMCITY_VERSION CODEBUILD_BUILD_ID BUILD_NUMBER"
-).split()
+CI = [
+    "CI",
+    "GITHUB_ACTIONS",
+    "GITLAB_CI",
+    "TF_BUILD",
+    "CIRCLECI",
+    "TRAVIS",
+    "APPVEYOR",
+    "BUILDKITE",
+    "JENKINS_URL",
+    "TEAMCITY_VERSION",
+    "CODEBUILD_BUILD_ID",
+    "BUILD_NUMBER",
+]
 """Where one of these is set, onnxruntime reports nothing by itself (its pull request 27379): both
 tests would say nothing of a user's machine."""
 
