@@ -18,7 +18,8 @@ CROPS: dict[str, Callable[[float, float], float]] = {
     "random": lambda sigma, chance: chance,
 }
 """(noise level, chance), both in [0, 1] -> (crop side - s_min) / (s_max - s_min). Eq. 1 is
-"low-to-high"; every crop is resized to s_min. A crop named "whole" is the whole image at s_max."""
+"low-to-high"; every crop is resized to s_min. A crop named "whole" is the whole image at s_max. One
+named "window" is too, on its way through the skipped blocks; the trained ones see s_min of it."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Arm:
     Attributes:
         title: its row in the tables.
         source: where the paper has it.
-        crop: "whole" or one of `CROPS`.
+        crop: "whole", "window" or one of `CROPS`.
         skipped: share of the blocks without LoRA.
         where: which blocks those are: "selected" (n*, m*) of the model's own selection, "drawn"
             (n*, m*) of the paper's selector, "proposed" with a run between trained blocks that the
@@ -52,6 +53,11 @@ class Arm:
     patch: float = 0.5
     tail: Tail = STORED
     compute: str = "float32"
+
+    @property
+    def whole(self) -> bool:
+        """Whether whole pictures pass the first blocks, at s_max."""
+        return self.crop in ("whole", "window")
 
     @property
     def banked(self) -> bool:
@@ -137,6 +143,12 @@ ARMS: dict[str, Arm] = {
         )
         for percent in (50, 40, 30)
         for tail in TAILS
+    },
+    **{
+        f"window-{percent}": Arm(
+            f"{percent} %, selected, a window of the states", "", "window", percent / 100
+        )
+        for percent in (30, 50)
     },
     **{
         f"int8-{percent}": Arm(

@@ -29,7 +29,7 @@ from edge_dit.contract.bank import Draw, draw_order
 from edge_dit.contract.names import STORED, Tail
 from edge_dit.contract.noise import NOISE, POSTERIOR
 from edge_dit.contract.targets import WIDE
-from edge_dit.models.families.family import State
+from edge_dit.models.families.family import Grid, State
 from edge_dit.models.int8_products import computing_in_int8
 from edge_dit.models.model import Model
 from edge_dit.models.patch_sampler import PatchSampler
@@ -161,7 +161,7 @@ def begin(run: Run, draw: Draw) -> Through:
     subject, model = subject_of(run.job, run.subject), model_for(run.job)
     family, objective = model.family, model.objective
     chance = float(np.random.default_rng([draw.seed, 1]).random())
-    share = 1.0 if arm.crop == "whole" else CROPS[arm.crop](draw.sigma, chance)
+    share = 1.0 if arm.whole else CROPS[arm.crop](draw.sigma, chance)
     pixels = torch.from_numpy(subject.train[draw.image].pixels).unsqueeze(0)
     sampler = PatchSampler(replace(plan.crop_rule, s_min=side_of(arm, plan)))
     patch = sampler(pixels, torch.tensor([share]), torch.tensor([draw.u, draw.v]))
@@ -173,37 +173,87 @@ def begin(run: Run, draw: Draw) -> Through:
         objective.noised(clean, noise, draw.sigma),
         objective.timestep(draw.sigma),
         subject.prompts[draw.image],
-        (side_of(arm, plan) // plan.multiple,) * 2,
+        grid_of(side_of(arm, plan), plan),
     )
     state, cond = family.begin(pipeline.transformer, inputs)
     return Through([state], cond, objective.target(clean, noise), objective.weight(draw.sigma))
 
 
 def side_of(arm: Arm, plan: Plan) -> int:
-    """Pixels of what the arm trains on."""
-    return plan.s_max if arm.crop == "whole" else plan.s_min
+    """Pixels of what passes the first blocks."""
+    return plan.s_max if arm.whole else plan.s_min
+
+
+def grid_of(side: int, plan: Plan) -> Grid:
+    """Token rows and columns of a square of ``side`` pixels."""
+    return (side // plan.multiple,) * 2
 
 
 @functools.lru_cache(maxsize=16)
 @torch.no_grad()
-def bank_of(job: Path, subject: Path, seed: int, steps: int, patch: float) -> list[Through]:
-    """A bank's draws with the base model's states around every block: what any arm of this patch
-    that skips blocks may store (docs/method.md, Eq. 3). All of them crop by Eq. 1.
+def bank_of(
+    job: Path, subject: Path, seed: int, steps: int, crop: str, patch: float
+) -> list[Through]:
+    """A bank's draws with the base model's states around every block: what any arm of this crop and
+    patch that skips blocks may store (docs/method.md, Eq. 3).
     """
-    like = next(name for name, arm in ARMS.items() if arm.banked and arm.patch == patch)
+    like = next(
+        n for n, arm in ARMS.items() if arm.banked and (arm.crop, arm.patch) == (crop, patch)
+    )
     run = Run(job, like, subject, seed, steps)
     plan = plan_for(run)
     family = model_for(job).family
-    draws = [begin(run, draw) for draw in draws_of(run, plan.draws)]
+    drawn, grid = draws_of(run, plan.draws), grid_of(side_of(ARMS[like], plan), plan)
+    draws = [begin(run, draw) for draw in drawn]
     for block in family.blocks(pipeline_of(job).transformer).values():
         for some in (draws[first : first + 16] for first in range(0, len(draws), 16)):
             before = [through.states[-1]._asdict() for through in some]
             cond = joined([through.cond for through in some])
-            after = family.run_block(block, State(**joined(before)), cond, plan.grid)
+            after = family.run_block(block, State(**joined(before)), cond, grid)
             for row, through in enumerate(some):
                 part = [None if v is None else v[row : row + 1].clone() for v in after]
                 through.states.append(State(*part))
+    if crop == "window":
+        return [window(one, draw, grid, plan.grid) for one, draw in zip(draws, drawn, strict=True)]
     return draws
+
+
+def window(through: Through, draw: Draw, whole: Grid, patch: Grid) -> Through:
+    """What a window of a whole picture's tokens holds of a draw, at the draw's place.
+
+    Args:
+        through: of the whole picture.
+        draw: its u and v say where the window is.
+        whole: token rows and columns of the picture.
+        patch: those of the window.
+    """
+    top, left = (
+        min(int(place * (all_ - some + 1)), all_ - some)
+        for place, all_, some in zip((draw.v, draw.u), whole, patch, strict=True)
+    )
+
+    def tokens(value: Tensor, batch: bool = True) -> Tensor:
+        """[(1,) text and image, ...]: the text's and those of the image that are in the window."""
+        value = value if batch else value[None]
+        text, image = value.split([value.shape[1] - whole[0] * whole[1], whole[0] * whole[1]], 1)
+        image = image.unflatten(1, whole)[:, top : top + patch[0], left : left + patch[1]]
+        value = torch.cat([text, image.flatten(1, 2)], 1)
+        return value if batch else value[0]
+
+    states = [State(tokens(state.image), state.text) for state in through.states]
+    cond = {
+        name: tokens(value, batch=False) if name.startswith("rope_") else value
+        for name, value in through.cond.items()
+    }
+    target = through.target
+    if target.dim() == 4:
+        scale = target.shape[2] // whole[0]
+        rows, columns = (
+            slice(scale * begin_, scale * (begin_ + size))
+            for begin_, size in zip((top, left), patch, strict=True)
+        )
+        return Through(states, cond, target[:, :, rows, columns], through.weight)
+    return Through(states, cond, tokens(target), through.weight)
 
 
 def stored(
@@ -285,7 +335,7 @@ def train(runs: list[Run]) -> list[list[float]]:
     chosen = blocks_of(runs[0])
     running = chosen if arm.stand_in != "blocks" else list(range(plan.layers))
     if arm.banked:  # the same draws again and again
-        banks = [bank_of(r.job, r.subject, r.seed, r.steps, arm.patch) for r in runs]
+        banks = [bank_of(r.job, r.subject, r.seed, r.steps, arm.crop, arm.patch) for r in runs]
     else:
         fresh = [draws_of(run, plan.steps) for run in runs]
 
@@ -300,7 +350,7 @@ def train(runs: list[Run]) -> list[list[float]]:
     seeds = [run.seed for run in runs]
     pipeline.transformer.requires_grad_(False)
     layers = add_many_lora(pipeline.transformer, modules, plan.rank, plan.alpha, seeds)
-    grid = (side_of(arm, plan) // plan.multiple,) * 2
+    grid = plan.grid if arm.banked else grid_of(side_of(arm, plan), plan)
     subgraph = TrainableSubgraph(pipeline.transformer, family, running, grid, arm.tail)
     sessions = ManySessions(subgraph, layers, plan.optimizer)
     progress, losses = Progress(runs[0].arm, 0, plan.steps), []

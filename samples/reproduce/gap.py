@@ -24,6 +24,7 @@ from experiment import (
     Run,
     bank_of,
     blocks_of,
+    grid_of,
     model_for,
     pipeline_of,
     plan_for,
@@ -47,11 +48,11 @@ def losses(runs: list[Run], blocks: list[int]) -> torch.Tensor:
     """Mean loss over the first `DRAWS` draws of each run's bank when ``blocks`` run, [runs]."""
     arm, plan = ARMS[runs[0].arm], plan_for(runs[0])
     model = pipeline_of(runs[0].job).transformer
-    grid = (side_of(arm, plan) // plan.multiple,) * 2
+    grid = plan.grid if arm.banked else grid_of(side_of(arm, plan), plan)
     layers = [module for module in model.modules() if isinstance(module, ManyLora)]
     subgraph = TrainableSubgraph(model, model_for(runs[0].job).family, blocks, grid)
     sessions = ManySessions(subgraph, layers, AdamW(0))
-    banks = [bank_of(r.job, r.subject, r.seed, r.steps, arm.patch)[:DRAWS] for r in runs]
+    banks = [bank_of(r.job, r.subject, r.seed, r.steps, arm.crop, arm.patch)[:DRAWS] for r in runs]
     residuals = arm.stand_in == "residual"
     found = [
         sessions.losses([stored(through, blocks, residuals) for through in draws])
