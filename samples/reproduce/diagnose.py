@@ -196,6 +196,16 @@ def shares_of_similarity(found: Outcomes, arm: str, steps: int) -> list[float]:
     return [sum(gains[0::2]) / sum(gains[1::2]) for gains in by_toy.values()]
 
 
+def missing_by_level(found: Outcomes, arm: str, steps: int) -> list[float]:
+    """Where in the noise lies what an arm lacks of full LoRA's gain; shares that sum to 1."""
+    losses = [
+        np.mean([outcome["losses"]["full"] for outcome in found[name, steps]], 0)
+        for name in (arm, "full")
+    ]
+    lacking = losses[0] - losses[1]
+    return (lacking / lacking.sum()).tolist()
+
+
 def summary(found: Outcomes) -> dict[str, Any]:
     """Every share with its standard error, as JSON has it."""
     rows: dict[str, Any] = {}
@@ -210,6 +220,7 @@ def summary(found: Outcomes) -> dict[str, Any]:
                     float(np.mean(shares(found, arm, steps, "full", level)))
                     for level in range(levels)
                 ],
+                "missing by level": missing_by_level(found, arm, steps),
             }
     return rows
 

@@ -41,6 +41,7 @@ from edge_dit.models.subgraph import (
     inner_runs,
     lora_modules,
 )
+from edge_dit.pictures.crop import CropRule
 from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.pictures.draws import DrawRule
 from edge_dit.planning.job import read_job
@@ -224,36 +225,31 @@ def window(through: Through, draw: Draw, whole: Grid, patch: Grid) -> Through:
     Args:
         through: of the whole picture.
         draw: its u and v say where the window is.
-        whole: token rows and columns of the picture.
-        patch: those of the window.
+        whole: token rows and columns of the picture, a square.
+        patch: those of the window, a square.
     """
-    top, left = (
-        min(int(place * (all_ - some + 1)), all_ - some)
-        for place, all_, some in zip((draw.v, draw.u), whole, patch, strict=True)
-    )
+    place = CropRule(patch[0], whole[0], 1).crop(0.0, draw.u, draw.v, *whole)
+    rows, columns = (slice(first, first + place.side) for first in (place.top, place.left))
 
-    def tokens(value: Tensor, batch: bool = True) -> Tensor:
-        """[(1,) text and image, ...]: the text's and those of the image that are in the window."""
-        value = value if batch else value[None]
-        text, image = value.split([value.shape[1] - whole[0] * whole[1], whole[0] * whole[1]], 1)
-        image = image.unflatten(1, whole)[:, top : top + patch[0], left : left + patch[1]]
-        value = torch.cat([text, image.flatten(1, 2)], 1)
-        return value if batch else value[0]
+    def cut(value: Tensor) -> Tensor:
+        """Tokens [1, text + image, ...]: all of the text's, and the image's that are inside."""
+        count = whole[0] * whole[1]
+        text, image = value.split([value.shape[1] - count, count], 1)
+        return torch.cat([text, image.unflatten(1, whole)[:, rows, columns].flatten(1, 2)], 1)
 
-    states = [State(tokens(state.image), state.text) for state in through.states]
+    states = [State(cut(state.image), state.text) for state in through.states]
     cond = {
-        name: tokens(value, batch=False) if name.startswith("rope_") else value
+        name: cut(value[None])[0] if name.startswith("rope_") else value
         for name, value in through.cond.items()
     }
     target = through.target
-    if target.dim() == 4:
-        scale = target.shape[2] // whole[0]
-        rows, columns = (
-            slice(scale * begin_, scale * (begin_ + size))
-            for begin_, size in zip((top, left), patch, strict=True)
-        )
-        return Through(states, cond, target[:, :, rows, columns], through.weight)
-    return Through(states, cond, tokens(target), through.weight)
+    if target.dim() == 4:  # latents [1, C, h, w], not tokens
+        latents = target.shape[2] // whole[0]
+        target = target.unflatten(3, (-1, latents)).unflatten(2, (-1, latents))
+        target = target[:, :, rows, :, columns].flatten(4, 5).flatten(2, 3)
+    else:
+        target = cut(target)
+    return Through(states, cond, target, through.weight)
 
 
 def stored(

@@ -24,11 +24,9 @@ from experiment import (
     Run,
     bank_of,
     blocks_of,
-    grid_of,
     model_for,
     pipeline_of,
     plan_for,
-    side_of,
     stored,
     train,
 )
@@ -48,9 +46,8 @@ def losses(runs: list[Run], blocks: list[int]) -> torch.Tensor:
     """Mean loss over the first `DRAWS` draws of each run's bank when ``blocks`` run, [runs]."""
     arm, plan = ARMS[runs[0].arm], plan_for(runs[0])
     model = pipeline_of(runs[0].job).transformer
-    grid = plan.grid if arm.banked else grid_of(side_of(arm, plan), plan)
     layers = [module for module in model.modules() if isinstance(module, ManyLora)]
-    subgraph = TrainableSubgraph(model, model_for(runs[0].job).family, blocks, grid)
+    subgraph = TrainableSubgraph(model, model_for(runs[0].job).family, blocks, plan.grid)
     sessions = ManySessions(subgraph, layers, AdamW(0))
     banks = [bank_of(r.job, r.subject, r.seed, r.steps, arm.crop, arm.patch)[:DRAWS] for r in runs]
     residuals = arm.stand_in == "residual"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tiny
 from edge_dit.contract.adamw import AdamW
+from edge_dit.contract.bank import Crop, Draw
 from edge_dit.contract.names import TAILS
 from edge_dit.models.families.family import State
 from edge_dit.models.subgraph import (
@@ -35,7 +36,7 @@ import experiment
 import measures
 import tables
 from arms import ARMS, CLAIMS, CROPS, NO_LORA, Claim, Skips, lora_blocks
-from experiment import Through, how_selected, settings, stored
+from experiment import Through, how_selected, settings, stored, window
 from run import SAMPLES, Run, all_runs, is_done, perform
 from side_by_side import ManySessions, add_many_lora, remove_many_lora
 
@@ -129,6 +130,31 @@ def test_crops_at_both_ends_of_the_noise() -> None:
         "high-to-low": (1, 0),
         "random": (0.3, 0.3),
     }
+
+
+@given(u=unit, v=unit)
+def test_a_window_is_the_same_place_of_states_positions_and_target(u: float, v: float) -> None:
+    """Every value says which token it is of; text, of which there are 3 tokens, is kept."""
+    image = torch.arange(36.0).reshape(1, 36, 1)
+    both = torch.cat([-torch.ones(1, 3, 1), image], 1)
+    latents = image.reshape(1, 1, 6, 6).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    draw = Draw(0, 0, 0, 0.5, u, v, Crop(0, 0, 8))
+    found = [
+        window(Through([State(image), State(both)], {"rope_cos": both[0]}, target, None), *where)
+        for target in (latents, image)
+        for where in [(draw, (6, 6), (2, 2))]
+    ]
+    kept = found[0].states[0].image.flatten().tolist()
+    first = int(kept[0])
+    assert kept == [first, first + 1, first + 6, first + 7]
+    assert first // 6 <= 4
+    assert first % 6 <= 4
+    for one in found:
+        assert one.states[1].image.flatten().tolist() == [-1, -1, -1, *kept]
+        assert one.cond["rope_cos"].flatten().tolist() == [-1, -1, -1, *kept]
+    assert found[0].target.shape == (1, 1, 4, 4)
+    assert found[0].target[0, 0, ::2, ::2].flatten().tolist() == kept
+    assert found[1].target.flatten().tolist() == kept
 
 
 def test_every_arm_has_lora_where_it_says() -> None:
