@@ -61,6 +61,7 @@ PIPELINES = {
     "pixart-sigma": ("PixArtSigmaPipeline", "pixart-sigma"),
     "qwen-image": ("QwenImagePipeline", "qwen-image"),
     "qwen-image-zero-cond": ("QwenImagePipeline", "qwen-image-zero-cond"),
+    "lumina2": ("Lumina2Pipeline", "lumina2"),
 }
 """Name -> pipeline class, and the variant of its transformer."""
 
@@ -75,6 +76,7 @@ def write_pipeline(name: str, folder: Path) -> Path:
         "StableDiffusion3Pipeline": _sd3_parts,
         "PixArtSigmaPipeline": _pixart_parts,
         "QwenImagePipeline": _qwen_parts,
+        "Lumina2Pipeline": _lumina2_parts,
     }[class_name]()
     if name == "sd3-without-t5":
         parts |= {"text_encoder_3": None, "tokenizer_3": None}
@@ -152,16 +154,26 @@ def _qwen_parts() -> dict[str, Any]:
     }
 
 
+def _lumina2_parts() -> dict[str, Any]:
+    tokenizer = gemma_tokenizer()
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": _gemma(len(tokenizer)),
+        "vae": _autoencoder_kl(stages=4, scaling_factor=0.3611, shift_factor=0.1159),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
+    }
+
+
 # ---------------------------------------------------------------- autoencoders
 
 
-def _autoencoder_kl(**factors: float) -> AutoencoderKL:
-    """4 x 4 pixels -> 4 channels."""
+def _autoencoder_kl(stages: int = 3, **factors: float) -> AutoencoderKL:
+    """4 x 4 pixels, or 8 x 8 in four stages, -> 4 channels."""
     torch.manual_seed(1)
     return AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8,) * stages,
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
         norm_num_groups=4,
         latent_channels=4,
         **factors,  # type: ignore[arg-type]
@@ -315,7 +327,8 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 @cache
 def gemma_tokenizer() -> GemmaTokenizer:
-    """Like `clip_tokenizer`; also every word of SanaPipeline's instruction is one token."""
+    """Like `clip_tokenizer`; also every word of what pipelines put before a prompt is one token."""
+    bare: Any = diffusers.Lumina2Pipeline(None, None, None, None, None)  # type: ignore[arg-type]
     told = inspect.signature(diffusers.SanaPipeline.__call__).parameters
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -328,6 +341,7 @@ def gemma_tokenizer() -> GemmaTokenizer:
         show_progress=False,
     )
     texts = [SHORT, LONG.lower(), *told["complex_human_instruction"].default]
+    texts += [f"{bare.system_prompt} <Prompt Start> {prompt}" for prompt in (SHORT, LONG)]
     tokenizer.train_from_iterator(texts, trainer)
     bpe = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(pair) for pair in bpe["merges"]]

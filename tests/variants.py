@@ -85,6 +85,18 @@ _QWEN = {
     "joint_attention_dim": 24,
     "axes_dims_rope": (4, 6, 6),
 }
+_LUMINA2 = {
+    "in_channels": 4,
+    "hidden_size": 32,
+    "num_layers": 4,
+    "num_refiner_layers": 1,
+    "num_attention_heads": 4,
+    "num_kv_heads": 2,
+    "multiple_of": 8,
+    "axes_dim_rope": (4, 2, 2),
+    "axes_lens": (300, 16, 16),
+    "cap_feat_dim": 24,
+}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sana": ("sana", _SANA),
@@ -101,6 +113,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pixart-sigma": ("pixart", _PIXART),
     "qwen-image": ("qwen_image", _QWEN),
     "qwen-image-zero-cond": ("qwen_image", {**_QWEN, "zero_cond_t": True}),
+    "lumina2": ("lumina2", _LUMINA2),
 }
 """Name -> family and configuration. Every model has four blocks; FLUX's go from double to single
 between the second and the third.
@@ -214,7 +227,7 @@ def _lora_off(model: nn.Module) -> Iterator[None]:
 
 def stock_gradients(made: Case) -> dict[str, Tensor]:
     """LoRA gradients by diffusers name, by autograd through the stock forward."""
-    found = made.family.learned(made.model(**made.inputs, return_dict=False)[0])
+    found = made.family.learned(made.family.forward(made.model, made.inputs))
     torch.nn.functional.mse_loss(found, made.target).backward()
     return {
         lora_name(name): p.grad.clone()

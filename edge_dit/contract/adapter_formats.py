@@ -101,6 +101,7 @@ FORMATS = {
     "sd3": (DIFFUSERS, PEFT, COMFYUI, _kohya(_SD_SCRIPTS.format("sd3"), SD3)),
     "pixart": (PEFT, COMFYUI),
     "qwen_image": (DIFFUSERS, PEFT, _QWEN_COMFYUI, _kohya(_MUSUBI, None)),
+    "lumina2": (DIFFUSERS, PEFT),
 }
 """Family -> its formats, the default first.
 

@@ -36,8 +36,8 @@ TILE = 256
 TABLES = "loop.safetensors"
 LEVELS = "levels"
 LATENTS, TIMESTEP, PROMPT = "latents", "timestep", "prompt."
-"""Inputs of `BEGIN`: latents as the transformer takes them; the transformer's timestep [1]; and
-prefix of an encoded prompt's tensors, there and in `TABLES`."""
+"""Inputs of `BEGIN`: latents as the transformer takes them; the scheduler's timestep times
+`LoopFacts.timestep_factor` [1]; and prefix of an encoded prompt's tensors, there and in `TABLES`."""
 PIXELS, MEAN, DEVIATION, PREDICTION = "pixels", "mean", "deviation", "prediction"
 """Input of the encoder and output of the decoder [1, 3, H, W] in [-1, 1]; outputs of the encoder
 [1, C, h, w]; output of `PREDICT`, shaped as latents."""
@@ -169,7 +169,7 @@ class LoopFacts(BaseModel):
         per_prompt: conditioning that depends on the prompt alone.
         latents: of the autoencoder.
         levels: of the objective.
-        timestep_factor: the transformer's timestep over the scheduler's.
+        timestep_factor: of the scheduler's timestep; the product is `TIMESTEP`.
         tile: side in pixels of the squares that encoder and decoder take.
         prompts: texts whose tensors are in `TABLES`, by number.
         caption: of pictures that have none of their own; the job's [data] prompt.

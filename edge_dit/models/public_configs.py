@@ -144,6 +144,29 @@ CONFIGS = {
         1024,
         512,
     ),
+    "lumina-image-2.0": PublicConfig(
+        "lumina2",
+        {
+            "sample_size": 128,
+            "patch_size": 2,
+            "in_channels": 16,
+            "hidden_size": 2304,
+            "num_layers": 26,
+            "num_refiner_layers": 2,
+            "num_attention_heads": 24,
+            "num_kv_heads": 8,
+            "multiple_of": 256,
+            "ffn_dim_multiplier": None,
+            "norm_eps": 1e-5,
+            "axes_dim_rope": (32, 32, 32),
+            "axes_lens": (300, 512, 512),
+            "cap_feat_dim": 2304,
+        },
+        16,
+        256,
+        1024,
+        512,
+    ),
 }
 
 

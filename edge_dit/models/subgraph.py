@@ -169,8 +169,8 @@ def as_batch(
     batch[TARGET] = target
     if weight is not None:
         batch[WEIGHT] = torch.tensor([weight])
-    # A bank stores contiguous rows. ExecuTorch refuses them if it traced other strides.
-    return {name: value.contiguous() for name, value in batch.items()}
+    # A bank stores contiguous rows of float32. ExecuTorch refuses them if it traced other strides.
+    return {name: value.float().contiguous() for name, value in batch.items()}
 
 
 class TrainableSubgraph(nn.Module):

@@ -168,7 +168,7 @@ class Source:
         for prompt in self.prompts.values():
             inputs = family.inputs(self.skeleton, latents, 0.0, prompt, self.grid)
             _, cond = family.begin(self.skeleton, inputs)
-            stored.append({COND + name: cond[name].numpy() for name in family.per_prompt})
+            stored.append({COND + name: cond[name].float().numpy() for name in family.per_prompt})
         return stored
 
 

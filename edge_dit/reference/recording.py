@@ -59,7 +59,7 @@ def record(
         options["negative_prompt"] = None  # it is given encoded
     options |= {"height": side, "width": side, "output_type": "latent"}
     for prefix, prompt in zip(("", "negative_"), prompts, strict=False):
-        options |= {prefix + ARGUMENTS[name]: value for name, value in prompt.items()}
+        options |= {prefix + ARGUMENTS[name]: _given(name, value) for name, value in prompt.items()}
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(latents.shape, generator=generator)
 
@@ -83,13 +83,20 @@ def record(
     return Painting(side=side, steps=steps, guidance=mode, scale=scale)
 
 
+def _given(name: str, value: Tensor) -> Tensor:
+    """A tensor of an encoded prompt as pipelines take it: some count a mask's ones."""
+    return value.to(torch.int64) if name.endswith("mask") else value
+
+
 def _guidance(family: Family, pipeline: Any, options: dict[str, Any]) -> tuple[Any, float]:
     if not family.guided_by:
         return "none", 1.0
     default = inspect.signature(type(pipeline).__call__).parameters[family.guided_by].default
     scale = float(options.get(family.guided_by, default))
-    if scale <= 1:
+    if scale <= family.guided_from:
         return "none", 1.0
+    # p + s (p - u) is u + (1 + s) (p - u)
+    scale += 1 - family.guided_from
     return "rescaled" if family.rescales else "classifier-free", scale
 
 

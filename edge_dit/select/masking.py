@@ -22,10 +22,11 @@ from torch.overrides import TorchFunctionMode
 
 from edge_dit.errors import BadInput
 from edge_dit.models.families.family import Family
+from edge_dit.models.families.joined import Joined
 
 TEXT_FIRST = {"flux": True, "sd3": False, "qwen_image": True}
-"""Joint family -> whether its sequence is [text, image], else [image, text]. Read off the attention
-processors of diffusers 0.42.
+"""Family of two streams -> whether its blocks attend to [text, image], else [image, text]. Read off
+the attention processors of diffusers 0.42.
 """
 
 
@@ -43,11 +44,14 @@ def text_masked(family: Family, model: nn.Module, blocks: Iterable[int]) -> Iter
 
     Raises:
         BadInput: a masked block runs whose attention is not computed by torch's
-            ``scaled_dot_product_attention``.
+            ``scaled_dot_product_attention``; or a batch has texts of several lengths, where the
+            model has them in one sequence with the image.
     """
     everything = list(family.blocks(model).values())
     mask = _hide_text_keys if family.joint else _silence_cross_attention
     with ExitStack() as stack:
+        if isinstance(family, Joined):
+            stack.callback(_count_image_tokens(family, model))
         for number in sorted(set(blocks)):
             mask(family, everything[number], stack)
         yield
@@ -60,8 +64,26 @@ def _silence_cross_attention(family: Family, block: nn.Module, stack: ExitStack)
     stack.callback(block.get_submodule("attn2").register_forward_hook(silence).remove)
 
 
+def _count_image_tokens(family: Joined, model: nn.Module) -> Callable[[], None]:
+    """Have `Joined.image` set by the model's own forward too; undone by what is returned."""
+
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        call = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        lengths = family.text_lengths(call)
+        if len(set(lengths)) > 1:
+            raise BadInput(
+                "batch",
+                found=f"texts of {' and '.join(map(str, lengths))} tokens",
+                expected="texts of one length: each row has the image after its text",
+                remedy="mask the text for one prompt at a time",
+            )
+        family.image = family.image_tokens(model, call)
+
+    return model.register_forward_pre_hook(count, with_kwargs=True).remove
+
+
 def _hide_text_keys(family: Family, block: nn.Module, stack: ExitStack) -> None:
-    hiding = _HideTextKeys(TEXT_FIRST[family.name], inspect.signature(block.forward))
+    hiding = _HideTextKeys(family, inspect.signature(block.forward))
     before = block.register_forward_pre_hook(hiding.enter, with_kwargs=True)
     # always_call: also when the block raises. torch does not call it after Ctrl-C, so the mode is
     # left once more at the end.
@@ -74,21 +96,27 @@ class _HideTextKeys(TorchFunctionMode):
     """Masks text keys from image queries in one block's joint attention while that block runs.
 
     Args:
-        text_first: whether the joint sequence is [text, image], else [image, text].
+        family: of the model.
         signature: of the block's ``forward``.
     """
 
-    def __init__(self, text_first: bool, signature: inspect.Signature) -> None:
+    def __init__(self, family: Family, signature: inspect.Signature) -> None:
         super().__init__()
-        self.text_first, self.signature = text_first, signature
+        self.family, self.signature = family, signature
+        joined = isinstance(family, Joined)
+        self.text_first = family.text_first if joined else TEXT_FIRST[family.name]
         self.open, self.masked = False, 0
         self.image = self.text = 0
 
     def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Start masking; called before the block, whose arguments tell the numbers of tokens."""
         call = self.signature.bind(*args, **kwargs).arguments
-        self.image = call["hidden_states"].shape[1]
-        self.text = call["encoder_hidden_states"].shape[1]
+        if isinstance(self.family, Joined):
+            self.image = self.family.image
+            self.text = call[self.family.stream].shape[1] - self.image
+        else:
+            self.image = call["hidden_states"].shape[1]
+            self.text = call["encoder_hidden_states"].shape[1]
         self.masked = 0
         self.__enter__()
         self.open = True

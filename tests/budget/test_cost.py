@@ -26,6 +26,7 @@ PUBLIC = {
     "sd3.5-medium": 2.24e9,
     "sd3.5-large": 8.06e9,
     "pixart-sigma-xl": 0.61e9,
+    "lumina-image-2.0": 2.6e9,
 }
 """Parameters as published, rounded as published."""
 PER_BLOCK = {

@@ -13,6 +13,7 @@ FULLEST = (
     "pixart-sigma",
     "qwen-image",
     "qwen-image-zero-cond",
+    "lumina2",
 )
 """Of each family the variants that between them have every part of a block."""
 QUICK = ("flux-dev", "pixart-sigma")

@@ -40,9 +40,11 @@ from loops import EXPORT, write_world
 TOLERANCE = 1e-5
 PAINTED = ("sana", "flux-dev", "sd3.5-medium", "pixart-sigma", "qwen-image")
 OTHERS = ("sana-1.5", "flux-schnell", "sd3-medium", "sd3-without-t5", "qwen-image-zero-cond")
+ONE_SEQUENCE = ("lumina2",)
 NAMES = [
     *PAINTED,
     "sana-sprint",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ONE_SEQUENCE),
     *(pytest.param(name, marks=pytest.mark.matrix) for name in OTHERS),
 ]
 LIMIT = 40_000
@@ -194,7 +196,7 @@ def test_a_picture_with_an_adapter(made, painted):
     after = through(made, made.facts.paint_blocks, loop.paint_file, found, lora)
     prediction = made.part(loop.PREDICT, **after)
     with torch.no_grad():
-        want = made.family.learned(model(**inputs, return_dict=False)[0])
+        want = made.family.learned(made.family.forward(model, inputs))
     tiny.assert_close({loop.PREDICTION: want}, prediction, TOLERANCE)
 
 
@@ -255,13 +257,16 @@ class Predictions:
             the prompt's; otherwise in the first half of a batch.
     """
 
-    def __init__(self, config: Any, separately: bool) -> None:
-        self.variance = config.out_channels == 2 * config.in_channels
+    def __init__(self, variance: bool, separately: bool) -> None:
+        self.variance = variance
         self.separately, self.timesteps, self.calls = separately, [], 0
 
     def __call__(self, hidden_states: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
-        found = self.predict(hidden_states, timestep)
-        return (torch.cat([found, torch.ones_like(found)], dim=1) if self.variance else found,)
+        return (self.output(self.predict(hidden_states, timestep)),)
+
+    def output(self, found: Tensor) -> Tensor:
+        """What the transformer returns with a prediction."""
+        return torch.cat([found, torch.ones_like(found)], dim=1) if self.variance else found
 
     def predict(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
         number = len(self.timesteps)
@@ -275,12 +280,18 @@ class Predictions:
         return torch.cat(halves)
 
 
+def predictions_of(made: Made, separately: bool = False) -> Predictions:
+    """`Predictions` in place of the transformer of a bundle."""
+    config = made.model.config
+    return Predictions(config.out_channels == 2 * config.in_channels, separately)
+
+
 def stock_latents(made: Made, start: Tensor, monkeypatch: Any) -> tuple[Tensor, list[float]]:
     """Latents that the stock pipeline ends with, called as for a contact sheet, with `Predictions`;
     the timesteps that these got.
     """
     separately = made.facts.painting.guidance == "rescaled"
-    predictions = Predictions(made.model.config, separately)
+    predictions = predictions_of(made, separately)
     monkeypatch.setattr(made.model, "forward", lambda *a, **k: predictions(*a, **k))
     found = made.pipeline(
         pipelines.SHORT,
@@ -302,9 +313,10 @@ def test_recorded_steps_paint_what_the_pipeline_paints(made, monkeypatch):
     latents, _ = made.family.blank(made.model, made.picture, made.plan.text_tokens)
     start = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
     want, timesteps = stock_latents(made, start, monkeypatch)
-    entered, guided = [start], []
+    entered, guided, shown = [start], [], predictions_of(made).output
     for number, step in enumerate(painting.steps):
-        p, u = made_up(entered[-1], number), made_up(entered[-1], number + 100)
+        outputs = (made_up(entered[-1], call) for call in (number, number + 100))
+        p, u = (made.family.learned(shown(output)) for output in outputs)
         if painting.guidance == "none":
             guided.append(p)
         else:
@@ -316,7 +328,8 @@ def test_recorded_steps_paint_what_the_pipeline_paints(made, monkeypatch):
         terms += [guided[n] * f for n, f in step.predictions.items()]
         entered.append(torch.stack(terms).sum(0))
     factor = made.facts.timestep_factor
-    np.testing.assert_allclose([step.timestep * factor for step in painting.steps], timesteps, 1e-6)
+    handed = made.family.handed(torch.tensor([step.timestep * factor for step in painting.steps]))
+    np.testing.assert_allclose(handed, timesteps, 1e-6)
     tiny.assert_close({"latents": want}, {"latents": entered[-1]}, TOLERANCE)
 
 

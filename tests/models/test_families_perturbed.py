@@ -7,6 +7,7 @@ import torch
 import variants
 from edge_dit.models.families import family, family_of
 from edge_dit.models.families.family import State
+from edge_dit.models.families.joined import Joined
 from edge_dit.models.subgraph import TrainableSubgraph
 from variants import VARIANTS
 
@@ -15,6 +16,7 @@ tail = contract.test_entry_state_trained_blocks_and_tail_residual_give_the_stock
 gradients = contract.test_gradients_are_the_stock_models_when_no_tail_is_skipped
 JOINT = [name for name, (kind, _) in VARIANTS.items() if family_of(kind).joint]
 CROSS = [name for name in VARIANTS if name not in JOINT]
+ONE_SEQUENCE = [name for name in JOINT if isinstance(family_of(VARIANTS[name][0]), Joined)]
 
 
 def assert_noticed(check, *arguments) -> None:
@@ -83,12 +85,27 @@ def test_text_that_is_not_handed_on_is_noticed(variant, monkeypatch):
     assert_noticed(replay, variant)
 
 
-@pytest.mark.parametrize("variant", ["flux-dev", "qwen-image"])
+@pytest.mark.parametrize("variant", ONE_SEQUENCE)
+def test_a_sequence_the_other_way_round_is_noticed(variant, monkeypatch):
+    kind = type(family_of(VARIANTS[variant][0]))
+    stock = kind.run_block
+
+    def run_block(self, block, state, cond, grid):
+        with monkeypatch.context() as turned:
+            turned.setattr(kind, "text_first", not kind.text_first)
+            return stock(self, block, state, cond, grid)
+
+    monkeypatch.setattr(kind, "run_block", run_block)
+    assert_noticed(replay, variant)
+
+
+@pytest.mark.parametrize("variant", ["flux-dev", "qwen-image", "lumina2"])
 def test_positions_the_wrong_way_round_are_noticed(variant, monkeypatch):
     def turn(cond):
         if "rope_cos" in cond:
             return {**cond, "rope_sin": -cond["rope_sin"]}
-        return {**cond, "rope_image": cond["rope_image"] * torch.tensor([1.0, -1.0])}
+        name = "rope" if "rope" in cond else "rope_image"
+        return {**cond, name: cond[name] * torch.tensor([1.0, -1.0])}
 
     perturbed_conditioning(monkeypatch, variant, turn)
     assert_noticed(replay, variant)
@@ -104,6 +121,12 @@ def test_an_ignored_text_mask_is_noticed(variant, monkeypatch):
         return {**cond, name: everything(cond[name])}
 
     perturbed_conditioning(monkeypatch, variant, ignore)
+    assert_noticed(replay, variant)
+
+
+@pytest.mark.parametrize("variant", ["lumina2"])
+def test_padding_that_is_not_dropped_is_noticed(variant, monkeypatch):
+    monkeypatch.setattr(Joined, "seen", lambda self, cond: None)
     assert_noticed(replay, variant)
 
 

@@ -38,6 +38,7 @@ BASE = {
     "sd3": "sd3-medium",
     "pixart": "pixart-sigma",
     "qwen_image": "qwen-image",
+    "lumina2": "lumina2",
 }
 """Family -> the variant whose configuration the tests change."""
 RETIRED = {"qwen_image": {"pooled_projection_dim"}}
@@ -73,6 +74,10 @@ IMPLEMENTED: list[tuple[str, dict[str, Any]]] = [
     ("qwen_image", {"use_layer3d_rope": True}),
     ("qwen_image", {"use_layer3d_rope": True, "zero_cond_t": True}),
     ("qwen_image", {"axes_dims_rope": (2, 4, 10), "joint_attention_dim": 11}),
+    ("lumina2", {"num_refiner_layers": 0, "num_kv_heads": 4, "out_channels": 4}),
+    ("lumina2", {"num_kv_heads": 1, "multiple_of": 5, "ffn_dim_multiplier": 0.3, "norm_eps": 1e-3}),
+    ("lumina2", {"axes_dim_rope": (2, 4, 2), "axes_lens": (257, 2, 3), "cap_feat_dim": 11}),
+    ("lumina2", {"sample_size": 3, "scaling_factor": 0.5}),
 ]
 """Values beside those of `variants`; each gives the same as the stock forward."""
 GRAPHS: list[tuple[str, dict[str, Any]]] = [
@@ -140,6 +145,14 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("qwen_image", "out_channels", None, "whole number"),
     ("qwen_image", "axes_dims_rope", [4, 6, 4], "a sum of 16"),
     ("qwen_image", "causal_condition", True, "no such key"),
+    ("lumina2", "patch_size", 1, "rounds sizes"),
+    ("lumina2", "hidden_size", 34, "multiple of 4"),
+    ("lumina2", "num_kv_heads", 3, "divisor of 4"),
+    ("lumina2", "axes_dim_rope", [4, 4, 2], "a sum of 8"),
+    ("lumina2", "axes_lens", [256, 16, 16], "more than 256"),
+    ("lumina2", "axes_lens", [300, 16], "3 whole numbers"),
+    ("lumina2", "ffn_dim_multiplier", 0.001, "width"),
+    ("lumina2", "out_channels", 8, "in_channels"),
     ("flux", "_use_default_values", ["guidance_embeds"], "no such key"),
     *((family, "a_new_switch", True, "no such key") for family in FAMILIES),
 ]
@@ -403,6 +416,7 @@ def test_more_tokens_a_side_than_sd3_has_positions_are_refused(place, changed):
         ("qwen-image", "vae", "latents_std", [1.0, 0.0, 1.0, 1.0]),
         ("qwen-image", "vae", "latents_mean", [1.0]),
         ("qwen-image", "vae", "temperal_downsample", [True]),
+        ("lumina2", "vae", "block_out_channels", [8, 8, 8]),
         ("sana", "scheduler", "prediction_type", "epsilon"),
         ("sana", "scheduler", "use_flow_sigmas", False),
         ("sana", "scheduler", "flow_shift", None),

@@ -199,7 +199,7 @@ class FullLoraTask:
         def step() -> None:
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-                predicted = family.learned(model(**inputs, return_dict=False)[0])
+                predicted = family.learned(family.forward(model, inputs))
             torch.nn.functional.mse_loss(predicted.float(), latents).backward()
             optimizer.step()
 

@@ -1,7 +1,7 @@
 """What edge-dit knows of each kind of Diffusion Transformer: one module per family.
 
-sana, flux, sd3, pixart and qwen_image implement the interface `family.Family`. `detect` finds the
-family of a pipeline folder.
+Each module of `FAMILIES` implements the interface `family.Family`. `detect` finds the family of a
+pipeline folder.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ FAMILIES = {
     "sd3": ("StableDiffusion3Pipeline",),
     "pixart": ("PixArtSigmaPipeline",),
     "qwen_image": ("QwenImagePipeline",),
+    "lumina2": ("Lumina2Pipeline",),
 }
 """Family module -> pipeline classes in model_index.json."""
 PIPELINE_FAMILY = {pipeline: name for name, pipelines in FAMILIES.items() for pipeline in pipelines}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from edge_dit.contract.objective import FlowMatching
+from edge_dit.errors import BadInput
 from edge_dit.models.components import refusing
 from edge_dit.models.families import switches
 from edge_dit.models.families.switches import Misfits, Rules
@@ -55,6 +56,29 @@ def rotary_misfits(config: Mapping[str, Any]) -> Misfits:
     """What contradicts itself in a configuration with rotary positions of three axes."""
     if sum(config["axes_dims_rope"]) != config["attention_head_dim"]:
         yield "axes_dims_rope", f"a sum of {config['attention_head_dim']}, the attention_head_dim"
+
+
+def beyond_positions(
+    key: str, most: int, sizes: Mapping[str, int], multiple: int
+) -> list[BadInput]:
+    """Sizes with more tokens a side than a table of positions has.
+
+    Args:
+        key: of the table's length in the transformer's configuration.
+        most: tokens a side.
+        sizes: where each stands -> pixels.
+        multiple: pixels per side of a token.
+    """
+    return [
+        BadInput(
+            where,
+            found=f"{pixels} pixels, {pixels // multiple} tokens a side",
+            expected=f"at most {most} tokens: {key} in transformer/config.json",
+            remedy=f"at most {most * multiple} pixels",
+        )
+        for where, pixels in sizes.items()
+        if pixels // multiple > most
+    ]
 
 
 def caption_misfits(config: Mapping[str, Any]) -> Misfits:

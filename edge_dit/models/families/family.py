@@ -5,8 +5,8 @@ from block to block, and all blocks read the same conditioning tensors. The head
 only, so a tail residual covers image tokens only.
 
 edge-dit does not copy a model's forward. The beginning is the stock forward itself, run with
-stand-ins in place of the blocks; they record what the first block is called with. Blocks are the
-model's own modules. Only the few lines after the last block (`Family.head`) are written again, and
+stand-ins in place of the blocks; they record what the first block is called with. Refiners and
+other modules before the blocks run there too. Blocks are the model's own modules. Only the few lines after the last block (`Family.head`) are written again, and
 tests compare them with the stock forward bit by bit.
 """
 
@@ -28,6 +28,7 @@ from edge_dit.contract.objective import Objective
 from edge_dit.errors import BadInput
 from edge_dit.models.components import check_vocabulary, read_json, refusing
 from edge_dit.models.families import switches
+from edge_dit.models.families.real import RealRotations
 from edge_dit.models.families.switches import Misfits, Rules
 from edge_dit.models.pipeline import quiet
 from edge_dit.pictures.tiles import tiled
@@ -55,10 +56,10 @@ class State(NamedTuple):
 class _StandIn(nn.Module):
     """Takes the place of a block of class ``kind``: records its call and changes nothing."""
 
-    def __init__(self, kind: type, joint: bool, call: dict[str, Any]) -> None:
+    def __init__(self, kind: type, streams: tuple[str, ...], call: dict[str, Any]) -> None:
         super().__init__()
         self.signature = inspect.signature(kind.forward)  # type: ignore[attr-defined]
-        self.joint, self.call = joint, call
+        self.streams, self.call = streams, call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the state it was called with."""
@@ -66,8 +67,8 @@ class _StandIn(nn.Module):
         bound.apply_defaults()
         if not self.call:
             self.call.update(bound.arguments)
-        image = bound.arguments["hidden_states"]
-        return (bound.arguments["encoder_hidden_states"], image) if self.joint else image
+        state = tuple(bound.arguments[name] for name in self.streams)
+        return state if len(state) > 1 else state[0]
 
 
 NEEDED = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
@@ -121,13 +122,19 @@ class Family:
     samples_posterior: ClassVar[bool] = True
     """Whether `encode_image` samples the autoencoder's posterior, as stock training scripts do."""
     guided_by: ClassVar[str] = "guidance_scale"
-    """Argument of the pipeline's call: above 1 it guides away from a negative prompt; "" if the
-    pipeline has none.
+    """Argument of the pipeline's call: its scale s of guidance away from a negative prompt; "" if
+    the pipeline has none.
+    """
+    guided_from: ClassVar[int] = 1
+    """Scale above which the pipeline guides. The guided prediction of p and the negative u is
+    u + s (p - u) where it is 1, and p + s (p - u) where it is 0.
     """
     rescales: ClassVar[bool] = False
     """Whether the guided prediction gets the norm of the unguided one."""
     negative_prompt: ClassVar[str] = ""
     """That `sample` guides away from."""
+    traced: bool = False
+    """Whether `run_block` and `begin` are within `traceable`."""
 
     # ---------------------------------------------------------------- configuration
 
@@ -218,7 +225,7 @@ class Family:
         )
 
     def timestep_factor(self, config: Mapping[str, Any]) -> float:
-        """The transformer's timestep over the scheduler's, by the transformer's configuration."""
+        """What the scheduler's timestep is multiplied by, by the transformer's configuration."""
         return 1.0
 
     def block_names(self, config: Mapping[str, Any]) -> list[str]:
@@ -243,6 +250,11 @@ class Family:
 
     # ---------------------------------------------------------------- transformer
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Arguments of a block that are the state, in the order in which it returns them."""
+        return ("encoder_hidden_states", "hidden_states") if self.joint else ("hidden_states",)
+
     def blocks(self, model: nn.Module) -> dict[str, nn.Module]:
         """The blocks by name, in order of execution."""
         return {
@@ -254,7 +266,7 @@ class Family:
     def inputs(
         self, model: Any, latents: Tensor, timestep: float, prompt: Prompt, grid: Grid
     ) -> dict[str, Any]:
-        """Arguments of the stock forward, as the pipeline's denoising loop passes them.
+        """Arguments of `forward`, as the pipeline's denoising loop passes them.
 
         Args:
             model: the transformer; only its configuration is read.
@@ -265,11 +277,25 @@ class Family:
         """
         raise NotImplementedError
 
+    def handed(self, timestep: Tensor) -> Tensor:
+        """The stock forward's timestep of the scheduler's times `timestep_factor`, both [1]."""
+        return timestep
+
+    def forward(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """The stock forward's output, shaped as latents.
+
+        Args:
+            model: the transformer.
+            inputs: from `inputs`.
+        """
+        return model(**inputs, return_dict=False)[0]
+
     def conditioning(self, call: Mapping[str, Any]) -> Conditioning:
         """Conditioning tensors by name.
 
         Args:
-            call: the arguments of the first block and, under its name, the output of `watched`.
+            call: the arguments of the first block; those of the stock forward, where the block has
+                none of that name; and, under its name, the output of `watched`.
         """
         raise NotImplementedError
 
@@ -307,15 +333,34 @@ class Family:
             watched: Any = getattr(model, self.watched)
             handle = watched.register_forward_hook(lambda _m, _a, output: seen.append(output))
         try:
-            with self.without_blocks(model, call):
-                model(**inputs, return_dict=False)
+            with self.prelude(model), self.without_blocks(model, call):
+                self.forward(model, inputs)
         finally:
             if handle is not None:
                 handle.remove()
         if seen:
             call[self.watched] = seen[0]
+        return self.entry(model, inputs, call), self.conditioning({**inputs, **call})
+
+    def prelude(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A context in which all that is before the first block gives the shapes of `blank`,
+        whatever the prompt.
+
+        Args:
+            model: the transformer.
+        """
+        return nullcontext()
+
+    def entry(self, model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any]) -> State:
+        """The state that enters the first block.
+
+        Args:
+            model: the transformer; only its configuration is read.
+            inputs: from `inputs`.
+            call: the arguments of the first block.
+        """
         text = call["encoder_hidden_states"] if self.joint else None
-        return State(call["hidden_states"], text), self.conditioning(call)
+        return State(call["hidden_states"], text)
 
     @contextmanager
     def without_blocks(self, model: nn.Module, call: dict[str, Any]) -> Iterator[None]:
@@ -328,7 +373,7 @@ class Family:
         kept = {name: getattr(model, name) for name in self.containers}
         for name, blocks in kept.items():
             # As many as there are blocks, because a forward may use a block's position.
-            stand_ins = [_StandIn(type(block), self.joint, call) for block in blocks]
+            stand_ins = [_StandIn(type(block), self.streams, call) for block in blocks]
             setattr(model, name, nn.ModuleList(stand_ins))
         try:
             yield
@@ -348,9 +393,17 @@ class Family:
         )
         return State(image, text)
 
-    def traceable(self) -> AbstractContextManager[None]:
-        """A context in which `run_block` uses only operations that every target has."""
-        return nullcontext()
+    @contextmanager
+    def traceable(self) -> Iterator[None]:
+        """A context in which `run_block` uses only operations that every target has: positions
+        rotate by real numbers.
+        """
+        before, self.traced = self.traced, True
+        try:
+            with RealRotations():
+                yield
+        finally:
+            self.traced = before
 
     def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
         """Latents and a prompt of the right shapes; their values mean nothing.
@@ -581,10 +634,10 @@ def masked_prompt(embeds: Tensor, mask: Tensor, tokens: int) -> Prompt:
     return cut(prompt, "encoder_hidden_states", "encoder_attention_mask", tokens)
 
 
-def blank_caption(config: Any, text: int) -> Prompt:
-    """A `masked_prompt` of ``text`` tokens, zeros without padding."""
+def blank_caption(width: int, text: int) -> Prompt:
+    """A `masked_prompt` of ``text`` tokens of ``width`` features, zeros without padding."""
     return {
-        "encoder_hidden_states": torch.zeros(1, text, config.caption_channels),
+        "encoder_hidden_states": torch.zeros(1, text, width),
         "encoder_attention_mask": torch.ones(1, text),
     }
 
@@ -606,6 +659,13 @@ def blank_latents(config: Any, grid: Grid) -> Tensor:
     """Latents [1, C, rows patch, columns patch] of families that do not pack them, zeros."""
     rows, columns = (side * config.patch_size for side in grid)
     return torch.zeros(1, config.in_channels, rows, columns)
+
+
+def patchify(image: Tensor, patch: int) -> Tensor:
+    """The inverse of `unpatchify`."""
+    _, channels, height, width = image.shape
+    image = image.reshape(1, channels, height // patch, patch, width // patch, patch)
+    return image.permute(0, 2, 4, 3, 5, 1).reshape(1, -1, patch * patch * channels)
 
 
 def unpatchify(tokens: Tensor, grid: Grid, patch: int) -> Tensor:

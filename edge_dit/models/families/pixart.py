@@ -193,7 +193,7 @@ class PixArt(Family):
 
     def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
         """Latents [1, C, h, w] and a prompt of ``text`` tokens."""
-        return blank_latents(model.config, grid), blank_caption(model.config, text)
+        return blank_latents(model.config, grid), blank_caption(model.config.caption_channels, text)
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:

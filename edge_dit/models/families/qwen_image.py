@@ -17,8 +17,7 @@ of noise. QwenImagePipeline gives none, so every token is of the first kind (mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -103,9 +102,6 @@ class QwenImage(Family):
         "latents_std": several(positive(), least=1),
     }
 
-    def __init__(self) -> None:
-        self._real_rope = False
-
     def factor(self, vae: Mapping[str, Any]) -> int:
         """Pixels per side of a latent."""
         return 2 ** len(vae["temperal_downsample"])
@@ -186,7 +182,7 @@ class QwenImage(Family):
         zero_cond_t the kind of each token, [1, N] int32.
         """
         rope = cond["rope_image"], cond["rope_text"]
-        if not self._real_rope:
+        if not self.traced:
             rope = torch.view_as_complex(rope[0]), torch.view_as_complex(rope[1])
         arguments = {
             "temb": cond["temb"],
@@ -196,20 +192,6 @@ class QwenImage(Family):
         if len(cond["temb"]) == 2:
             arguments["modulate_index"] = torch.zeros(1, grid[0] * grid[1], dtype=torch.int32)
         return arguments
-
-    @contextmanager
-    def traceable(self) -> Iterator[None]:
-        """A context in which positions rotate by real numbers: no target has complex ones."""
-        from diffusers.models.transformers import transformer_qwenimage as stock
-
-        kept = stock.apply_rotary_emb_qwen
-        stock.apply_rotary_emb_qwen = _rotate
-        self._real_rope = True
-        try:
-            yield
-        finally:
-            stock.apply_rotary_emb_qwen = kept
-            self._real_rope = False
 
     def head(self, model: Any, image: Tensor, cond: Mapping[str, Tensor], grid: Grid) -> Tensor:
         """The velocity [1, N, C], packed."""
@@ -267,17 +249,6 @@ class QwenImage(Family):
             "true_cfg_scale": 4.0,
             "max_sequence_length": MAX_TEXT_TOKENS,
         }
-
-
-def _rotate(x: Tensor, freqs: Tensor, use_real: bool = True) -> Tensor:
-    """Rotate query or key [B, S, H, d] by ``freqs`` [S, d / 2, 2].
-
-    This is (a + b i)(c + d i), written out in real numbers.
-    """
-    real, imaginary = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    cos, sin = freqs.unsqueeze(1).unbind(-1)
-    turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
-    return turned.flatten(3).type_as(x)
 
 
 FAMILY = QwenImage()

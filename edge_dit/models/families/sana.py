@@ -207,7 +207,7 @@ class Sana(Family):
 
     def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
         """Latents [1, C, h, w] and a prompt of ``text`` tokens."""
-        return blank_latents(model.config, grid), blank_caption(model.config, text)
+        return blank_latents(model.config, grid), blank_caption(model.config.caption_channels, text)
 
     def moments(self, vae: Any, pixels: Tensor) -> tuple[Tensor, None]:
         """Latents [1, C, h, w]; the autoencoder is deterministic."""

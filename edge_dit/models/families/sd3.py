@@ -22,6 +22,7 @@ from edge_dit.contract.objective import FlowMatching
 from edge_dit.errors import BadInput
 from edge_dit.models.families.common import (
     SHIFTED_SWITCHES,
+    beyond_positions,
     flow_objective,
     inner_width,
     patch_misfits,
@@ -114,16 +115,7 @@ class SD3(Family):
     ) -> list[BadInput]:
         """Sizes with more tokens a side than the table of positions has."""
         most = config["pos_embed_max_size"]
-        return [
-            BadInput(
-                where,
-                found=f"{pixels} pixels, {pixels // multiple} tokens a side",
-                expected=f"at most {most} tokens: pos_embed_max_size in transformer/config.json",
-                remedy=f"at most {most * multiple} pixels",
-            )
-            for where, pixels in sizes.items()
-            if pixels // multiple > most
-        ]
+        return beyond_positions("pos_embed_max_size", most, sizes, multiple)
 
     def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
         """The velocity. The stock script draws noise levels logit-normally and takes the loss of

@@ -26,6 +26,8 @@ WIDEST = 65536
 """Most channels, heads or features; more would only fill the memory."""
 LARGEST = 1024
 """Most latents or tokens a side in a table of positions; public models have at most 384."""
+MOST_PLACES = 1 << 17
+"""Most positions of a table of rotations; public models have at most a thousand or two."""
 MOST_STEPS = 1_000_000
 """Most noise levels of a scheduler; public ones have a thousand."""
 
@@ -104,6 +106,18 @@ def several(rule: Rule, least: int = 0) -> Rule:
             isinstance(value, (list, tuple))
             and least <= len(value) <= DEEPEST
             and all(map(rule.accepts, value))
+        ),
+    )
+
+
+def lengths(count: int) -> Rule:
+    """Numbers of positions in ``count`` tables."""
+    return Rule(
+        f"{count} whole numbers, each 1 to {MOST_PLACES}",
+        lambda value: (
+            isinstance(value, (list, tuple))
+            and len(value) == count
+            and all(type(one) is int and 1 <= one <= MOST_PLACES for one in value)
         ),
     )
 

@@ -166,7 +166,8 @@ def begin_part(family: Family, model: Any, latents: Tensor, prompt: Prompt, grid
 
     def run(tensors: Tensors) -> Tensors:
         given = {name: tensors[PROMPT + name] for name in prompt}
-        changed = {"hidden_states": tensors[LATENTS], "timestep": tensors[TIMESTEP], **given}
+        timestep = family.handed(tensors[TIMESTEP])
+        changed = {"hidden_states": tensors[LATENTS], "timestep": timestep, **given}
         state, cond = family.begin(model, {**known, **changed})
         after = zip(STATE, state, strict=True)
         return {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -69,8 +70,10 @@ def trace(
         examples[name] = torch.empty_like(tensor) if id(tensor) in seen else tensor
         seen.add(id(tensor))
     with sdpa_kernel(SDPBackend.MATH), family.traceable() if family else nullcontext():
+        # Of what is computed, much runs once: it may write into slices of a tensor.
+        traced = functionalize(plain, remove="mutations") if compute else plain
         mode = "real" if compute else "fake"
-        module = make_fx(plain, decomposition_table=table, tracing_mode=mode)(examples)
+        module = make_fx(traced, decomposition_table=table, tracing_mode=mode)(examples)
     module.graph.set_codegen(CodeGen())
     _make_functional(module.graph)
     module.recompile()
