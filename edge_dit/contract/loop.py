@@ -37,7 +37,8 @@ TABLES = "loop.safetensors"
 LEVELS = "levels"
 LATENTS, TIMESTEP, PROMPT = "latents", "timestep", "prompt."
 """Inputs of `BEGIN`: latents as the transformer takes them; the scheduler's timestep times
-`LoopFacts.timestep_factor` [1]; and prefix of an encoded prompt's tensors, there and in `TABLES`."""
+`LoopFacts.timestep_factor`, [1]; and prefix of an encoded prompt's tensors, there and in
+`TABLES`."""
 PIXELS, MEAN, DEVIATION, PREDICTION = "pixels", "mean", "deviation", "prediction"
 """Input of the encoder and output of the decoder [1, 3, H, W] in [-1, 1]; outputs of the encoder
 [1, C, h, w]; output of `PREDICT`, shaped as latents."""

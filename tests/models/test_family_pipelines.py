@@ -37,6 +37,7 @@ from edge_dit.models.families.joined import Joined
 from edge_dit.models.model import open_model
 from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.pipeline import load_pipeline
+from edge_dit.models.subgraph import add_lora, lora_modules, lora_name
 from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
@@ -48,6 +49,8 @@ from pipelines import LONG, PIPELINES, SHORT, SIZE
 
 ONE_EACH = ("sana-sprint", "flux-dev", "sd3.5-medium", "pixart-sigma", "qwen-image", "lumina2")
 """One pipeline of each family and of each class, but SanaPipeline, whose road test_cli walks."""
+ONE_SEQUENCE = ("lumina2",)
+"""Those whose blocks read one sequence of text and image."""
 ALL = pytest.mark.parametrize("name", PIPELINES)
 STEPS = 3
 WITHOUT_GUIDANCE: dict[str, dict[str, Any]] = {
@@ -622,10 +625,40 @@ def test_precompute_again_gives_the_same_bytes(road, tmp_path):
             assert path.read_bytes() == (tmp_path / name / path.name).read_bytes(), path.name
 
 
+@pytest.mark.parametrize("name", ONE_SEQUENCE)
+def test_an_adapter_loads_into_the_stock_pipeline(stock, name, tmp_path):
+    """Every key, at the strength that it was trained with: random LoRA, without a training."""
+    made = stock(name)
+    family, model = made.family, open_model(made.folder).checkpoint().model(range(4))
+    generator = torch.Generator().manual_seed(0)
+    latents, prompt = family.blank(model, made.grid, 5)
+    latents = torch.randn(latents.shape, generator=generator)
+    inputs = family.inputs(model, latents, 321.0, prompt, made.grid)
+    plain = family.forward(model, inputs)
+    add_lora(model, lora_modules(family, model, range(4), family.lora_targets), 2, 3.0, seed=0)
+    lora = {}
+    for key, value in model.named_parameters():
+        if "lora_B" in key:
+            value.data.normal_(std=0.3, generator=generator)
+        if "lora_" in key:
+            lora[lora_name(key)] = value.detach().numpy()
+    write_adapter_folder(tmp_path, lora, 2, 3.0, "model", DIFFUSERS)
+    pipeline = DiffusionPipeline.from_pretrained(made.folder)
+    pipeline.load_lora_weights(tmp_path)
+    loaded = [n for n, m in pipeline.transformer.named_modules() if isinstance(m, BaseTunerLayer)]
+    assert len(loaded) == len(lora) / 2 == 4 * len(family.lora_targets)
+    with torch.no_grad():
+        found = family.forward(pipeline.transformer, inputs)
+        close(found, family.forward(model, inputs))
+    assert (found - plain).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in ONE_EACH else pytest.param(name, marks=pytest.mark.slow)
+        name
+        if name in ONE_EACH and name not in ONE_SEQUENCE
+        else pytest.param(name, marks=pytest.mark.slow)
         for name in PIPELINES
     ],
 )

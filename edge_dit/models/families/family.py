@@ -6,8 +6,9 @@ only, so a tail residual covers image tokens only.
 
 edge-dit does not copy a model's forward. The beginning is the stock forward itself, run with
 stand-ins in place of the blocks; they record what the first block is called with. Refiners and
-other modules before the blocks run there too. Blocks are the model's own modules. Only the few lines after the last block (`Family.head`) are written again, and
-tests compare them with the stock forward bit by bit.
+other modules before the blocks run there too. Blocks are the model's own modules. Only the few
+lines after the last block (`Family.head`) are written again, and tests compare them with the stock
+forward bit by bit.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class _StandIn(nn.Module):
         bound.apply_defaults()
         if not self.call:
             self.call.update(bound.arguments)
-        state = tuple(bound.arguments[name] for name in self.streams)
-        return state if len(state) > 1 else state[0]
+        first, *others = (bound.arguments[name] for name in self.streams)
+        return (first, *others) if others else first
 
 
 NEEDED = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")

@@ -138,9 +138,8 @@ class Lumina2(Joined):
     def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
         """The velocity, at the scheduler's noise levels, drawn evenly.
 
-        The stock script reads the scheduler's table as shares of the picture, so that it trains
-        mostly at low noise. The pipeline samples at these levels, and the model was trained at
-        them (Lumina-Image-2.0, transport/transport.py, time_shift).
+        train_dreambooth_lora_lumina2.py takes the table's values as shares of the picture, so that
+        it trains mostly at low noise; the pipeline takes them as shares of noise, as here.
         """
         return flow_objective(scheduler)
 
