@@ -129,7 +129,7 @@ class Shapes:
         self.targets = tuple(targets or family.lora_targets)
         self.model: Any = meta_model(family, config)
         self.blocks = list(family.blocks(self.model).values())
-        with torch.device("meta"):
+        with torch.device("meta"), family.traceable():
             self.latents, prompt = family.blank(self.model, grid, text)
             inputs = family.inputs(self.model, self.latents, 500.0, prompt, grid)
             self.entry, self.cond = family.begin(self.model, inputs)

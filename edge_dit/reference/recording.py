@@ -17,13 +17,6 @@ from torch import Tensor
 from edge_dit.contract.loop import Painting, PaintStep
 from edge_dit.models.families.family import Family, Prompt
 
-ARGUMENTS = {
-    "encoder_hidden_states": "prompt_embeds",
-    "encoder_attention_mask": "prompt_attention_mask",
-    "encoder_hidden_states_mask": "prompt_embeds_mask",
-    "pooled_projections": "pooled_prompt_embeds",
-}
-"""Argument of a transformer -> of its pipeline's call."""
 WIDTH = 64
 """Numbers in each of the random latents that linearity is checked on."""
 TOLERANCE = 1e-5
@@ -59,7 +52,7 @@ def record(
         options["negative_prompt"] = None  # it is given encoded
     options |= {"height": side, "width": side, "output_type": "latent"}
     for prefix, prompt in zip(("", "negative_"), prompts, strict=False):
-        options |= {prefix + ARGUMENTS[name]: _given(name, value) for name, value in prompt.items()}
+        options |= {prefix + key: value for key, value in family.as_arguments(prompt).items()}
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(latents.shape, generator=generator)
 
@@ -81,11 +74,6 @@ def record(
         return f"{type(pipeline).__name__} refuses to paint {side} pixels: {error}"
     mode, scale = _guidance(family, pipeline, options)
     return Painting(side=side, steps=steps, guidance=mode, scale=scale)
-
-
-def _given(name: str, value: Tensor) -> Tensor:
-    """A tensor of an encoded prompt as pipelines take it: some count a mask's ones."""
-    return value.to(torch.int64) if name.endswith("mask") else value
 
 
 def _guidance(family: Family, pipeline: Any, options: dict[str, Any]) -> tuple[Any, float]:

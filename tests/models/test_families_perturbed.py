@@ -104,8 +104,10 @@ def test_positions_the_wrong_way_round_are_noticed(variant, monkeypatch):
     def turn(cond):
         if "rope_cos" in cond:
             return {**cond, "rope_sin": -cond["rope_sin"]}
-        name = "rope" if "rope" in cond else "rope_image"
-        return {**cond, name: cond[name] * torch.tensor([1.0, -1.0])}
+        if "rope" in cond:
+            back = torch.tensor([1.0, -1.0]).repeat(cond["rope"].shape[-1] // 2)
+            return {**cond, "rope": cond["rope"] * back}
+        return {**cond, "rope_image": cond["rope_image"] * torch.tensor([1.0, -1.0])}
 
     perturbed_conditioning(monkeypatch, variant, turn)
     assert_noticed(replay, variant)

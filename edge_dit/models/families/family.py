@@ -72,6 +72,13 @@ class _StandIn(nn.Module):
         return (first, *others) if others else first
 
 
+PIPELINE_ARGUMENTS = {
+    "encoder_hidden_states": "prompt_embeds",
+    "encoder_attention_mask": "prompt_attention_mask",
+    "encoder_hidden_states_mask": "prompt_embeds_mask",
+    "pooled_projections": "pooled_prompt_embeds",
+}
+"""Argument of a transformer -> of its pipeline's call."""
 NEEDED = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
 """Components without which no pipeline works."""
 
@@ -122,6 +129,10 @@ class Family:
     """Keys of the autoencoder's configuration that the family or its pipeline reads."""
     samples_posterior: ClassVar[bool] = True
     """Whether `encode_image` samples the autoencoder's posterior, as stock training scripts do."""
+    towards_picture: ClassVar[bool] = False
+    """Whether the model's time runs from noise, 0, to picture, 1, and it predicts picture minus
+    noise. Timesteps of schedulers grow with the noise, and what is learned is noise minus picture.
+    """
     guided_by: ClassVar[str] = "guidance_scale"
     """Argument of the pipeline's call: its scale s of guidance away from a negative prompt; "" if
     the pipeline has none.
@@ -280,7 +291,7 @@ class Family:
 
     def handed(self, timestep: Tensor) -> Tensor:
         """The stock forward's timestep of the scheduler's times `timestep_factor`, both [1]."""
-        return timestep
+        return 1 - timestep if self.towards_picture else timestep
 
     def forward(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """The stock forward's output, shaped as latents.
@@ -317,7 +328,7 @@ class Family:
 
     def learned(self, prediction: Tensor) -> Tensor:
         """The part of the model's output that is compared with the target."""
-        return prediction
+        return -prediction if self.towards_picture else prediction
 
     @torch.no_grad()
     def begin(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[State, Conditioning]:
@@ -341,7 +352,8 @@ class Family:
                 handle.remove()
         if seen:
             call[self.watched] = seen[0]
-        return self.entry(model, inputs, call), self.conditioning({**inputs, **call})
+        cond = self.conditioning({**inputs, **call})
+        return self.entry(model, inputs, call, cond), cond
 
     def prelude(self, model: nn.Module) -> AbstractContextManager[None]:
         """A context in which all that is before the first block gives the shapes of `blank`,
@@ -352,13 +364,20 @@ class Family:
         """
         return nullcontext()
 
-    def entry(self, model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any]) -> State:
+    def entry(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        call: Mapping[str, Any],
+        cond: Mapping[str, Tensor],
+    ) -> State:
         """The state that enters the first block.
 
         Args:
             model: the transformer; only its configuration is read.
             inputs: from `inputs`.
             call: the arguments of the first block.
+            cond: conditioning.
         """
         text = call["encoder_hidden_states"] if self.joint else None
         return State(call["hidden_states"], text)
@@ -474,6 +493,19 @@ class Family:
             BadInput: a prompt has more tokens.
         """
         raise NotImplementedError
+
+    def as_arguments(self, prompt: Prompt) -> dict[str, Any]:
+        """Arguments of the pipeline's call that stand for a prompt; of a negative one they have
+        "negative_" before them.
+
+        Args:
+            prompt: from `encode_prompts`.
+        """
+        return {
+            # some pipelines count a mask's ones
+            PIPELINE_ARGUMENTS[k]: v.to(torch.int64) if k.endswith("mask") else v
+            for k, v in prompt.items()
+        }
 
     def encode_negatives(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
         """Each prompt as the pipeline encodes a negative one; arguments as of `encode_prompts`."""

@@ -25,13 +25,11 @@ from torch.nn.functional import pad
 
 from edge_dit.models.families.family import Family, Grid, State
 
-TEXT_MASK = "encoder_attention_mask"
-"""Input and conditioning [1, T] of families that drop padding: 1 for a text token, 0 for padding,
-which comes after all text.
-"""
+TEXT_MASK = "text_mask"
+"""Conditioning [1, T] of families that drop padding: 1 for a token, 0 for padding after it."""
 ROPE = "rope"
-"""Conditioning [S, d / 2, 2]: rotations of all tokens in the sequence's order, real and imaginary
-parts.
+"""Conditioning [S, d]: rotations of all tokens in the sequence's order, real and imaginary parts in
+turn.
 """
 
 
@@ -71,13 +69,11 @@ class Joined(Family):
         return latents.shape[-2] * latents.shape[-1] // model.config.patch_size**2
 
     def text_lengths(self, inputs: Mapping[str, Any]) -> list[int]:
-        """Number of text tokens that a batch of the stock forward has in each row's sequence.
+        """Numbers of text tokens in the rows of a batch of the stock forward.
 
         Args:
             inputs: of the stock forward.
         """
-        if self.drops_padding:
-            return inputs[TEXT_MASK].sum(1).tolist()
         return [inputs["encoder_hidden_states"].shape[1]]
 
     def join(self, image: Tensor, text: Tensor) -> Tensor:
@@ -96,10 +92,16 @@ class Joined(Family):
             return sequence[..., text:, :], sequence[..., :text, :]
         return sequence[..., :image, :], sequence[..., image:, :]
 
-    def entry(self, model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any]) -> State:
+    def entry(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        call: Mapping[str, Any],
+        cond: Mapping[str, Tensor],
+    ) -> State:
         """The first block's sequence, parted."""
-        state = State(*self.part(call[self.stream], self.image_tokens(model, inputs)))
-        return self._padding_zeroed(state, inputs)
+        image, text = self.part(call[self.stream], self.image_tokens(model, inputs))
+        return self._padded(image, text, cond)
 
     # ---------------------------------------------------------------- blocks
 
@@ -108,14 +110,10 @@ class Joined(Family):
     ) -> State:
         """The state after ``block``."""
         assert state.text is not None
-        total, seen = state.text.shape[1], self.seen(cond)
-        sequence = self.join(state.image, state.text[:, :seen])
+        sequence = self.join(state.image, state.text[:, : self.seen(cond)])
         self.image = state.image.shape[1]
         after = block(**{self.stream: sequence}, **self.arguments(cond, grid))
-        image, text = self.part(after, self.image)
-        if self.traced:
-            return self._padding_zeroed(State(image, text), cond)
-        return State(image, pad(text, (0, 0, 0, total - text.shape[1])))
+        return self._padded(*self.part(after, self.image), cond)
 
     def seen(self, cond: Mapping[str, Tensor]) -> int | None:
         """Number of text tokens that a block gets; None for all."""
@@ -132,7 +130,7 @@ class Joined(Family):
         """
         rope = cond[ROPE]
         if not self.traced:
-            rope = torch.view_as_complex(rope)
+            rope = torch.view_as_complex(rope.unflatten(-1, (-1, 2)))
             ours, text = self.part(rope, image)
             rope = self.join(ours, text[: self.seen(cond)])
         return rope
@@ -144,8 +142,9 @@ class Joined(Family):
         everything = torch.ones(1, image, 1)
         return self.join(everything, cond[TEXT_MASK].unsqueeze(-1)).squeeze(-1) > 0.5
 
-    def _padding_zeroed(self, state: State, cond: Mapping[str, Tensor]) -> State:
-        """The state with zeros for padding, where the stock forward has none."""
-        if not self.drops_padding or state.text is None:
-            return state
-        return State(state.image, state.text * cond[TEXT_MASK].unsqueeze(-1))
+    def _padded(self, image: Tensor, text: Tensor, cond: Mapping[str, Tensor]) -> State:
+        """A state of text tokens that a block gets or gives; padding that it drops is zero."""
+        if not self.drops_padding:
+            return State(image, text)
+        mask = cond[TEXT_MASK].unsqueeze(-1)
+        return State(image, pad(text, (0, 0, 0, mask.shape[1] - text.shape[1])) * mask)

@@ -1,14 +1,13 @@
 """Lumina-Image 2.0 (arXiv 2503.21758): Lumina2Transformer2DModel.
 
 One sequence, text first, after refiners of text and image. Positions rotate queries and keys as
-complex numbers; an image token's first position is the number of text tokens. The model's time runs
-from noise, 0, to picture, 1, and it predicts picture minus noise.
+complex numbers; an image token's first position is the number of text tokens.
 
 Conditioning (D = width, d = head width, N = image tokens, L = text tokens):
 
-    temb                     [1, min(D, 1024)]   embedding of the time
-    encoder_attention_mask   [1, L]              1 for a token, 0 for padding
-    rope                     [L + N, d / 2, 2]   real and imaginary parts, the same for every draw
+    temb        [1, min(D, 1024)]   embedding of the time
+    text_mask   [1, L]              1 for a token, 0 for padding
+    rope        [L + N, d]          real and imaginary parts in turn, the same for every draw
 
 diffusers keeps the rotations as float64, a bank as float32.
 """
@@ -43,6 +42,7 @@ from edge_dit.models.families.family import (
     unpatchify,
 )
 from edge_dit.models.families.joined import ROPE, TEXT_MASK, Joined
+from edge_dit.models.families.real import interleaved
 from edge_dit.models.families.switches import (
     DEEPEST,
     LARGEST,
@@ -61,6 +61,8 @@ from edge_dit.models.pipeline import quiet
 
 MAX_TEXT_TOKENS = 256
 """max_sequence_length of Lumina2Pipeline and of diffusers' training script."""
+PROMPT_MASK = "encoder_attention_mask"
+"""Of an encoded prompt, [1, L]: 1 for a token, 0 for padding."""
 FACTOR = 8
 """Pixels per side of a latent, in Lumina2Pipeline."""
 
@@ -78,6 +80,7 @@ class Lumina2(Joined):
     lora_targets = tuple(f"attn.{proj}" for proj in ("to_k", "to_q", "to_v", "to_out.0"))
     per_prompt = (TEXT_MASK, ROPE)
     text_widths: ClassVar[Mapping[str, tuple[str, ...]]] = {"cap_feat_dim": ("text_encoder",)}
+    towards_picture = True
     rescales = True
     switches: ClassVar[Rules] = {
         "sample_size": whole(LARGEST),
@@ -131,10 +134,6 @@ class Lumina2(Joined):
         """The pipeline divides by 1000."""
         return 1 / 1000
 
-    def handed(self, timestep: Tensor) -> Tensor:
-        """The model's time grows with the picture."""
-        return 1 - timestep
-
     def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
         """The velocity, at the scheduler's noise levels, drawn evenly.
 
@@ -158,9 +157,13 @@ class Lumina2(Joined):
     ) -> dict[str, Any]:
         """Arguments of the stock forward; latents [1, C, h, w]."""
         scaled = torch.tensor([timestep * self.timestep_factor(model.config)])
-        mask = prompt[TEXT_MASK].to(torch.int64)  # the stock forward counts tokens by it
         timed = {"hidden_states": latents, "timestep": self.handed(scaled)}
-        return {**timed, **prompt, TEXT_MASK: mask}
+        # The stock forward counts tokens by the mask.
+        return {**timed, **prompt, PROMPT_MASK: prompt[PROMPT_MASK].to(torch.int64)}
+
+    def text_lengths(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Numbers of text tokens in the rows of a batch of the stock forward."""
+        return inputs[PROMPT_MASK].sum(1).tolist()
 
     @contextmanager
     def prelude(self, model: Any) -> Iterator[None]:
@@ -174,8 +177,9 @@ class Lumina2(Joined):
 
     def conditioning(self, call: Mapping[str, Any]) -> Conditioning:
         """The tensors of the module's table."""
-        rope = torch.view_as_real(call["image_rotary_emb"][0])
-        return {"temb": call["temb"], TEXT_MASK: call[TEXT_MASK].float(), ROPE: rope}
+        rope = call["image_rotary_emb"][0]
+        rope = rope if self.traced else interleaved(rope)
+        return {"temb": call["temb"], TEXT_MASK: call[PROMPT_MASK].float(), ROPE: rope}
 
     def arguments(self, cond: Mapping[str, Tensor], grid: Grid) -> dict[str, Any]:
         """Temb, the rotations and, if `traceable`, a mask."""
@@ -189,10 +193,6 @@ class Lumina2(Joined):
     def head(self, model: Any, image: Tensor, cond: Mapping[str, Tensor], grid: Grid) -> Tensor:
         """Picture minus noise, [1, C, h, w]."""
         return unpatchify(model.norm_out(image, cond["temb"]), grid, model.config.patch_size)
-
-    def learned(self, prediction: Tensor) -> Tensor:
-        """The velocity, as the pipeline hands it to its scheduler."""
-        return -prediction
 
     def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
         """Latents [1, C, h, w] and a prompt of ``text`` tokens."""
@@ -240,24 +240,20 @@ class _Padded(nn.Module):
     def __init__(self, stock: Any, real: bool) -> None:
         super().__init__()
         self.patch, self.real = stock.patch_size, real
-        self.tables = [torch.view_as_real(table) for table in stock.freqs_cis]
+        self.tables = [interleaved(one) if real else one for one in stock.freqs_cis]
 
     def forward(self, latents: Tensor, mask: Tensor) -> tuple[Any, ...]:
         """Patches; rotations of text, image and both; tokens of text and of both."""
         text = mask.shape[1]
         rows, columns = (side // self.patch for side in latents.shape[-2:])
         image = rows * columns
-        places = [torch.arange(text), torch.zeros(text), torch.zeros(text)]
-        grid = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
-        used = mask.sum().to(torch.int64).expand(image)
-        rope = torch.cat(
-            [
-                table[torch.cat([before.long(), after])]
-                for table, before, after in zip(self.tables, places, (used, *grid), strict=True)
-            ],
-            dim=1,
-        )
-        rope = (rope.float() if self.real else torch.view_as_complex(rope)).unsqueeze(0)
+        nowhere = torch.zeros(text, dtype=torch.int64)
+        first = torch.cat([torch.arange(text), mask.sum().to(torch.int64).expand(image)])
+        row = torch.cat([nowhere, torch.arange(rows).repeat_interleave(columns)])
+        column = torch.cat([nowhere, torch.arange(columns).repeat(rows)])
+        axes = zip(self.tables, (first, row, column), strict=True)
+        rope = torch.cat([table[places] for table, places in axes], dim=1)
+        rope = (rope.float() if self.real else rope).unsqueeze(0)
         patches = patchify(latents, self.patch)
         return patches, rope[:, :text], rope[:, text:], rope, [text], [text + image]
 

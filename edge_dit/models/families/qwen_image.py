@@ -181,9 +181,11 @@ class QwenImage(Family):
         """Temb, the mask as bool, and the rotary embeddings, complex unless `traceable`; with
         zero_cond_t the kind of each token, [1, N] int32.
         """
-        rope = cond["rope_image"], cond["rope_text"]
-        if not self.traced:
-            rope = torch.view_as_complex(rope[0]), torch.view_as_complex(rope[1])
+        image, text = cond["rope_image"], cond["rope_text"]
+        if self.traced:
+            rope = image.flatten(-2), text.flatten(-2)
+        else:
+            rope = torch.view_as_complex(image), torch.view_as_complex(text)
         arguments = {
             "temb": cond["temb"],
             "encoder_hidden_states_mask": cond["encoder_hidden_states_mask"] > 0.5,

@@ -3,8 +3,8 @@
 No target has complex numbers. diffusers turns a query or key x [..., d] by frequencies f
 [..., d / 2] with ``view_as_real(view_as_complex(x as pairs) * f)``, in functions of several names
 and, in Z-Image, within an attention processor. So not these functions are replaced, but the two
-views: within `RealRotations` f is real, [..., d / 2, 2], and the product is
-(a + b i) (c + d i) = (a c - b d) + (a d + b c) i, written out.
+views: within `RealRotations` f is real, [..., d], real and imaginary parts in turn, and the product
+is (a + b i) (c + d i) = (a c - b d) + (a d + b c) i, written out.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ class _Pairs:
     parts: Tensor
 
     def __mul__(self, other: Tensor) -> Tensor:
-        """The product with real and imaginary parts ``other``, as such parts."""
+        """The product, as such parts, with ``other`` [..., d], such parts in turn."""
         real, imaginary = self.parts.unbind(-1)
-        cos, sin = other.unbind(-1)
+        cos, sin = other.unflatten(-1, (-1, 2)).unbind(-1)
         turned = real * cos - imaginary * sin, real * sin + imaginary * cos
         return torch.stack(turned, dim=-1)
+
+
+def interleaved(rotations: Tensor) -> Tensor:
+    """Complex rotations [..., d / 2] as real numbers [..., d], real and imaginary parts in turn."""
+    return torch.view_as_real(rotations).flatten(-2)
 
 
 class RealRotations(TorchFunctionMode):
