@@ -38,20 +38,10 @@ from PIL import Image
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from arms import ARMS, NO_LORA
-from experiment import (
-    Run,
-    generate,
-    losses_by_level,
-    model_for,
-    pipeline_of,
-    plan_for,
-    plan_of,
-    settings,
-    subject_of,
-    train,
-)
+from experiment import generate, losses_by_level, settings, train
 from measures import cut_out
 from run import JOBS, SAMPLES, all_runs
+from runs import Run, model_for, pipeline_of, plan_for, plan_of, subject_of
 from side_by_side import remove_many_lora
 from tables import mean_of, table
 

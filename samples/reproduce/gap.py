@@ -20,17 +20,10 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from arms import ARMS
-from experiment import (
-    Run,
-    bank_of,
-    blocks_of,
-    model_for,
-    pipeline_of,
-    plan_for,
-    stored,
-    train,
-)
+from draws import bank_of, stored
+from experiment import blocks_of, train
 from run import JOBS, SAMPLES, all_runs
+from runs import Run, model_for, pipeline_of, plan_for
 from side_by_side import ManyLora, ManySessions, remove_many_lora
 from tables import mean_of, table
 

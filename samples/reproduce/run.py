@@ -24,7 +24,8 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from arms import ARMS
-from experiment import Run, execute, how_selected, settings
+from experiment import execute, how_selected, settings
+from runs import Run
 from subjects import subjects, write_subject
 from tables import collect, write_results
 

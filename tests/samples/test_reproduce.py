@@ -36,7 +36,8 @@ import experiment
 import measures
 import tables
 from arms import ARMS, CLAIMS, CROPS, NO_LORA, Claim, Skips, lora_blocks
-from experiment import Through, how_selected, settings, stored, window
+from draws import Through, stored, window
+from experiment import how_selected, settings
 from run import SAMPLES, Run, all_runs, is_done, perform
 from side_by_side import ManySessions, add_many_lora, remove_many_lora
 
