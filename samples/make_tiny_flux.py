@@ -1,6 +1,6 @@
 """Make samples/tiny-flux: a FLUX small enough for a laptop's processor, really trained.
 
-    python samples/make_tiny_flux.py --work DIR [--out samples/tiny-flux] [--now]
+    python samples/make_tiny_flux.py --work DIR [--out samples/tiny-flux] [--begin DIR] [--now]
 
 Stages, each kept in DIR and skipped when already there; a stopped training resumes:
 
@@ -8,16 +8,18 @@ Stages, each kept in DIR and skipped when already there; a stopped training resu
     autoencoder    AutoencoderKL, 4x4 pixels -> 4 channels: scenes, textures, photographs
     latents        8,000 captioned scenes, encoded at 128 px, at 64 px, and as 64 px crops of Eq. 1
     transformer    FluxTransformer2DModel, 4 + 8 blocks of width 128: 64 px first, then 128 px
+    sizes          the same, on: pictures of eleven sizes and shapes from 64 to 128 px
     guidance       the same, distilled from itself to obey `guidance_scale`, as FLUX.1-dev is
 
 --now writes the folder from the last checkpoints; before the last stage it draws at guidance 1
 only. Sample with `max_sequence_length=32`, the length of text it was trained on.
 
-About an hour and a half on one core. Needs the extra `host` and scikit-image. The seed fixes
+About three hours on one core. Needs the extra `host` and scikit-image. The seed fixes
 everything, but not to the bit across machines. The folder in the repository differs a little from a
 fresh run, because steps were added: the autoencoder's first 1,800 had a learning rate of up to
 1.5e-3, planned for 1,800; the transformer's was planned for 2,800 steps until step 2,400, and for
-3,000 until step 3,000.
+3,000 until step 3,000. It has not been through the stage `sizes` yet; `--begin
+samples/tiny-flux` goes on from it.
 """
 
 from __future__ import annotations
@@ -56,20 +58,25 @@ from training import (
     TRANSFORMER,
     Schedule,
     batch_kind,
+    begin_with,
     encoded_scenes,
     mixed_batch,
     noisy_batch,
     picture_loss,
     save_latents,
     save_pipeline,
+    sized_batch,
+    sized_scenes,
     train,
     vocabulary_captions,
 )
 
 SCENES = 8_000
+SIZED_SCENES = 2_500  # of each size
 TOKENS = 32  # `max_sequence_length`; the longest caption has 15
 AUTOENCODER_STEPS = 3_000
 TRANSFORMER_STEPS = (1_000, 2_600)  # mostly 64 px, then mostly 128 px
+SIZED_STEPS = 1_800
 GUIDANCE_STEPS = 200
 
 
@@ -265,6 +272,23 @@ def make_latents(work: Path, pipe: FluxPipeline) -> dict:
     return data
 
 
+@torch.no_grad()
+def make_sized_latents(work: Path, pipe: FluxPipeline, data: dict) -> dict:
+    """Scenes of the last stages, by "<height>x<width>" of `SIZES`: latents [SIZED_SCENES, 4, h, w],
+    "<size>.text" [SIZED_SCENES, TOKENS, 96] and "<size>.pooled"; the empty prompt as in ``data``.
+    """
+    done = work / "sized-latents.safetensors"
+    if done.exists():
+        return load_file(done)
+    captions, sized = sized_scenes(SIZED_SCENES, lambda x: pipe.vae.encode(x).latent_dist.mode())
+    sized = {name: ((z - data["shift"]) / data["scale"]).half() for name, z in sized.items()}
+    for name, some in captions.items():
+        sized[f"{name}.text"], sized[f"{name}.pooled"] = encode_captions(pipe, some)
+    sized |= {name: data[name] for name in ("empty", "empty_pooled")}
+    save_latents(sized, done)
+    return sized
+
+
 def pack(latent: torch.Tensor) -> torch.Tensor:
     """[N, 4, h, w] -> [N, h/2 * w/2, 16]."""
     return FluxPipeline._pack_latents(latent, *latent.shape)
@@ -273,17 +297,17 @@ def pack(latent: torch.Tensor) -> torch.Tensor:
 def predict(
     model: FluxTransformer2DModel,
     noisy: torch.Tensor,
+    grid: tuple[int, int],
     sigma: torch.Tensor,
     guidance: torch.Tensor,
     text: torch.Tensor,
     pooled: torch.Tensor,
 ) -> torch.Tensor:
-    """The model's velocity for square latents. noisy: [N, h * w, 16]; sigma, guidance: [N]; text:
-    [N, TOKENS, 96]; pooled: [N, 64]. Returns float32 [N, h * w, 16].
+    """The model's velocity for latents of h x w tokens, the grid. noisy: [N, h * w, 16]; sigma,
+    guidance: [N]; text: [N, TOKENS, 96]; pooled: [N, 64]. Returns float32 [N, h * w, 16].
     """
-    side = round(noisy.shape[1] ** 0.5)
     # plain matrix products: the fused attention's backward is slow on short sequences
-    kernel = SDPBackend.MATH if side < 16 else SDPBackend.FLASH_ATTENTION
+    kernel = SDPBackend.MATH if noisy.shape[1] < 256 else SDPBackend.FLASH_ATTENTION
     with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(kernel):
         velocity = model(
             noisy,
@@ -291,7 +315,7 @@ def predict(
             pooled_projections=pooled,
             timestep=sigma,
             guidance=guidance,
-            img_ids=FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32),
+            img_ids=FluxPipeline._prepare_latent_image_ids(1, *grid, "cpu", torch.float32),
             txt_ids=torch.zeros(TOKENS, 3),
             return_dict=False,
         )[0]
@@ -299,33 +323,57 @@ def predict(
 
 
 def flow_batch(data: dict, step: int, first: int) -> tuple:
-    """Packed noisy latents and target [N, h * w, 16], sigma [N], text [N, TOKENS, 96], pooled."""
+    """A batch of a step, see `batch_kind`, as `predict` takes it."""
     draw_from = torch.Generator().manual_seed(SEED + step)
     kind, count = batch_kind(step, first, torch.rand((), generator=draw_from).item())
-    noisy, target, sigma, rows, dropped = noisy_batch(data, kind, count, draw_from)
+    return with_text(data, "", noisy_batch(data, kind, count, draw_from))
+
+
+def sized_flow_batch(data: dict, step: int) -> tuple:
+    """A batch of one of `SIZES`, as `predict` takes it."""
+    name, batch = sized_batch(data, torch.Generator().manual_seed(SEED + 500_000 + step))
+    return with_text(data, f"{name}.", batch)
+
+
+def with_text(data: dict, name: str, batch: tuple) -> tuple:
+    """A batch as `noisy_batch` gives it -> target [N, h * w, 16] and what `predict` takes: packed
+    noisy latents, of the same shape, their grid, sigma [N], text [N, TOKENS, 96], pooled [N, 64].
+
+    name: "" or "<size>." before "text" and "pooled" in the data.
+    """
+    noisy, target, sigma, rows, dropped = batch
     dropped = dropped[:, None]
-    text = torch.where(dropped[..., None], data["empty"], data["text"][rows]).float()
-    pooled = torch.where(dropped, data["empty_pooled"], data["pooled"][rows]).float()
-    return pack(noisy), pack(target), sigma, text, pooled
+    text = torch.where(dropped[..., None], data["empty"], data[f"{name}text"][rows]).float()
+    pooled = torch.where(dropped, data["empty_pooled"], data[f"{name}pooled"][rows]).float()
+    grid = (noisy.shape[2] // 2, noisy.shape[3] // 2)
+    return pack(target), (pack(noisy), grid, sigma, text, pooled)
+
+
+def flow_loss(model: FluxTransformer2DModel, batch: tuple) -> torch.Tensor:
+    """Flow matching at guidance 1."""
+    target, (noisy, grid, sigma, text, pooled) = batch
+    found = predict(model, noisy, grid, sigma, torch.ones_like(sigma), text, pooled)
+    return F.mse_loss(found, target)
 
 
 def train_transformer(work: Path, data: dict) -> FluxTransformer2DModel:
-    """Flow matching, guidance 1 throughout."""
     model = make_transformer()
 
     def loss_at(step: int) -> torch.Tensor:
-        noisy, target, sigma, text, pooled = flow_batch(data, step, TRANSFORMER_STEPS[0])
-        return F.mse_loss(
-            predict(model, noisy, sigma, torch.ones_like(sigma), text, pooled), target
-        )
+        return flow_loss(model, flow_batch(data, step, TRANSFORMER_STEPS[0]))
 
-    return train(
-        "transformer",
-        model,
-        loss_at,
-        work,
-        replace(TRANSFORMER, steps=sum(TRANSFORMER_STEPS)),
-    )
+    schedule = replace(TRANSFORMER, steps=sum(TRANSFORMER_STEPS))
+    return train("transformer", model, loss_at, work, schedule)
+
+
+def train_sizes(work: Path, data: dict, model: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    model.requires_grad_(True).train()
+
+    def loss_at(step: int) -> torch.Tensor:
+        return flow_loss(model, sized_flow_batch(data, step))
+
+    schedule = replace(TRANSFORMER, steps=SIZED_STEPS, peak=6e-4, decay=0.6)
+    return train("sizes", model, loss_at, work, schedule)
 
 
 def distil_guidance(
@@ -338,16 +386,16 @@ def distil_guidance(
     teacher.requires_grad_(False)
 
     def loss_at(step: int) -> torch.Tensor:
-        noisy, _, sigma, text, pooled = flow_batch(data, 100_000 + step, 0)
+        _, (noisy, grid, sigma, text, pooled) = sized_flow_batch(data, 100_000 + step)
         scale = torch.rand(len(sigma), generator=torch.Generator().manual_seed(step))
         guidance, one = 1 + 3 * scale, torch.ones_like(sigma)
         empty = data["empty"].float().expand_as(text)
         empty_pooled = data["empty_pooled"].float().expand_as(pooled)
         with torch.no_grad():
-            prompted = predict(teacher, noisy, sigma, one, text, pooled)
-            unprompted = predict(teacher, noisy, sigma, one, empty, empty_pooled)
+            prompted = predict(teacher, noisy, grid, sigma, one, text, pooled)
+            unprompted = predict(teacher, noisy, grid, sigma, one, empty, empty_pooled)
         target = unprompted + guidance[:, None, None] * (prompted - unprompted)
-        return F.mse_loss(predict(model, noisy, sigma, guidance, text, pooled), target)
+        return F.mse_loss(predict(model, noisy, grid, sigma, guidance, text, pooled), target)
 
     return train(
         "guidance",
@@ -361,7 +409,7 @@ def distil_guidance(
 def last_checkpoint(work: Path) -> FluxTransformer2DModel:
     """Of the last stage begun."""
     model = make_transformer()
-    for name in ("guidance", "transformer"):
+    for name in ("guidance", "sizes", "transformer"):
         if (work / f"{name}.safetensors").exists():
             model.load_state_dict(load_file(work / f"{name}.safetensors"))
             break
@@ -379,10 +427,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for intermediate files")
     parser.add_argument("--out", type=Path, default=here / "tiny-flux")
+    parser.add_argument("--begin", type=Path, help="a folder whose models are not trained again")
     parser.add_argument("--now", action="store_true", help="write the folder from checkpoints")
     arguments = parser.parse_args()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
+    if arguments.begin:
+        begin_with(arguments.begin, work)
 
     captions = vocabulary_captions()
     tokenizer, tokenizer_2 = make_tokenizer(captions), make_tokenizer_2(captions)
@@ -402,7 +453,9 @@ def main() -> None:
     if arguments.now:
         pipe.transformer = last_checkpoint(work)
     else:
-        pipe.transformer = distil_guidance(work, data, train_transformer(work, data))
+        sized = make_sized_latents(work, pipe, data)
+        transformer = train_sizes(work, sized, train_transformer(work, data))
+        pipe.transformer = distil_guidance(work, sized, transformer)
     pipe.vae.to(memory_format=torch.contiguous_format)
     save_pipeline(pipe.to(torch.float16), arguments.out)
 

@@ -1,6 +1,6 @@
 """Make samples/tiny-sana: a SANA small enough for a laptop's processor, really trained.
 
-    python samples/make_tiny_sana.py --work DIR [--out samples/tiny-sana]
+    python samples/make_tiny_sana.py --work DIR [--out samples/tiny-sana] [--begin DIR]
 
 Stages, each kept in DIR and skipped when already there; a stopped training resumes:
 
@@ -8,11 +8,13 @@ Stages, each kept in DIR and skipped when already there; a stopped training resu
     autoencoder    AutoencoderDC, 8x8 pixels -> 8 channels: scenes, textures, photographs
     latents        8,000 captioned scenes, encoded at 128 px, at 64 px, and as 64 px crops of Eq. 1
     transformer    SanaTransformer2DModel, 12 blocks of width 128: 64 px first, then 128 px
+    sizes          the same, on: pictures of eleven sizes and shapes from 64 to 128 px
 
-About an hour on two idle cores. Needs the extra `host` and scikit-image. The seed fixes everything,
-but not to the bit across machines. The folder in the repository differs a little from a fresh run:
-its autoencoder was resumed twice, with latent noise 0.08 for the first 2,000 steps and the learning
-rate planned for 3,600, then 5,400, finally 4,700 steps.
+About two hours on two idle cores. Needs the extra `host` and scikit-image. The seed fixes
+everything, but not to the bit across machines. The folder in the repository differs a little from a
+fresh run: its autoencoder was resumed twice, with latent noise 0.08 for the first 2,000 steps and
+the learning rate planned for 3,600, then 5,400, finally 4,700 steps. It has not been through the
+stage `sizes` yet; `--begin samples/tiny-sana` goes on from it.
 """
 
 from __future__ import annotations
@@ -43,20 +45,25 @@ from training import (
     TRANSFORMER,
     Schedule,
     batch_kind,
+    begin_with,
     encoded_scenes,
     mixed_batch,
     noisy_batch,
     picture_loss,
     save_latents,
     save_pipeline,
+    sized_batch,
+    sized_scenes,
     train,
     vocabulary_captions,
 )
 
 SCENES = 8_000
+SIZED_SCENES = 2_500  # of each size
 TOKENS = 20  # the longest caption has 15
 AUTOENCODER_STEPS = 4_700
 TRANSFORMER_STEPS = (2_400, 2_600)  # mostly 64 px, then mostly 128 px
+SIZED_STEPS = 2_400
 
 
 # ---------------------------------------------------------------- text
@@ -204,6 +211,13 @@ def encode_captions(pipe: SanaPipeline, captions: list[str], chi) -> tuple:
     return torch.cat(embeds), torch.cat(masks)
 
 
+def encode_told_and_plain(pipe: SanaPipeline, captions: list[str]) -> tuple:
+    """`encode_captions`, every second one with the pipeline's instruction before it."""
+    plain = encode_captions(pipe, captions[0::2], None)
+    told = encode_captions(pipe, captions[1::2], instruction())
+    return tuple(torch.stack(both, 1).flatten(0, 1) for both in zip(plain, told, strict=True))
+
+
 @torch.no_grad()
 def make_latents(work: Path, vae: AutoencoderDC, tokenizer, text_encoder) -> dict:
     """Scenes as the transformer is trained on them; N scenes:
@@ -224,12 +238,11 @@ def make_latents(work: Path, vae: AutoencoderDC, tokenizer, text_encoder) -> dic
         data[name] = (data[name] / scale).half()
 
     pipe = SanaPipeline(tokenizer, text_encoder, vae, make_transformer(), make_scheduler())
-    plain, plain_mask = encode_captions(pipe, captions[0::2], None)
-    told, told_mask = encode_captions(pipe, captions[1::2], instruction())
+    text, text_mask = encode_told_and_plain(pipe, captions)
     empty, empty_mask = encode_captions(pipe, [""], None)
     data |= {
-        "text": torch.stack([plain, told], 1).flatten(0, 1),
-        "text_mask": torch.stack([plain_mask, told_mask], 1).flatten(0, 1),
+        "text": text,
+        "text_mask": text_mask,
         "empty": empty,
         "empty_mask": empty_mask,
         "scale": scale,
@@ -238,27 +251,40 @@ def make_latents(work: Path, vae: AutoencoderDC, tokenizer, text_encoder) -> dic
     return data
 
 
+def text_of(data: dict, name: str, rows: torch.Tensor, dropped: torch.Tensor) -> tuple:
+    """Text [N, TOKENS, channels] and mask [N, TOKENS] of pictures; those dropped get the empty one.
+
+    name: "" or "<size>." before "text" and "text_mask" in the data.
+    """
+    text = torch.where(dropped[:, None, None], data["empty"], data[f"{name}text"][rows])
+    mask = torch.where(dropped[:, None], data["empty_mask"], data[f"{name}text_mask"][rows])
+    return text.float(), mask.float()
+
+
+def flow_loss(model: SanaTransformer2DModel, batch: tuple, data: dict, name: str) -> torch.Tensor:
+    """Flow matching, of a batch as `noisy_batch` gives it; name: as `text_of` takes it."""
+    noisy, target, sigma, rows, dropped = batch
+    text, mask = text_of(data, name, rows, dropped)
+    # plain matrix products: the fused attention's backward is slow on short captions
+    with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        predicted = model(
+            noisy,
+            encoder_hidden_states=text,
+            encoder_attention_mask=mask,
+            timestep=sigma * 1000,
+            return_dict=False,
+        )[0]
+    return F.mse_loss(predicted.float(), target)
+
+
 def train_transformer(work: Path, data: dict) -> SanaTransformer2DModel:
-    """Flow matching."""
     model = make_transformer().to(memory_format=torch.channels_last)
 
     def loss_at(step: int) -> torch.Tensor:
         draw_from = torch.Generator().manual_seed(SEED + step)
         chance = torch.rand((), generator=draw_from).item()
         kind, count = batch_kind(step, TRANSFORMER_STEPS[0], chance)
-        noisy, target, sigma, rows, dropped = noisy_batch(data, kind, count, draw_from)
-        text = torch.where(dropped[:, None, None], data["empty"], data["text"][rows]).float()
-        mask = torch.where(dropped[:, None], data["empty_mask"], data["text_mask"][rows])
-        # plain matrix products: the fused attention's backward is slow on short captions
-        with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            predicted = model(
-                noisy,
-                encoder_hidden_states=text,
-                encoder_attention_mask=mask.float(),
-                timestep=sigma * 1000,
-                return_dict=False,
-            )[0]
-        return F.mse_loss(predicted.float(), target)
+        return flow_loss(model, noisy_batch(data, kind, count, draw_from), data, "")
 
     return train(
         "transformer",
@@ -267,6 +293,36 @@ def train_transformer(work: Path, data: dict) -> SanaTransformer2DModel:
         work,
         replace(TRANSFORMER, steps=sum(TRANSFORMER_STEPS)),
     )
+
+
+@torch.no_grad()
+def make_sized_latents(work: Path, pipe: SanaPipeline, data: dict) -> dict:
+    """Scenes of the last stage, by "<height>x<width>" of `SIZES`: latents [SIZED_SCENES, 8, h, w],
+    "<size>.text" [SIZED_SCENES, TOKENS, channels] and "<size>.text_mask"; "empty" as in ``data``.
+    """
+    done = work / "sized-latents.safetensors"
+    if done.exists():
+        return load_file(done)
+    captions, sized = sized_scenes(SIZED_SCENES, lambda pixels: pipe.vae.encode(pixels).latent)
+    sized = {name: (latents / data["scale"]).half() for name, latents in sized.items()}
+    for name, some in captions.items():
+        text, mask = encode_told_and_plain(pipe, some)
+        sized |= {f"{name}.text": text, f"{name}.text_mask": mask}
+    sized |= {name: data[name] for name in ("empty", "empty_mask")}
+    save_latents(sized, done)
+    return sized
+
+
+def train_sizes(work: Path, data: dict, model: SanaTransformer2DModel) -> SanaTransformer2DModel:
+    model.requires_grad_(True).train()
+
+    def loss_at(step: int) -> torch.Tensor:
+        draw_from = torch.Generator().manual_seed(SEED + 500_000 + step)
+        name, batch = sized_batch(data, draw_from)
+        return flow_loss(model, batch, data, f"{name}.")
+
+    schedule = replace(TRANSFORMER, steps=SIZED_STEPS, peak=6e-4, decay=0.6)
+    return train("sizes", model, loss_at, work, schedule)
 
 
 # ---------------------------------------------------------------- the folder
@@ -278,17 +334,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for intermediate files")
     parser.add_argument("--out", type=Path, default=here / "tiny-sana")
+    parser.add_argument("--begin", type=Path, help="a folder whose models are not trained again")
     arguments = parser.parse_args()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
+    if arguments.begin:
+        begin_with(arguments.begin, work)
 
     tokenizer = make_tokenizer(vocabulary_captions())
     text_encoder = make_text_encoder(len(tokenizer))
     vae = train_autoencoder(work)
     data = make_latents(work, vae, tokenizer, text_encoder)
     vae.register_to_config(scaling_factor=1 / data["scale"].item())
-    transformer = train_transformer(work, data).to(memory_format=torch.contiguous_format)
+    transformer = train_transformer(work, data)
     pipe = SanaPipeline(tokenizer, text_encoder, vae, transformer, make_scheduler())
+    transformer = train_sizes(work, make_sized_latents(work, pipe, data), transformer)
+    pipe.transformer = transformer.to(memory_format=torch.contiguous_format)
     save_pipeline(pipe, arguments.out)
 
 

@@ -16,12 +16,19 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scenes import SIDE, draw, random_scene
+from scenes import POSITIONS, SIDE, Scene, draw, random_scene
 
 SEED = 20260320
 PATCH = 64  # pixels, side of the small training pictures
 LATENTS = ("whole", "small", "crop")
 """Kinds of pictures of a scene that a transformer is trained on."""
+SIZES = (
+    *((side, side) for side in (64, 80, 96, 112, 128)),
+    *((64, 96), (96, 64), (80, 112), (112, 80), (96, 128), (128, 96)),
+)
+"""(height, width) in pixels of the pictures of a transformer's last stage."""
+ZOOM = 0.88  # of the largest view of a scene, the least that a view shows
+TOKENS_A_STEP = 3_072  # of 8 x 8 pixels
 
 
 # ---------------------------------------------------------------- pictures
@@ -175,6 +182,67 @@ def encoded_scenes(
     return captions, {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
+def view(scene: Scene, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """A picture of a scene, uint8 [height, width, 3], at most `SIDE` a side: a part of it that has
+    the sides' ratio and shows what the caption says where the caption says it.
+
+    scene: not at the top or bottom of a wide picture, nor at the left or right of a tall one.
+    """
+    scale = rng.uniform(ZOOM, 1) * SIDE / max(height, width)
+    high, wide = round(scale * height), round(scale * width)
+    # off the middle by no more than a full view allows: a thing at the side is not cut off
+    loose = round((1 - ZOOM) * SIDE / 2)
+    top, left = (
+        int(np.clip((SIDE - side) // 2 + rng.integers(-loose, loose + 1), 0, SIDE - side))
+        for side in (high, wide)
+    )
+    part = draw(scene, rng)[top : top + high, left : left + wide]
+    return np.asarray(Image.fromarray(part).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def sized_scenes(
+    count: int, encode: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[dict[str, list[str]], dict[str, torch.Tensor]]:
+    """Captions of ``count`` scenes for each of `SIZES`, and the latents [count, channels, h, w] of
+    their pictures, float32; both by "<height>x<width>".
+
+    encode: as `encoded_scenes` takes it.
+    """
+    captions, latents = {}, {}
+    for number, (height, width) in enumerate(SIZES):
+        rng, name = np.random.default_rng([SEED, 2, number]), f"{height}x{width}"
+        scenes = []
+        while len(scenes) < count:
+            scene = random_scene(rng)
+            x, y = POSITIONS[scene.position]
+            if not (
+                (y and width > height) or (x and height > width)
+            ):  # else a view would cut it off
+                scenes.append(scene)
+        captions[name], parts = [scene.caption() for scene in scenes], []
+        for first in range(0, count, 100):
+            some = [view(scene, height, width, rng) for scene in scenes[first : first + 100]]
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                parts.append(encode(to_tensor(np.stack(some))).float())
+        latents[name] = torch.cat(parts)
+        print(f"latents of {name}: {number + 1} of {len(SIZES)} sizes", flush=True)
+    return captions, latents
+
+
+def sized_batch(
+    latents: dict[str, torch.Tensor], draw_from: torch.Generator
+) -> tuple[str, tuple[torch.Tensor, ...]]:
+    """A size's name, and a batch of that size as `noisy_batch` gives it.
+
+    The noise level is shifted by size as SD3 does (arXiv 2403.03206, Eq. 23): its odds grow with
+    the square root of the pixels' number, and are as before at `SIDE`.
+    """
+    height, width = SIZES[int(torch.randint(len(SIZES), (), generator=draw_from))]
+    name, tokens = f"{height}x{width}", height * width // 64
+    shift = 0.5 * np.log(height * width / SIDE**2)
+    return name, noisy_batch(latents, name, TOKENS_A_STEP // tokens, draw_from, shift)
+
+
 def save_latents(data: dict[str, torch.Tensor], path: Path) -> None:
     save_file({name: value.contiguous() for name, value in data.items()}, path)
 
@@ -189,8 +257,11 @@ def batch_kind(step: int, first: int, chance: float) -> tuple[str, int]:
     return ("crop" if chance < little / 3 else "small"), 32
 
 
-def noisy_batch(data: dict, kind: str, count: int, draw_from: torch.Generator) -> tuple:
-    """Rows of the latents `data[kind]`, [scenes, channels, height, width], with noise.
+def noisy_batch(
+    data: dict, kind: str, count: int, draw_from: torch.Generator, shift: float = 0.0
+) -> tuple:
+    """Rows of the latents `data[kind]`, [scenes, channels, height, width], with noise, the log of
+    whose level's odds is normal around 0.4 + shift.
 
     Returns noisy latents and target, [count, channels, height, width], sigma [count], their rows
     [count] and, bool [count], which of them are to be trained with the empty prompt.
@@ -198,7 +269,7 @@ def noisy_batch(data: dict, kind: str, count: int, draw_from: torch.Generator) -
     """
     rows = torch.randint(len(data[kind]), (count,), generator=draw_from)
     latent = data[kind][rows].float()
-    sigma = torch.sigmoid(0.4 + 1.2 * torch.randn(count, generator=draw_from))
+    sigma = torch.sigmoid(0.4 + shift + 1.2 * torch.randn(count, generator=draw_from))
     if kind == "crop":  # the crop's side was chosen for its sigma, to within half a step of 8 px
         near = (data["crop_side"][rows] - PATCH) / (SIDE - PATCH)
         sigma = near + (torch.rand(count, generator=draw_from) - 0.5) / 8
@@ -323,6 +394,17 @@ def train(
             part.replace(checkpoint)
     save_file({k: v.contiguous() for k, v in mean.state_dict().items()}, done)
     return mean.eval()
+
+
+def begin_with(folder: Path, work: Path) -> None:
+    """Take a pipeline folder's autoencoder and transformer for what `train` has trained; what
+    ``work`` has already stays.
+    """
+    for name, part in (("autoencoder", "vae"), ("transformer", "transformer")):
+        done = work / f"{name}.safetensors"
+        if not done.exists():
+            weights = load_file(folder / part / "diffusion_pytorch_model.safetensors")
+            save_file({key: value.float() for key, value in weights.items()}, done)
 
 
 def save_pipeline(pipe: Any, folder: Path) -> None:

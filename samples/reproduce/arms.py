@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from edge_dit.contract.names import FRESH, STORED, TAILS, THROUGH, Tail
 from edge_dit.contract.split import trained_blocks
@@ -39,6 +40,20 @@ class Arm:
             passes them as it is; or "blocks" - the blocks themselves, frozen.
         patch: s_min of s_max; the paper's is one half.
         tail: what stands in for skipped last blocks, see `edge_dit.contract.names.TAILS`.
+        small: patch at noise levels below one half, as a share of s_max; 0 for ``patch``.
+        draws: how many a step has, whose mean loss it lowers. They pass one after the other, so
+            that a step needs no more memory; and as many times more are in the bank.
+        context: whether attention and convolutions of trained blocks hear, beside a window's
+            tokens, the base model's tokens around it (`context.py`).
+        told: whether positions say where in the picture, and how large, the crop is.
+        order: of the draws: as they come, or by noise level over the whole run. High noise is
+            easier (arXiv 2403.10348).
+        start: of LoRA's A: normal numbers, or orthogonal rows of the same length.
+        by_rows: whether updates of B's rows shrink as these grow (arXiv 2410.09692).
+        emphasis: the loss is weighted by (1 + emphasis) sigma^emphasis, whose mean over even noise
+            levels is 1.
+        refresh: steps after which tail residuals are computed anew, by the adapted model; 0 never.
+        family: the only one that it can be run on; empty for all.
         compute: how the blocks' frozen matrices are multiplied while it trains: "float32", or
             "int8" as a device does with ``[export] compute = "int8"``. What was learned is
             measured in float32 in either case.
@@ -52,6 +67,16 @@ class Arm:
     stand_in: str = "residual"
     patch: float = 0.5
     tail: Tail = STORED
+    small: float = 0.0
+    draws: int = 1
+    context: bool = False
+    told: bool = False
+    order: Literal["mixed", "easy first", "hard first"] = "mixed"
+    start: Literal["gaussian", "orthogonal"] = "gaussian"
+    by_rows: bool = False
+    emphasis: float = 0.0
+    refresh: int = 0
+    family: str = ""
     compute: str = "float32"
 
     @property
@@ -63,6 +88,11 @@ class Arm:
     def banked(self) -> bool:
         """Whether blocks are left out, so that it trains on stored draws."""
         return self.skipped > 0 and self.stand_in != "blocks"
+
+    @property
+    def by_seed(self) -> bool:
+        """Whether seeds differ in sizes or positions, so that they cannot be one batch."""
+        return self.crop == "window" or self.told or self.small > 0
 
 
 LARGE = 0.875
@@ -149,6 +179,33 @@ ARMS: dict[str, Arm] = {
             f"{percent} %, selected, a window of the states", "", "window", percent / 100
         )
         for percent in (30, 50)
+    },
+    **{
+        f"{name}-50": Arm(f"50 %, selected, {title}", source, **{"skipped": 0.5, **what})
+        for name, title, source, what in (
+            ("four", "four draws a step", "", {"draws": 4}),
+            ("window-four", "four windows a step", "", {"crop": "window", "draws": 4}),
+            (
+                "context",
+                "a window that hears the rest",
+                "",
+                {"crop": "window", "context": True, "family": "sana"},
+            ),
+            (
+                "context-four",
+                "four windows a step that hear the rest",
+                "",
+                {"crop": "window", "context": True, "draws": 4, "family": "sana"},
+            ),
+            ("told", "positions told", "", {"told": True, "family": "flux"}),
+            ("mixed", "smaller patches at low noise", "", {"small": 0.375}),
+            ("refreshed", "residuals anew every 50 steps", "", {"refresh": 50}),
+            ("easy-first", "easy draws first", "arXiv 2403.10348", {"order": "easy first"}),
+            ("hard-first", "hard draws first", "", {"order": "hard first"}),
+            ("by-rows", "updates by row norm", "arXiv 2410.09692", {"by_rows": True}),
+            ("orthogonal", "orthogonal start", "", {"start": "orthogonal"}),
+            ("emphasis", "loss weighted by noise level", "", {"emphasis": 1.0}),
+        )
     },
     **{
         f"int8-{percent}": Arm(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from arms import ARMS, CROPS, Arm
+from context import Heard, heard_by, listening
 from runs import Run, model_for, pipeline_of, plan_for, subject_of
 from side_by_side import joined
 from torch import Tensor
 
-from edge_dit.contract.bank import Draw
+from edge_dit.contract.bank import Crop, Draw
 from edge_dit.contract.names import STORED, Tail
 from edge_dit.contract.noise import NOISE, POSTERIOR
 from edge_dit.models.families.family import Grid, State
@@ -27,12 +29,16 @@ from edge_dit.reference.precompute import normal_of
 
 @dataclass(frozen=True)
 class Through:
-    """A draw on its way: the states entering each block so far, and what goes with them."""
+    """A draw on its way: the states entering each block so far, and what goes with them; its noise
+    level; and of a window what the rest of the picture is to a block, by its number.
+    """
 
     states: list[State]
     cond: dict[str, Tensor]
     target: Tensor
     weight: float | None
+    sigma: float = 0.5
+    heard: dict[int, Heard] = field(default_factory=dict)
 
 
 def draws_of(run: Run, count: int) -> list[Draw]:
@@ -51,7 +57,8 @@ def begin(run: Run, draw: Draw) -> Through:
     chance = float(np.random.default_rng([draw.seed, 1]).random())
     share = 1.0 if arm.whole else CROPS[arm.crop](draw.sigma, chance)
     pixels = torch.from_numpy(subject.train[draw.image].pixels).unsqueeze(0)
-    sampler = PatchSampler(replace(plan.crop_rule, s_min=side_of(arm, plan)))
+    side = side_of(arm, plan, draw.sigma)
+    sampler = PatchSampler(replace(plan.crop_rule, s_min=side))
     patch = sampler(pixels, torch.tensor([share]), torch.tensor([draw.u, draw.v]))
     posterior = functools.partial(normal_of, draw.seed, POSTERIOR)
     clean = family.encode_image(pipeline.vae, patch, posterior)
@@ -61,14 +68,33 @@ def begin(run: Run, draw: Draw) -> Through:
         objective.noised(clean, noise, draw.sigma),
         objective.timestep(draw.sigma),
         subject.prompts[draw.image],
-        grid_of(side_of(arm, plan), plan),
+        grid_of(side, plan),
     )
+    if arm.told:
+        inputs["img_ids"] = told(draw.crop, grid_of(side, plan), plan.multiple)
     state, cond = family.begin(pipeline.transformer, inputs)
-    return Through([state], cond, objective.target(clean, noise), objective.weight(draw.sigma))
+    weight = objective.weight(draw.sigma)
+    if arm.emphasis:
+        weight = (weight or 1.0) * (1 + arm.emphasis) * draw.sigma**arm.emphasis
+    return Through([state], cond, objective.target(clean, noise), weight, draw.sigma)
 
 
-def side_of(arm: Arm, plan: Plan) -> int:
-    """Pixels of what passes the first blocks."""
+def told(crop: Crop, grid: Grid, multiple: int) -> Tensor:
+    """FLUX's position ids [tokens, 3] of a crop's tokens, in tokens of the whole picture: each at
+    the middle of what it shows.
+    """
+    axes = [
+        (start + (torch.arange(count) + 0.5) * crop.side / count) / multiple - 0.5
+        for start, count in zip((crop.top, crop.left), grid, strict=True)
+    ]
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
+    return torch.stack([torch.zeros(grid), rows, columns], -1).reshape(-1, 3)
+
+
+def side_of(arm: Arm, plan: Plan, sigma: float = 1.0) -> int:
+    """Pixels of what passes the first blocks at a noise level."""
+    if arm.small and sigma < 0.5:
+        return round(arm.small * plan.s_max / plan.multiple) * plan.multiple
     return plan.s_max if arm.whole else plan.s_min
 
 
@@ -77,33 +103,85 @@ def grid_of(side: int, plan: Plan) -> Grid:
     return (side // plan.multiple,) * 2
 
 
-@functools.lru_cache(maxsize=16)
-@torch.no_grad()
-def bank_of(
-    job: Path, subject: Path, seed: int, steps: int, crop: str, patch: float
-) -> list[Through]:
-    """A bank's draws with the base model's states around every block: what any arm of this crop and
-    patch that skips blocks may store (docs/method.md, Eq. 3).
+TOGETHER = 16
+"""Draws that pass the blocks in one batch."""
+
+
+def bank_of(run: Run, hears: Sequence[int] = ()) -> list[Through]:
+    """The draws of a run's bank, with the base model's states around every block: what it may store
+    (docs/method.md, Eq. 3).
+
+    Args:
+        run: whose.
+        hears: numbers of the blocks that hear what is outside of a window.
     """
-    like = next(
-        n for n, arm in ARMS.items() if arm.banked and (arm.crop, arm.patch) == (crop, patch)
-    )
-    run = Run(job, like, subject, seed, steps)
-    plan = plan_for(run)
-    family = model_for(job).family
-    drawn, grid = draws_of(run, plan.draws), grid_of(side_of(ARMS[like], plan), plan)
+
+    def decides(arm: Arm) -> tuple:
+        return arm.crop, arm.patch, arm.small, arm.told, arm.emphasis, arm.draws
+
+    mine = decides(ARMS[run.arm])
+    like = next(name for name, arm in ARMS.items() if arm.banked and decides(arm) == mine)
+    return _bank(replace(run, arm=like), tuple(hears))
+
+
+@functools.lru_cache(maxsize=16)
+def _bank(run: Run, hears: tuple[int, ...]) -> list[Through]:
+    arm, plan = ARMS[run.arm], plan_for(run)
+    drawn = draws_of(run, plan.draws)
+    same_size: dict[int, list[int]] = {}
+    for number, draw in enumerate(drawn):
+        same_size.setdefault(side_of(arm, plan, draw.sigma), []).append(number)
+    bank: dict[int, Through] = {}
+    for side, numbers in same_size.items():
+        for first in range(0, len(numbers), TOGETHER):
+            some = numbers[first : first + TOGETHER]
+            draws = [drawn[number] for number in some]
+            passed = _passed(run, draws, grid_of(side, plan), hears)
+            bank |= dict(zip(some, passed, strict=True))
+    return [bank[number] for number in range(len(drawn))]
+
+
+@torch.no_grad()
+def _passed(run: Run, drawn: Sequence[Draw], grid: Grid, hears: tuple[int, ...]) -> list[Through]:
+    """Draws of one size through all blocks; of windows, what is within."""
+    arm, plan, family = ARMS[run.arm], plan_for(run), model_for(run.job).family
     draws = [begin(run, draw) for draw in drawn]
-    for block in family.blocks(pipeline_of(job).transformer).values():
-        for some in (draws[first : first + 16] for first in range(0, len(draws), 16)):
-            before = [through.states[-1]._asdict() for through in some]
-            cond = joined([through.cond for through in some])
-            after = family.run_block(block, State(**joined(before)), cond, grid)
-            for row, through in enumerate(some):
-                part = [None if v is None else v[row : row + 1].clone() for v in after]
-                through.states.append(State(*part))
-    if crop == "window":
+    cond = None if arm.told else joined([through.cond for through in draws])
+    windowed = arm.crop == "window"
+    for number, block in enumerate(family.blocks(pipeline_of(run.job).transformer).values()):
+        with ExitStack() as stack:
+            seen = stack.enter_context(listening(block)) if number in hears else None
+            if cond is None:  # positions differ from draw to draw
+                after = [
+                    family.run_block(block, through.states[-1], through.cond, grid)
+                    for through in draws
+                ]
+            else:
+                before = State(**joined([through.states[-1]._asdict() for through in draws]))
+                both = family.run_block(block, before, cond, grid)
+                after = [
+                    State(*[None if v is None else v[row : row + 1].clone() for v in both])
+                    for row in range(len(draws))
+                ]
+        for row, (through, draw, state) in enumerate(zip(draws, drawn, after, strict=True)):
+            through.states.append(state)
+            if seen is not None:
+                place = place_of(draw, grid, plan.grid)
+                through.heard[number] = heard_by(block, seen, place, grid, row)
+    if windowed:
         return [window(one, draw, grid, plan.grid) for one, draw in zip(draws, drawn, strict=True)]
     return draws
+
+
+def place_of(draw: Draw, whole: Grid, patch: Grid) -> Crop:
+    """Where the window of a draw is, in tokens; its u and v say where.
+
+    Args:
+        draw: whose.
+        whole: token rows and columns of the picture, a square.
+        patch: those of the window, a square.
+    """
+    return CropRule(patch[0], whole[0], 1).crop(0.0, draw.u, draw.v, *whole)
 
 
 def window(through: Through, draw: Draw, whole: Grid, patch: Grid) -> Through:
@@ -115,7 +193,7 @@ def window(through: Through, draw: Draw, whole: Grid, patch: Grid) -> Through:
         whole: token rows and columns of the picture, a square.
         patch: those of the window, a square.
     """
-    place = CropRule(patch[0], whole[0], 1).crop(0.0, draw.u, draw.v, *whole)
+    place = place_of(draw, whole, patch)
     rows, columns = (slice(first, first + place.side) for first in (place.top, place.left))
 
     def cut(value: Tensor) -> Tensor:
@@ -136,7 +214,7 @@ def window(through: Through, draw: Draw, whole: Grid, patch: Grid) -> Through:
         target = target[:, :, rows, :, columns].flatten(4, 5).flatten(2, 3)
     else:
         target = cut(target)
-    return Through(states, cond, target, through.weight)
+    return replace(through, states=states, cond=cond, target=target)
 
 
 def stored(

@@ -9,6 +9,7 @@ noise and crop position in all of them.
 from __future__ import annotations
 
 import io
+import math
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from arms import ARMS, NO_LORA, Skips, lora_blocks
-from draws import bank_of, begin, draws_of, grid_of, side_of, stored
+from context import hearing, set_heard
+from draws import Through, bank_of, begin, draws_of, stored
 from measures import adherence, similarity
 from PIL import Image
 from runs import Run, model_for, pipeline_of, plan_for, plan_of, subject_of
@@ -27,9 +29,10 @@ from torch import Tensor
 
 from edge_dit.contract.adamw import learning_rate
 from edge_dit.contract.bank import draw_order
+from edge_dit.contract.names import TAIL_RESIDUAL
 from edge_dit.contract.targets import WIDE
 from edge_dit.models.int8_products import computing_in_int8
-from edge_dit.models.subgraph import TrainableSubgraph, lora_modules
+from edge_dit.models.subgraph import TrainableSubgraph, conditioning_of, lora_modules
 from edge_dit.planning.plan import Plan
 from edge_dit.planning.selection import NAME, Selection, read_selection
 from edge_dit.planning.split import split_by_ratio
@@ -97,40 +100,115 @@ def settings(run: Run) -> dict[str, Any]:
     }
 
 
+class Feed:
+    """Which draw each run has in each turn; a step has as many turns as the arm has draws a step.
+
+    Args:
+        runs: of one arm.
+    """
+
+    def __init__(self, runs: list[Run]) -> None:
+        self.runs, self.arm = runs, ARMS[runs[0].arm]
+        plan = plan_for(runs[0])
+        turns = plan.steps * self.arm.draws
+        if not self.arm.banked:
+            self.fresh = [draws_of(run, turns) for run in runs]
+            return
+        hears = blocks_of(runs[0]) if self.arm.context else []
+        self.banks = [bank_of(run, hears) for run in runs]
+        self.orders = []
+        for run, bank in zip(runs, self.banks, strict=True):
+            order = [draw_order(turn, plan.draws, run.seed) for turn in range(turns)]
+            if self.arm.order != "mixed":
+                easy = self.arm.order == "easy first"
+                order.sort(key=lambda number, bank=bank: bank[number].sigma, reverse=easy)
+            self.orders.append(order)
+
+    def at(self, turn: int) -> list[Through]:
+        """A draw for each run: the same ones again and again where they are stored."""
+        if not self.arm.banked:
+            return [
+                begin(run, fresh[turn]) for run, fresh in zip(self.runs, self.fresh, strict=True)
+            ]
+        pairs = zip(self.banks, self.orders, strict=True)
+        return [bank[order[turn]] for bank, order in pairs]
+
+
+class Trainer:
+    """Trains the pipeline's own blocks in place, run r on rows r.
+
+    Args:
+        runs: of one arm; those of all seeds only where `Arm.by_seed` is false.
+    """
+
+    def __init__(self, runs: list[Run]) -> None:
+        self.arm, self.feed = ARMS[runs[0].arm], Feed(runs)
+        self.plan, self.family = plan_for(runs[0]), model_for(runs[0].job).family
+        arm, plan, chosen = self.arm, self.plan, blocks_of(runs[0])
+        transformer = pipeline_of(runs[0].job).transformer
+        self.running = chosen if arm.stand_in != "blocks" else list(range(plan.layers))
+        modules = lora_modules(self.family, transformer, chosen, plan.lora_targets, arm.tail)
+        seeds, orthogonal = [run.seed for run in runs], arm.start == "orthogonal"
+        transformer.requires_grad_(False)
+        lora = add_many_lora(transformer, modules, plan.rank, plan.alpha, seeds, orthogonal)
+        self.subgraph = TrainableSubgraph(
+            transformer, self.family, self.running, plan.grid, arm.tail
+        )
+        self.sessions = ManySessions(self.subgraph, lora, plan.optimizer, arm.by_rows)
+        blocks = list(self.family.blocks(transformer).values())
+        self.hearers = [blocks[number] for number in chosen] if arm.context else []
+        self.chosen, self.after = chosen, blocks[chosen[-1] + 1 :]
+        self.tails: dict[int, list[Tensor]] = {}
+
+    def losses(self) -> list[list[float]]:
+        """Train; the losses by step."""
+        arm, plan = self.arm, self.plan
+        progress, losses = Progress(arm.title, 0, plan.steps), []
+        with (
+            hearing(self.hearers) as ears,
+            nullcontext() if arm.compute == WIDE else computing_in_int8(self.subgraph.blocks()),
+        ):
+            for step in range(plan.steps):
+                first = step * arm.draws
+                if arm.refresh and step % arm.refresh == 0:
+                    ahead = range(first, min(first + arm.refresh, plan.steps))
+                    self.tails = {turn: self._tail(turn) for turn in ahead}
+                turns = [self._batch(first + turn) for turn in range(arm.draws)]
+
+                def hear(turn: int, first: int = first) -> None:
+                    draws = self.feed.at(first + turn)
+                    set_heard(ears, [[d.heard[n] for n in self.chosen] for d in draws])
+
+                lr = learning_rate(step, plan.steps, plan.optimizer.lr)
+                before = hear if arm.context else (lambda _turn: None)
+                losses.append(self.sessions.step_of_several(turns, lr, before))
+                progress.add(step + 1, float(np.mean(losses[-1])))
+        return losses
+
+    def _batch(self, turn: int) -> list[dict[str, Tensor]]:
+        """A draw for each run as it is trained on."""
+        draws = self.feed.at(turn)
+        tokens = draws[0].states[0].image.shape[1]
+        self.subgraph.grid = (math.isqrt(tokens),) * 2
+        residuals = self.arm.stand_in == "residual"
+        batch = [stored(draw, self.running, residuals, self.arm.tail) for draw in draws]
+        for draw, tail in zip(batch, self.tails.get(turn, ()), strict=False):
+            draw[TAIL_RESIDUAL] = tail
+        return batch
+
+    @torch.no_grad()
+    def _tail(self, turn: int) -> list[Tensor]:
+        """Tail residuals of a turn's draws by the model as it is now, one for each run."""
+        batch = joined(self._batch(turn))
+        last = state = self.sessions.trained(batch)
+        for block in self.after:
+            last = self.family.run_block(block, last, conditioning_of(batch), self.subgraph.grid)
+        return list((last.image - state.image).split(1))
+
+
 def train(runs: list[Run]) -> list[list[float]]:
     """Train the pipeline's own blocks in place, run r on rows r; the losses by step."""
-    arm, pipeline = ARMS[runs[0].arm], pipeline_of(runs[0].job)
-    plans = [plan_for(run) for run in runs]
-    plan, family = plans[0], model_for(runs[0].job).family
-    chosen = blocks_of(runs[0])
-    running = chosen if arm.stand_in != "blocks" else list(range(plan.layers))
-    if arm.banked:  # the same draws again and again
-        banks = [bank_of(r.job, r.subject, r.seed, r.steps, arm.crop, arm.patch) for r in runs]
-    else:
-        fresh = [draws_of(run, plan.steps) for run in runs]
-
-    def draw(row: int, step: int) -> dict[str, Tensor]:
-        if arm.banked:
-            through = banks[row][draw_order(step, plan.draws, runs[row].seed)]
-        else:
-            through = begin(runs[row], fresh[row][step])
-        return stored(through, running, arm.stand_in == "residual", arm.tail)
-
-    modules = lora_modules(family, pipeline.transformer, chosen, plan.lora_targets, arm.tail)
-    seeds = [run.seed for run in runs]
-    pipeline.transformer.requires_grad_(False)
-    layers = add_many_lora(pipeline.transformer, modules, plan.rank, plan.alpha, seeds)
-    grid = plan.grid if arm.banked else grid_of(side_of(arm, plan), plan)
-    subgraph = TrainableSubgraph(pipeline.transformer, family, running, grid, arm.tail)
-    sessions = ManySessions(subgraph, layers, plan.optimizer)
-    progress, losses = Progress(runs[0].arm, 0, plan.steps), []
-    with nullcontext() if arm.compute == WIDE else computing_in_int8(subgraph.blocks()):
-        for step in range(plan.steps):
-            batch = [draw(row, step) for row in range(len(runs))]
-            lr = learning_rate(step, plan.steps, plan.optimizer.lr)
-            losses.append(sessions.step(batch, lr))
-            progress.add(step + 1, float(np.mean(losses[-1])))
-    return losses
+    return Trainer(runs).losses()
 
 
 # ---------------------------------------------------------------- measuring

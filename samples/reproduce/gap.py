@@ -42,7 +42,7 @@ def losses(runs: list[Run], blocks: list[int]) -> torch.Tensor:
     layers = [module for module in model.modules() if isinstance(module, ManyLora)]
     subgraph = TrainableSubgraph(model, model_for(runs[0].job).family, blocks, plan.grid)
     sessions = ManySessions(subgraph, layers, AdamW(0))
-    banks = [bank_of(r.job, r.subject, r.seed, r.steps, arm.crop, arm.patch)[:DRAWS] for r in runs]
+    banks = [bank_of(run)[:DRAWS] for run in runs]
     residuals = arm.stand_in == "residual"
     found = [
         sessions.losses([stored(through, blocks, residuals) for through in draws])

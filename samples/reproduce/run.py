@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from arms import ARMS
 from experiment import execute, how_selected, settings
-from runs import Run
+from runs import Run, plan_of
 from subjects import subjects, write_subject
 from tables import collect, write_results
 
@@ -38,13 +38,15 @@ JOBS = {"tiny-sana": "sana.toml", "tiny-flux": "flux.toml"}
 def all_runs(
     job: Path, work: Path, toys: int, seeds: int, steps: int, arms: Iterable[str]
 ) -> list[Run]:
-    """Arm by arm; subjects are written to ``work``/subjects."""
+    """Arm by arm, of those that the family can be; subjects are written to ``work``/subjects."""
+    family = plan_of(job).family
     folders = [work / "subjects" / name for name in list(subjects())[:toys]]
     for folder in folders:
         write_subject(folder.name, folder)
     return [
         Run(job, arm, folder, seed, steps)
         for arm in arms
+        if ARMS[arm].family in ("", family)
         for folder in folders
         for seed in range(seeds)
     ]
@@ -61,6 +63,9 @@ def is_done(run: Run, out: Path) -> bool:
 def perform(runs: list[Run], out: Path) -> list[str]:
     """Execute what is missing of one arm's runs, side by side; the names of these."""
     missing = [run for run in runs if not is_done(run, out)]
+    if ARMS[runs[0].arm].by_seed and len({run.seed for run in missing}) > 1:
+        apart = [[run for run in missing if run.seed == seed] for seed in {r.seed for r in missing}]
+        return [name for some in apart for name in perform(some, out)]
     for run, (measured, pictures) in zip(missing, execute(missing) if missing else [], strict=True):
         write_atomic(out / f"{run.name}.png", pictures)
         about = {"arm": run.arm, "subject": run.subject.name, "seed": run.seed}

@@ -76,7 +76,7 @@ def plan_for(run: Run) -> Plan:
         "s_min": round(share * plan.s_max / plan.multiple) * plan.multiple,
         "steps": run.steps,
         # as many steps to a draw as the job has
-        "draws": max(1, round(run.steps * plan.draws / plan.steps)),
+        "draws": max(1, round(run.steps * ARMS[run.arm].draws * plan.draws / plan.steps)),
         "seed": run.seed,
     }
     return plan.model_copy(update=new)

@@ -8,7 +8,7 @@ is that of `edge_dit.reference.eager.EagerSession`, to rounding (tests/samples/t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from edge_dit.contract.adamw import CLIP_EPS, AdamW
 from edge_dit.models.families.family import State
 from edge_dit.models.subgraph import TrainableSubgraph, add_lora, conditioning_of, remove_lora
+
+ROWS = 2.0
+"""The factor of a row of zeros, where updates are by rows."""
 
 
 class ManyLora(nn.Module):
@@ -42,9 +45,16 @@ class ManyLora(nn.Module):
 
 
 def add_many_lora(
-    model: nn.Module, modules: Sequence[str], rank: int, alpha: float, seeds: Sequence[int]
+    model: nn.Module,
+    modules: Sequence[str],
+    rank: int,
+    alpha: float,
+    seeds: Sequence[int],
+    orthogonal: bool = False,
 ) -> list[ManyLora]:
-    """Put adapters on ``modules``, run r's begun as `add_lora` does with ``seeds[r]``."""
+    """Put adapters on ``modules``, run r's begun as `add_lora` does with ``seeds[r]``; with
+    ``orthogonal`` A's rows are turned to be orthogonal, and keep their lengths.
+    """
     begun: dict[int, dict[str, Tensor]] = {}
     for seed in set(seeds):
         add_lora(model, list(modules), rank, alpha, seed)
@@ -59,7 +69,11 @@ def add_many_lora(
             tensors = [begun[seed][f"{name}.lora_{part}.default.weight"] for seed in seeds]
             return torch.stack([tensor.flatten(1) for tensor in tensors])
 
-        layer = ManyLora(model.get_submodule(name), stacked("A"), stacked("B"), alpha / rank)
+        a = stacked("A")
+        if orthogonal:
+            turned = torch.linalg.qr(a.transpose(1, 2)).Q.transpose(1, 2)
+            a = turned * a.norm(dim=2, keepdim=True)
+        layer = ManyLora(model.get_submodule(name), a, stacked("B"), alpha / rank)
         model.set_submodule(name, layer)
         layers.append(layer)
     return layers
@@ -78,8 +92,13 @@ def joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
 
     def one(values: list[Any]) -> Any:
-        batched = isinstance(values[0], Tensor) and values[0].shape[0] == 1
-        return torch.cat(values) if batched else values[0]
+        if not isinstance(values[0], Tensor):
+            return values[0]
+        if values[0].shape[0] == 1:
+            return torch.cat(values)
+        if not all(torch.equal(value, values[0]) for value in values[1:]):
+            raise ValueError("runs whose positions differ cannot be one batch")
+        return values[0]
 
     return {name: one([row[name] for row in rows]) for name in rows[0]}
 
@@ -91,10 +110,20 @@ class ManySessions:
         subgraph: its blocks carry ``layers``.
         layers: as `add_many_lora` returns them.
         adamw: hyper-parameters.
+        by_rows: whether the update of a row of B is multiplied by 1 / sqrt(|row| + 1 / `ROWS`^2),
+            as ALLoRA does with gradients (arXiv 2410.09692). AdamW divides scales out of gradients,
+            so here it is the update.
     """
 
-    def __init__(self, subgraph: TrainableSubgraph, layers: list[ManyLora], adamw: AdamW) -> None:
+    def __init__(
+        self,
+        subgraph: TrainableSubgraph,
+        layers: list[ManyLora],
+        adamw: AdamW,
+        by_rows: bool = False,
+    ) -> None:
         self.subgraph, self.adamw = subgraph, adamw
+        self.scaled = [layer.b for layer in layers] if by_rows else []
         self.parameters = [p for layer in layers for p in (layer.a, layer.b)]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -105,34 +134,63 @@ class ManySessions:
             fused=True,
         )
 
-    def losses(self, draws: Sequence[dict[str, Tensor]]) -> Tensor:
-        """Loss of one draw for each run, [R]."""
+    def trained(self, batch: dict[str, Tensor]) -> State:
+        """The state after the last trained block, of a batch of a draw for each run."""
         graph, family = self.subgraph, self.subgraph.family
-        batch = joined(draws)
         cond = conditioning_of(batch)
         state = State(batch["entry"], batch.get("entry_text"))
         for name in graph.order:
             state = graph.arrive(name, state, batch)
             state = family.run_block(graph.get_submodule(name), state, cond, graph.grid)
+        return state
+
+    def losses(self, draws: Sequence[dict[str, Tensor]]) -> Tensor:
+        """Loss of one draw for each run, [R]."""
+        graph, batch = self.subgraph, joined(draws)
         # One by one: a family's head takes a batch of one.
-        last = graph.last_image(state, cond, batch)
+        last = graph.last_image(self.trained(batch), conditioning_of(batch), batch)
         return torch.stack(
             [
-                graph.loss(family.head(graph, row[None], conditioning_of(draw), graph.grid), draw)
+                graph.loss(
+                    graph.family.head(graph, row[None], conditioning_of(draw), graph.grid), draw
+                )
                 for row, draw in zip(last, draws, strict=True)
             ]
         )
 
     def step(self, draws: Sequence[dict[str, Tensor]], lr: float) -> list[float]:
-        """One AdamW step of every run; the losses."""
+        """One AdamW step of every run on one draw each; the losses."""
+        return self.step_of_several([draws], lr)
+
+    def step_of_several(
+        self,
+        turns: Sequence[Sequence[dict[str, Tensor]]],
+        lr: float,
+        before: Callable[[int], None] = lambda _turn: None,
+    ) -> list[float]:
+        """One AdamW step of every run on several draws, one after the other; the mean losses.
+
+        Args:
+            turns: a draw for each run, in each turn.
+            lr: learning rate.
+            before: called with each turn's number before it.
+        """
         self.optimizer.zero_grad()
-        losses = self.losses(draws)
-        losses.sum().backward()
+        total = torch.zeros(len(turns[0]))
+        for number, draws in enumerate(turns):
+            before(number)
+            losses = self.losses(draws) / len(turns)
+            losses.sum().backward()
+            total += losses.detach()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients])
         scale = (self.adamw.max_grad_norm / (squares.sum(0).sqrt() + CLIP_EPS)).clamp(max=1.0)
         for gradient in gradients:
             gradient.mul_(scale[:, None, None])
         self.optimizer.param_groups[0]["lr"] = lr
+        old = [b.detach().clone() for b in self.scaled]
         self.optimizer.step()
-        return losses.tolist()
+        with torch.no_grad():
+            for b, was in zip(self.scaled, old, strict=True):
+                b.sub_(was).div_((was.norm(dim=2, keepdim=True) + ROWS**-2).sqrt()).add_(was)
+        return total.tolist()

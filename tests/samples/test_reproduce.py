@@ -7,10 +7,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -36,10 +38,11 @@ import experiment
 import measures
 import tables
 from arms import ARMS, CLAIMS, CROPS, NO_LORA, Claim, Skips, lora_blocks
-from draws import Through, stored, window
+from context import heard_by, hearing, listening, set_heard
+from draws import Through, place_of, stored, told, window
 from experiment import how_selected, settings
 from run import SAMPLES, Run, all_runs, is_done, perform
-from side_by_side import ManySessions, add_many_lora, remove_many_lora
+from side_by_side import ManyLora, ManySessions, add_many_lora, joined, remove_many_lora
 
 RANK, ALPHA = 4, 8.0
 ADAMW = AdamW(lr=1e-2, weight_decay=0.01, max_grad_norm=0.1)
@@ -158,12 +161,116 @@ def test_a_window_is_the_same_place_of_states_positions_and_target(u: float, v: 
     assert found[1].target.flatten().tolist() == kept
 
 
+def sana_block() -> SanaTransformerBlock:
+    torch.manual_seed(3)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_cross_attention_heads": 2}
+    return SanaTransformerBlock(
+        16, **sizes, cross_attention_head_dim=8, cross_attention_dim=16, attention_bias=True
+    )
+
+
+@pytest.mark.parametrize(("u", "v"), [(0.0, 0.0), (0.5, 0.3), (1.0, 1.0)])
+def test_a_window_that_hears_the_rest_is_the_whole_pictures(u: float, v: float) -> None:
+    block, grid, patch = sana_block(), (6, 6), (3, 3)
+    generator = torch.Generator().manual_seed(1)
+    image, text, modulation = (
+        torch.randn(shape, generator=generator) for shape in ((2, 36, 16), (2, 4, 16), (2, 96))
+    )
+    given = {"encoder_hidden_states": text, "timestep": modulation}
+    place = place_of(Draw(0, 0, 0, 0.5, u, v, Crop(0, 0, 8)), grid, patch)
+    inside = torch.zeros(grid, dtype=torch.bool)
+    inside[place.top : place.top + 3, place.left : place.left + 3] = True
+    with torch.no_grad():
+        with listening(block) as seen:
+            whole = block(image, height=6, width=6, **given)[:, inside.flatten()]
+        heard = [[heard_by(block, seen, place, grid, row)] for row in range(2)]
+        small = {"height": 3, "width": 3, **given}
+        deaf = block(image[:, inside.flatten()], **small)
+        with hearing([block]) as ears:
+            set_heard(ears, heard)
+            found = block(image[:, inside.flatten()], **small)
+        again = block(image[:, inside.flatten()], **small)
+    assert torch.equal(again, deaf)
+    assert (deaf - whole).abs().max() > 0.05
+    # rings are stored in float16
+    assert (found - whole).abs().max() < 2e-3
+
+
+def test_positions_of_a_whole_picture_and_of_a_corner() -> None:
+    ids = told(Crop(0, 0, 32), (4, 4), 8)
+    assert ids[:, 0].tolist() == [0] * 16
+    assert ids[:5, 1:].tolist() == [[0, 0], [0, 1], [0, 2], [0, 3], [1, 0]]
+    # 16 px from (8, 16) on, shown as 4 x 4 tokens: each is half a token of the picture
+    corner = told(Crop(8, 16, 16), (4, 4), 8)
+    assert corner[:5, 1:].tolist() == [[0.75, x] for x in (1.75, 2.25, 2.75, 3.25)] + [[1.25, 1.75]]
+
+
+def small_sessions(**options: Any) -> tuple[ManySessions, list[ManyLora]]:
+    """Two runs whose B is not zero."""
+    model = tiny.transformer()
+    modules = lora_modules(tiny.FAMILY, model, (1, 2), tiny.TARGETS)
+    layers = add_many_lora(model, modules, RANK, ALPHA, [0, 1])
+    for number, layer in enumerate(layers):
+        layer.b.data.normal_(std=0.05, generator=torch.Generator().manual_seed(number))
+    subgraph = TrainableSubgraph(model, tiny.FAMILY, (1, 2), tiny.GRID)
+    return ManySessions(subgraph, layers, ADAMW, **options), layers
+
+
+def test_a_step_of_several_draws_lowers_their_mean_loss() -> None:
+    turns = [[draw(10 * turn + run, (1, 2)) for run in range(2)] for turn in range(3)]
+    one, layers = small_sessions()
+    alone = [one.losses(draws) for draws in turns]
+    wanted = torch.autograd.grad(torch.stack(alone).mean(0).sum(), layers[0].b)[0]
+    several, layers = small_sessions()
+    seen: list[int] = []
+    losses = several.step_of_several(turns, 0.0, seen.append)
+    assert seen == [0, 1, 2]
+    assert losses == pytest.approx(torch.stack(alone).mean(0).tolist())
+    # clipped to a norm, run by run: directions are the same
+    for run in range(2):
+        found = layers[0].b.grad[run]
+        assert torch.cosine_similarity(found.flatten(), wanted[run].flatten(), 0) > 0.9999
+
+
+def test_updates_by_rows_are_adamws_times_a_factor_of_the_row() -> None:
+    turns = [draw(run, (1, 2)) for run in range(2)]
+    (plain, before), (scaled, after) = small_sessions(), small_sessions(by_rows=True)
+    begun = [layer.b.detach().clone() for layer in before]
+    plain.step(turns, 1e-2)
+    scaled.step(turns, 1e-2)
+    for was, adamw, rows in zip(begun, before, after, strict=True):
+        factor = 1 / (was.norm(dim=2, keepdim=True) + 0.25).sqrt()
+        assert torch.allclose(rows.b - was, factor * (adamw.b - was), atol=1e-6)
+        assert torch.equal(rows.a, adamw.a)
+
+
+def test_an_orthogonal_start_keeps_the_rows_lengths() -> None:
+    model = tiny.transformer()
+    modules = lora_modules(tiny.FAMILY, model, [1], tiny.TARGETS)
+    plain = [layer.a for layer in add_many_lora(model, modules, RANK, ALPHA, [0, 1])]
+    remove_many_lora(model)
+    turned = [layer.a for layer in add_many_lora(model, modules, RANK, ALPHA, [0, 1], True)]
+    for a, q in zip(plain, turned, strict=True):
+        lengths = a.norm(dim=2)
+        assert torch.allclose(q @ q.transpose(1, 2), torch.diag_embed(lengths**2), atol=1e-6)
+        assert not torch.allclose(a, q)
+
+
+def test_runs_with_other_positions_are_no_batch() -> None:
+    rows = [{"rope_cos": torch.full((5, 2), float(k)), "temb": torch.ones(1, 3)} for k in range(2)]
+    assert joined(rows[:1] * 2)["temb"].shape == (2, 3)
+    with pytest.raises(ValueError, match="positions"):
+        joined(rows)
+
+
 def test_every_arm_has_lora_where_it_says() -> None:
     everything = list(range(12))
     selected = {30: everything[1:9], 40: everything[1:8], 50: everything[1:7]}  # one first block
     drawn = {30: everything[:8], 40: everything[:7], 50: everything[:6]}  # last ones only
     chosen = {"skip": selected, "bare": selected, "drawn": drawn, "drawn-bare": drawn}
     chosen["int8"] = chosen["window"] = selected
+    past = {name for name, arm in ARMS.items() if name.endswith("-50") and arm.where == "selected"}
+    past -= {f"{kind}-50" for kind in (*chosen, "partial")}
     wanted = {
         "first-50": everything[6:],
         "last-50": everything[:6],
@@ -182,6 +289,7 @@ def test_every_arm_has_lora_where_it_says() -> None:
             for k, end in ((50, 6), (40, 7), (30, 8))
             for tail in TAILS
         },
+        **dict.fromkeys(past, selected[50]),
         **{f"{kind}-{k}": blocks for kind, of in chosen.items() for k, blocks in of.items()},
     }
 
