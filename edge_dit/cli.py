@@ -6,6 +6,7 @@ Heavy parts are imported by the command that needs them, so `--help` is instant.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import traceback
 from io import TextIOWrapper
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from edge_dit import __version__
 from edge_dit.errors import BadInput, CheckFailed
+from edge_dit.store.remote import mirrored, named
 from edge_dit.text import printable
 
 app = typer.Typer(
@@ -54,7 +56,6 @@ Caption = Annotated[
     str | None, typer.Option(help="Caption of pictures that have none; default the job's.")
 ]
 Recursive = Annotated[bool, typer.Option("--recursive", help="Read sub-folders too.")]
-BankFolder = Annotated[Path, typer.Option("--bank", help="Bank, made by edge-dit precompute.")]
 Ram = Annotated[str | None, typer.Option(help="Budget of memory, e.g. 3GiB: the best that fits.")]
 Flash = Annotated[
     str | None, typer.Option(help="Budget of storage for bundle and bank, e.g. 2GiB.")
@@ -72,6 +73,14 @@ Targets = Annotated[
     list[str] | None,
     typer.Option("--target", help="onnx, ort-training or executorch; may be repeated."),
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="On a Ray cluster: host:port, ray://host:port or auto; default one on this machine.",
+    ),
+]
 AnyMemory = Annotated[
     bool, typer.Option("--any-memory", help="Train even if less memory is free than is expected.")
 ]
@@ -84,17 +93,17 @@ TargetsOrLayouts = Annotated[
 def report(as_json: bool, facts: dict[str, Any], *lines: str) -> None:
     """Print ``facts`` as JSON, or the lines for people."""
     if as_json:
-        print(json.dumps(facts))
+        print(named(json.dumps(facts)))
         return
     for line in lines:
-        out.print(printable(line), markup=False)
+        out.print(printable(named(line)), markup=False)
 
 
 def sayer(as_json: bool) -> Any:
     """Prints a line or a table; beside JSON on standard error."""
 
     def say(what: Any) -> None:
-        shown = printable(what) if isinstance(what, str) else what
+        shown = printable(named(what)) if isinstance(what, str) else what
         (err if as_json else out).print(shown, markup=False)
 
     return say
@@ -151,22 +160,34 @@ def quickstart(
 
 @app.command()
 def run(
-    job: JobFile,
+    jobs: Annotated[list[Path], typer.Argument(help="job.toml; of several each gets a folder.")],
     folder: Annotated[Path, typer.Option("--out", "-o", help="Where everything goes.")],
     target: OneTarget = None,
     any_memory: AnyMemory = False,
+    ray: Cluster = None,
     as_json: Json = False,
 ) -> None:
     """Plan, precompute, export, verify, train, write the adapter. Goes on where it stopped."""
+    from edge_dit.app.many import Asked, run_many
     from edge_dit.app.run import run as walk
+    from edge_dit.cluster.pool import asked
     from edge_dit.contract.targets import variant_of
 
     if target:
         variant_of(target)
-    road = walk(job, folder, target, sayer(as_json), any_memory)
+    say = sayer(as_json)
+    with asked(ray) as pool:
+        if len(jobs) == 1:
+            road = walk(jobs[0], folder, target, say, any_memory, pool)
+            facts = {"lora": str(road.lora(target or road.plan.targets[0]))}
+        else:
+            roads = [
+                Asked(job.resolve(), folder.resolve() / job.stem, target, any_memory)
+                for job in jobs
+            ]
+            facts = {"loras": [str(lora) for lora in run_many(roads, say, pool)]}
     if as_json:
-        lora = road.lora(target or road.plan.targets[0])
-        print(json.dumps({"out": str(folder), "lora": str(lora)}))
+        print(json.dumps({"out": str(folder), **facts}))
 
 
 @app.command()
@@ -264,13 +285,16 @@ def select(
     embedding: Annotated[
         str | None, typer.Option(help="Of generation: DINO or CLIP, folder or hub id.")
     ] = None,
+    ray: Cluster = None,
     as_json: Json = False,
 ) -> None:
     """Measure which blocks may be skipped; later plans of the model follow it. Long; resumes."""
     from edge_dit.app.planner import select as measure
+    from edge_dit.cluster.pool import asked
     from edge_dit.planning.job import read_job
 
-    path = measure(read_job(job), method, subjects, embedding)
+    with asked(ray) as pool:
+        path = measure(read_job(job), method, subjects, embedding, pool)
     report(as_json, {"selection": str(path)}, f"{path}: plans of this model follow it now")
 
 
@@ -279,16 +303,19 @@ def precompute(
     job: JobFile,
     plan_file: PlanFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the bank goes.")],
+    ray: Cluster = None,
     as_json: Json = False,
 ) -> None:
     """Store the entry state and tail residual of every draw. Goes on where it stopped."""
     from edge_dit.app import api
     from edge_dit.app.describe import bank_in_words
+    from edge_dit.cluster.pool import asked
     from edge_dit.planning.make import plan_of
 
     read = api.read_job(job)
     made = plan_of(read, plan_file)
-    index = api.precompute(made, api.read_pictures(read, made), output).index
+    with asked(ray) as pool:
+        index = api.precompute(made, api.read_pictures(read, made), output, pool=pool).index
     facts = {"draws": len(index.draws), "images": len(index.images), "prompts": index.prompts}
     report(as_json, facts, *bank_in_words(output))
 
@@ -303,6 +330,10 @@ def export(
         bool,
         typer.Option("--loop", help="Also what the device makes draws and pictures with."),
     ] = False,
+    version: Annotated[
+        int,
+        typer.Option("--bundle-version", min=1, help="Count up: devices may refuse older ones."),
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Write the trainable sub-graph and the patch sampler for every target."""
@@ -319,16 +350,35 @@ def export(
     raise_any("export", loop_faults(loop, target or planned.targets))
     if planned.loop and LOOP_TARGET not in (target or planned.targets):
         warn(f"the loop's parts are in target {LOOP_TARGET} alone, which is not written")
-    bundle = api.export(planned, output, target, job=read)
+    bundle = api.export(planned, output, target, job=read, version=version)
     manifest = bundle.manifest
     facts = {"targets": manifest.targets, "bytes": sum(file.bytes for file in manifest.files)}
     report(as_json, facts, *bundle_in_words(bundle))
 
 
 @app.command()
+def sign(
+    bundle: Bundle,
+    key: Annotated[Path, typer.Option("--key", help="Private key (PEM) on curve P-256, say.")],
+    as_json: Json = False,
+) -> None:
+    """Sign a verified bundle, its certificate with it, by OpenSSF's model-signing."""
+    from edge_dit.app import signing
+    from edge_dit.contract.bundle import open_bundle
+
+    path = signing.sign(open_bundle(bundle), key)
+    report(as_json, {"signature": str(path)}, f"{path}: edge-dit verify {bundle} --key PUBLIC_KEY")
+
+
+@app.command()
 def verify(
     bundle: Bundle,
-    bank: BankFolder,
+    bank: Annotated[
+        Path | None, typer.Option("--bank", help="Bank, to compare every target with PyTorch.")
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option("--key", help="Public key (PEM), to check the signature first.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Length of the training trajectory.")] = 20,
     target: Targets = None,
     model: Annotated[
@@ -347,16 +397,26 @@ def verify(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare every target with PyTorch; exit code 1 when one fails."""
+    """Compare every target with PyTorch, exit code 1 when one fails; or check the signature."""
     from edge_dit.app import api
+    from edge_dit.app.signing import check_signed, signed_in_words
     from edge_dit.app.verify_words import explained, table, why_failed
     from edge_dit.contract.bundle import open_bundle
     from edge_dit.contract.targets import check_targets
     from edge_dit.planning.plan import read_plan
 
     check_targets(target)
+    opened = open_bundle(bundle)
     for name in target or []:
-        open_bundle(bundle).facts(name)
+        opened.facts(name)
+    if key:
+        signed = check_signed(opened, key)
+        if not (as_json and bank):
+            report(as_json, signed, *signed_in_words(opened, signed))
+    if bank is None:
+        if key is None:
+            raise BadInput("verify", found="neither --bank nor --key", expected="one of them")
+        return
     planned = read_plan(plan_file) if plan_file else None
     certificate = api.verify(
         bundle, bank, steps=steps, targets=target, model=model, planned=planned, images=images
@@ -439,31 +499,32 @@ def train(
     verify_hashes: Annotated[
         bool, typer.Option(help="Hash every file of the bundle, also those known unchanged.")
     ] = False,
+    signer: Annotated[
+        Path | None,
+        typer.Option("--require-signature", help="Public key (PEM) whose owner must have signed."),
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option("--policy", help="Which bundles this device accepts (JSON).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a bundle over its bank, or over pictures. Ctrl-C stops it with a checkpoint."""
     import edge_dit_runtime as er
     from edge_dit.contract.bundle import open_bundle
     from edge_dit.contract.integrity import check_bundle
+    from edge_dit.contract.signature import check_policy, check_signature
     from edge_dit.contract.targets import variant_of
 
     name = variant_of(target).target if target else None
+    if signer:
+        check_signature(open_bundle(bundle), [signer])
+    if policy:
+        check_policy(open_bundle(bundle), policy)
     if verify_hashes:
         opened = open_bundle(bundle)
         for each in [name] if name else opened.manifest.targets:
             check_bundle(opened, each, verify_hashes=True)
-    if (bank is None) == (images is None):
-        raise BadInput(
-            "train",
-            found="neither --bank nor --images" if bank is None else "--bank and --images",
-            expected="one of them",
-        )
-    if bank and (prompt is not None or recursive):
-        raise BadInput(
-            "--recursive" if recursive else "--prompt",
-            found="--bank beside it",
-            expected="--images: a bank has its pictures and prompts already",
-        )
+    check_draws(bank, images, prompt, recursive)
     draws = bank or er.live(bundle, images or Path(), prompt=prompt, recursive=recursive)
     done = er.train(
         bundle,
@@ -479,6 +540,22 @@ def train(
     report(as_json, {"done": done.done, "steps": done.steps, "target": done.target}, words)
     if stopped:
         raise typer.Exit(130)
+
+
+def check_draws(bank: Path | None, images: Path | None, prompt: str | None, more: bool) -> None:
+    """Raise `BadInput` unless `train` is given either a bank, or pictures with their options."""
+    if (bank is None) == (images is None):
+        raise BadInput(
+            "train",
+            found="neither --bank nor --images" if bank is None else "--bank and --images",
+            expected="one of them",
+        )
+    if bank and (prompt is not None or more):
+        raise BadInput(
+            "--recursive" if more else "--prompt",
+            found="--bank beside it",
+            expected="--images: a bank has its pictures and prompts already",
+        )
 
 
 @app.command()
@@ -622,20 +699,37 @@ def moved(error: Any) -> BadInput | None:
     return BadInput(where, found="this flag has moved", remedy=MOVED[command, flag])
 
 
+ADDRESS = re.compile(r"auto|local|ray://.+|[\w.\-]+:\d+")
+"""Of a Ray cluster."""
+
+
+def with_address(arguments: list[str]) -> list[str]:
+    """The arguments, ``--ray`` with its default where no address follows: typer knows no option
+    whose value may be left out.
+    """
+    filled = []
+    for number, argument in enumerate(arguments):
+        after = arguments[number + 1] if number + 1 < len(arguments) else ""
+        alone = argument == "--ray" and not ADDRESS.fullmatch(after)
+        filled.append("--ray=local" if alone else argument)
+    return filled
+
+
 def main() -> None:
     """Run the command line; exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+    arguments = with_address([a for a in sys.argv[1:] if a != "--debug"])
+    debug = "--debug" in sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):  # a console of another encoding ends no run
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(args=arguments, prog_name="edge-dit", standalone_mode=False)
+        with mirrored(arguments) as local:
+            code = app(args=local, prog_name="edge-dit", standalone_mode=False)
         sys.exit(code or 0)
     except (BadInput, CheckFailed, OSError) as error:
         if debug:
             traceback.print_exc()
-        err.print(printable(f"edge-dit: {error}"), style="red", markup=False)
+        err.print(printable(named(f"edge-dit: {error}")), style="red", markup=False)
         sys.exit(1 if isinstance(error, CheckFailed) else 2)
     except UsageError as error:
         if answer := moved(error):

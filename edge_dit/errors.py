@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from types import ModuleType
+from typing import Any
 
 EXTRA_OF = {
     "torch": "host",
@@ -16,14 +18,20 @@ EXTRA_OF = {
     "huggingface_hub": "host",
     "matplotlib": "host",
     "jinja2": "host",
+    "cyclonedx": "host",
     "pillow_heif": "heic",
+    "model_signing": "sign",
+    "ray": "ray",
+    "fsspec": "s3",
+    "flwr": "flower",
+    "dp_accounting": "flower",
     "onnx": "onnx",
     "onnxscript": "onnx",
     "executorch": "executorch",
     "onnxruntime": "ort",
     "onnxruntime.training": "ort-training",
 }
-"""Module -> extra of the distribution that installs it."""
+"""Module, or the package it is in -> extra of the distribution that installs it."""
 
 
 PRINTED = 30
@@ -44,6 +52,11 @@ class BadInput(Exception):
         self.where, self.found, self.expected, self.remedy = str(where), found, expected, remedy
         super().__init__(str(self))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How another process raises the same."""
+        words = {"found": self.found, "expected": self.expected, "remedy": self.remedy}
+        return partial(BadInput, **words), (self.where,)
+
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.found}"]
         if self.expected:
@@ -59,6 +72,10 @@ class ManyFaults(BadInput):
     def __init__(self, where: object, faults: list[BadInput]) -> None:
         self.faults = faults
         super().__init__(where, found=f"{len(faults)} faults")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How another process raises the same."""
+        return ManyFaults, (self.where, self.faults)
 
     def __str__(self) -> str:
         lines = [str(fault) for fault in self.faults[:PRINTED]]
@@ -82,7 +99,7 @@ def require(module: str, purpose: str) -> ModuleType:
     """Import ``module``, or raise `BadInput` with the pip line of the extra that brings it.
 
     Args:
-        module: a key of `EXTRA_OF`.
+        module: a key of `EXTRA_OF`, or within a package that is one.
         purpose: what needs it, for the message ("the onnx target").
     """
     try:
@@ -93,11 +110,12 @@ def require(module: str, purpose: str) -> ModuleType:
 
 def missing_extra(module: str, purpose: str) -> BadInput:
     """The error for a module that is not installed, with the pip line that brings it."""
+    extra = EXTRA_OF.get(module) or EXTRA_OF[module.partition(".")[0]]
     return BadInput(
         module,
         found="not installed",
         expected=f"{purpose} needs it",
-        remedy=f'pip install "edge-dit[{EXTRA_OF[module]}]"',
+        remedy=f'pip install "edge-dit[{extra}]"',
     )
 
 

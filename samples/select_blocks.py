@@ -21,7 +21,7 @@ from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan
 from edge_dit.planning.selection import NAME, Selection, write_selection
-from edge_dit.select.selectors import select_by_generation, select_by_loss
+from edge_dit.select.selectors import Drawn, select_by_generation, select_by_loss
 from edge_dit.select.subjects import Subject
 
 ROOT = Path(__file__).resolve().parent
@@ -75,7 +75,7 @@ def main(work: Path) -> None:
     folders = {"toy": ROOT / "subject", **{toy: work / "subjects" / toy for toy in TOYS}}
     subjects = [subject(plan, name, folder) for name, folder in folders.items()]
     drawn = select_by_generation(
-        plan, subjects, work, steps=STEPS, prompts=PROMPTS, seeds=list(SEEDS)
+        plan, subjects, work, steps=STEPS, drawn=Drawn(prompts=PROMPTS, seeds=tuple(SEEDS))
     )
     write_selection(drawn, ROOT / "reproduce" / "selections" / "tiny-sana.json")
     by_loss = []

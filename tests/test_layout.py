@@ -24,16 +24,18 @@ MAY_IMPORT = {
     "ground": set(),
     "store": {"ground"},
     "contract": {"ground", "store"},
+    "cluster": {"ground", "store"},
     "pictures": DEVICE,
     "runtime": PICTURES,
     "models": PICTURES,
     "planning": HOST,
-    "reference": HOST | {"planning"},
+    "reference": HOST | {"planning", "cluster"},
     "budget": HOST | {"planning"},
-    "select": HOST | {"planning", "reference"},
+    "select": HOST | {"planning", "reference", "cluster"},
     "export": HOST | {"planning", "reference", "budget"},
-    "app": HOST | {"planning", "reference", "budget", "select", "export", "runtime"},
-    "cli": HOST | {"planning", "reference", "budget", "select", "export", "runtime", "app"},
+    "app": HOST | {"planning", "reference", "budget", "select", "export", "runtime", "cluster"},
+    "cli": HOST
+    | {"planning", "reference", "budget", "select", "export", "runtime", "cluster", "app"},
     "api": set(),  # edge_dit/__init__.py names what is below and imports it when it is asked for
 }
 """Folder -> folders that it may import besides itself."""

@@ -22,6 +22,7 @@ from edge_dit.progress import warn
 from edge_dit.store.files import StrPath
 
 if TYPE_CHECKING:
+    from edge_dit.cluster.pool import Pool
     from edge_dit.contract.bundle import Bundle
     from edge_dit.contract.certificate import Certificate
     from edge_dit.pictures.dataset import Captioned
@@ -113,13 +114,16 @@ def read_pictures(job: Job, plan: Plan) -> list[Captioned]:
     return pictures
 
 
-def precompute(plan: Plan, pictures: list[Captioned], folder: StrPath) -> Bank:
+def precompute(
+    plan: Plan, pictures: list[Captioned], folder: StrPath, *, pool: Pool | None = None
+) -> Bank:
     """Store what the frozen blocks contribute to every draw; a bank that was stopped is continued.
 
     Args:
         plan: from `plan`.
         pictures: from `read_pictures`.
         folder: where the bank goes.
+        pool: a Ray cluster that computes it, from `edge_dit.cluster.pool.connected`.
 
     Raises:
         BadInput: the folder holds another bank; the model changed since the plan, or is damaged;
@@ -133,7 +137,7 @@ def precompute(plan: Plan, pictures: list[Captioned], folder: StrPath) -> Bank:
     require("torch", "precompute")
     from edge_dit.reference.precompute import precompute
 
-    precompute(plan, pictures, Path(folder))
+    precompute(plan, pictures, Path(folder), pool)
     return Bank(Path(folder), plan.identity())
 
 
@@ -143,6 +147,7 @@ def export(
     targets: Sequence[str] | None = None,
     *,
     job: Job | None = None,
+    version: int = 1,
 ) -> Bundle:
     """Write the trainable sub-graph, the optimizer and the patch sampler for every target.
 
@@ -151,6 +156,7 @@ def export(
         folder: where the bundle goes; written whole, or not at all.
         targets: some of "onnx", "ort-training" and "executorch"; default the plan's.
         job: of the plan; a plan with a loop needs it for its prompts.
+        version: of the bundle: count up, if devices are to refuse older ones (SECURITY.md).
 
     Raises:
         BadInput: a target's packages are missing, the model changed, ``folder`` holds something
@@ -168,7 +174,7 @@ def export(
     from edge_dit_export.targets.loop_source import loop_source
 
     loop = partial(loop_source, prompts=loop_prompts(job)) if plan.loop and job else None
-    return export(plan, Path(folder), list(targets or plan.targets), loop=loop)
+    return export(plan, Path(folder), list(targets or plan.targets), loop=loop, version=version)
 
 
 def verify(
@@ -181,7 +187,8 @@ def verify(
     planned: Plan | None = None,
     images: StrPath | Sequence[Captioned] | None = None,
 ) -> Certificate:
-    """Compare every target of a bundle with PyTorch; the certificate is written into the bundle.
+    """Compare every target of a bundle with PyTorch; the certificate is written into the bundle,
+    unless that is signed: its signature covers the certificate that is there.
 
     Args:
         bundle: from `export`.

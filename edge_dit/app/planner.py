@@ -29,6 +29,7 @@ from edge_dit.text import seconds_of, size
 if TYPE_CHECKING:
     from edge_dit.budget.footprint import Footprint, Profile
     from edge_dit.budget.search import Choice
+    from edge_dit.cluster.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,7 @@ def select(
     method: str,
     subjects: Path | None = None,
     embedding: str | None = None,
+    pool: Pool | None = None,
 ) -> Path:
     """Measure which blocks of a job's model may be skipped, and write the selection.
 
@@ -296,6 +298,7 @@ def select(
             `edge_dit.select.subjects.read_subjects`; default the job's images as the only subject.
         embedding: with "generation", folder or hub id of DINO, DINOv2 or CLIP; default the model's
             own autoencoder.
+        pool: a Ray cluster that tunes and measures.
 
     Returns:
         The file that the selection was written to; plans of this model find it there.
@@ -303,7 +306,7 @@ def select(
     Raises:
         BadInput: no images, an unknown method, or an embedding that cannot be loaded.
     """
-    from edge_dit.select.selectors import select_by_generation, select_by_loss
+    from edge_dit.select.selectors import Drawn, select_by_generation, select_by_loss
     from edge_dit.select.subjects import read_subject, read_subjects
 
     if method not in ("generation", "loss"):
@@ -320,7 +323,7 @@ def select(
     path = cache_file(plan.model_hash)
     work = path.with_suffix("")
     if method == "generation":
-        selection = select_by_generation(plan, chosen, work, embedding=embedding)
+        selection = select_by_generation(plan, chosen, work, drawn=Drawn(embedding), pool=pool)
     else:
-        selection = select_by_loss(plan, chosen, work)
+        selection = select_by_loss(plan, chosen, work, pool=pool)
     return write_selection(selection, path)

@@ -24,6 +24,7 @@ from edge_dit.app import api
 from edge_dit.app.describe import plan_in_words
 from edge_dit.app.planner import plan_job
 from edge_dit.app.verify_words import table, why_failed
+from edge_dit.cluster.pool import Pool
 from edge_dit.contract.adapter import loading_hint
 from edge_dit.contract.adapter_formats import format_of
 from edge_dit.contract.bundle import MANIFEST, Bundle, open_bundle
@@ -86,7 +87,14 @@ class Road:
         return what if target == first else f"{what}-{target.replace(':', '-')}"
 
 
-def run(job_path: Path, out: Path, target: str | None, say: Say, any_memory: bool = False) -> Road:
+def run(
+    job_path: Path,
+    out: Path,
+    target: str | None,
+    say: Say,
+    any_memory: bool = False,
+    pool: Pool | None = None,
+) -> Road:
     """Run all stages of a job, or continue them.
 
     Args:
@@ -95,6 +103,7 @@ def run(job_path: Path, out: Path, target: str | None, say: Say, any_memory: boo
         target: the one to train, "onnx" or "onnx:streamed"; default the plan's first.
         say: prints to the user.
         any_memory: train even if less memory is free than the layout is predicted to take.
+        pool: a Ray cluster that makes the bank, unless the loop's parts do.
 
     Raises:
         BadInput: a stage refuses its input; or ``out`` belongs to another job, or to this one
@@ -105,7 +114,7 @@ def run(job_path: Path, out: Path, target: str | None, say: Say, any_memory: boo
     road = begin(job_path, out, target, say)
     target = target or road.plan.targets[0]
     export(road, target)
-    fill_bank(road, [target], say)
+    fill_bank(road, [target], say, pool)
     verify(road, target, say)
     lora = train(road, target, say, any_memory)
     say(f"the adapter: {lora}")
@@ -227,11 +236,11 @@ def export(road: Road, target: str) -> Bundle:
     return api.export(road.plan, folder, [name], job=road.job)
 
 
-def fill_bank(road: Road, targets: Sequence[str], say: Say) -> None:
+def fill_bank(road: Road, targets: Sequence[str], say: Say, pool: Pool | None = None) -> None:
     """Make the bank: on the device, if a target's bundle has the loop's parts; else by torch."""
     looped = next((name for name in targets if road.looped(name)), None)
     if looped is None:
-        api.precompute(road.plan, road.pictures, road.bank)
+        api.precompute(road.plan, road.pictures, road.bank, pool=pool)
         return
     data = road.job.data
     recursive = ["--recursive"] if data.recursive else []

@@ -46,11 +46,12 @@ from edge_dit.contract.certificate import (
 )
 from edge_dit.contract.integrity import content_faults
 from edge_dit.contract.names import THROUGH
+from edge_dit.contract.signature import SIGNATURE
 from edge_dit.contract.targets import TARGETS, WIDE, OnnxFacts
 from edge_dit.errors import CheckFailed, require
 from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.plan import Plan, model_of
-from edge_dit.progress import bar
+from edge_dit.progress import bar, warn
 from edge_dit.store.tensors import TensorFile
 from edge_dit_runtime.loop.measured import LOOP, loop_probe, named_draws
 from edge_dit_runtime.measure import (
@@ -129,7 +130,7 @@ def verify(
     Every file is hashed; a bundle whose files differ from its manifest does not pass.
 
     Args:
-        bundle: an exported bundle; parity.json is written into it.
+        bundle: an exported bundle; parity.json is written into it, unless it is signed.
         bank: its bank.
         steps: length of the training trajectory.
         targets: some of the bundle's targets; default all.
@@ -190,8 +191,18 @@ def verify(
         exercised=[f"{probe.name}: {probe.shows}" for probe in PROBES],
         drift=drifts,
     )
-    write_certificate(opened, certificate)
+    _store(opened, certificate)
     return certificate
+
+
+def _store(bundle: Bundle, certificate: Certificate) -> None:
+    """Write the certificate, unless that would end the bundle's signature."""
+    if (bundle.folder / SIGNATURE).is_file():
+        warn(
+            f"{bundle.folder} is signed: the certificate in it stays, unless you remove {SIGNATURE}"
+        )
+    else:
+        write_certificate(bundle, certificate)
 
 
 def _unrounded_too(bundle: Bundle, target: str) -> bool:

@@ -146,6 +146,11 @@ def begin(folder: Path, index: Index) -> list[int]:
         )
     else:
         write_document(path, asdict(index))
+    return missing_shards(folder, index)
+
+
+def missing_shards(folder: Path, index: Index) -> list[int]:
+    """Numbers of the shards that a bank lacks."""
     return [s for s in range(index.shards) if not shard_path(folder, s).is_file()]
 
 

@@ -63,6 +63,7 @@ class Manifest(BaseModel):
         optimizer: AdamW's hyper-parameters; ``lr`` is the default of the exported input.
         targets: by name, the facts of each exported target (`edge_dit.contract.targets.Facts`).
         tools: versions of the packages that wrote the bundle.
+        version: of the bundle, from 1: its maker counts up, and devices may refuse older ones.
         files: all other files of the folder.
     """
 
@@ -76,6 +77,7 @@ class Manifest(BaseModel):
     targets: dict[str, dict[str, Any]]
     tools: dict[str, str]
     files: list[FileSpec]
+    version: Annotated[int, Field(ge=1, lt=2**31)] = 1
 
     @model_validator(mode="after")
     def _facts_are_whole(self) -> Manifest:

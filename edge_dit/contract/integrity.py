@@ -12,6 +12,7 @@ from pathlib import Path
 
 from edge_dit.contract.bundle import ADAPTER, Bundle
 from edge_dit.contract.names import is_plain_name
+from edge_dit.contract.signature import check_trusted
 from edge_dit.errors import BadInput, raise_any
 from edge_dit.store.files import sha256
 from edge_dit.store.onnx_external import external_locations
@@ -21,13 +22,15 @@ REMEDY = "copy the bundle again, or export it again"
 
 
 def check_bundle(bundle: Bundle, target: str, verify_hashes: bool = False) -> None:
-    """Raise `BadInput` unless all files that ``target`` loads are in the bundle and as exported.
+    """Raise `BadInput` unless all files that ``target`` loads are in the bundle and as exported,
+    and this device's policy, if it has one, accepts the bundle.
 
     Args:
         bundle: opened.
         target: one of its targets.
         verify_hashes: hash every file, even if its hash is remembered.
     """
+    check_trusted(bundle)
     check_confined(bundle, target)
     raise_any(bundle.folder, content_faults(bundle, target, verify_hashes))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from edge_dit.errors import BadInput
 from edge_dit.models.components import INDEX_FILE
 from edge_dit.models.hub import AGAIN, PLACE, download, gaps_of, is_hub_id
-from edge_dit.store.files import path_from
+from edge_dit.store.remote import path_from
 
 EXPECTED = "a folder, a .safetensors file, or a hub id (org/name)"
 BESIDE = "paths are relative to the job file"

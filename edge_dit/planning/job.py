@@ -23,7 +23,7 @@ from edge_dit.contract.names import Tail
 from edge_dit.errors import BadInput, raise_any
 from edge_dit.models.source import BESIDE, settle
 from edge_dit.store.documents import read_whole
-from edge_dit.store.files import path_from
+from edge_dit.store.remote import path_from
 from edge_dit.text import seconds_of, utf8
 
 SIZE = re.compile(r"\s*\d{1,12}(\.\d{1,12})?\s*[kmgt]i?b\s*", re.IGNORECASE | re.ASCII)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edge_dit.cluster.pool import Pool
 from edge_dit.contract import bank
 from edge_dit.contract.names import COND, STORED
 from edge_dit.contract.noise import NOISE, POSTERIOR, normal
@@ -30,7 +31,9 @@ from edge_dit.planning.plan import Plan, model_of
 from edge_dit.reference.eager import blank_batch
 
 
-def precompute(plan: Plan, images: list[Captioned], folder: Path) -> bank.Index:
+def precompute(
+    plan: Plan, images: list[Captioned], folder: Path, pool: Pool | None = None
+) -> bank.Index:
     """Write the bank of a plan, or finish one that was stopped; its index.
 
     Per draw: crop and resize (Eq. 1), encode, add noise, run the frozen model, and keep the entry
@@ -41,6 +44,8 @@ def precompute(plan: Plan, images: list[Captioned], folder: Path) -> bank.Index:
         plan: from `edge_dit.planning.make.make_plan`.
         images: from `edge_dit.pictures.dataset.read_folder`, shorter side ``plan.s_max``.
         folder: where the bank goes.
+        pool: a cluster that computes the draws, a shard a task. Its machines see the model and the
+            pictures at the same paths.
 
     Raises:
         BadInput: the folder holds another bank; the model is damaged or not the plan's; or pictures
@@ -50,14 +55,32 @@ def precompute(plan: Plan, images: list[Captioned], folder: Path) -> bank.Index:
     checkpoint = model.checkpoint(plan.held)
     skeleton = checkpoint.skeleton()
     index = plan_index(plan, model, images, blank_batch(plan, model, skeleton))
-
-    def maker() -> _Maker:
-        prompts, numbered = dict(enumerate(index.prompts)), dict(enumerate(images))
-        source = source_of(plan, model, encoders_of(model, skeleton), prompts, numbered)
-        return _Maker(plan, index, checkpoint, source)
-
+    if pool is None:
+        maker = partial(_maker, plan, index, images, checkpoint, skeleton)
+    else:
+        maker = partial(_ClusterMaker, pool, partial(_opened, plan, index, images), index, folder)
     fill(folder, index, images, {COND + name for name in model.family.per_prompt}, maker)
     return index
+
+
+def _opened(plan: Plan, index: bank.Index, images: list[Captioned]) -> _Maker:
+    """What makes draws, in a process that has nothing yet."""
+    checkpoint = model_of(plan).checkpoint(plan.held)
+    return _maker(plan, index, images, checkpoint, checkpoint.skeleton())
+
+
+def _maker(
+    plan: Plan,
+    index: bank.Index,
+    images: list[Captioned],
+    checkpoint: Checkpoint,
+    skeleton: nn.Module,
+) -> _Maker:
+    """What makes draws: encoders are loaded, prompts encoded."""
+    model = model_of(plan, check=False)
+    prompts, numbered = dict(enumerate(index.prompts)), dict(enumerate(images))
+    source = source_of(plan, model, encoders_of(model, skeleton), prompts, numbered)
+    return _Maker(plan, index, checkpoint, source)
 
 
 @dataclass(frozen=True)
@@ -79,6 +102,52 @@ class _Maker:
         borders, grid = borders_of(self.plan), self.plan.grid
         kept = states_at(borders, self.checkpoint, starts, grid, advance)
         return map(partial(tensors_of, self.plan), starts, kept)
+
+
+@dataclass
+class _ClusterMaker:
+    """Makes draws on a cluster, see `edge_dit.pictures.filling.Maker`: a shard a task.
+
+    Attributes:
+        pool: the cluster.
+        opener: opens a `_Maker` there.
+        index: of the bank.
+        folder: of the bank; its missing shards are asked for ahead of their turn.
+    """
+
+    pool: Pool
+    opener: Callable[[], _Maker]
+    index: bank.Index
+    folder: Path
+    _shards: Iterator[list[dict[str, np.ndarray]]] | None = None
+
+    def per_prompt(self) -> list[Mapping[str, np.ndarray]]:
+        (stored,) = self.pool.map(self.opener, _prompts_of, [None])
+        return stored
+
+    def draws(
+        self, numbers: Sequence[int], advance: Callable[..., None]
+    ) -> Iterator[dict[str, np.ndarray]]:
+        if self._shards is None:
+            members = map(self.index.members, bank.missing_shards(self.folder, self.index))
+            self._shards = self.pool.map(self.opener, _stored_draws, members)
+        made = next(self._shards)
+        advance(len(numbers))
+        return iter(made)
+
+
+def _prompts_of(maker: _Maker, _: None) -> list[Mapping[str, np.ndarray]]:
+    return maker.per_prompt()
+
+
+def _stored_draws(maker: _Maker, numbers: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    """Draws as a bank stores them: what the prompt alone decides stays where it was computed."""
+    once = {COND + name for name in maker.source.model.family.per_prompt}
+    draws = maker.draws(numbers, lambda *_: None)
+    return [
+        bank.narrowed({n: v for n, v in draw.items() if n not in once}, maker.index.dtype)
+        for draw in draws
+    ]
 
 
 def plan_index(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from edge_dit.contract.split import trained_blocks
 from edge_dit.planning.selection import Between, Selection
 from edge_dit.reference.evaluate import LEVELS
 from edge_dit.select.replay import losses_of_splits
-from edge_dit.select.subjects import Subject, TunedSubjects
+from edge_dit.select.subjects import Measure, Subject, TunedSubjects
 
 SHORTLIST = 4
 """Candidates measured for every number of skipped blocks."""
@@ -60,12 +61,8 @@ def best_inner_runs(
     trained = [trained_blocks(ends.layers, head, tail) for head, tail in rivals.values()]
     trained += [_trained(ends.layers, split) for split in splits]
 
-    def measure(subject: Subject, title: str) -> np.ndarray:
-        images, transformer = tuned.encode(subject.measured), tuned.pipeline.transformer
-        return losses_of_splits(tuned.model, transformer, images, trained, title)
-
-    settings = {"levels": LEVELS, "splits": trained}
-    results, seconds = tuned.measure("inner-runs", settings, len(trained), measure)
+    settings, parts = {"levels": LEVELS, "splits": trained}, by_splits(tuned, trained)
+    results, seconds = tuned.measure("inner-runs", settings, len(trained), parts)
     losses = np.concatenate(results).T  # [splits, images]
     loss_of_rival = dict(zip(rivals, losses, strict=False))
     measured = [
@@ -74,6 +71,24 @@ def best_inner_runs(
     ]
     best = [max((s for s in measured if s.skipped == k), key=lambda s: s.gain) for k in rivals]
     return best, seconds
+
+
+def by_splits(tuned: TunedSubjects, splits: Sequence[Sequence[int]]) -> list[Measure]:
+    """Measures the loss of splits; a part for each share of them.
+
+    Args:
+        tuned: the subjects and the model.
+        splits: numbers of the blocks that are trained, for each split.
+    """
+    shares = tuned.shares(len(splits))
+    return [partial(_losses, [splits[n] for n in share]) for share in shares]
+
+
+def _losses(
+    splits: Sequence[Sequence[int]], tuned: TunedSubjects, subject: Subject, title: str
+) -> np.ndarray:
+    images, transformer = tuned.encode(subject.measured), tuned.pipeline.transformer
+    return losses_of_splits(tuned.model, transformer, images, splits, title)
 
 
 def candidates(

@@ -21,6 +21,8 @@ noise that tuning did not see.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +30,16 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from edge_dit.cluster.pool import Pool
 from edge_dit.contract.split import trained_blocks
 from edge_dit.planning.plan import Plan
 from edge_dit.planning.selection import Selection
 from edge_dit.progress import bar
 from edge_dit.reference.evaluate import LEVELS
 from edge_dit.select.embedding import distance, embedder
-from edge_dit.select.inner_runs import best_inner_runs, runs_to_measure
+from edge_dit.select.inner_runs import best_inner_runs, by_splits, runs_to_measure
 from edge_dit.select.masking import text_masked
-from edge_dit.select.replay import (
-    losses_of_run_tails,
-    losses_of_splits,
-    losses_with_masked_text,
-)
+from edge_dit.select.replay import losses_of_run_tails, losses_with_masked_text
 from edge_dit.select.subjects import Subject, TunedSubjects
 
 PROMPTS = 2
@@ -49,15 +48,29 @@ SEEDS = (1, 2)
 """Seeds of the pictures of a prompt, by default."""
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """The pictures that are drawn of a subject, and how they are compared.
+
+    Attributes:
+        embedding: folder or hub id of DINO, DINOv2 or CLIP; default the model's own autoencoder.
+        prompts: how many of a subject's captions pictures are drawn for.
+        seeds: of the pictures of each caption.
+    """
+
+    embedding: str | None = None
+    prompts: int = PROMPTS
+    seeds: tuple[int, ...] = SEEDS
+
+
 def select_by_generation(
     plan: Plan,
     subjects: Sequence[Subject],
     work: Path,
     *,
-    embedding: str | None = None,
+    drawn: Drawn = Drawn(),
     steps: int | None = None,
-    prompts: int = PROMPTS,
-    seeds: Sequence[int] = SEEDS,
+    pool: Pool | None = None,
 ) -> Selection:
     """Measure heads and tails by generated pictures: Algorithm 1 of the paper.
 
@@ -65,29 +78,22 @@ def select_by_generation(
         plan: of the model; which blocks it skips does not matter.
         subjects: to tune to.
         work: folder for what is finished; a selection that was stopped continues from it.
-        embedding: folder or hub id of DINO, DINOv2 or CLIP; default the model's own autoencoder.
+        drawn: which pictures, and how they are compared.
         steps: tuning steps for each subject; default ``plan.steps``.
-        prompts: how many of a subject's captions to generate pictures for.
-        seeds: of the pictures of each caption.
+        pool: a cluster that tunes and measures, see `TunedSubjects`.
 
     Raises:
         BadInput: no subject, the model changed since the plan was made, or the embedding cannot be
             loaded.
     """
-    tuned = TunedSubjects(plan, subjects, work, steps or plan.steps)
-    embed = embedder(embedding, tuned.pipeline)
-    ends = _ends(plan.layers)
-
-    def measure(subject: Subject, title: str) -> np.ndarray:
-        captions = _captions(subject, prompts)
-
-        def vectors(masked: range) -> Tensor:
-            return embed(_pictures(tuned, captions, seeds, masked))
-
-        return _distances(ends, vectors, title)
-
-    settings = {"embedding": [embed.name, embed.where], "prompts": prompts, "seeds": list(seeds)}
-    results, seconds = tuned.measure("generation", settings, len(ends), measure)
+    tuned = TunedSubjects(plan, subjects, work, steps or plan.steps, pool)
+    embed = embedder(drawn.embedding, tuned.pipeline)
+    ends, prompts, seeds = _ends(plan.layers), drawn.prompts, list(drawn.seeds)
+    parts = [
+        partial(_distances, drawn, [ends[n] for n in share]) for share in tuned.shares(len(ends))
+    ]
+    settings = {"embedding": [embed.name, embed.where], "prompts": prompts, "seeds": seeds}
+    results, seconds = tuned.measure("generation", settings, len(ends), parts)
     head, tail, _ = _mean_costs(results, plan.layers)
     generated_for = [caption for subject in subjects for caption in _captions(subject, prompts)]
     return Selection(
@@ -95,7 +101,7 @@ def select_by_generation(
         method="generation",
         embedding=embed.name,
         prompts=list(dict.fromkeys(generated_for)),
-        seeds=list(seeds),
+        seeds=seeds,
         draws=len(generated_for) * len(seeds),
         over="generated pictures",
         head=head.tolist(),
@@ -111,6 +117,7 @@ def select_by_loss(
     *,
     frozen: bool = True,
     steps: int | None = None,
+    pool: Pool | None = None,
 ) -> Selection:
     """Measure heads and tails by the training loss; no picture is generated.
 
@@ -120,11 +127,12 @@ def select_by_loss(
         work: folder for what is finished. With that of another selection, tuning is not repeated.
         frozen: measure "loss-frozen", else "loss-masked".
         steps: tuning steps for each subject; default ``plan.steps``.
+        pool: a cluster that tunes and measures, see `TunedSubjects`.
 
     Raises:
         BadInput: no subject, or the model changed since the plan was made.
     """
-    tuned = TunedSubjects(plan, subjects, work, steps or plan.steps)
+    tuned = TunedSubjects(plan, subjects, work, steps or plan.steps, pool)
     return _select_frozen(tuned) if frozen else _select_masked(tuned)
 
 
@@ -138,14 +146,15 @@ def _pictures(
     return [picture for pictures in by_caption for picture in pictures]
 
 
-def _distances(ends: list[range], vectors: Callable[[range], Tensor], title: str) -> np.ndarray:
-    """D between pictures without a mask and with the text masked in each end, [1, ends].
+def _distances(
+    drawn: Drawn, ends: list[range], tuned: TunedSubjects, subject: Subject, title: str
+) -> np.ndarray:
+    """D between pictures without a mask and with the text masked in each end, [1, ends]."""
+    embed, captions = embedder(drawn.embedding, tuned.pipeline), _captions(subject, drawn.prompts)
 
-    Args:
-        ends: the blocks to mask.
-        vectors: embedded pictures with the text masked in some blocks, float32 [pictures, D].
-        title: of the progress bar.
-    """
+    def vectors(masked: range) -> Tensor:
+        return embed(_pictures(tuned, captions, drawn.seeds, masked))
+
     unmasked = vectors(range(0))
     distances = {range(0): 0.0}
     with bar(title, len({*ends, range(0)}) - 1) as advance:
@@ -160,13 +169,9 @@ def _distances(ends: list[range], vectors: Callable[[range], Tensor], title: str
 def _select_masked(tuned: TunedSubjects) -> Selection:
     """Heads and tails by what masking the text adds to the loss."""
     layers = tuned.plan.layers
-
-    def measure(subject: Subject, title: str) -> np.ndarray:
-        images, transformer = tuned.encode(subject.measured), tuned.pipeline.transformer
-        return losses_with_masked_text(tuned.model, transformer, images, title)
-
     settings, columns = {"levels": LEVELS}, len(_ends(layers))
-    results, seconds = tuned.measure("loss-masked", settings, columns, measure)
+    parts = [partial(_losses_of, losses_with_masked_text)]
+    results, seconds = tuned.measure("loss-masked", settings, columns, parts)
     head, tail, _ = _mean_costs(results, layers)
     return Selection(
         **_about_losses(tuned),
@@ -183,13 +188,8 @@ def _select_frozen(tuned: TunedSubjects) -> Selection:
     runs = runs_to_measure(layers)
     splits = [[n for n in range(layers) if n not in skipped] for skipped in _ends(layers)]
     splits += [trained_blocks(layers, 0, 0, [run]) for run in runs]
-
-    def measure(subject: Subject, title: str) -> np.ndarray:
-        images, transformer = tuned.encode(subject.measured), tuned.pipeline.transformer
-        return losses_of_splits(tuned.model, transformer, images, splits, title)
-
-    settings = {"levels": LEVELS, "splits": splits}
-    results, seconds = tuned.measure("loss-frozen", settings, len(splits), measure)
+    settings, parts = {"levels": LEVELS, "splits": splits}, by_splits(tuned, splits)
+    results, seconds = tuned.measure("loss-frozen", settings, len(splits), parts)
     head, tail, alone = _mean_costs(results, layers)
     selection = Selection(
         **_about_losses(tuned),
@@ -208,15 +208,18 @@ def _select_frozen(tuned: TunedSubjects) -> Selection:
 
 def _run_tails(tuned: TunedSubjects) -> tuple[list[float], float]:
     """What tails that run without LoRA cost, by m = 0..L, and the seconds that it took."""
-
-    def measure(subject: Subject, title: str) -> np.ndarray:
-        images, transformer = tuned.encode(subject.measured), tuned.pipeline.transformer
-        return losses_of_run_tails(tuned.model, transformer, images, title)
-
-    columns = tuned.plan.layers + 1
-    results, seconds = tuned.measure("run-tails", {"levels": LEVELS}, columns, measure)
+    columns, parts = tuned.plan.layers + 1, [partial(_losses_of, losses_of_run_tails)]
+    results, seconds = tuned.measure("run-tails", {"levels": LEVELS}, columns, parts)
     losses = np.mean([rows.mean(axis=0) for rows in results], axis=0)
     return (losses - losses[0]).tolist(), seconds
+
+
+def _losses_of(
+    losses: Callable[..., np.ndarray], tuned: TunedSubjects, subject: Subject, title: str
+) -> np.ndarray:
+    """Losses of a subject by one of the functions of `edge_dit.select.replay`."""
+    images, transformer = tuned.encode(subject.measured), tuned.pipeline.transformer
+    return losses(tuned.model, transformer, images, title)
 
 
 def _ends(layers: int) -> list[range]:

@@ -192,14 +192,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def path_from(base: Path, given: StrPath) -> Path:
-    """A path that a user gave, from the folder that it is relative to; ``~`` is the user's own."""
-    path = Path(given)
-    with suppress(RuntimeError):  # a user of that name is not known: it may be a folder's name
-        path = path.expanduser()
-    return base / path
-
-
 def cache_folder() -> Path:
     """The user's folder for files that can be made again; it may not exist yet.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -38,6 +38,7 @@ from edge_dit.planning.plan import LOOP_TARGET, Plan, loop_faults, model_of
 from edge_dit.progress import bar
 from edge_dit.reference.eager import adapted_subgraph, lora_tensors
 from edge_dit.store.files import sha256, whole_folder
+from edge_dit_export.sbom import SBOM, write_sbom
 from edge_dit_export.targets.loop_source import LoopSource
 from edge_dit_export.targets.source import Source
 
@@ -48,6 +49,7 @@ def export(
     targets: Sequence[str],
     check: bool = True,
     loop: Callable[[Plan, Model], LoopSource] | None = None,
+    version: int = 1,
 ) -> Bundle:
     """Write the bundle of a plan.
 
@@ -57,6 +59,7 @@ def export(
         targets: some of `edge_dit.contract.targets.TARGETS`.
         check: compare the model's weights with those the plan was made for.
         loop: makes what the loop's parts are exported from, if the plan has a loop.
+        version: of the bundle, see `edge_dit.contract.bundle.Manifest`.
 
     Raises:
         BadInput: a target's packages are missing or it cannot train with the plan's tail, the model
@@ -106,8 +109,15 @@ def export(
             written = writer.write(source, directory)
             facts[target] = {**written, "memory": _memory(footprints, plan, target, written)}
             advance(note=f"{target} {time.monotonic() - started:.0f} s")
-        bundle = write_manifest(building, _manifest(plan, source, facts, _files(building)))
+        write_sbom(building / SBOM, plan, _packages(facts))
+        manifest = _manifest(plan, source, facts, _files(building))
+        bundle = write_manifest(building, manifest.model_copy(update={"version": version}))
     return replace(bundle, folder=folder)
+
+
+def _packages(targets: Iterable[str]) -> list[str]:
+    """Distributions that write the targets."""
+    return list(dict.fromkeys(["edge-dit", *(t for n in targets for t in TARGETS[n].tools)]))
 
 
 def _memory(
@@ -129,7 +139,6 @@ def _manifest(
     plan: Plan, source: Source, targets: dict[str, dict[str, Any]], files: list[FileSpec]
 ) -> Manifest:
     parameters = source.subgraph.lora_parameters()
-    packages = ["edge-dit", *(tool for name in targets for tool in TARGETS[name].tools)]
     return Manifest(
         family=plan.family,
         plan=plan.shared(),
@@ -137,7 +146,7 @@ def _manifest(
         tensors=tensor_specs(source.batch, parameters),
         optimizer=plan.optimizer,
         targets=targets,
-        tools={name: importlib.metadata.version(name) for name in dict.fromkeys(packages)},
+        tools={name: importlib.metadata.version(name) for name in _packages(targets)},
         files=files,
     )
 

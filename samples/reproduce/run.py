@@ -1,11 +1,15 @@
 """Re-make the paper's ablations on a tiny checkpoint: train every arm, measure, tabulate.
 
     python samples/reproduce/run.py --work DIR [--model tiny-sana|tiny-flux] [--subjects 4]
-        [--seeds 2] [--steps 200] [--only ARM ...] [--jobs 2]
+        [--seeds 2] [--steps 200] [--only ARM ...] [--jobs 2 | --ray [ADDRESS]]
 
 Every run - an arm, a subject, a seed - leaves DIR/MODEL/runs/<name>.json and .png; one that is
 there with the same settings is not repeated, so a stopped command goes on. In the end DIR/MODEL
 holds results.json, results.md and the figures (see tables.py), from all runs with these settings.
+
+With --ray the arms are tasks of a Ray cluster, whose machines see samples/ and DIR at the same
+paths. An arm's subjects and seeds train side by side, in one batch: an arm is the least that a task
+can be, and one that was stopped is trained again whole, so that its bits are the same.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +34,8 @@ from runs import Run, plan_of
 from subjects import subjects, write_subject
 from tables import collect, write_results
 
+from edge_dit.cluster.pool import LOCAL, connected
+from edge_dit.progress import bar
 from edge_dit.store.files import write_atomic, write_json
 
 SAMPLES = Path(__file__).resolve().parents[1]
@@ -63,14 +70,51 @@ def is_done(run: Run, out: Path) -> bool:
 def perform(runs: list[Run], out: Path) -> list[str]:
     """Execute what is missing of one arm's runs, side by side; the names of these."""
     missing = [run for run in runs if not is_done(run, out)]
-    if ARMS[runs[0].arm].by_seed and len({run.seed for run in missing}) > 1:
-        apart = [[run for run in missing if run.seed == seed] for seed in {r.seed for r in missing}]
-        return [name for some in apart for name in perform(some, out)]
-    for run, (measured, pictures) in zip(missing, execute(missing) if missing else [], strict=True):
+    for group in batches(missing):
+        write_runs(group, executed(None, group), out)
+    return [run.name for run in missing]
+
+
+def batches(runs: list[Run]) -> list[list[Run]]:
+    """Runs in groups that train side by side: those of an arm, or of an arm and a seed."""
+    keys = [(run.arm, run.seed if ARMS[run.arm].by_seed else 0) for run in runs]
+    return [
+        [run for run, its in zip(runs, keys, strict=True) if its == key]
+        for key in dict.fromkeys(keys)
+    ]
+
+
+Outcome = tuple[dict[str, Any], bytes]
+"""A run's numbers with its settings, and its pictures."""
+
+
+def executed(_: None, runs: list[Run]) -> list[Outcome]:
+    """`execute` runs of one arm."""
+    return [
+        ({**measured, "settings": settings(run)}, pictures)
+        for run, (measured, pictures) in zip(runs, execute(runs), strict=True)
+    ]
+
+
+def write_runs(runs: list[Run], outcomes: list[Outcome], out: Path) -> None:
+    """Write the files of runs."""
+    for run, (measured, pictures) in zip(runs, outcomes, strict=True):
         write_atomic(out / f"{run.name}.png", pictures)
         about = {"arm": run.arm, "subject": run.subject.name, "seed": run.seed}
-        write_json(out / f"{run.name}.json", {**about, **measured, "settings": settings(run)})
-    return [run.name for run in missing]
+        write_json(out / f"{run.name}.json", {**about, **measured})
+
+
+def perform_on_cluster(runs: list[Run], out: Path, address: str) -> None:
+    """Execute every batch of which a run is missing as a task of a Ray cluster."""
+    missing = [group for group in batches(runs) if not all(is_done(run, out) for run in group)]
+    with connected(address, threads=1) as pool, bar("arms", len(missing)) as advance:
+        for group, outcomes in zip(missing, pool.map(nothing, executed, missing), strict=True):
+            write_runs(group, outcomes, out)
+            advance(note=group[0].arm)
+
+
+def nothing() -> None:
+    """What the tasks of a cluster share: `experiment` keeps what it opened by itself."""
 
 
 def perform_all(runs: list[Run], out: Path, jobs: int) -> None:
@@ -102,11 +146,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--ray", nargs="?", const=LOCAL, metavar="ADDRESS", help="a Ray cluster")
     asked = parser.parse_args()
     work = asked.work.resolve() / asked.model
     job = SAMPLES / JOBS[asked.model]
     runs = all_runs(job, work, asked.subjects, asked.seeds, asked.steps, ARMS)
-    perform_all([run for run in runs if run.arm in asked.only], work / "runs", asked.jobs)
+    wanted = [run for run in runs if run.arm in asked.only]
+    if asked.ray:
+        perform_on_cluster(wanted, work / "runs", asked.ray)
+    else:
+        perform_all(wanted, work / "runs", asked.jobs)
     done = [run.name for run in runs if is_done(run, work / "runs")]
     write_results(collect(done, work / "runs"), work, how_selected(job))
     print(work / "results.md")

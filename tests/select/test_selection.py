@@ -37,7 +37,7 @@ from edge_dit.select import inner_runs, selectors, subjects
 from edge_dit.select.embedding import distance, embedder
 from edge_dit.select.masking import text_masked
 from edge_dit.select.replay import LEVELS, UNSEEN
-from edge_dit.select.selectors import select_by_generation, select_by_loss
+from edge_dit.select.selectors import Drawn, select_by_generation, select_by_loss
 from edge_dit.select.subjects import Subject
 from edge_dit.store.documents import write_document
 from selections import HASH, between, selection
@@ -269,7 +269,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(plan, toys, work):
-    return select_by_generation(plan, toys, work, steps=STEPS, prompts=1, seeds=[4])
+    return select_by_generation(plan, toys, work, steps=STEPS, drawn=Drawn(prompts=1, seeds=(4,)))
 
 
 @torch.no_grad()
@@ -300,7 +300,9 @@ def test_generation_measures_the_distance_of_masked_pictures(plan, toys, work, d
     assert (drawn.seeds, drawn.draws, drawn.steps, drawn.layers) == ([4], 2, STEPS, 4)
     assert drawn.head[4] == drawn.tail[4]
     assert min(drawn.head[1:] + drawn.tail[1:]) > 1e-5
-    alone = select_by_generation(plan, toys[1:], work, steps=STEPS, prompts=1, seeds=[4])
+    alone = select_by_generation(
+        plan, toys[1:], work, steps=STEPS, drawn=Drawn(prompts=1, seeds=(4,))
+    )
     pipeline, _ = tuned
     family, embed = FAMILY, embedder(None, pipeline)
 
@@ -459,7 +461,9 @@ def test_a_stopped_selection_goes_on(plan, toys, drawn, tmp_path, monkeypatch, a
         return stock(*arguments)
 
     def select():
-        return select_by_generation(plan, toys, tmp_path, steps=STEPS, prompts=1, seeds=[4])
+        return select_by_generation(
+            plan, toys, tmp_path, steps=STEPS, drawn=Drawn(prompts=1, seeds=(4,))
+        )
 
     monkeypatch.setattr(subjects, "train_full_lora", stopped)
     monkeypatch.setattr(selectors, "text_masked", masked)
@@ -526,7 +530,7 @@ def test_every_family_is_measured(name, workplace, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
     picture = Captioned("toy.png", "0" * 64, "a sks toy", (32, 32), False, lambda: pixels)
     toy = Subject("toy", [picture])
-    found = select_by_generation(made, [toy], tmp_path / "work", prompts=1, seeds=[1])
+    found = select_by_generation(made, [toy], tmp_path / "work", drawn=Drawn(prompts=1, seeds=(1,)))
     assert min(found.head[1:] + found.tail[1:]) > 1e-9
     assert max(found.head + found.tail) < 2
     masked = select_by_loss(made, [toy], tmp_path / "work", frozen=False)

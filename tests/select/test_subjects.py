@@ -84,13 +84,14 @@ def test_the_model_carries_the_lora_only_while_it_is_measured(plan, toy, tmp_pat
     def layers():
         return [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
 
-    def measure(subject, title):
+    def measure(by, subject, title):
+        assert by is tuned
         assert (subject, title) == (toy, "toy (1 of 1), sums")
         found = {n: p for n, p in transformer.named_parameters() if ".lora_" in n}
         assert len(found) == len(expected) == 2 * len(layers()) > 0
         return np.array([[sum(float(p.double().sum()) for p in found.values())]])
 
-    (numbers,), seconds = tuned.measure("sums", {}, 1, measure)
+    (numbers,), seconds = tuned.measure("sums", {}, 1, [measure])
     assert numbers[0, 0] == pytest.approx(sum(v.sum(dtype=float) for v in expected.values()))
     assert abs(numbers[0, 0]) > 1e-6
     assert seconds > 0
@@ -101,7 +102,7 @@ def test_the_model_carries_the_lora_only_while_it_is_measured(plan, toy, tmp_pat
         raise RuntimeError("while the LoRA is in place")
 
     with pytest.raises(RuntimeError, match="in place"):
-        tuned.measure("other", {}, 1, fails)
+        tuned.measure("other", {}, 1, [fails])
     assert layers() == []
 
 
@@ -133,7 +134,7 @@ def test_numbers_that_are_not_whole_are_measured_again(plan, toy, tmp_path_facto
         return np.array([[0.1, 0.2], [0.3, 0.4]])
 
     def numbers():
-        (found,), _ = tuned.measure("pair", {}, 2, measure)
+        (found,), _ = tuned.measure("pair", {}, 2, [measure])
         return found.tolist()
 
     assert numbers() == numbers() == [[0.1, 0.2], [0.3, 0.4]]

@@ -1,0 +1,92 @@
+"""Fleets by Flower. Needs the extra, which asks for older packages than others here: .ci/run has an
+environment for it.
+
+    pip install "edge-dit[onnx,ort,flower,test]"
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_dit.contract.bundle import open_bundle
+from edge_dit.errors import BadInput
+from edge_dit.store.tensors import TensorFile
+from edge_dit_runtime.fleet.averaging import FIXED, PRODUCT, A, B, received, sent
+from edge_dit_runtime.fleet.client import Order, Place, configured, learn
+
+SIMULATED = Path(__file__).with_name("simulated.py")
+
+
+def place(road) -> Place:
+    return Place(road.bundle, bank=road.bank, target="onnx")
+
+
+@pytest.mark.parametrize("how", [FIXED, PRODUCT])
+def test_a_device_learns_and_sends_what_is_averaged(road, how):
+    base = open_bundle(road.bundle).adapter()
+    learned = learn(place(road), sent(base, how), Order(1, 3, how))
+    assert learned.arrays.keys() == sent(base, how).keys()
+    assert any(value.any() for value in learned.arrays.values()), "B was zero"
+    assert np.isfinite(learned.loss)
+    again = learn(place(road), sent(base, how), Order(1, 3, how))
+    for name, value in learned.arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], value)
+
+
+def test_with_a_fixed_a_device_trains_b_alone(road):
+    """What B learned with the A of the bundle is all that a device learned."""
+    base = open_bundle(road.bundle).adapter()
+    learned = learn(place(road), sent(base, FIXED), Order(1, 2, FIXED))
+    assert all(name.endswith(B) for name in learned.arrays)
+    back = received(learned.arrays, base, FIXED)
+    for name, value in base.items():
+        if name.endswith(A):
+            np.testing.assert_array_equal(back[name], value)
+
+
+def test_a_device_needs_a_bundle_and_either_pictures_or_a_bank(road):
+    with pytest.raises(BadInput, match="neither images nor bank"):
+        Place(road.bundle).draws()
+    with pytest.raises(BadInput, match="images and bank"):
+        Place(road.bundle, Path("images"), road.bank).draws()
+    with pytest.raises(BadInput, match="expected: bundle"):
+        configured({"images": "photos"})
+    assert configured({"bundle": "b", "bank": "d"}) == Place(Path("b"), bank=Path("d"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "noise"), [(FIXED, 0), (PRODUCT, 0), (FIXED, 1)])
+def test_eight_devices_learn_together_in_the_simulation_engine(road, tmp_path, how, noise):
+    pytest.importorskip("flwr")
+    asked = [road.bundle, road.bank, tmp_path, how, 4, 3, noise]
+    command = [sys.executable, SIMULATED, *asked]
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads((tmp_path / "outcome.json").read_text())
+    assert len(told["losses"]) == 4
+    assert told["seen"] == [0, 1, 2, 3, 4]
+    adapter = TensorFile(tmp_path / "adapter.safetensors").read()
+    if noise:
+        # RDP of 4 Gaussian releases with multiplier 1, as dp-accounting says for delta 1e-3.
+        assert 4 < told["epsilon"] < 12
+        return
+    assert told["epsilon"] is None
+    # All devices have one bank, so the mean is what one of them learns alone, round after round.
+    mean = sent(open_bundle(road.bundle).adapter(), how)
+    for number in range(1, 5):
+        mean = learn(place(road), mean, Order(number, 3, how)).arrays
+    wanted = received(mean, open_bundle(road.bundle).adapter(), how)
+    for module in {name.removesuffix(A) for name in wanted if name.endswith(A)}:
+        products = [each[module + B] @ each[module + A] for each in (wanted, adapter)]
+        np.testing.assert_allclose(products[1], products[0], atol=1e-5 * abs(products[0]).max())
