@@ -44,6 +44,11 @@ def run_many(roads: Sequence[Asked], say: Say, pool: Pool | None = None) -> list
             stage refuses its input.
         CheckFailed: a target does not compute what PyTorch computes.
     """
+    if len({road.out for road in roads}) < len(roads):
+        names = ", ".join(str(road.job) for road in roads)
+        raise BadInput(
+            "run", found=f"two files of the same name among {names}", expected="a name for each job"
+        )
     faults = []
     for road in roads:
         try:
@@ -51,11 +56,6 @@ def run_many(roads: Sequence[Asked], say: Say, pool: Pool | None = None) -> list
         except BadInput as fault:
             faults.append(fault)
     raise_any("run", faults)
-    if len({road.out for road in roads}) < len(roads):
-        names = ", ".join(str(road.job) for road in roads)
-        raise BadInput(
-            "run", found=f"two files of the same name among {names}", expected="a name for each job"
-        )
     if pool is None:
         return [_road(say, road) for road in roads]
     adapters = []
