@@ -16,6 +16,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -33,6 +34,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -46,6 +49,7 @@ LONG = "A large red sks toy, at the left of two green boxes "
 TEXT_LIMIT = 24
 """FLUX's text length here: what its second tokenizer says."""
 CLIP_LIMIT = 20
+CHAT_LIMIT = 40
 SIZE = (32, 64)
 """Height and width in pixels that every pipeline here accepts; not square."""
 
@@ -62,6 +66,9 @@ PIPELINES = {
     "qwen-image": ("QwenImagePipeline", "qwen-image"),
     "qwen-image-zero-cond": ("QwenImagePipeline", "qwen-image-zero-cond"),
     "lumina2": ("Lumina2Pipeline", "lumina2"),
+    "chroma": ("ChromaPipeline", "chroma"),
+    "flux2-klein": ("Flux2KleinPipeline", "flux2-klein"),
+    "flux2-klein-distilled": ("Flux2KleinPipeline", "flux2-klein"),
 }
 """Name -> pipeline class, and the variant of its transformer."""
 
@@ -77,9 +84,13 @@ def write_pipeline(name: str, folder: Path) -> Path:
         "PixArtSigmaPipeline": _pixart_parts,
         "QwenImagePipeline": _qwen_parts,
         "Lumina2Pipeline": _lumina2_parts,
+        "ChromaPipeline": _chroma_parts,
+        "Flux2KleinPipeline": _flux2_parts,
     }[class_name]()
     if name == "sd3-without-t5":
         parts |= {"text_encoder_3": None, "tokenizer_3": None}
+    if name == "flux2-klein-distilled":
+        parts["is_distilled"] = True
     if name == "flux-schnell":
         parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=1.0)
     pipeline = getattr(diffusers, class_name)(transformer=variants.transformer(variant), **parts)
@@ -164,6 +175,26 @@ def _lumina2_parts() -> dict[str, Any]:
     }
 
 
+def _chroma_parts() -> dict[str, Any]:
+    tokenizer = t5_tokenizer(TEXT_LIMIT)
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": _t5(len(tokenizer)),
+        "vae": _autoencoder_kl(scaling_factor=0.3611, shift_factor=0.1159),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0),
+    }
+
+
+def _flux2_parts() -> dict[str, Any]:
+    tokenizer = chat_tokenizer()
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": _qwen3(tokenizer),
+        "vae": _autoencoder_flux2(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+
+
 # ---------------------------------------------------------------- autoencoders
 
 
@@ -209,6 +240,22 @@ def _autoencoder_qwen() -> AutoencoderKLQwenImage:
         latents_mean=[-0.7, 0.1, 0.9, -0.2],
         latents_std=[2.8, 1.4, 0.6, 1.9],
     ).eval()
+
+
+def _autoencoder_flux2() -> AutoencoderKLFlux2:
+    """4 x 4 pixels -> 4 channels; the statistics of its batch norm differ by channel."""
+    torch.manual_seed(1)
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=32,
+    ).eval()
+    vae.bn.running_mean.normal_(std=0.2)
+    vae.bn.running_var.uniform_(0.5, 1.5)
+    return vae
 
 
 # ---------------------------------------------------------------- text encoders
@@ -289,6 +336,25 @@ def _qwen(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     ).eval()
 
 
+def _qwen3(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
+    """As deep as FLUX.2 klein reads, 27 layers, of which it takes three."""
+    torch.manual_seed(2)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
 # ---------------------------------------------------------------- tokenizers
 
 
@@ -321,6 +387,30 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
         texts = [part for text in texts for part in text.split(special)]
     vocabulary, merges = _byte_pairs(Qwen2Tokenizer(), texts, named, "")
     tokenizer = Qwen2Tokenizer(vocabulary, merges, model_max_length=1024, padding_side="right")
+    tokenizer.add_special_tokens({"additional_special_tokens": named[1:]})
+    return tokenizer
+
+
+CHAT = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+"""As Qwen3's: the pipeline asks for an answer without thinking."""
+
+
+@cache
+def chat_tokenizer() -> Qwen2Tokenizer:
+    """Like `qwen_tokenizer`, with Qwen3's template; at most `CHAT_LIMIT` tokens."""
+    named = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    texts = [SHORT, LONG, "user\n", "assistant\n", "<think>", "</think>", "\n\n"]
+    vocabulary, merges = _byte_pairs(Qwen2Tokenizer(), texts, named, "")
+    tokenizer = Qwen2Tokenizer(
+        vocabulary, merges, model_max_length=CHAT_LIMIT, padding_side="right", chat_template=CHAT
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": named[1:]})
     return tokenizer
 

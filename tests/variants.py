@@ -98,6 +98,23 @@ _LUMINA2 = {
     "cap_feat_dim": 24,
 }
 
+_CHROMA = {
+    **{key: value for key, value in _FLUX.items() if key != "pooled_projection_dim"},
+    "approximator_num_channels": 16,
+    "approximator_hidden_dim": 20,
+    "approximator_layers": 2,
+}
+_FLUX2 = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "axes_dims_rope": (4, 4, 4, 4),
+    "guidance_embeds": False,
+}
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sana": ("sana", _SANA),
     "sana-1.5": ("sana", {**_SANA, "qk_norm": "rms_norm_across_heads"}),
@@ -114,9 +131,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen-image": ("qwen_image", _QWEN),
     "qwen-image-zero-cond": ("qwen_image", {**_QWEN, "zero_cond_t": True}),
     "lumina2": ("lumina2", _LUMINA2),
+    "chroma": ("chroma", _CHROMA),
+    "flux2-klein": ("flux2", _FLUX2),
 }
-"""Name -> family and configuration. Every model has four blocks; FLUX's go from double to single
-between the second and the third.
+"""Name -> family and configuration. Every model has four blocks; those of FLUX.1, Chroma and FLUX.2
+go from double to single between the second and the third.
 """
 SPLITS = {
     "whole": (0, 1, 2, 3),
@@ -202,16 +221,16 @@ def subgraph(
     with torch.no_grad(), _lora_off(model):
         state, cond = family.begin(model, made.inputs)
         states = [state]
-        for block in family.blocks(model).values():
-            states.append(family.run_block(block, states[-1], cond, GRID))
+        for block in family.blocks(model).items():
+            states.append(family.run_block(*block, states[-1], cond, GRID))
         residual = states[-1].image - states[trained[-1] + 1].image
         inner = {
             first: difference(states[behind], states[first])
             for behind, first in inner_runs(trained).items()
         }
     stored = residual if tail == STORED else None
-    batch = as_batch(states[trained[0]], stored, cond, made.target, weight, inner)
-    return TrainableSubgraph(model, family, trained, GRID, tail), batch
+    sub = TrainableSubgraph(model, family, trained, GRID, tail)
+    return sub, as_batch(states[trained[0]], stored, sub.reads(cond), made.target, weight, inner)
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def loop_claims(facts: LoopFacts, source: LoopSource) -> list[str]:
     """
     family, config = source.family, source.skeleton.config
     said = {
-        "latents": (facts.latents, family.latents(source.vae.config)),
+        "latents": (facts.latents, family.latents(source.vae)),
         "timestep_factor": (facts.timestep_factor, family.timestep_factor(config)),
         "per_prompt": (facts.per_prompt, list(family.per_prompt)),
         "levels": (facts.levels, source.levels),

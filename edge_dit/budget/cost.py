@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from edge_dit import text as plain
-from edge_dit.contract.names import FRESH, STATE, STORED, THROUGH, Tail
+from edge_dit.contract.names import AT_HEAD, FRESH, STATE, STORED, THROUGH, Tail, read_in
 from edge_dit.models.checkpoint import meta_model
-from edge_dit.models.families.family import Family, Grid, State
+from edge_dit.models.families.family import Conditioning, Family, Grid, State
 from edge_dit.models.public_configs import PublicConfig
 from edge_dit.models.subgraph import (
     TrainableSubgraph,
@@ -128,7 +128,7 @@ class Shapes:
         self.family, self.grid = family, grid
         self.targets = tuple(targets or family.lora_targets)
         self.model: Any = meta_model(family, config)
-        self.blocks = list(family.blocks(self.model).values())
+        self.names, self.blocks = map(list, zip(*family.blocks(self.model).items(), strict=True))
         with torch.device("meta"), family.traceable():
             self.latents, prompt = family.blank(self.model, grid, text)
             inputs = family.inputs(self.model, self.latents, 500.0, prompt, grid)
@@ -153,7 +153,7 @@ class Shapes:
         running = [*trained, *after]
         frozen = self._head_parameters + sum(self._parameters[number] for number in running)
         step = self._step(trained, rank, tail)
-        stored = self._stored + len(inner_runs(trained)) * self.border_bytes // FLOAT
+        stored = self._stored(running) + len(inner_runs(trained)) * self.border_bytes // FLOAT
         if tail != STORED:
             stored -= self.entry.image.numel()
         return Cost(
@@ -181,11 +181,20 @@ class Shapes:
         """Bytes of the state between two blocks."""
         return FLOAT * sum(value.numel() for value in self.entry if value is not None)
 
+    def _stored(self, running: Sequence[int]) -> int:
+        """Elements of a stored draw whose only residual is the tail's.
+
+        Args:
+            running: numbers of the blocks that run.
+        """
+        read = read_in([*(self.names[number] for number in running), AT_HEAD], self.cond)
+        each = (value for name, value in read.items() if name not in self.family.per_prompt)
+        return self._states_and_target + sum(value.numel() for value in each)
+
     @cached_property
-    def _stored(self) -> int:
-        """Elements of a stored draw whose only residual is the tail's."""
-        shared = {f"cond.{name}" for name in self.family.per_prompt}
-        return sum(v.numel() for name, v in self._batch({}).items() if name not in shared)
+    def _states_and_target(self) -> int:
+        """Elements of a stored draw without conditioning, whose only residual is the tail's."""
+        return sum(value.numel() for value in self._batch({}, {}).values())
 
     @cached_property
     def _parameters(self) -> list[int]:
@@ -217,15 +226,15 @@ class Shapes:
         if key not in self._lora:
             # Any second block makes this one not the last.
             blocks = [number] if last else [number, (number + 1) % len(self.blocks)]
-            inside = list(self.family.blocks(self.model))[number] + "."
+            inside = self.names[number] + "."
             names = lora_modules(self.family, self.model, blocks, self.targets)
             modules = [self.model.get_submodule(n) for n in names if n.startswith(inside)]
             self._lora[key] = sum(sum(module.weight.shape[:2]) for module in modules)
         return self._lora[key]
 
-    def _batch(self, inner: dict[int, State]) -> dict[str, Tensor]:
+    def _batch(self, cond: Conditioning, inner: dict[int, State]) -> dict[str, Tensor]:
         residual, target = torch.zeros_like(self.entry.image), torch.zeros_like(self.latents)
-        return as_batch(self.entry, residual, self.cond, target, inner=inner)
+        return as_batch(self.entry, residual, cond, target, inner=inner)
 
     def _step(self, trained: Sequence[int], rank: int, tail: Tail) -> _Step:
         """The step of a sub-graph, put together from sub-graphs of one and two blocks.
@@ -277,7 +286,7 @@ class Shapes:
                 if chosen:
                     add_lora(self.model, chosen, rank, float(rank), seed=0)
                 subgraph = TrainableSubgraph(self.model, self.family, blocks, self.grid)
-                batch = self._batch(inner)
+                batch = self._batch(subgraph.reads(self.cond), inner)
                 for name in STATE if entered else ():
                     if name in batch:
                         batch[name] = batch[name].clone().requires_grad_()
@@ -290,7 +299,8 @@ class Shapes:
         kind, counter = self.kinds[number], FlopCounterMode(display=False)
         if kind not in self._forwards:
             with torch.no_grad(), torch.device("meta"), counter, self.family.traceable():
-                self.family.run_block(self.blocks[number], self.entry, self.cond, self.grid)
+                block = self.names[number], self.blocks[number]
+                self.family.run_block(*block, self.entry, self.cond, self.grid)
             self._forwards[kind] = _Step(0, counter.get_total_flops(), 0, 0, 0)
         return self._forwards[kind]
 

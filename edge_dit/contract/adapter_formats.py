@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edge_dit.contract.adapter_names import FLUX, SD3, Blocks, Lora, in_native
+from edge_dit.contract.adapter_names import FLUX, FLUX2, SD3, Blocks, Lora, in_native
 from edge_dit.errors import BadInput
 
 PREFIX = "transformer."
@@ -92,6 +92,9 @@ def _kohya(program: str, blocks: Blocks | None) -> Format:
 # file too, but puts "transformer." in front of a "transformer." that is there
 # (loaders/lora_conversion_utils.py, _convert_non_diffusers_qwen_lora_to_diffusers).
 _QWEN_COMFYUI = replace(COMFYUI, prefix="diffusion_model.")
+# The authors' names are also those that diffusers converts, if they begin so
+# (_convert_non_diffusers_flux2_lora_to_diffusers).
+_FLUX2_COMFYUI = replace(COMFYUI, prefix="diffusion_model.", alpha=False, blocks=FLUX2)
 _SD_SCRIPTS = "--lora_weights of kohya-ss/sd-scripts' {}_minimal_inference.py"
 _MUSUBI = "--lora_weight of kohya-ss/musubi-tuner's qwen_image_generate_image.py"
 
@@ -102,10 +105,13 @@ FORMATS = {
     "pixart": (PEFT, COMFYUI),
     "qwen_image": (DIFFUSERS, PEFT, _QWEN_COMFYUI, _kohya(_MUSUBI, None)),
     "lumina2": (DIFFUSERS, PEFT),
+    "chroma": (DIFFUSERS, PEFT, COMFYUI),
+    "flux2": (DIFFUSERS, PEFT, _FLUX2_COMFYUI),
 }
 """Family -> its formats, the default first.
 
-ComfyUI has FLUX, SD3, PixArt and Qwen-Image (comfy/lora.py, model_lora_keys_unet), no SANA.
+ComfyUI has FLUX, SD3, PixArt and Qwen-Image (comfy/lora.py, model_lora_keys_unet), no SANA. Its
+Chroma is a kind of FLUX (comfy/model_base.py, Chroma), of FLUX.2 it has the authors' names.
 kohya-ss/sd-scripts trains FLUX and SD3 (networks/lora_flux.py, lora_sd3.py), kohya-ss/musubi-tuner
 Qwen-Image (src/musubi_tuner/networks/lora_qwen_image.py). PixArtSigmaPipeline has no
 ``load_lora_weights``.

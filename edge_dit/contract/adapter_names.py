@@ -9,6 +9,8 @@ The names, from public code:
     FLUX    kohya-ss/sd-scripts, networks/convert_flux_lora.py, convert_ai_toolkit_to_sd_scripts;
             library/flux_models.py, DoubleStreamBlock and SingleStreamBlock;
             ComfyUI, comfy/utils.py, flux_to_diffusers
+    FLUX.2  diffusers, loaders/lora_conversion_utils.py,
+            _convert_non_diffusers_flux2_lora_to_diffusers
     SD3     kohya-ss/sd-scripts, library/sd3_models.py, MMDiTBlock and SingleDiTBlock;
             ComfyUI, comfy/utils.py, mmdit_to_diffusers
 """
@@ -63,6 +65,25 @@ FLUX: Blocks = {
             "linear2": ("proj_out",),
             "modulation.lin": ("norm.linear",),
         },
+    ),
+}
+FLUX2: Blocks = {
+    "transformer_blocks": (
+        "double_blocks",
+        {
+            "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+            "img_attn.proj": ("attn.to_out.0",),
+            "img_mlp.0": ("ff.linear_in",),
+            "img_mlp.2": ("ff.linear_out",),
+            "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+            "txt_attn.proj": ("attn.to_add_out",),
+            "txt_mlp.0": ("ff_context.linear_in",),
+            "txt_mlp.2": ("ff_context.linear_out",),
+        },
+    ),
+    "single_transformer_blocks": (
+        "single_blocks",
+        {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
     ),
 }
 SD3: Blocks = {

@@ -22,6 +22,8 @@ class StreamedBlock(BaseModel):
         kind: names its graphs; blocks of one kind share them.
         weights: input of the graphs -> key in the files of frozen weights.
         lora: input of the graphs -> LoRA name.
+        cond: input of the graphs -> batch tensor, where their names differ, because blocks have
+            conditioning of their own.
         residual: if blocks before it are skipped, tensor of the state -> batch tensor that is added
             to it.
     """
@@ -30,4 +32,5 @@ class StreamedBlock(BaseModel):
     kind: PlainName
     weights: dict[str, str]
     lora: dict[str, str]
+    cond: dict[str, str] = {}
     residual: dict[str, str] = {}

@@ -58,6 +58,13 @@ def _channels(numbers: list[float]) -> np.ndarray:
     return np.array(numbers, np.float32).reshape(1, -1, 1, 1)
 
 
+def _tokens(latents: np.ndarray) -> np.ndarray:
+    """Latents [1, C, h, w] with 2 x 2 of them in a token, [1, h w / 4, 4 C]."""
+    _, channels, height, width = latents.shape
+    split = latents.reshape(1, channels, height // 2, 2, width // 2, 2)
+    return split.transpose(0, 2, 4, 1, 3, 5).reshape(1, height * width // 4, channels * 4)
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -81,6 +88,7 @@ class Latents(_Part):
     Attributes:
         shift, scale: of each channel.
         packed: whether they are tokens.
+        of_tokens: whether shift and scale are of the 4 C channels of tokens.
         factor: pixels per side of a latent.
         samples: whether the encoder's output is sampled, with its deviation.
     """
@@ -88,28 +96,36 @@ class Latents(_Part):
     shift: list[float]
     scale: list[float]
     packed: bool
+    of_tokens: bool = False
     factor: Annotated[int, Field(ge=1, le=1024)]
     samples: bool
 
     def scaled(self, raw: np.ndarray) -> np.ndarray:
         """The transformer's latents, float32, of the autoencoder's [1, C, h, w]."""
+        if self.of_tokens:
+            return (_tokens(raw) - np.float32(self.shift)) * np.float32(self.scale)
         latents = (raw - _channels(self.shift)) * _channels(self.scale)
-        if not self.packed:
-            return latents
-        _, channels, height, width = latents.shape
-        split = latents.reshape(1, channels, height // 2, 2, width // 2, 2)
-        return split.transpose(0, 2, 4, 1, 3, 5).reshape(1, height * width // 4, channels * 4)
+        return _tokens(latents) if self.packed else latents
 
     def raw(self, latents: np.ndarray, side: int) -> np.ndarray:
         """The autoencoder's latents [1, C, side, side], float32, of the transformer's."""
+        if self.of_tokens:
+            latents = latents / np.float32(self.scale) + np.float32(self.shift)
         if self.packed:
             split = latents.reshape(1, side // 2, side // 2, -1, 2, 2)
             latents = split.transpose(0, 3, 1, 4, 2, 5).reshape(1, -1, side, side)
+        if self.of_tokens:
+            return latents
         return latents / _channels(self.scale) + _channels(self.shift)
+
+    @property
+    def channels(self) -> int:
+        """Of the autoencoder's latents."""
+        return len(self.scale) // (4 if self.of_tokens else 1)
 
     def shape(self, side: int) -> tuple[int, ...]:
         """Shape of the transformer's latents of a square of ``side`` latents."""
-        channels = len(self.scale)
+        channels = self.channels
         return (1, side * side // 4, channels * 4) if self.packed else (1, channels, side, side)
 
 

@@ -3,7 +3,7 @@
 Batch tensors, which a bank stores for every draw:
 
     entry, entry_text        state before the first trained block; text only with joint attention
-    cond.<name>              conditioning of the family
+    cond.<name>              conditioning of the family; `read_by` says who reads it
     residual.<first>, residual_text.<first>
                              what blocks skipped between trained ones add, from block <first> on
     tail_residual            what the blocks after the last trained one add, where it is `STORED`
@@ -16,9 +16,12 @@ LoRA tensors have their diffusers names. Outputs are "loss" and "grad.<lora name
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator
+
+T = TypeVar("T")
 
 Tail = Literal["stored", "fresh", "through"]
 STORED, FRESH, THROUGH = TAILS = ("stored", "fresh", "through")
@@ -34,6 +37,8 @@ STATE = (ENTRY, ENTRY_TEXT)
 """What flows between blocks: image tokens [1, N, D] and, with joint attention, text tokens."""
 COND = "cond."
 """Prefix of the conditioning tensors."""
+AT_HEAD = "head"
+"""The head among the readers of conditioning, see `read_by`; the others are names of blocks."""
 RESIDUAL, RESIDUAL_TEXT = "residual", "residual_text"
 TAIL_RESIDUAL, TARGET, WEIGHT = "tail_residual", "target", "weight"
 LOSS, GRAD, NEW = "loss", "grad.", "new."
@@ -71,3 +76,37 @@ def _relative(path: str) -> str:
 
 PlainName = Annotated[str, AfterValidator(_plain)]
 RelativePath = Annotated[str, AfterValidator(_relative)]
+
+
+# ---------------------------------------------------------------- who reads which conditioning
+
+
+def read_by(place: str, cond: Mapping[str, T]) -> dict[str, T]:
+    """What one place reads of a model's conditioning, by the names that it has there.
+
+    "temb" is read everywhere, "temb.transformer_blocks" by the blocks of that list,
+    "temb.transformer_blocks.3" by that block and "temb.head" by the head; each as "temb".
+
+    Args:
+        place: name of a block, or `AT_HEAD`.
+        cond: whatever goes by the names of conditioning.
+    """
+    readers = ("", place.partition(".")[0], place)
+    found = {}
+    for name, value in cond.items():
+        local, _, reader = name.partition(".")
+        if reader in readers:
+            found[local] = value
+    return found
+
+
+def read_in(places: Iterable[str], cond: Mapping[str, T]) -> dict[str, T]:
+    """What any of some places reads of a model's conditioning, by its full names.
+
+    Args:
+        places: names of blocks, or `AT_HEAD`.
+        cond: whatever goes by the names of conditioning.
+    """
+    names = {name: name for name in cond}
+    read = {name for place in places for name in read_by(place, names).values()}
+    return {name: value for name, value in cond.items() if name in read}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,13 @@ class Checkpoint:
 
     def skeleton(self) -> nn.Module:
         """The model in float32 with its blocks on the meta device; embeddings and head work."""
-        # Without blocks it is small; buffers that no file holds are computed as it is built.
-        model = build(self.family, {**self.config, **dict.fromkeys(self._counts, 0)})
-        outside = [name for name, _ in model.named_parameters()]
-        outside += [name for name in model.state_dict() if name not in outside]
-        model.load_state_dict(self._read({name: name for name in outside}), assign=True)
-        model.register_to_config(**{key: self.config[key] for key in self._counts})  # type: ignore[operator]
-        for container in self.family.containers:
-            setattr(model, container, copy.deepcopy(getattr(self._meta, container)))
+        # Buffers that no file holds are computed as it is built; some depend on the blocks' number.
+        blocks = tuple(f"{name}." for name in self.names)
+        with _on_meta(nn.Linear, *{type(block) for block in self._blocks.values()}):
+            model = build(self.family, self.config)
+        outside = [name for name in model.state_dict() if not name.startswith(blocks)]
+        tensors = self._read({name: name for name in outside})
+        model.load_state_dict(tensors, strict=False, assign=True)
         return model.eval().requires_grad_(False)
 
     def model(self, numbers: Iterable[int]) -> nn.Module:
@@ -100,10 +100,6 @@ class Checkpoint:
         """A tensor in float32, by its name in the model."""
         return self._read({name: name})[name]
 
-    @property
-    def _counts(self) -> tuple[str, ...]:
-        return tuple(self.family.containers.values())
-
     def _fill(self, block: nn.Module, name: str) -> None:
         tensors = self._read({f"{name}.{key}": key for key in block.state_dict()})
         block.load_state_dict(tensors, assign=True)
@@ -127,6 +123,28 @@ class Checkpoint:
                 for name in wanted:
                     tensors[names[name]] = file.get_tensor(name).to(torch.float32)
         return tensors
+
+
+@contextmanager
+def _on_meta(*kinds: type[nn.Module]) -> Iterator[None]:
+    """A context in which modules of some classes are built on the meta device."""
+    stock = {kind: kind.__init__ for kind in kinds}
+
+    def built(kind: type[nn.Module]) -> Any:
+        @wraps(stock[kind])
+        def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            with torch.device("meta"):
+                stock[kind](self, *args, **kwargs)
+
+        return init
+
+    for kind in kinds:
+        kind.__init__ = built(kind)
+    try:
+        yield
+    finally:
+        for kind, init in stock.items():
+            kind.__init__ = init
 
 
 def meta_model(

@@ -325,8 +325,8 @@ def _run_on_meta(model: Model) -> None:
         latents, prompt = family.blank(transformer, grid, 8)
         inputs = family.inputs(transformer, latents, 500.0, prompt, grid)
         state, cond = family.begin(transformer, inputs)
-        for block in family.blocks(transformer).values():
-            state = family.run_block(block, state, cond, grid)
+        for name, block in family.blocks(transformer).items():
+            state = family.run_block(name, block, state, cond, grid)
         family.head(transformer, state.image, cond, grid)
 
 

@@ -1,7 +1,9 @@
 """Public checkpoints by name: what a plan must know of each, without its weights.
 
-Configurations are copied from the checkpoints' own transformer/config.json. Sizes are the paper's
-where it gives them (docs/method.md, Eq. 1), else the full resolution and half of it.
+Configurations are copied from the checkpoints' own transformer/config.json, those of FLUX.2 klein
+from diffusers' scripts/convert_flux2_to_diffusers.py; its distilled checkpoints have the same.
+Sizes are the paper's where it gives them (docs/method.md, Eq. 1), else the full resolution and half
+of it.
 """
 
 from __future__ import annotations
@@ -98,6 +100,25 @@ def _sd3(layers: int, heads: int, positions: int, **more: Any) -> PublicConfig:
     return PublicConfig("sd3", config, 16, 154, 1024, 512)
 
 
+def _klein(layers: int, single_layers: int, heads: int, text: int) -> PublicConfig:
+    config = {
+        "patch_size": 1,
+        "in_channels": 128,
+        "num_layers": layers,
+        "num_single_layers": single_layers,
+        "attention_head_dim": 128,
+        "num_attention_heads": heads,
+        "joint_attention_dim": text,
+        "timestep_guidance_channels": 256,
+        "mlp_ratio": 3.0,
+        "axes_dims_rope": (32, 32, 32, 32),
+        "rope_theta": 2000,
+        "eps": 1e-6,
+        "guidance_embeds": False,
+    }
+    return PublicConfig("flux2", config, 16, 512, 1024, 512)
+
+
 CONFIGS = {
     "flux.1-dev": _flux(guidance=True),
     "flux.1-schnell": _flux(guidance=False),
@@ -167,6 +188,28 @@ CONFIGS = {
         1024,
         512,
     ),
+    "chroma1-hd": PublicConfig(
+        "chroma",
+        {
+            "patch_size": 1,
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "axes_dims_rope": (16, 56, 56),
+            "approximator_num_channels": 64,
+            "approximator_hidden_dim": 5120,
+            "approximator_layers": 5,
+        },
+        16,
+        512,
+        1024,
+        512,
+    ),
+    "flux.2-klein-4b": _klein(5, 20, 24, 7680),
+    "flux.2-klein-9b": _klein(8, 24, 32, 12288),
 }
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from edge_dit.contract.adapter import PREFIX
 from edge_dit.contract.names import (
+    AT_HEAD,
     COND,
     ENTRY,
     ENTRY_TEXT,
@@ -33,7 +34,9 @@ from edge_dit.contract.names import (
     TARGET,
     THROUGH,
     WEIGHT,
+    T,
     Tail,
+    read_in,
     residual_names,
 )
 from edge_dit.contract.split import inner_runs
@@ -92,7 +95,9 @@ def lora_modules(
         name, block = everything[number]
         inside = dict(block.named_modules())
         idle = family.text_output if number == chosen[-1] and not read else ()
-        modules += [f"{name}.{t}" for t in wanted if t in inside and t not in idle]
+        # FLUX.2 calls a linear layer of one kind of blocks "attn.to_out", a list in the other kind.
+        own = [t for t in wanted if getattr(inside.get(t), "weight", None) is not None]
+        modules += [f"{name}.{t}" for t in own if t not in idle]
     return modules
 
 
@@ -232,6 +237,10 @@ class TrainableSubgraph(nn.Module):
             if parameter.requires_grad
         }
 
+    def reads(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the blocks that run, and the head, read of a model's conditioning."""
+        return read_in((*self.order, *self.after, AT_HEAD), cond)
+
     def differentiated(self) -> list[str]:
         """Names of the blocks that a gradient goes back through, in order of execution."""
         return [*self.order, *(self.after if self.tail == THROUGH else [])]
@@ -245,9 +254,12 @@ class TrainableSubgraph(nn.Module):
         cond = conditioning_of(batch)
         state = State(batch[ENTRY], batch.get(ENTRY_TEXT))
         for name in self.order:
-            state = self.arrive(name, state, batch)
-            state = self.family.run_block(self.get_submodule(name), state, cond, self.grid)
+            state = self.run(name, self.arrive(name, state, batch), cond)
         return self.family.head(self, self.last_image(state, cond, batch), cond, self.grid)
+
+    def run(self, name: str, state: State, cond: Mapping[str, Tensor]) -> State:
+        """The state after one of the blocks that run."""
+        return self.family.run_block(name, self.get_submodule(name), state, cond, self.grid)
 
     def last_image(
         self, state: State, cond: Mapping[str, Tensor], batch: Mapping[str, Tensor]
@@ -266,7 +278,7 @@ class TrainableSubgraph(nn.Module):
             text = None if state.text is None else state.text.detach()
             last = State(state.image.detach(), text)
         for name in self.after:
-            last = self.family.run_block(self.get_submodule(name), last, cond, self.grid)
+            last = self.run(name, last, cond)
         if self.tail == FRESH:
             return state.image + (last.image - state.image).detach()
         return last.image
@@ -302,6 +314,6 @@ class TrainableSubgraph(nn.Module):
         return self.loss(self.predict(batch), batch)
 
 
-def conditioning_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The conditioning tensors of a draw under the family's names."""
+def conditioning_of(batch: Mapping[str, T]) -> dict[str, T]:
+    """The conditioning among what goes by a draw's names, under the family's."""
     return {k.removeprefix(COND): v for k, v in batch.items() if k.startswith(COND)}

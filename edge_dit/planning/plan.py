@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.bank import Dtype as BankDtype
 from edge_dit.contract.loop import TILE
-from edge_dit.contract.names import STORED, Tail
+from edge_dit.contract.names import AT_HEAD, STORED, T, Tail, read_in
 from edge_dit.contract.split import trained_blocks
 from edge_dit.contract.targets import WIDE, Compute, Dtype, stored_as
 from edge_dit.errors import BadInput
@@ -115,6 +115,15 @@ class Plan(BaseModel):
         """
         after = [] if self.tail == STORED else range(self.layers - self.tail_skip, self.layers)
         return [*self.trained, *after]
+
+    def reads(self, blocks: Sequence[str], cond: Mapping[str, T]) -> dict[str, T]:
+        """What a training step reads of a model's conditioning.
+
+        Args:
+            blocks: names of all blocks of the model, in order.
+            cond: by full names.
+        """
+        return read_in([*(blocks[number] for number in self.running), AT_HEAD], cond)
 
     @property
     def crop_rule(self) -> CropRule:

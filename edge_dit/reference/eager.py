@@ -61,7 +61,7 @@ def blank_batch(plan: Plan, model: Model, transformer: nn.Module) -> dict[str, t
     return as_batch(
         entry,
         torch.zeros_like(entry.image) if plan.tail == STORED else None,
-        cond,
+        plan.reads(family.block_names(model.config), cond),
         objective.target(latents, torch.ones_like(latents)),
         objective.weight(0.5),
         dict.fromkeys(inner_runs(plan.trained).values(), entry),

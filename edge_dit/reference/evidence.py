@@ -341,7 +341,7 @@ class _Work:
         first = self.plan.head_skip if from_entry else 0
         order, borders = list(begun), borders_of(self.plan)
         kept = states_at(borders, self.checkpoint, order, self.plan.grid, _quiet, first)
-        return list(map(partial(tensors_of, self.plan), order, kept))
+        return list(map(partial(tensors_of, self.plan, self.checkpoint.names), order, kept))
 
     def _early(self, number: int) -> dict[str, Difference]:
         """Differences of what is known before the first block: target, conditioning, weight."""
@@ -351,7 +351,8 @@ class _Work:
         if number in self.pictured or self.source.model.objective.clean(blank, blank) is None:
             names = (TARGET, *names)  # otherwise the latents are made of it
         state = start.state
-        batch = as_batch(state, state.image, start.cond, start.target, start.weight)
+        cond = self.plan.reads(self.checkpoint.names, start.cond)
+        batch = as_batch(state, state.image, cond, start.target, start.weight)
         unknown = {COND + name for name in self.unknown}
         known = {name: value.numpy() for name, value in batch.items() if name not in unknown}
         return self._rows(number, known, names)

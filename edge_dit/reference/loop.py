@@ -61,7 +61,10 @@ class WholeModel:
         )
         starts = [source.start(draw) for draw in draws]
         kept = states_at(borders_of(plan), self.checkpoint, starts, plan.grid, _silent)
-        return [tensors_of(plan, *pair) for pair in zip(starts, kept, strict=True)]
+        return [
+            tensors_of(plan, self.checkpoint.names, *pair)
+            for pair in zip(starts, kept, strict=True)
+        ]
 
     @torch.no_grad()
     def predictions(
@@ -89,7 +92,7 @@ class WholeModel:
                 if name in self.trained.order:
                     block = self.trained.get_submodule(name)
                 states = {
-                    key: family.run_block(block, state, begun[key][1], grid)
+                    key: family.run_block(name, block, state, begun[key][1], grid)
                     for key, state in states.items()
                 }
         return {
@@ -103,7 +106,7 @@ class WholeModel:
     def decoded(self, latents: np.ndarray) -> np.ndarray:
         """Pixels [1, 3, s_max, s_max] of the transformer's latents, in tiles as the device."""
         family = self.model.family
-        facts = family.latents(self.vae.config)
+        facts = family.latents(self.vae)
 
         def run(part: np.ndarray) -> list[np.ndarray]:
             pixels: Tensor = family.pixels(self.vae, torch.from_numpy(part))

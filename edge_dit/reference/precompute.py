@@ -101,7 +101,7 @@ class _Maker:
         starts = [self.source.start(self.index.draws[number]) for number in numbers]
         borders, grid = borders_of(self.plan), self.plan.grid
         kept = states_at(borders, self.checkpoint, starts, grid, advance)
-        return map(partial(tensors_of, self.plan), starts, kept)
+        return map(partial(tensors_of, self.plan, self.checkpoint.names), starts, kept)
 
 
 @dataclass
@@ -336,9 +336,10 @@ def states_at(
                 states_of_draw[number] = state
         if number == last:
             break
+        name = checkpoint.names[number]
         with checkpoint.block(number) as block:
             states = [
-                checkpoint.family.run_block(block, state, start.cond, grid)
+                checkpoint.family.run_block(name, block, state, start.cond, grid)
                 for state, start in zip(states, starts, strict=True)
             ]
         advance(len(starts) / (last - first))
@@ -347,11 +348,14 @@ def states_at(
     return kept
 
 
-def tensors_of(plan: Plan, start: Start, states: States) -> dict[str, np.ndarray]:
+def tensors_of(
+    plan: Plan, blocks: Sequence[str], start: Start, states: States
+) -> dict[str, np.ndarray]:
     """The tensors of a draw, with those that depend on its prompt alone.
 
     Args:
         plan: of the bank.
+        blocks: names of all blocks of the model, in order.
         start: the draw.
         states: at the `borders_of` of the plan.
     """
@@ -363,5 +367,6 @@ def tensors_of(plan: Plan, start: Start, states: States) -> dict[str, np.ndarray
         for after, first in inner_runs(plan.trained).items()
     }
     entry = states[plan.head_skip]
-    batch = as_batch(entry, tail, start.cond, start.target, start.weight, inner)
+    cond = plan.reads(blocks, start.cond)
+    batch = as_batch(entry, tail, cond, start.target, start.weight, inner)
     return {name: value.numpy() for name, value in batch.items()}

@@ -55,14 +55,15 @@ def record(
         options |= {prefix + key: value for key, value in family.as_arguments(prompt).items()}
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(latents.shape, generator=generator)
+    rows = side // family.multiple(pipeline.transformer.config, pipeline.vae.config)
 
     def run(step: Step) -> list[float]:
         with (
             torch.no_grad(),
-            family.without_blocks(pipeline.transformer, {}),
+            family.without_blocks(pipeline.transformer),
             _replaced(pipeline.scheduler, start, step) as timesteps,
         ):
-            pipeline(latents=start, **options)
+            pipeline(latents=family.pipeline_latents(start, rows), **options)
             return timesteps
 
     try:
@@ -77,7 +78,7 @@ def record(
 
 
 def _guidance(family: Family, pipeline: Any, options: dict[str, Any]) -> tuple[Any, float]:
-    if not family.guided_by:
+    if not family.guides(pipeline):
         return "none", 1.0
     default = inspect.signature(type(pipeline).__call__).parameters[family.guided_by].default
     scale = float(options.get(family.guided_by, default))

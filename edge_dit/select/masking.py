@@ -24,7 +24,7 @@ from edge_dit.errors import BadInput
 from edge_dit.models.families.family import Family
 from edge_dit.models.families.joined import Joined
 
-TEXT_FIRST = {"flux": True, "sd3": False, "qwen_image": True}
+TEXT_FIRST = {"flux": True, "sd3": False, "qwen_image": True, "chroma": True, "flux2": True}
 """Family of two streams -> whether its blocks attend to [text, image], else [image, text]. Read off
 the attention processors of diffusers 0.42.
 """
@@ -50,7 +50,7 @@ def text_masked(family: Family, model: nn.Module, blocks: Iterable[int]) -> Iter
     everything = list(family.blocks(model).values())
     mask = _hide_text_keys if family.joint else _silence_cross_attention
     with ExitStack() as stack:
-        if isinstance(family, Joined):
+        if family.joint:
             stack.callback(_count_image_tokens(family, model))
         for number in sorted(set(blocks)):
             mask(family, everything[number], stack)
@@ -64,12 +64,12 @@ def _silence_cross_attention(family: Family, block: nn.Module, stack: ExitStack)
     stack.callback(block.get_submodule("attn2").register_forward_hook(silence).remove)
 
 
-def _count_image_tokens(family: Joined, model: nn.Module) -> Callable[[], None]:
-    """Have `Joined.image` set by the model's own forward too; undone by what is returned."""
+def _count_image_tokens(family: Family, model: nn.Module) -> Callable[[], None]:
+    """Have `Family.image` set by the model's own forward too; undone by what is returned."""
 
     def count(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         call = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        lengths = family.text_lengths(call)
+        lengths = family.text_lengths(call) if isinstance(family, Joined) else []
         if len(set(lengths)) > 1:
             raise BadInput(
                 "batch",
@@ -111,12 +111,13 @@ class _HideTextKeys(TorchFunctionMode):
     def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Start masking; called before the block, whose arguments tell the numbers of tokens."""
         call = self.signature.bind(*args, **kwargs).arguments
-        if isinstance(self.family, Joined):
+        text = call.get("encoder_hidden_states")
+        if isinstance(self.family, Joined) or text is None:
             self.image = self.family.image
-            self.text = call[self.family.stream].shape[1] - self.image
+            self.text = call[self.family.streams[-1]].shape[1] - self.image
         else:
             self.image = call["hidden_states"].shape[1]
-            self.text = call["encoder_hidden_states"].shape[1]
+            self.text = text.shape[1]
         self.masked = 0
         self.__enter__()
         self.open = True

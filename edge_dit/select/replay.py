@@ -120,7 +120,7 @@ class Replay:
         self, model: Model, transformer: nn.Module, image: Whole, sigma: float, seed: int
     ) -> None:
         self.family, self.transformer, self.grid = model.family, transformer, image.grid
-        self.blocks = list(self.family.blocks(transformer).values())
+        self.blocks = list(self.family.blocks(transformer).items())
         objective = model.objective
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(image.clean.shape, generator=generator)
@@ -162,9 +162,13 @@ class Replay:
         Blocks run as they are at the moment, with LoRA or without, and masked or not.
         """
         states = [state]
-        for block in self.blocks[first:]:
-            states.append(self.family.run_block(block, states[-1], self.cond, self.grid))
+        for number in range(first, len(self.blocks)):
+            states.append(self.after(number, states[-1]))
         return states
+
+    def after(self, number: int, state: State) -> State:
+        """The state after a block, as it is at the moment."""
+        return self.family.run_block(*self.blocks[number], state, self.cond, self.grid)
 
     def last_state(self, trained: Sequence[int], base: list[State]) -> State:
         """The state after the last block when only some blocks run.
@@ -180,7 +184,7 @@ class Replay:
             if state is self.tuned[block]:
                 state = self.tuned[block + 1]
             else:
-                state = self.family.run_block(self.blocks[block], state, self.cond, self.grid)
+                state = self.after(block, state)
             reached = block + 1
         return _skip(state, base[reached], base[-1])
 

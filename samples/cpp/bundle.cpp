@@ -56,6 +56,7 @@ std::vector<Block> blocks_of(const Json& list) {
         block.kind = plain(entry.at("kind").text());
         block.weights = names_of(entry.at("weights"));
         block.lora = names_of(entry.at("lora"));
+        if (const Json* cond = entry.find("cond")) block.cond = names_of(*cond);
         if (const Json* residual = entry.find("residual")) block.residual = names_of(*residual);
         blocks.push_back(std::move(block));
     }
@@ -89,8 +90,10 @@ std::vector<float> floats(const Json& list) {
 Latents latents_of(const Json& entry) {
     Latents latents{floats(entry.at("shift")), floats(entry.at("scale")),
                     entry.at("packed").boolean(),
+                    entry.find("of_tokens") && entry.at("of_tokens").boolean(),
                     static_cast<std::int64_t>(entry.at("factor").natural(kMostSide))};
-    if (latents.shift.empty() || latents.shift.size() != latents.scale.size() || !latents.factor)
+    if (latents.shift.empty() || latents.shift.size() != latents.scale.size() || !latents.factor ||
+        !latents.channels())
         throw Malformed("latents without channels");
     return latents;
 }

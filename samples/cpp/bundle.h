@@ -35,6 +35,7 @@ struct Block {
     std::string kind;
     Names weights;   // to a key in the files of frozen weights
     Names lora;      // to a LoRA name
+    Names cond;      // to a batch tensor, where it has another name there
     Names residual;  // from a tensor of the state to the batch tensor that is added to it before
 
     std::string file(const std::string& direction) const {
@@ -55,11 +56,16 @@ struct LoopGraph {
 };
 
 /// How the autoencoder's latents and the transformer's differ: (raw - shift) * scale by channel; if
-/// packed, 2 x 2 of them are a token.
+/// packed, 2 x 2 of them are a token, and the channels that are scaled may be those of tokens.
 struct Latents {
     std::vector<float> shift, scale;
-    bool packed = false;
+    bool packed = false, of_tokens = false;
     std::int64_t factor = 1;  // pixels a side
+
+    /// Channels of the autoencoder's latents.
+    std::int64_t channels() const {
+        return static_cast<std::int64_t>(scale.size()) / (of_tokens ? 4 : 1);
+    }
 };
 
 /// A step of the scheduler: the sum of earlier latents and guided predictions times their factors.

@@ -99,10 +99,12 @@ private:
         const OnnxProgram* backward;
         Feeds weights;
         std::vector<std::pair<std::string, std::size_t>> lora;
-        Block::Names residual;
+        Block::Names cond, residual;
     };
 
     Part part(const Block& block, bool with_backward);
+    /// A batch tensor that a block has by another name.
+    View conditioning(const Feeds& batch, const std::string& name) const;
     /// Add what skipped blocks add to a tensor of the state.
     void add(Flow& flow, const std::string& name, const Feeds& batch,
              const std::string& residual) const;
@@ -138,7 +140,7 @@ StreamedTrainer::StreamedTrainer(const Bundle& bundle, const Onnxruntime& ort, i
 
 StreamedTrainer::Part StreamedTrainer::part(const Block& block, bool with_backward) {
     Part part{&programs_.at(block.file("forward")), nullptr, frozen_.named(block.weights), {},
-              block.residual};
+              block.cond, block.residual};
     if (with_backward) part.backward = &programs_.at(block.file("backward"));
     for (const auto& [local, name] : block.lora) {
         std::size_t number = 0;
@@ -149,6 +151,14 @@ StreamedTrainer::Part StreamedTrainer::part(const Block& block, bool with_backwa
         part.lora.emplace_back(local, number);
     }
     return part;
+}
+
+View StreamedTrainer::conditioning(const Feeds& batch, const std::string& name) const {
+    const auto found = batch.find(name);
+    if (found == batch.end())
+        throw BadInput(folder_.string(), "a block that reads '" + name + "'",
+                       "one of the manifest's batch tensors", "export the bundle again");
+    return found->second;
 }
 
 void StreamedTrainer::add(Flow& flow, const std::string& name, const Feeds& batch,
@@ -207,6 +217,7 @@ float StreamedTrainer::backward(const Tensors& batch, const Tensors& adapter, Te
     feed(feeds, "", batch_, batch);
     const auto with_lora = [&](const Part& part) {
         Feeds all = feeds;
+        for (const auto& [local, name] : part.cond) all[local] = conditioning(feeds, name);
         for (const auto& [local, number] : part.lora) all[local] = adapter[number].view();
         return all;
     };

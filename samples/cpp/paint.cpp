@@ -147,6 +147,13 @@ std::vector<Tensor> Painter::predict(const Tensor& latents, double timestep,
             Feeds feeds = shared;
             put(feeds, each.state);
             put(feeds, each.cond);
+            for (const auto& [local, name] : block.cond) {
+                const auto found = each.cond.find(name);
+                if (found == each.cond.end())
+                    throw BadInput(bundle_.folder.string(), "a block that reads '" + name + "'",
+                                   "a result of paint.begin.onnx", "export the bundle again");
+                feeds[local] = found->second.view();
+            }
             Named after;
             for (auto& [name, tensor] : graph.run(feeds))
                 after[name.substr(4)] = std::move(tensor);  // "new.entry"
@@ -189,7 +196,7 @@ Tensor Painter::guided(const std::vector<Tensor>& predictions) const {
 
 Shape Painter::shape() const {
     const std::int64_t side = painting_.side / loop_.latents.factor;
-    const auto channels = static_cast<std::int64_t>(loop_.latents.scale.size());
+    const std::int64_t channels = loop_.latents.channels();
     return loop_.latents.packed ? Shape{1, side * side / 4, 4 * channels}
                                 : Shape{1, channels, side, side};
 }

@@ -49,15 +49,16 @@ void each_value(const Shape& shape, Visit visit) {
 }  // namespace
 
 Tensor unpacked(const Tensor& latents, const Latents& facts, std::int64_t side) {
-    const auto channels = static_cast<std::int64_t>(facts.scale.size());
+    const std::int64_t channels = facts.channels();
     Tensor raw({1, channels, side, side});
     if (raw.values.size() != latents.values.size())
         throw Malformed("latents of shape " + in_words(latents.shape));
     each_value(raw.shape, [&](std::int64_t c, std::int64_t y, std::int64_t x, std::size_t number) {
         const std::int64_t token = y / 2 * (side / 2) + x / 2;
-        const auto packed = static_cast<std::size_t>(token * 4 * channels + 4 * c + y % 2 * 2 + x % 2);
+        const std::int64_t within = 4 * c + y % 2 * 2 + x % 2;
+        const auto packed = static_cast<std::size_t>(token * 4 * channels + within);
         const float value = latents.values[facts.packed ? packed : number];
-        const auto channel = static_cast<std::size_t>(c);
+        const auto channel = static_cast<std::size_t>(facts.of_tokens ? within : c);
         raw.values[number] = value / facts.scale[channel] + facts.shift[channel];
     });
     return raw;

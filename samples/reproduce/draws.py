@@ -148,17 +148,18 @@ def _passed(run: Run, drawn: Sequence[Draw], grid: Grid, hears: tuple[int, ...])
     draws = [begin(run, draw) for draw in drawn]
     cond = None if arm.told else joined([through.cond for through in draws])
     windowed = arm.crop == "window"
-    for number, block in enumerate(family.blocks(pipeline_of(run.job).transformer).values()):
+    blocks = family.blocks(pipeline_of(run.job).transformer)
+    for number, (name, block) in enumerate(blocks.items()):
         with ExitStack() as stack:
             seen = stack.enter_context(listening(block)) if number in hears else None
             if cond is None:  # positions differ from draw to draw
                 after = [
-                    family.run_block(block, through.states[-1], through.cond, grid)
+                    family.run_block(name, block, through.states[-1], through.cond, grid)
                     for through in draws
                 ]
             else:
                 before = State(**joined([through.states[-1]._asdict() for through in draws]))
-                both = family.run_block(block, before, cond, grid)
+                both = family.run_block(name, block, before, cond, grid)
                 after = [
                     State(*[None if v is None else v[row : row + 1].clone() for v in both])
                     for row in range(len(draws))

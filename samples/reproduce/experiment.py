@@ -155,8 +155,8 @@ class Trainer:
             transformer, self.family, self.running, plan.grid, arm.tail
         )
         self.sessions = ManySessions(self.subgraph, lora, plan.optimizer, arm.by_rows)
-        blocks = list(self.family.blocks(transformer).values())
-        self.hearers = [blocks[number] for number in chosen] if arm.context else []
+        blocks = list(self.family.blocks(transformer).items())
+        self.hearers = [blocks[number][1] for number in chosen] if arm.context else []
         self.chosen, self.after = chosen, blocks[chosen[-1] + 1 :]
         self.tails: dict[int, list[Tensor]] = {}
 
@@ -202,7 +202,7 @@ class Trainer:
         batch = joined(self._batch(turn))
         last = state = self.sessions.trained(batch)
         for block in self.after:
-            last = self.family.run_block(block, last, conditioning_of(batch), self.subgraph.grid)
+            last = self.family.run_block(*block, last, conditioning_of(batch), self.subgraph.grid)
         return list((last.image - state.image).split(1))
 
 

@@ -141,7 +141,7 @@ class ManySessions:
         state = State(batch["entry"], batch.get("entry_text"))
         for name in graph.order:
             state = graph.arrive(name, state, batch)
-            state = family.run_block(graph.get_submodule(name), state, cond, graph.grid)
+            state = graph.run(name, state, cond)
         return state
 
     def losses(self, draws: Sequence[dict[str, Tensor]]) -> Tensor:

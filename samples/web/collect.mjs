@@ -7,6 +7,7 @@ import { clean } from "./loop.mjs";
 import { CROP, NOISE, normal, seedOf, uniform } from "./noise.mjs";
 import { asTensor, cropOf, readPicture } from "./pictures.mjs";
 import { tensorPieces } from "./safetensors.mjs";
+import { picked } from "./steps.mjs";
 
 const GOLDEN = (5 ** 0.5 - 1) / 2;
 const SHARD = 64;
@@ -135,6 +136,7 @@ async function makeDraws(parts, pictures, drawn, numbers, say) {
   const end = trained.at(-1) + 1;
   const last = stored ? plan.layers : Math.max(trained[0], ...runs.map(({ after }) => after));
   const conds = starts.map(({ cond }) => cond);
+  const read = parts.bundle.tensors("batch").map(({ name }) => name);
   const kept = [starts.map(({ state }) => state)];
   const wanted = new Set([trained[0], end, plan.layers, ...runs.flatMap(({ first, after }) => [first, after])]);
   const blocks = parts.facts.blocks.slice(0, last);
@@ -144,7 +146,7 @@ async function makeDraws(parts, pictures, drawn, numbers, say) {
     if (say(0.5 + (n + 1) / last / 2)) return null;
   }
   return starts.map(({ cond, target, weight }, d) => {
-    const batch = { ...kept[trained[0]][d], ...cond, target };
+    const batch = { ...kept[trained[0]][d], ...picked(cond, read), target };
     for (const { first, after } of runs) {
       for (const [name, residual] of [["entry", "residual"], ["entry_text", "residual_text"]]) {
         if (kept[after][d][name]) batch[`${residual}.${first}`] = difference(kept[after][d][name], kept[first][d][name]);

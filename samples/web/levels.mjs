@@ -8,18 +8,23 @@ export const tensor = (dims, data) => ({ type: "float32", dims, data });
 export const count = (dims) => dims.reduce((a, b) => a * b, 1);
 
 /** Dimensions of the transformer's latents of a square of `side` latents. */
-export function shapeOf({ scale, packed }, side) {
-  return packed ? [1, (side * side) / 4, scale.length * 4] : [1, scale.length, side, side];
+export function shapeOf(facts, side) {
+  const channels = channelsOf(facts);
+  return facts.packed ? [1, (side * side) / 4, channels * 4] : [1, channels, side, side];
 }
 
-/** Call visit(place in [1, C, h, w], place in tokens of 2 x 2, channel). */
-function eachLatent(channels, height, width, packed, visit) {
+/** Channels of the autoencoder's latents. */
+const channelsOf = ({ scale, of_tokens: ofTokens }) => (ofTokens ? scale.length / 4 : scale.length);
+
+/** Call visit(place in [1, C, h, w], place among the transformer's, channel that is scaled). */
+function eachLatent(channels, height, width, { packed, of_tokens: ofTokens }, visit) {
   let place = 0;
   for (let c = 0; c < channels; c++) {
     for (let y = 0; y < height; y++) {
       for (let x = 0; x < width; x++, place++) {
         const token = (y >> 1) * (width >> 1) + (x >> 1);
-        visit(place, packed ? (token * channels + c) * 4 + (y & 1) * 2 + (x & 1) : place, c);
+        const inToken = c * 4 + (y & 1) * 2 + (x & 1);
+        visit(place, packed ? token * channels * 4 + inToken : place, ofTokens ? inToken : c);
       }
     }
   }
@@ -28,7 +33,7 @@ function eachLatent(channels, height, width, packed, visit) {
 /** The transformer's latents of the autoencoder's [1, C, h, w]. */
 export function scaledLatents(facts, { dims: [, channels, height, width], data }) {
   const found = new Float32Array(data.length);
-  eachLatent(channels, height, width, facts.packed, (raw, place, c) => {
+  eachLatent(channels, height, width, facts, (raw, place, c) => {
     found[place] = f32(data[raw] - f32(facts.shift[c])) * f32(facts.scale[c]);
   });
   return tensor(facts.packed ? [1, (height * width) / 4, channels * 4] : [1, channels, height, width], found);
@@ -37,10 +42,11 @@ export function scaledLatents(facts, { dims: [, channels, height, width], data }
 /** The autoencoder's latents [1, C, side, side] of the transformer's. */
 export function rawLatents(facts, { data }, side) {
   const found = new Float32Array(data.length);
-  eachLatent(facts.scale.length, side, side, facts.packed, (raw, place, c) => {
+  const channels = channelsOf(facts);
+  eachLatent(channels, side, side, facts, (raw, place, c) => {
     found[raw] = f32(data[place] / f32(facts.scale[c])) + f32(facts.shift[c]);
   });
-  return tensor([1, facts.scale.length, side, side], found);
+  return tensor([1, channels, side, side], found);
 }
 
 const mixed = (a, x, b, y) => x.map((value, n) => f32(f32(a) * value) + f32(f32(b) * y[n]));

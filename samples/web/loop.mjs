@@ -73,7 +73,8 @@ export class Parts {
     const lora = mapped(block.lora, adapter);
     const after = [];
     for (const [n, state] of states.entries()) {
-      const made = await program.run({ ...conds[n], ...state, ...weights, ...lora });
+      const cond = { ...conds[n], ...mapped(block.cond ?? {}, conds[n]) };
+      const made = await program.run({ ...cond, ...state, ...weights, ...lora });
       after.push(withoutPrefix(made, "new."));
     }
     return after;

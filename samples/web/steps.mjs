@@ -180,7 +180,9 @@ async function streamedStep(engine, bundle) {
     place = (place + 1) % order.length;
     const tensors = await weights.inTurn(block.weights, order[place].weights);
     const lora = mapped(block.lora, named);
-    return programs[`block.${block.kind}.${direction}.onnx`].run({ ...named, ...tensors, ...lora });
+    return programs[`block.${block.kind}.${direction}.onnx`].run({
+      ...named, ...mapped(block.cond ?? {}, named), ...tensors, ...lora,
+    });
   };
   return async (named) => {
     place = 0;

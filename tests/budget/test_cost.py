@@ -27,6 +27,9 @@ PUBLIC = {
     "sd3.5-large": 8.06e9,
     "pixart-sigma-xl": 0.61e9,
     "lumina-image-2.0": 2.6e9,
+    "chroma1-hd": 8.9e9,
+    # a file of 7.22 GiB in bfloat16
+    "flux.2-klein-4b": 3.876e9,
 }
 """Parameters as published, rounded as published."""
 PER_BLOCK = {
@@ -44,7 +47,14 @@ def test_public_configurations_have_the_published_parameters(name):
     found = parameters(family_of(public.family), public.config)
     published = PUBLIC.get(name)
     if published is None:  # schnell is dev without the guidance embedding; Qwen-Image: "20B"
-        published = {"flux.1-schnell": 11.891e9, "qwen-image": 20.43e9}[name]
+        # klein 9B by hand, D = 4096: 26 D^2 a double block, 13 D^2 a single one, 18 D^2 besides,
+        # and the embeddings of 128, 12288, 256 and 128 channels
+        klein = (8 * 26 + 24 * 13 + 18) * 4096**2 + 12800 * 4096
+        published = {
+            "flux.1-schnell": 11.891e9,
+            "qwen-image": 20.43e9,
+            "flux.2-klein-9b": float(klein),
+        }[name]
     digits = len(f"{published:.0f}".rstrip("0"))
     rounding = 0.5 / 10 ** (digits - 1)
     assert abs(found / published - 1) < max(0.001, rounding)

@@ -179,7 +179,7 @@ def test_alpha_that_is_the_rank_changes_no_bit(tmp_path):
 def read_by(pipeline_class, folder, form):
     """Module -> change of weight, as the pipeline class itself reads the file."""
     class_, keywords = getattr(diffusers, pipeline_class), {"return_lora_metadata": True}
-    if pipeline_class == "FluxPipeline":
+    if pipeline_class in ("FluxPipeline", "ChromaPipeline"):
         keywords["return_alphas"] = True
     state, *alphas, metadata = class_.lora_state_dict(folder, weight_name=form.file, **keywords)
     alphas = alphas[0] if alphas else None
@@ -200,6 +200,9 @@ def read_by(pipeline_class, folder, form):
         ("FluxPipeline", "flux-dev", "comfyui"),
         ("QwenImagePipeline", "qwen-image", "comfyui"),
         ("QwenImagePipeline", "qwen-image", "kohya"),
+        ("Flux2KleinPipeline", "flux2-klein", "comfyui"),
+        ("Flux2KleinPipeline", "flux2-klein", "diffusers"),
+        ("ChromaPipeline", "chroma", "comfyui"),
         ("StableDiffusion3Pipeline", "sd3.5-medium", "diffusers"),
         ("SanaPipeline", "sana", "diffusers"),
     ],

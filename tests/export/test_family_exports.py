@@ -21,19 +21,21 @@ FULLEST = (
     "qwen-image",
     "qwen-image-zero-cond",
     "lumina2",
+    "chroma",
+    "flux2-klein",
 )
 """Of each family the variants that between them have every part of a block."""
 QUICK = ("flux-dev", "pixart-sigma")
 """Those of which ExecuTorch is not slow to test."""
-ONE_SEQUENCE = ("lumina2",)
-"""Those of one sequence of text and image; by default one graph tests them."""
-IN_ONNX = [variant for variant in FULLEST if variant not in ONE_SEQUENCE]
+NEWER = ("lumina2", "chroma", "flux2-klein")
+"""Those that by default one graph tests."""
+IN_ONNX = [variant for variant in FULLEST if variant not in NEWER]
 """Those of which the ONNX targets are not slow to test."""
 SLOW = [
     ("flux-dev", "start"),
     ("flux-dev", "end"),
     ("sd3.5-medium", "across"),
-    *((variant, split) for variant in ONE_SEQUENCE for split in ("start", "across", "end")),
+    *((variant, split) for variant in NEWER for split in ("start", "across", "end")),
 ]
 
 
@@ -79,7 +81,7 @@ def ort_bundle(case, tmp_path_factory):
     return bundles.write(folder, "ort-training", made=bundles.made_variant(*case))
 
 
-@pytest.mark.parametrize("variant", ONE_SEQUENCE)
+@pytest.mark.parametrize("variant", NEWER)
 def test_a_fused_step_has_the_loss_and_gradients_of_torch(variant, tmp_path):
     """Of one graph, without what is around it."""
     sub, batch = bundles.made_variant(variant, "across")

@@ -40,11 +40,11 @@ from loops import EXPORT, write_world
 TOLERANCE = 1e-5
 PAINTED = ("sana", "flux-dev", "sd3.5-medium", "pixart-sigma", "qwen-image")
 OTHERS = ("sana-1.5", "flux-schnell", "sd3-medium", "sd3-without-t5", "qwen-image-zero-cond")
-ONE_SEQUENCE = ("lumina2",)
+NEWER = ("lumina2", "chroma", "flux2-klein", "flux2-klein-distilled")
 NAMES = [
     *PAINTED,
     "sana-sprint",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ONE_SEQUENCE),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in NEWER),
     *(pytest.param(name, marks=pytest.mark.matrix) for name in OTHERS),
 ]
 LIMIT = 40_000
@@ -164,8 +164,8 @@ def test_all_blocks_at_a_patch(made):
     state, cond = made.family.begin(made.model, inputs)
     assert len(made.facts.blocks) == made.plan.layers
     with torch.no_grad():
-        for block in made.family.blocks(made.model).values():
-            state = made.family.run_block(block, state, cond, made.plan.grid)
+        for block in made.family.blocks(made.model).items():
+            state = made.family.run_block(*block, state, cond, made.plan.grid)
     after = through(made, made.facts.blocks, loop.base_file, found)
     tiny.assert_close({ENTRY: state.image}, after, TOLERANCE)
 
@@ -294,10 +294,10 @@ def stock_latents(made: Made, start: Tensor, monkeypatch: Any) -> tuple[Tensor, 
     predictions = predictions_of(made, separately)
     monkeypatch.setattr(made.model, "forward", lambda *a, **k: predictions(*a, **k))
     found = made.pipeline(
-        pipelines.SHORT,
+        prompt=pipelines.SHORT,
         height=made.plan.s_max,
         width=made.plan.s_max,
-        latents=start,
+        latents=made.family.pipeline_latents(start, made.picture[0]),
         output_type="latent",
         **made.family.sample_options(made.pipeline, 1),
     ).images

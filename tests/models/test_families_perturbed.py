@@ -34,11 +34,21 @@ def perturbed_conditioning(monkeypatch, variant, change):
     monkeypatch.setattr(kind, "arguments", lambda self, cond, grid: stock(self, change(cond), grid))
 
 
+MODULATIONS = ("temb", "timestep", "modulation", "temb_mod", "temb_mod_img", "temb_mod_txt")
+"""What blocks call the embedding of the timestep."""
+OF_HEADS = ("temb", "embedded_timestep", "modulation.head", "temb.head")
+"""The same of heads."""
+
+
+def dropped(cond, names):
+    """``cond`` with zeros for some names, of which it has at least one."""
+    assert cond.keys() & names
+    return {k: torch.zeros_like(v) if k in names else v for k, v in cond.items()}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_dropped_modulation_is_noticed(variant, monkeypatch):
-    name = "temb" if variant in JOINT else "timestep"
-    drop = lambda cond: {**cond, name: torch.zeros_like(cond[name])}  # noqa: E731
-    perturbed_conditioning(monkeypatch, variant, drop)
+    perturbed_conditioning(monkeypatch, variant, lambda cond: dropped(cond, MODULATIONS))
     assert_noticed(replay, variant)
     assert_noticed(gradients, variant, 1)
 
@@ -46,11 +56,10 @@ def test_a_dropped_modulation_is_noticed(variant, monkeypatch):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_dropped_modulation_of_the_head_is_noticed(variant, monkeypatch):
     kind = type(family_of(VARIANTS[variant][0]))
-    name = "temb" if variant in JOINT else "embedded_timestep"
     stock = kind.head
 
     def head(self, model, image, cond, grid):
-        return stock(self, model, image, {**cond, name: torch.zeros_like(cond[name])}, grid)
+        return stock(self, model, image, dropped(cond, OF_HEADS), grid)
 
     monkeypatch.setattr(kind, "head", head)
     assert_noticed(replay, variant)
@@ -64,8 +73,8 @@ def test_swapped_streams_are_noticed(variant, monkeypatch):
     kind = type(family_of(VARIANTS[variant][0]))
     stock = kind.run_block
 
-    def run_block(self, block, state, cond, grid):
-        image, text = stock(self, block, State(state.text, state.image), cond, grid)
+    def run_block(self, name, block, state, cond, grid):
+        image, text = stock(self, name, block, State(state.text, state.image), cond, grid)
         # SD3's last block hands no text on.
         return State(image, None) if text is None else State(text, image)
 
@@ -78,8 +87,8 @@ def test_text_that_is_not_handed_on_is_noticed(variant, monkeypatch):
     kind = type(family_of(VARIANTS[variant][0]))
     stock = kind.run_block
 
-    def run_block(self, block, state, cond, grid):
-        return State(stock(self, block, state, cond, grid).image, state.text)
+    def run_block(self, name, block, state, cond, grid):
+        return State(stock(self, name, block, state, cond, grid).image, state.text)
 
     monkeypatch.setattr(kind, "run_block", run_block)
     assert_noticed(replay, variant)
@@ -90,16 +99,42 @@ def test_a_sequence_the_other_way_round_is_noticed(variant, monkeypatch):
     kind = type(family_of(VARIANTS[variant][0]))
     stock = kind.run_block
 
-    def run_block(self, block, state, cond, grid):
+    def run_block(self, name, block, state, cond, grid):
         with monkeypatch.context() as turned:
             turned.setattr(kind, "text_first", not kind.text_first)
-            return stock(self, block, state, cond, grid)
+            return stock(self, name, block, state, cond, grid)
 
     monkeypatch.setattr(kind, "run_block", run_block)
     assert_noticed(replay, variant)
 
 
-@pytest.mark.parametrize("variant", ["flux-dev", "qwen-image", "lumina2"])
+@pytest.mark.parametrize("number", [1, 3])
+def test_another_blocks_modulation_is_noticed(number, monkeypatch):
+    """Of the same list of blocks, so that shapes give nothing away."""
+    replay("chroma")
+    kind = type(family_of("chroma"))
+    stock, names = kind.run_block, [*family_of("chroma").blocks(variants.transformer("chroma"))]
+
+    def run_block(self, name, block, state, cond, grid):
+        wrong = names[number - 1] if name == names[number] else name
+        return stock(self, wrong, block, state, cond, grid)
+
+    monkeypatch.setattr(kind, "run_block", run_block)
+    assert_noticed(replay, "chroma")
+
+
+def test_the_other_streams_modulation_is_noticed(monkeypatch):
+    def swapped(cond):
+        if "temb_mod" in cond:
+            return cond
+        text, image = cond["temb_mod_txt"], cond["temb_mod_img"]
+        return {**cond, "temb_mod_img": text, "temb_mod_txt": image}
+
+    perturbed_conditioning(monkeypatch, "flux2-klein", swapped)
+    assert_noticed(replay, "flux2-klein")
+
+
+@pytest.mark.parametrize("variant", ["flux-dev", "qwen-image", "lumina2", "chroma", "flux2-klein"])
 def test_positions_the_wrong_way_round_are_noticed(variant, monkeypatch):
     def turn(cond):
         if "rope_cos" in cond:
@@ -113,10 +148,12 @@ def test_positions_the_wrong_way_round_are_noticed(variant, monkeypatch):
     assert_noticed(replay, variant)
 
 
-@pytest.mark.parametrize("variant", [*CROSS, "qwen-image"])
+@pytest.mark.parametrize("variant", [*CROSS, "qwen-image", "chroma"])
 def test_an_ignored_text_mask_is_noticed(variant, monkeypatch):
     def ignore(cond):
-        if "encoder_attention_mask" in cond:
+        if "attention_mask" in cond:
+            name, everything = "attention_mask", torch.ones_like
+        elif "encoder_attention_mask" in cond:
             name, everything = "encoder_attention_mask", torch.zeros_like
         else:
             name, everything = "encoder_hidden_states_mask", torch.ones_like

@@ -28,6 +28,7 @@ from edge_dit.cli import main
 from edge_dit.contract.adapter import read_adapter, write_adapter_folder
 from edge_dit.contract.adapter_formats import DIFFUSERS, PEFT, format_of
 from edge_dit.contract.bank import Bank
+from edge_dit.contract.names import read_by
 from edge_dit.contract.noise import NOISE, POSTERIOR
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.checkpoint import INDEX, SINGLE
@@ -61,13 +62,24 @@ WITHOUT_GUIDANCE: dict[str, dict[str, Any]] = {
     "PixArtSigmaPipeline": {"guidance_scale": 1.0, "use_resolution_binning": False},
     "QwenImagePipeline": {"true_cfg_scale": 1.0, "max_sequence_length": 512},
     "Lumina2Pipeline": {"guidance_scale": 1.0},
+    "ChromaPipeline": {"guidance_scale": 1.0, "max_sequence_length": pipelines.TEXT_LIMIT},
+    "Flux2KleinPipeline": {"guidance_scale": 1.0, "max_sequence_length": pipelines.CHAT_LIMIT},
 }
 """How each pipeline is called: lengths as in the training scripts, no second pass."""
 
 
-LIMITS = {"sana": 300, "flux": 24, "sd3": 77, "pixart": 300, "qwen_image": 512, "lumina2": 256}
+LIMITS = {
+    "sana": 300,
+    "flux": pipelines.TEXT_LIMIT,
+    "sd3": 77,
+    "pixart": 300,
+    "qwen_image": 512,
+    "lumina2": 256,
+    "chroma": pipelines.TEXT_LIMIT,
+    "flux2": pipelines.CHAT_LIMIT,
+}
 """Family -> most text tokens."""
-BEFORE = {"lumina2": 32}
+BEFORE = {"lumina2": 32, "flux2": 17}
 """Family -> most tokens that its pipeline itself puts before and after a prompt, if not 8."""
 
 
@@ -207,7 +219,7 @@ def transformer_calls(
 
     with patched(model, forward=spy):
         made.pipeline(
-            prompt,
+            prompt=prompt,
             height=SIZE[0],
             width=SIZE[1],
             num_inference_steps=STEPS,
@@ -280,7 +292,8 @@ def test_encoding_an_image_is_undone_by_the_pipelines_own_decoding(stock, name):
         if hasattr(raw, "latent"):
             raw = raw.latent
         else:
-            raw = raw.latent_dist.sample(torch.Generator().manual_seed(4))
+            sampled = raw.latent_dist.sample(torch.Generator().manual_seed(4))
+            raw = sampled if made.family.samples_posterior else raw.latent_dist.mode()
         expected = vae.decode(raw, return_dict=False)[0]
     if made.family.name == "qwen_image":
         expected = expected[:, :, 0]
@@ -298,10 +311,10 @@ def test_encoding_an_image_is_undone_by_the_pipelines_own_decoding(stock, name):
 
     with patched(vae, decode=spy), patched(pipeline.scheduler, step=still):
         picture = pipeline(
-            SHORT,
+            prompt=SHORT,
             height=SIZE[0],
             width=SIZE[1],
-            latents=latents,
+            latents=made.family.pipeline_latents(latents, made.grid[0]),
             num_inference_steps=STEPS,
             output_type="pt",
             **made.options,
@@ -444,7 +457,7 @@ def test_sprint_turns_a_flow_velocity_into_the_trigonometric_one(stock):
             patched(made.pipeline.scheduler, step=step),
         ):
             made.pipeline(
-                SHORT,
+                prompt=SHORT,
                 height=SIZE[0],
                 width=SIZE[1],
                 latents=start.float(),
@@ -560,7 +573,8 @@ def test_a_bank_holds_what_hooks_on_the_stock_transformer_see(road, name):
         if weight is not None:
             assert float(stored["weight"]) == pytest.approx(weight)
         cond = {k[5:]: v for k, v in stored.items() if k.startswith("cond.")}
-        for key, value in family.arguments(cond, plan.grid).items():
+        second = list(family.blocks(pipeline.transformer))[1]
+        for key, value in family.arguments(read_by(second, cond), plan.grid).items():
             compare_arguments(key, value, calls[1][key])
         with torch.no_grad():
             tail = stored["tail_residual"] + states[3][0]
@@ -579,7 +593,8 @@ def watched_forward(
     def before(block: Any, args: Any, kwargs: Any) -> None:
         bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
         calls.append(bound)
-        states.append(parted(bound[family.streams[-1]], bound.get("encoder_hidden_states")))
+        text = bound.get("encoder_hidden_states") if family.joint else None
+        states.append(parted(bound[family.streams[-1]], text))
 
     def after(_block: Any, _args: Any, output: Any) -> None:
         states.append(parted(*reversed(output)) if isinstance(output, tuple) else parted(output))
@@ -587,6 +602,9 @@ def watched_forward(
     def parted(image: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if isinstance(family, Joined):
             return family.part(image, family.image_tokens(model, inputs))
+        if text is None and family.joint:  # a single-stream block got one sequence
+            count = inputs["encoder_hidden_states"].shape[1]
+            return image[:, count:], image[:, :count]
         return image, text if family.joint else None
 
     blocks = list(family.blocks(model).values())
@@ -706,8 +724,8 @@ def test_what_is_trained_loads_into_the_stock_pipeline(road, name, run, tmp_path
     with torch.no_grad():
         plain = made.stock.pipeline.transformer(**inputs, return_dict=False)[0]
         state, cond = family.begin(made.stock.pipeline.transformer, inputs)
-        first = next(iter(family.blocks(made.stock.pipeline.transformer).values()))
-        state = family.run_block(first, state, cond, plan.grid)
+        first = next(iter(family.blocks(made.stock.pipeline.transformer).items()))
+        state = family.run_block(*first, state, cond, plan.grid)
         batch = {"entry": state.image, "entry_text": state.text}
         batch |= {f"cond.{key}": value for key, value in cond.items()}
         batch["tail_residual"] = states[4][0] - states[3][0]

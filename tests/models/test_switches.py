@@ -39,6 +39,8 @@ BASE = {
     "pixart": "pixart-sigma",
     "qwen_image": "qwen-image",
     "lumina2": "lumina2",
+    "chroma": "chroma",
+    "flux2": "flux2-klein",
 }
 """Family -> the variant whose configuration the tests change."""
 RETIRED = {"qwen_image": {"pooled_projection_dim"}}
@@ -78,6 +80,15 @@ IMPLEMENTED: list[tuple[str, dict[str, Any]]] = [
     ("lumina2", {"num_kv_heads": 1, "multiple_of": 5, "ffn_dim_multiplier": 0.3, "norm_eps": 1e-3}),
     ("lumina2", {"axes_dim_rope": (2, 4, 2), "axes_lens": (257, 2, 3), "cap_feat_dim": 11}),
     ("lumina2", {"sample_size": 3, "scaling_factor": 0.5}),
+    ("chroma", {"num_layers": 4, "num_single_layers": 0}),
+    ("chroma", {"num_layers": 1, "num_single_layers": 3, "out_channels": 16}),
+    ("chroma", {"approximator_num_channels": 12, "approximator_hidden_dim": 9}),
+    ("chroma", {"approximator_layers": 1, "axes_dims_rope": (2, 10, 4)}),
+    ("flux2", {"num_layers": 4, "num_single_layers": 0}),
+    ("flux2", {"num_layers": 1, "num_single_layers": 3, "out_channels": 16}),
+    ("flux2", {"mlp_ratio": 1.3, "eps": 1e-3, "timestep_guidance_channels": 33}),
+    ("flux2", {"axes_dims_rope": (2, 4, 8, 2), "rope_theta": 50}),
+    ("flux2", {"guidance_embeds": True, "joint_attention_dim": 11}),
 ]
 """Values beside those of `variants`; each gives the same as the stock forward."""
 GRAPHS: list[tuple[str, dict[str, Any]]] = [
@@ -154,6 +165,18 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("lumina2", "ffn_dim_multiplier", 0.001, "width"),
     ("lumina2", "out_channels", 8, "in_channels"),
     ("flux", "_use_default_values", ["guidance_embeds"], "no such key"),
+    ("chroma", "num_layers", 0, "1 to 1000"),
+    ("chroma", "patch_size", 2, "packs latents 2 x 2"),
+    ("chroma", "in_channels", 18, "multiple of 4"),
+    ("chroma", "axes_dims_rope", [4, 6, 8], "a sum of 16"),
+    ("chroma", "approximator_num_channels", 10, "a multiple of 4"),
+    ("chroma", "guidance_embeds", True, "no such key"),
+    ("flux2", "num_layers", 0, "1 to 1000"),
+    ("flux2", "out_channels", 4, "in_channels"),
+    ("flux2", "axes_dims_rope", [4, 6, 6], "four even numbers"),
+    ("flux2", "axes_dims_rope", [4, 4, 4, 6], "a sum of 16"),
+    ("flux2", "mlp_ratio", 0.001, "at least 1 / 32"),
+    ("flux2", "rope_theta", 0, "above 0"),
     *((family, "a_new_switch", True, "no such key") for family in FAMILIES),
 ]
 """Family, key, value, and what is said of it."""
@@ -249,7 +272,7 @@ def test_an_implemented_value_gives_what_the_stock_forward_gives(base, change, c
     )
     contract.test_gradients_are_the_stock_models_when_no_tail_is_skipped(variant, 1)
     contract.test_no_lora_is_put_where_the_loss_does_not_reach(variant)
-    contract.test_every_block_is_called_with_the_same_conditioning(variant)
+    contract.test_every_block_gets_what_the_stock_forward_calls_it_with(variant)
 
 
 @pytest.mark.parametrize(("base", "change"), GRAPHS, ids=[named(*c) for c in GRAPHS])
@@ -417,6 +440,8 @@ def test_more_tokens_a_side_than_sd3_has_positions_are_refused(place, changed):
         ("qwen-image", "vae", "latents_mean", [1.0]),
         ("qwen-image", "vae", "temperal_downsample", [True]),
         ("lumina2", "vae", "block_out_channels", [8, 8, 8]),
+        ("flux2-klein", "vae", "patch_size", [1, 1]),
+        ("flux2-klein", "vae", "batch_norm_eps", 0),
         ("sana", "scheduler", "prediction_type", "epsilon"),
         ("sana", "scheduler", "use_flow_sigmas", False),
         ("sana", "scheduler", "flow_shift", None),
@@ -488,8 +513,8 @@ def test_a_changed_key_works_or_is_refused(family, data, tmp_path):
         model = meta_model(made, read)
         latents, prompt = made.blank(model, GRID, TEXT)
         state, cond = made.begin(model, made.inputs(model, latents, 500.0, prompt, GRID))
-        for block in made.blocks(model).values():
-            state = made.run_block(block, state, cond, GRID)
+        for block in made.blocks(model).items():
+            state = made.run_block(*block, state, cond, GRID)
         found = made.learned(made.head(model, state.image, cond, GRID))
     assert found.shape == latents.shape
 

@@ -40,8 +40,8 @@ def test_fresh_is_stored_with_the_adapted_models_residual(variant, split):
     with torch.no_grad():
         states = [made.family.begin(made.model, made.inputs)[0]]
         _, cond = made.family.begin(made.model, made.inputs)
-        for block in made.family.blocks(made.model).values():
-            states.append(made.family.run_block(block, states[-1], cond, GRID))
+        for block in made.family.blocks(made.model).items():
+            states.append(made.family.run_block(*block, states[-1], cond, GRID))
     residual = states[-1].image - states[trained[-1] + 1].image
     stored = TrainableSubgraph(made.model, made.family, trained, GRID)
     expected = tiny.eager(stored, {**batch, TAIL_RESIDUAL: residual})

@@ -66,8 +66,8 @@ def test_a_draw_holds_what_the_equations_say(road, images):
             )[0]
             state = State(torch.from_numpy(stored["entry"]))
             cond = {k[5:]: torch.from_numpy(v) for k, v in stored.items() if k.startswith("cond.")}
-            for block in list(pipeline.transformer.transformer_blocks)[1:3]:
-                state = FAMILY.run_block(block, state, cond, plan.grid)
+            for block in list(FAMILY.blocks(pipeline.transformer).items())[1:3]:
+                state = FAMILY.run_block(*block, state, cond, plan.grid)
             last = state.image + torch.from_numpy(stored["tail_residual"])
             found = FAMILY.head(pipeline.transformer, last, cond, plan.grid)
         np.testing.assert_allclose(found, expected, atol=1e-4)

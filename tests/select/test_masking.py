@@ -35,9 +35,9 @@ def other_text(made, state, cond):
 @torch.no_grad()
 def text_matters(made, number, state, cond):
     """How much block ``number``'s image output changes with the text."""
-    block = list(made.family.blocks(made.model).values())[number]
-    one = made.family.run_block(block, state, cond, GRID).image
-    other = made.family.run_block(block, *other_text(made, state, cond), GRID).image
+    block = list(made.family.blocks(made.model).items())[number]
+    one = made.family.run_block(*block, state, cond, GRID).image
+    other = made.family.run_block(*block, *other_text(made, state, cond), GRID).image
     return float((one - other).abs().max())
 
 
@@ -88,11 +88,11 @@ def test_outside_the_context_the_model_is_as_before(variant):
 @pytest.mark.parametrize("number", range(3))  # SD3's last block returns no text
 def test_text_queries_see_what_they_saw(variant, number):
     made, state, cond = begun(variant)
-    block = list(made.family.blocks(made.model).values())[number]
+    block = list(made.family.blocks(made.model).items())[number]
     with torch.no_grad():
-        stock = made.family.run_block(block, state, cond, GRID)
+        stock = made.family.run_block(*block, state, cond, GRID)
         with text_masked(made.family, made.model, [number]):
-            masked = made.family.run_block(block, state, cond, GRID)
+            masked = made.family.run_block(*block, state, cond, GRID)
     assert (masked.text - stock.text).abs().max() < 1e-5
     assert (masked.image - stock.image).abs().max() > 1e-4
 
@@ -102,10 +102,10 @@ def test_image_tokens_still_see_each_other(variant):
     made, state, cond = begun(variant)
     moved = state.image.clone()
     moved[:, -1].normal_(generator=torch.Generator().manual_seed(3))
-    block = next(iter(made.family.blocks(made.model).values()))
+    block = next(iter(made.family.blocks(made.model).items()))
     with torch.no_grad(), text_masked(made.family, made.model, [0]):
-        one = made.family.run_block(block, state, cond, GRID).image
-        other = made.family.run_block(block, State(moved, state.text), cond, GRID).image
+        one = made.family.run_block(*block, state, cond, GRID).image
+        other = made.family.run_block(*block, State(moved, state.text), cond, GRID).image
     assert (one[:, 0] - other[:, 0]).abs().max() > 1e-5
 
 
@@ -152,10 +152,10 @@ def test_masks_that_are_passed_already_still_hold():
     made, state, cond = begun("qwen-image")
     padded = state.text.clone()
     padded[:, -2:].normal_(generator=torch.Generator().manual_seed(3))
-    block = next(iter(made.family.blocks(made.model).values()))
+    block = next(iter(made.family.blocks(made.model).items()))
     with torch.no_grad(), text_masked(made.family, made.model, [0]):
-        one = made.family.run_block(block, state, cond, GRID)
-        other = made.family.run_block(block, State(state.image, padded), cond, GRID)
+        one = made.family.run_block(*block, state, cond, GRID)
+        other = made.family.run_block(*block, State(state.image, padded), cond, GRID)
     assert torch.equal(one.text[:, :-2], other.text[:, :-2])
 
 
@@ -198,8 +198,10 @@ def test_a_mask_of_zeros_would_hide_nothing(variant):
 @JOINT
 def test_the_mask_is_left_when_a_block_raises(variant):
     made, state, cond = begun(variant)
-    block = next(iter(made.family.blocks(made.model).values()))
-    norm = next(m for n, m in block.named_modules() if n.endswith(("norm", "norm1", "img_norm1")))
+    block = next(iter(made.family.blocks(made.model).items()))
+    norm = next(
+        m for n, m in block[1].named_modules() if n.endswith(("norm", "norm1", "img_norm1"))
+    )
     for kind in (RuntimeError, KeyboardInterrupt):
 
         def fail(*_, kind=kind):
@@ -207,7 +209,7 @@ def test_the_mask_is_left_when_a_block_raises(variant):
 
         handle = norm.register_forward_hook(fail)
         with pytest.raises(kind), text_masked(made.family, made.model, [0]):
-            made.family.run_block(block, state, cond, GRID)
+            made.family.run_block(*block, state, cond, GRID)
         handle.remove()
         assert torch.overrides._len_torch_function_stack() == 0
         assert text_matters(made, 0, state, cond) > 1e-4

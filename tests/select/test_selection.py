@@ -342,7 +342,7 @@ def replayed(model, transformer, seen, trained, draw, tail="stored"):
     without LoRA.
     """
     family, objective = model.family, model.objective
-    blocks = list(family.blocks(transformer).values())
+    blocks = list(family.blocks(transformer).items())
     sigma, seed = (draw % 8 + 0.5) / 8, UNSEEN + draw
     noise = torch.randn(seen.clean.shape, generator=torch.Generator().manual_seed(seed))
     noised = objective.noised(seen.clean, noise, sigma)
@@ -351,7 +351,7 @@ def replayed(model, transformer, seen, trained, draw, tail="stored"):
     switch(transformer, range(4), False)
     states = [entry]
     for block in blocks:
-        states.append(family.run_block(block, states[-1], cond, seen.grid))
+        states.append(family.run_block(*block, states[-1], cond, seen.grid))
     switch(transformer, range(4), True)
     residual = states[4].image - states[trained[-1] + 1].image
     inner = {

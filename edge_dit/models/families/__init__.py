@@ -24,6 +24,8 @@ FAMILIES = {
     "pixart": ("PixArtSigmaPipeline",),
     "qwen_image": ("QwenImagePipeline",),
     "lumina2": ("Lumina2Pipeline",),
+    "chroma": ("ChromaPipeline",),
+    "flux2": ("Flux2KleinPipeline",),
 }
 """Family module -> pipeline classes in model_index.json."""
 PIPELINE_FAMILY = {pipeline: name for name, pipelines in FAMILIES.items() for pipeline in pipelines}
@@ -31,6 +33,8 @@ UNSUPPORTED = {
     "HunyuanDiTPipeline": "its blocks have long skips, so a run of blocks is no residual",
     "HiDreamImagePipeline": "every block takes another text layer",
     "FluxKontextPipeline": "its training pairs an image with another one",
+    "Flux2Pipeline": "of FLUX.2 only klein is supported",
+    "Flux2KleinKVPipeline": "its pictures are made from reference pictures",
     "PixArtAlphaPipeline": "only PixArt-Sigma is supported",
 }
 """Why some well-known pipelines are not supported."""

@@ -1,8 +1,8 @@
 """The interface between edge-dit and a kind of Diffusion Transformer.
 
 A model is an ordered list of blocks between a beginning (embeddings) and a head. A `State` flows
-from block to block, and all blocks read the same conditioning tensors. The head reads image tokens
-only, so a tail residual covers image tokens only.
+from block to block, and blocks read conditioning tensors besides (`read_by` says which). The head
+reads image tokens only, so a tail residual covers image tokens only.
 
 edge-dit does not copy a model's forward. The beginning is the stock forward itself, run with
 stand-ins in place of the blocks; they record what the first block is called with. Refiners and
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_dit.contract.loop import Latents
+from edge_dit.contract.names import read_by
 from edge_dit.contract.noise import NOISE, normal
 from edge_dit.contract.objective import Objective
 from edge_dit.errors import BadInput
@@ -41,7 +42,11 @@ Normal = Callable[[tuple[int, ...]], Tensor]
 Prompt = dict[str, Tensor]
 """An encoded prompt: the arguments of the stock forward that depend on the text alone."""
 Conditioning = dict[str, Tensor]
-"""Tensors that every block and the head read besides the state, by name."""
+"""Tensors that blocks and head read besides the state; `read_by` has the rule of their names."""
+Call = Mapping[str, Any]
+"""Arguments that a block was called with; those of the stock forward, where the block has none of
+that name; and, under its name, the output of `Family.watched`.
+"""
 INCOMPLETE = "the folder is not a whole pipeline; save or download it again"
 
 
@@ -66,15 +71,17 @@ class _StandIn(nn.Module):
         """Return the state it was called with."""
         bound = self.signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        if not self.call:
-            self.call.update(bound.arguments)
-        first, *others = (bound.arguments[name] for name in self.streams)
+        self.call.update(bound.arguments)
+        # Single-stream blocks of some families get text and image as one sequence.
+        streams = (bound.arguments.get(name) for name in self.streams)
+        first, *others = (stream for stream in streams if stream is not None)
         return (first, *others) if others else first
 
 
 PIPELINE_ARGUMENTS = {
     "encoder_hidden_states": "prompt_embeds",
     "encoder_attention_mask": "prompt_attention_mask",
+    "attention_mask": "prompt_attention_mask",
     "encoder_hidden_states_mask": "prompt_embeds_mask",
     "pooled_projections": "pooled_prompt_embeds",
 }
@@ -111,6 +118,10 @@ class Family:
     """Modules within a block whose output goes into a ReLU, directly or through a norm. The
     gradient jumps where that output is zero.
     """
+    by_list: ClassVar[tuple[str, ...]] = ()
+    """Names in `conditioning` whose tensors differ between the lists of blocks."""
+    by_block: ClassVar[tuple[str, ...]] = ()
+    """Names in `conditioning` whose tensors differ from block to block."""
     per_prompt: ClassVar[tuple[str, ...]]
     """Conditioning that depends on the prompt alone: a bank stores it once per prompt."""
     aliases: ClassVar[tuple[str, ...]] = ()
@@ -145,6 +156,10 @@ class Family:
     """Whether the guided prediction gets the norm of the unguided one."""
     negative_prompt: ClassVar[str] = ""
     """That `sample` guides away from."""
+    image: int = 0
+    """Number of image tokens in the sequence of the block that ran last, where a block gets text
+    and image as one sequence.
+    """
     traced: bool = False
     """Whether `run_block` and `begin` are within `traceable`."""
 
@@ -224,15 +239,20 @@ class Family:
         """Pixels per side of a latent, by the autoencoder's configuration."""
         return 2 ** (len(vae["block_out_channels"]) - 1)
 
-    def latents(self, vae: Mapping[str, Any]) -> Latents:
-        """How the autoencoder's latents and the transformer's differ, by its configuration."""
-        channels = vae["latent_channels"]
+    def latents(self, vae: Any) -> Latents:
+        """How the latents of an autoencoder and the transformer's differ.
+
+        Args:
+            vae: the autoencoder.
+        """
+        config = vae.config
+        channels = config["latent_channels"]
         shifts = "shift_factor" in self.vae_switches
         return Latents(
-            shift=[vae["shift_factor"] if shifts else 0.0] * channels,
-            scale=[vae["scaling_factor"]] * channels,
+            shift=[config["shift_factor"] if shifts else 0.0] * channels,
+            scale=[config["scaling_factor"]] * channels,
             packed=self.packed > 1,
-            factor=self.factor(vae),
+            factor=self.factor(config),
             samples=self.samples_posterior,
         )
 
@@ -302,17 +322,42 @@ class Family:
         """
         return model(**inputs, return_dict=False)[0]
 
-    def conditioning(self, call: Mapping[str, Any]) -> Conditioning:
-        """Conditioning tensors by name.
+    def image_tokens(self, model: Any, inputs: Mapping[str, Any]) -> int:
+        """Number of image tokens.
 
         Args:
-            call: the arguments of the first block; those of the stock forward, where the block has
-                none of that name; and, under its name, the output of `watched`.
+            model: the transformer; only its configuration is read.
+            inputs: of the stock forward.
         """
+        latents = inputs["hidden_states"]
+        if latents.ndim == 3:
+            return latents.shape[1]
+        return latents.shape[-2] * latents.shape[-1] // model.config.patch_size**2
+
+    def conditioning(self, call: Call) -> Conditioning:
+        """Conditioning of a block by its names there; what only the head reads as "<name>.head"."""
         raise NotImplementedError
 
+    def conditioning_of_blocks(self, calls: Mapping[str, Call]) -> Conditioning:
+        """Conditioning of all blocks and the head, by full names.
+
+        Args:
+            calls: of all blocks by name, in order.
+        """
+        found: Conditioning = {}
+        for block, call in calls.items():
+            container = block.partition(".")[0]
+            for name, value in self.conditioning(call).items():
+                reader = ""
+                if name in self.by_list + self.by_block:
+                    reader = f".{container if name in self.by_list else block}"
+                found.setdefault(name + reader, value)
+        return found
+
     def arguments(self, cond: Mapping[str, Tensor], grid: Grid) -> dict[str, Any]:
-        """Arguments of a block besides the state; the inverse of `conditioning`."""
+        """Arguments of a block besides the state, by the names that conditioning has there; the
+        inverse of `conditioning`.
+        """
         raise NotImplementedError
 
     def head(self, model: Any, image: Tensor, cond: Mapping[str, Tensor], grid: Grid) -> Tensor:
@@ -321,7 +366,7 @@ class Family:
         Args:
             model: the transformer; only `head_modules` and ``config`` are read.
             image: tokens after the last block, [1, N, D].
-            cond: conditioning.
+            cond: conditioning, by full names.
             grid: token rows and columns.
         """
         raise NotImplementedError
@@ -338,22 +383,22 @@ class Family:
             model: the transformer; its blocks do not run and may lie on the meta device.
             inputs: from `inputs`.
         """
-        call: dict[str, Any] = {}
+        calls: dict[str, dict[str, Any]] = {}
         seen: list[Any] = []
         handle = None
         if self.watched:
             watched: Any = getattr(model, self.watched)
             handle = watched.register_forward_hook(lambda _m, _a, output: seen.append(output))
         try:
-            with self.prelude(model), self.without_blocks(model, call):
+            with self.prelude(model), self.without_blocks(model, calls):
                 self.forward(model, inputs)
         finally:
             if handle is not None:
                 handle.remove()
-        if seen:
+        for call in calls.values() if seen else ():
             call[self.watched] = seen[0]
-        cond = self.conditioning({**inputs, **call})
-        return self.entry(model, inputs, call, cond), cond
+        cond = self.conditioning_of_blocks({n: {**inputs, **call} for n, call in calls.items()})
+        return self.entry(model, inputs, next(iter(calls.values())), cond), cond
 
     def prelude(self, model: nn.Module) -> AbstractContextManager[None]:
         """A context in which all that is before the first block gives the shapes of `blank`,
@@ -383,17 +428,24 @@ class Family:
         return State(call["hidden_states"], text)
 
     @contextmanager
-    def without_blocks(self, model: nn.Module, call: dict[str, Any]) -> Iterator[None]:
+    def without_blocks(
+        self, model: nn.Module, calls: dict[str, dict[str, Any]] | None = None
+    ) -> Iterator[None]:
         """A context in which every block of the model changes nothing.
 
         Args:
             model: the transformer; its blocks may lie on the meta device.
-            call: gets the arguments of the first block's first call.
+            calls: gets the arguments of every block's last call, by the block's name.
         """
         kept = {name: getattr(model, name) for name in self.containers}
+        told = {} if calls is None else calls
+        told |= {name: {} for name in self.blocks(model)}
         for name, blocks in kept.items():
             # As many as there are blocks, because a forward may use a block's position.
-            stand_ins = [_StandIn(type(block), self.streams, call) for block in blocks]
+            stand_ins = [
+                _StandIn(type(block), self.streams, told[f"{name}.{number}"])
+                for number, block in enumerate(blocks)
+            ]
             setattr(model, name, nn.ModuleList(stand_ins))
         try:
             yield
@@ -402,10 +454,18 @@ class Family:
                 setattr(model, name, blocks)
 
     def run_block(
-        self, block: nn.Module, state: State, cond: Mapping[str, Tensor], grid: Grid
+        self, name: str, block: nn.Module, state: State, cond: Mapping[str, Tensor], grid: Grid
     ) -> State:
-        """The state after ``block``."""
-        arguments = self.arguments(cond, grid)
+        """The state after a block.
+
+        Args:
+            name: of the block in the model.
+            block: itself.
+            state: before it.
+            cond: conditioning, by full names or by those that this block reads.
+            grid: token rows and columns.
+        """
+        arguments = self.arguments(read_by(name, cond), grid)
         if not self.joint:
             return State(block(hidden_states=state.image, **arguments))
         text, image = block(
@@ -459,12 +519,12 @@ class Family:
         if tile is None:
             raw, deviation = self.moments(vae, pixels)
         else:
-            factor = self.latents(vae.config).factor
+            factor = self.latents(vae).factor
             made = tiled(pixels.numpy(), run, tile, factor, (1, factor))
             raw, deviation, *_ = [*map(torch.from_numpy, made), None]
         if deviation is not None:
             raw = raw + deviation * posterior(tuple(raw.shape))
-        return torch.from_numpy(self.latents(vae.config).scaled(raw.numpy()))
+        return torch.from_numpy(self.latents(vae).scaled(raw.numpy()))
 
     def moments(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean [1, C, h, w] of a picture's latents, before shift and scale, and their deviation, in
@@ -480,6 +540,19 @@ class Family:
     def pixels(self, vae: Any, raw: Tensor) -> Tensor:
         """The picture [1, 3, H, W] of the autoencoder's latents [1, C, h, w]."""
         return vae.decode(raw, return_dict=False)[0]
+
+    def pipeline_latents(self, latents: Tensor, rows: int) -> Tensor:
+        """The transformer's latents of pictures as the pipeline's call takes them.
+
+        Args:
+            latents: noise, shaped as `encode_image` shapes latents.
+            rows: of tokens.
+        """
+        return latents
+
+    def guides(self, pipeline: Any) -> bool:
+        """Whether the pipeline can guide away from a negative prompt."""
+        return bool(self.guided_by)
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
         """Each prompt as the pipeline encodes it for sampling.
@@ -533,14 +606,15 @@ class Family:
             side: of a picture, in pixels.
             seeds: of the noise it starts from, by `edge_dit.contract.noise`.
         """
-        latents = self.latents(pipeline.vae.config)
+        latents = self.latents(pipeline.vae)
         shape = latents.shape(side // latents.factor)
         noise = [torch.from_numpy(normal(seed, NOISE, shape)) for seed in seeds]
+        rows = side // self.multiple(pipeline.transformer.config, pipeline.vae.config)
         return pipeline(
-            [prompt] * len(seeds),
+            prompt=[prompt] * len(seeds),
             height=side,
             width=side,
-            latents=torch.cat(noise),
+            latents=self.pipeline_latents(torch.cat(noise), rows),
             # of steps that are random themselves
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             **self.sample_options(pipeline, len(seeds)),

@@ -20,11 +20,8 @@ import torch
 from torch import Tensor
 
 from edge_dit.contract.objective import FlowMatching
-from edge_dit.models.families.common import (
-    SHIFTED_SWITCHES,
-    flow_objective,
-    rotary_misfits,
-)
+from edge_dit.models.families import packing
+from edge_dit.models.families.common import SHIFTED_SWITCHES, flow_objective
 from edge_dit.models.families.family import (
     Conditioning,
     Family,
@@ -35,19 +32,8 @@ from edge_dit.models.families.family import (
     pooled_prompt,
     tokenizer_of,
 )
-from edge_dit.models.families.switches import (
-    DEEPEST,
-    Misfits,
-    Rules,
-    axes,
-    flag,
-    one_of,
-    optional,
-    whole,
-)
+from edge_dit.models.families.switches import DEEPEST, Misfits, Rules, axes, flag, whole
 
-MAX_TEXT_TOKENS = 512
-"""FluxPipeline's max_sequence_length."""
 GUIDANCE = 3.5
 """Guidance with which diffusers' train_dreambooth_lora_flux.py trains dev."""
 
@@ -58,23 +44,10 @@ class Flux(Family):
     name = "flux"
     transformer = "FluxTransformer2DModel"
     autoencoder = "AutoencoderKL"
-    containers: ClassVar[dict[str, str]] = {
-        "transformer_blocks": "num_layers",
-        "single_transformer_blocks": "num_single_layers",
-    }
+    containers = packing.CONTAINERS
     joint = True
-    # diffusers' train_dreambooth_lora_flux.py; single blocks have the first three only
-    lora_targets = (
-        *(f"attn.{proj}" for proj in ("to_q", "to_k", "to_v", "to_out.0")),
-        *(f"attn.{proj}" for proj in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
-        *(f"{ff}.net.{layer}" for ff in ("ff", "ff_context") for layer in ("0.proj", "2")),
-    )
-    text_output = (
-        "attn.add_q_proj",
-        "attn.to_add_out",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
-    )
+    lora_targets = packing.LORA_TARGETS
+    text_output = packing.TEXT_OUTPUT
     per_prompt = ("rope_cos", "rope_sin")
     needs = ("text_encoder_2", "tokenizer_2")
     text_widths: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -84,14 +57,8 @@ class Flux(Family):
     packed = 4
     guided_by = ""  # guidance_scale is an input of the transformer
     switches: ClassVar[Rules] = {
-        "patch_size": one_of(1, why="FluxPipeline packs latents 2 x 2 whatever it says"),
-        "in_channels": whole(),
-        "out_channels": optional(whole()),
+        **packing.SWITCHES,
         "num_layers": whole(DEEPEST, least=0),
-        "num_single_layers": whole(DEEPEST, least=0),
-        "attention_head_dim": whole(),
-        "num_attention_heads": whole(),
-        "joint_attention_dim": whole(),
         "pooled_projection_dim": whole(),
         "guidance_embeds": flag(),
         "axes_dims_rope": axes(),
@@ -102,11 +69,7 @@ class Flux(Family):
         """Blocks of neither kind, channels that cannot be packed, widths that do not add up."""
         if not config["num_layers"] + config["num_single_layers"]:
             yield "num_layers", "at least 1 block, of either kind"
-        if config["in_channels"] % 4:
-            yield "in_channels", "a multiple of 4: FluxPipeline packs 2 x 2 latents into a token"
-        if config["out_channels"] not in (None, config["in_channels"]):
-            yield "out_channels", f"{config['in_channels']}, the in_channels, or null"
-        yield from rotary_misfits(config)
+        yield from packing.misfits(config)
 
     def multiple(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
         """Pixels per side of a token; the pipeline packs 2 x 2 latents into one."""
@@ -123,7 +86,7 @@ class Flux(Family):
     def text_tokens(self, folder: Path, prompts: list[str]) -> int:
         """The full text length, whatever the prompts: padding takes part in attention."""
         tokenizer = tokenizer_of(folder, "tokenizer_2")
-        limit = min(MAX_TEXT_TOKENS, tokenizer.model_max_length)
+        limit = min(packing.MAX_TEXT_TOKENS, tokenizer.model_max_length)
         longest({prompt: len(tokenizer.encode(prompt)) for prompt in prompts}, limit)
         return limit
 
@@ -131,17 +94,13 @@ class Flux(Family):
         self, model: Any, latents: Tensor, timestep: float, prompt: Prompt, grid: Grid
     ) -> dict[str, Any]:
         """Arguments of the stock forward; latents [1, N, C], packed."""
-        rows, columns = grid
-        places = torch.zeros(rows, columns, 3)
-        places[..., 1] = torch.arange(rows)[:, None]
-        places[..., 2] = torch.arange(columns)[None, :]
         text = prompt["encoder_hidden_states"].shape[1]
         return {
             "hidden_states": latents,
             **prompt,
             "timestep": torch.tensor([timestep * self.timestep_factor(model.config)]),
             "guidance": torch.tensor([GUIDANCE]) if model.config.guidance_embeds else None,
-            "img_ids": places.reshape(rows * columns, 3),
+            "img_ids": packing.places(grid),
             "txt_ids": torch.zeros(text, 3),
         }
 
@@ -160,8 +119,7 @@ class Flux(Family):
 
     def blank(self, model: Any, grid: Grid, text: int) -> tuple[Tensor, Prompt]:
         """Latents [1, N, C], packed, and a prompt of ``text`` tokens."""
-        latents = torch.zeros(1, grid[0] * grid[1], model.config.in_channels)
-        return latents, blank_pooled(model.config, text)
+        return packing.blank_latents(model.config, grid), blank_pooled(model.config, text)
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:
@@ -176,7 +134,7 @@ class Flux(Family):
 
     def sample_options(self, pipeline: Any, pictures: int) -> dict[str, Any]:
         """20 steps with the guidance and the text length of training."""
-        limit = min(MAX_TEXT_TOKENS, pipeline.tokenizer_2.model_max_length)
+        limit = min(packing.MAX_TEXT_TOKENS, pipeline.tokenizer_2.model_max_length)
         return {
             "num_inference_steps": 20,
             "guidance_scale": GUIDANCE,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from edge_dit.contract.names import read_by
 from edge_dit.models.families.family import Family, Grid, State
 
 TEXT_MASK = "text_mask"
@@ -51,22 +52,7 @@ class Joined(Family):
         """The one sequence."""
         return (self.stream,)
 
-    image: int = 0
-    """Number of image tokens in the sequence of the block that ran last."""
-
     # ---------------------------------------------------------------- sequence
-
-    def image_tokens(self, model: Any, inputs: Mapping[str, Any]) -> int:
-        """Number of image tokens in the sequence.
-
-        Args:
-            model: the transformer; only its configuration is read.
-            inputs: of the stock forward.
-        """
-        latents = inputs["hidden_states"]
-        if latents.ndim == 3:
-            return latents.shape[1]
-        return latents.shape[-2] * latents.shape[-1] // model.config.patch_size**2
 
     def text_lengths(self, inputs: Mapping[str, Any]) -> list[int]:
         """Numbers of text tokens in the rows of a batch of the stock forward.
@@ -106,9 +92,10 @@ class Joined(Family):
     # ---------------------------------------------------------------- blocks
 
     def run_block(
-        self, block: nn.Module, state: State, cond: Mapping[str, Tensor], grid: Grid
+        self, name: str, block: nn.Module, state: State, cond: Mapping[str, Tensor], grid: Grid
     ) -> State:
-        """The state after ``block``."""
+        """The state after a block."""
+        cond = read_by(name, cond)
         assert state.text is not None
         sequence = self.join(state.image, state.text[:, : self.seen(cond)])
         self.image = state.image.shape[1]

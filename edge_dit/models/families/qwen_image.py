@@ -106,13 +106,13 @@ class QwenImage(Family):
         """Pixels per side of a latent."""
         return 2 ** len(vae["temperal_downsample"])
 
-    def latents(self, vae: Mapping[str, Any]) -> Latents:
+    def latents(self, vae: Any) -> Latents:
         """Every channel by its own mean and deviation."""
         return Latents(
-            shift=list(vae["latents_mean"]),
-            scale=[1 / deviation for deviation in vae["latents_std"]],
+            shift=list(vae.config["latents_mean"]),
+            scale=[1 / deviation for deviation in vae.config["latents_std"]],
             packed=True,
-            factor=self.factor(vae),
+            factor=self.factor(vae.config),
             samples=True,
         )
 

@@ -122,13 +122,13 @@ def lengths(count: int) -> Rule:
     )
 
 
-def axes() -> Rule:
-    """Widths of the three rotary axes: time or layer, rows, columns."""
+def axes(count: int = 3) -> Rule:
+    """Widths of the rotary axes: time or layer, rows, columns; the place in the text."""
     return Rule(
-        "three even numbers above 0",
+        f"{'three' if count == 3 else 'four'} even numbers above 0",
         lambda value: (
             isinstance(value, (list, tuple))
-            and len(value) == 3
+            and len(value) == count
             and all(type(width) is int and 0 < width <= WIDEST for width in value)
             and not any(width % 2 for width in value)
         ),

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from edge_dit.contract.names import ENTRY, ENTRY_TEXT, FRESH, GRAD, STATE, TAIL_RESIDUAL
+from edge_dit.contract.names import (
+    COND,
+    ENTRY,
+    ENTRY_TEXT,
+    FRESH,
+    GRAD,
+    STATE,
+    TAIL_RESIDUAL,
+    read_by,
+)
 from edge_dit.models.families.family import State
 from edge_dit.models.subgraph import TrainableSubgraph, conditioning_of
 
@@ -55,18 +64,32 @@ class Block:
         shapes = [(n, tuple(t.shape)) for n, t in {**self.weights, **self.lora}.items()]
         return type(self.module), self.states, self.graded, *shapes
 
+    def cond(self, batch: Iterable[str]) -> dict[str, str]:
+        """Conditioning that the block reads, by its graphs' names -> by the batch's.
+
+        Args:
+            batch: names of all tensors.
+        """
+        full = conditioning_of({name: name for name in batch})
+        return {COND + local: name for local, name in read_by(self.name, full).items()}
+
+    def renamed(self, batch: Iterable[str]) -> dict[str, str]:
+        """Those of `cond` whose two names differ."""
+        return {local: name for local, name in self.cond(batch).items() if local != name}
+
     def run(self, tensors: Mapping[str, Tensor]) -> State:
         """The state after the block.
 
         Args:
-            tensors: the state before it, conditioning, and the block's weights and LoRA by the
-                names of `weights` and `lora`.
+            tensors: the state before it, conditioning by the names of `cond` or by those of the
+                batch, and the block's weights and LoRA by the names of `weights` and `lora`.
         """
         subgraph = self.subgraph
         cond = conditioning_of(tensors)
         state = State(tensors[ENTRY], tensors.get(ENTRY_TEXT))
         own = {self.own[name]: tensors[name] for name in self.own}
-        after = subgraph.family.run_block(_Functional(self.module, own), state, cond, subgraph.grid)
+        module = _Functional(self.module, own)
+        after = subgraph.family.run_block(self.name, module, state, cond, subgraph.grid)
         return State(after.image, after.text if ENTRY_TEXT in self.states else None)
 
     def arrive(

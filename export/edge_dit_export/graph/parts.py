@@ -20,7 +20,7 @@ from edge_dit.contract.loop import (
     PROMPT,
     TIMESTEP,
 )
-from edge_dit.contract.names import COND, ENTRY, STATE
+from edge_dit.contract.names import AT_HEAD, COND, ENTRY, STATE, read_in
 from edge_dit.models.families.family import Family, Grid, Prompt
 from edge_dit.models.subgraph import conditioning_of
 from edge_dit_export.graph.fold_constants import fold_constants
@@ -162,20 +162,18 @@ def begin_part(family: Family, model: Any, latents: Tensor, prompt: Prompt, grid
         latents, prompt: examples.
         grid: token rows and columns.
     """
-    known = family.inputs(model, latents, 1.0, prompt, grid)
 
     def run(tensors: Tensors) -> Tensors:
         given = {name: tensors[PROMPT + name] for name in prompt}
-        timestep = family.handed(tensors[TIMESTEP])
-        changed = {"hidden_states": tensors[LATENTS], "timestep": timestep, **given}
-        state, cond = family.begin(model, {**known, **changed})
+        inputs = family.inputs(model, tensors[LATENTS], 1.0, given, grid)
+        state, cond = family.begin(model, {**inputs, "timestep": family.handed(tensors[TIMESTEP])})
         after = zip(STATE, state, strict=True)
         return {
             **{name: value for name, value in after if value is not None},
             **{COND + name: value for name, value in cond.items()},
         }
 
-    inputs = {LATENTS: latents, TIMESTEP: known["timestep"]}
+    inputs = {LATENTS: latents, TIMESTEP: torch.ones(1)}
     inputs |= {PROMPT + name: value for name, value in prompt.items()}
     return Part(family, model, inputs, run, fixed=True)
 
@@ -194,8 +192,9 @@ def predict_part(family: Family, model: Any, batch: Mapping[str, Tensor], grid: 
         found = family.head(model, tensors[ENTRY], conditioning_of(tensors), grid)
         return {PREDICTION: family.learned(found)}
 
-    names = [name for name in batch if name == ENTRY or name.startswith(COND)]
-    return Part(family, model, {name: batch[name] for name in names}, run)
+    cond = read_in([AT_HEAD], conditioning_of(batch))
+    inputs = {ENTRY: batch[ENTRY], **{COND + name: value for name, value in cond.items()}}
+    return Part(family, model, inputs, run)
 
 
 def encoder_part(family: Family, vae: Any, tile: int) -> Part:
@@ -214,6 +213,6 @@ def decoder_part(family: Family, vae: Any, tile: int) -> Part:
     def run(tensors: Tensors) -> Tensors:
         return {PIXELS: family.pixels(vae, tensors[LATENTS])}
 
-    facts = family.latents(vae.config)
+    facts = family.latents(vae)
     side = tile // facts.factor
-    return Part(family, vae, {LATENTS: torch.zeros(1, len(facts.scale), side, side)}, run)
+    return Part(family, vae, {LATENTS: torch.zeros(1, facts.channels, side, side)}, run)

@@ -26,7 +26,7 @@ from edge_dit.contract.loop import (
     base_file,
     paint_file,
 )
-from edge_dit.contract.names import COND, NEW, STATE
+from edge_dit.contract.names import NEW, STATE
 from edge_dit.contract.objective import FlowMatching
 from edge_dit.contract.targets import ROTATED, WIDE
 from edge_dit.errors import BadInput
@@ -89,7 +89,7 @@ def _export_loop(
         "blocks": blocks,
         "paint_blocks": paint_blocks,
         "per_prompt": list(family.per_prompt),
-        "latents": family.latents(source.vae.config).model_dump(mode="json"),
+        "latents": family.latents(source.vae).model_dump(mode="json"),
         "levels": source.levels.model_dump(mode="json"),
         "timestep_factor": family.timestep_factor(model.config),
         "tile": TILE,
@@ -201,7 +201,8 @@ class _Writer:
                     self.block_graphs[file] = self._block(block, batch, file)
             weights = self.store.inputs({local: f"{name}.{local}" for local in block.weights})
             lora = {local: lora_name(f"{name}.{local}") for local in block.lora}
-            blocks.append({"name": name, "kind": kinds[key], "weights": weights, "lora": lora})
+            entry = {"name": name, "kind": kinds[key], "weights": weights, "lora": lora}
+            blocks.append({**entry, "cond": block.renamed(batch)})
         return blocks
 
     def _block(self, block: Block, batch: Mapping[str, Tensor], file: str) -> dict[str, Any]:
@@ -209,7 +210,8 @@ class _Writer:
             name: torch.empty(tensor.shape) if tensor.is_meta else tensor
             for name, tensor in {**block.weights, **block.lora}.items()
         }
-        given = {n: t for n, t in batch.items() if n in STATE or n.startswith(COND)}
+        given = {n: t for n, t in batch.items() if n in STATE}
+        given |= {local: batch[name] for local, name in block.cond(batch).items()}
         after = [NEW + name for name in block.states]
         small = {n for n in block.weights if self.store.stored_as(f"{block.name}.{n}") != WIDE}
         inputs = {**given, **own}

@@ -129,7 +129,7 @@ def loop_source(plan: Plan, model: Model, prompts: LoopPrompts) -> LoopSource:
     encoded = family.encode_prompts(pipeline, texts, plan.text_tokens)
     text = family.negative_prompt if prompts.negative is None else prompts.negative
     negative = []
-    if family.guided_by and not family.cannot_paint(pipeline):
+    if family.guides(pipeline) and not family.cannot_paint(pipeline):
         negative = family.encode_negatives(pipeline, [text], plan.text_tokens)
     side = plan.s_max // model.multiple
     latents, _ = family.blank(skeleton, (side, side), plan.text_tokens)

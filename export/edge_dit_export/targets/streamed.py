@@ -92,7 +92,9 @@ def _entry(block: Block, batch: dict[str, Tensor], store: FrozenStore, kind: str
     name, jumps = block.name, block.subgraph.jumps
     weights = store.inputs({local: f"{name}.{local}" for local in block.weights})
     lora = {local: lora_name(f"{name}.{local}") for local in block.lora}
-    entry = {"name": name, "kind": kind, "weights": weights, "lora": lora}
+    entry: dict[str, Any] = {"name": name, "kind": kind, "weights": weights, "lora": lora}
+    if renamed := block.renamed(batch):
+        entry["cond"] = renamed
     if name in jumps:
         names = zip(STATE, residual_names(jumps[name]), strict=True)
         entry["residual"] = {state: residual for state, residual in names if state in batch}
@@ -110,7 +112,7 @@ def _export_block(
     block: Block, batch: dict[str, Tensor], store: FrozenStore, path: Path, direction: str
 ) -> dict[str, list[str | None]]:
     state = {name: batch[name] for name in STATE if name in batch}
-    cond = {name: value for name, value in batch.items() if name.startswith(COND)}
+    cond = {local: batch[name] for local, name in block.cond(batch).items()}
     inputs = {**state, **cond, **block.weights, **block.lora}
     function, outputs = block.forward, [NEW + name for name in block.states]
     if direction == "backward":

@@ -174,7 +174,7 @@ class Parts:
         lora = {local: adapter[name] for local, name in block.lora.items()}
         with self._weights(block.weights) as weights:
             made = [
-                program.named({**state, **cond, **weights, **lora})
+                program.named({**state, **cond, **_own(block, cond), **weights, **lora})
                 for state, cond in zip(states, conds, strict=True)
             ]
         return [{n.removeprefix(NEW): value for n, value in after.items()} for after in made]
@@ -232,6 +232,11 @@ class Parts:
 
         raw = facts.raw(latents, side // facts.factor)
         return tiled(raw, run, self.facts.tile // facts.factor, 1, (facts.factor, 1))[0]
+
+
+def _own(block: StreamedBlock, cond: Tensors) -> Tensors:
+    """Conditioning that a block's graph has by another name, by that name."""
+    return {local: cond[name] for local, name in block.cond.items()}
 
 
 def _loop_of(bundle: Bundle, facts: OnnxFacts) -> LoopFacts:

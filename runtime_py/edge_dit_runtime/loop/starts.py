@@ -153,7 +153,9 @@ class Starts:
             names = dict(zip(STATE, residual_names(first), strict=True))
             moved = states[after]
             batch |= {name: moved[n] - states[first][n] for n, name in names.items() if n in moved}
-        batch |= {**start.cond, TARGET: start.target}
+        read = set(self.parts.bundle.manifest.names("batch"))
+        batch |= {name: value for name, value in start.cond.items() if name in read}
+        batch[TARGET] = start.target
         if plan.tail == STORED:
             end = states[plan.layers - plan.tail_skip]
             batch[TAIL_RESIDUAL] = states[plan.layers][ENTRY] - end[ENTRY]

@@ -83,8 +83,9 @@ class StreamedStep:
             self._frozen.fetch_ahead(following.weights.values())
         weights = {local: self._frozen[key] for local, key in block.weights.items()}
         lora = {local: named[name] for local, name in block.lora.items()}
+        cond = {local: named[name] for local, name in block.cond.items()}
         program = self._programs[block_file(block.kind, direction)]
-        results = program.named({**named, **weights, **lora})
+        results = program.named({**named, **cond, **weights, **lora})
         if following is not block:
             self._frozen.release(keys)
         return results
