@@ -136,7 +136,7 @@ class ManySessions:
 
     def trained(self, batch: dict[str, Tensor]) -> State:
         """The state after the last trained block, of a batch of a draw for each run."""
-        graph, family = self.subgraph, self.subgraph.family
+        graph = self.subgraph
         cond = conditioning_of(batch)
         state = State(batch["entry"], batch.get("entry_text"))
         for name in graph.order:
