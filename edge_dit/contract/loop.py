@@ -103,14 +103,16 @@ class Latents(_Part):
     def scaled(self, raw: np.ndarray) -> np.ndarray:
         """The transformer's latents, float32, of the autoencoder's [1, C, h, w]."""
         if self.of_tokens:
-            return (_tokens(raw) - np.float32(self.shift)) * np.float32(self.scale)
+            return (_tokens(raw) - np.array(self.shift, np.float32)) * np.array(
+                self.scale, np.float32
+            )
         latents = (raw - _channels(self.shift)) * _channels(self.scale)
         return _tokens(latents) if self.packed else latents
 
     def raw(self, latents: np.ndarray, side: int) -> np.ndarray:
         """The autoencoder's latents [1, C, side, side], float32, of the transformer's."""
         if self.of_tokens:
-            latents = latents / np.float32(self.scale) + np.float32(self.shift)
+            latents = latents / np.array(self.scale, np.float32) + np.array(self.shift, np.float32)
         if self.packed:
             split = latents.reshape(1, side // 2, side // 2, -1, 2, 2)
             latents = split.transpose(0, 3, 1, 4, 2, 5).reshape(1, -1, side, side)
