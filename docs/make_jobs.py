@@ -19,6 +19,7 @@ SPECIAL = {
     ("plan", "inner_skips"): "list of [first, end)",
     ("model", "path"): "path or hub id",
     ("model", "config"): "path or hub id",
+    ("model", "use_on"): "path or hub id",
     ("data", "images"): "path",
 }
 """Types in words where the schema's own would not tell what to write."""

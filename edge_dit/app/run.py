@@ -6,6 +6,7 @@
     OUT/bank        what the frozen blocks contribute to each draw
     OUT/run         the training run: losses, checkpoints
     OUT/lora        the adapter, for ``pipe.load_lora_weights``
+    OUT/samples.png its pictures on the job's [model] use_on, if it has one
 
 A stage that is done already is skipped, so the same command continues a run that was stopped.
 """
@@ -23,6 +24,7 @@ from typing import Any
 from edge_dit.app import api
 from edge_dit.app.describe import plan_in_words
 from edge_dit.app.planner import plan_job
+from edge_dit.app.samples import write_samples
 from edge_dit.app.verify_words import table, why_failed
 from edge_dit.cluster.pool import Pool
 from edge_dit.contract.adapter import loading_hint
@@ -35,6 +37,7 @@ from edge_dit.pictures.dataset import Captioned
 from edge_dit.planning.job import Job, read_job
 from edge_dit.planning.make import changes, plan_of
 from edge_dit.planning.plan import LOOP_TARGET, Plan, write_plan
+from edge_dit.planning.use_on import model_used
 from edge_dit.store.documents import read_document, write_document
 from edge_dit.store.files import cannot_write
 from edge_dit_runtime.loop.measured import LOOP
@@ -119,6 +122,10 @@ def run(
     lora = train(road, target, say, any_memory)
     say(f"the adapter: {lora}")
     say(f"load it: {loading_hint(lora, format_of(road.plan.family))}")
+    if used := model_used(road.job):
+        prompts = list(dict.fromkeys(picture.caption for picture in road.pictures))
+        sheet = write_samples(used, lora, prompts, road.plan.s_max, road.out)
+        say(f"pictures of it on {used.folder.name}: {sheet}")
     return road
 
 

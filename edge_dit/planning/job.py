@@ -53,7 +53,7 @@ WINDOWS_PATHS = (
     r"a backslash in double quotes begins an escape: put a Windows path in single quotes, "
     r"'C:\pictures', or write it with /"
 )
-MODELS = ("path", "config")
+MODELS = ("path", "config", "use_on")
 """Keys of [model] that name a model."""
 DOTS = 1000
 """Dots in a job file at most: tomllib keeps every prefix of a dotted key, so that a key of 20,000
@@ -95,6 +95,14 @@ class Model(_Section):
             description="Of a .safetensors file only: diffusers folder or hub id with its "
             "configurations, tokenizers and missing parts; default: the repository that diffusers "
             "names for such a file."
+        ),
+    ] = None
+    use_on: Annotated[
+        Path | str | None,
+        Field(
+            description="Folder or hub id of a distilled checkpoint that the adapter is used on; "
+            "`path`, which may then be called `train_on`, is its base. See "
+            "[docs/recipes.md](recipes.md)."
         ),
     ] = None
 
@@ -304,12 +312,12 @@ def read_job(path: Path) -> Job:
             remedy="see samples/sana.toml; captions go into .txt files beside the images",
         )
     raw = _parsed(path, text)
-    faults: list[BadInput] = []
+    faults = _trained_on(path, text, raw)
     job = None
     try:
         job = Job.model_validate(raw)
     except ValidationError as error:
-        faults = [_fault(path, text, detail) for detail in error.errors()]
+        faults += [_fault(path, text, detail) for detail in error.errors()]
     faults += _relations(path, text, raw) + _paths(path, text, raw)
     raise_any(path, faults)
     assert job is not None
@@ -343,6 +351,25 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
         raise BadInput(path, found=f"not valid TOML: {error}", remedy=remedy) from None
     except RecursionError:
         raise BadInput(path, found="nested too deep", expected="a job file (TOML)") from None
+
+
+def _trained_on(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
+    """Give [model] path the value of train_on, its other name; a fault if it has both."""
+    model = raw.get("model")
+    if not isinstance(model, dict) or "train_on" not in model:
+        return []
+    trained_on = model.pop("train_on")
+    if "path" in model:
+        return [
+            BadInput(
+                _place(path, text, ["model", "train_on"]),
+                found="model.train_on beside model.path",
+                expected="one of them: they are two names of one key",
+                remedy="remove path",
+            )
+        ]
+    model["path"] = trained_on
+    return []
 
 
 def _fault(path: Path, text: str, detail: Any) -> BadInput:

@@ -21,6 +21,7 @@ from edge_dit.planning.plan import Plan, loop_faults, read_plan
 from edge_dit.planning.prompts import loop_prompts
 from edge_dit.planning.selection import find_selection
 from edge_dit.planning.split import Split, SplitRequest, choose_split, requested, size_faults
+from edge_dit.planning.use_on import use_faults
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,6 +67,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
     faults += model.family.grid_faults(model.config, sizes, model.multiple)
     faults += lora_faults(model, split, job.train.lora_targets, tail)
     faults += tail_faults(tail, dict.fromkeys(job.export.targets)) if split.tail_skip else []
+    faults += use_faults(job, model)
     pictures, prompts = None, []
     try:
         pictures = survey(job.data.images, job.data.recursive)

@@ -71,7 +71,7 @@ def test_every_key_of_a_job_is_tried():
         for section, field in Job.model_fields.items()
         for key in field.annotation.model_fields
     }
-    paths = {"model.path", "model.config", "data.images"}
+    paths = {"model.path", "model.config", "model.use_on", "data.images"}
     assert keys == paths | OTHER.keys() | BUDGETS.keys()
 
 
