@@ -48,15 +48,20 @@ class Arm:
         told: whether positions say where in the picture, and how large, the crop is.
         order: of the draws: as they come, or by noise level over the whole run. High noise is
             easier (arXiv 2403.10348).
-        start: of LoRA's A: normal numbers, or orthogonal rows of the same length.
+        start: of LoRA's A: normal numbers, or orthogonal rows of the same length; "srr" and "odlri"
+            start A and B as what rounding loses (`four_bits.py`).
+        rank: of the LoRA; 0 for the job's.
+        nested: whether each step trains the first quarter, the first half or all of the job's
+            ranks, so that each is an adapter (ordered dropout, arXiv 2308.14929); ``rank`` is then
+            what is measured.
         by_rows: whether updates of B's rows shrink as these grow (arXiv 2410.09692).
         emphasis: the loss is weighted by (1 + emphasis) sigma^emphasis, whose mean over even noise
             levels is 1.
         refresh: steps after which tail residuals are computed anew, by the adapted model; 0 never.
         family: the only one that it can be run on; empty for all.
-        compute: how the blocks' frozen matrices are multiplied while it trains: "float32", or
-            "int8" as a device does with ``[export] compute = "int8"``. What was learned is
-            measured in float32 in either case.
+        compute: how the blocks' frozen matrices are multiplied while it trains: "float32", "int8"
+            as a device does with ``[export] compute = "int8"``, or "int4": rounded to four bits.
+            What was learned is measured in float32 in each case.
     """
 
     title: str
@@ -72,7 +77,9 @@ class Arm:
     context: bool = False
     told: bool = False
     order: Literal["mixed", "easy first", "hard first"] = "mixed"
-    start: Literal["gaussian", "orthogonal"] = "gaussian"
+    start: Literal["gaussian", "orthogonal", "srr", "odlri"] = "gaussian"
+    rank: int = 0
+    nested: bool = False
     by_rows: bool = False
     emphasis: float = 0.0
     refresh: int = 0
@@ -97,6 +104,7 @@ class Arm:
 
 LARGE = 0.875
 """Patch of the sample jobs; at the paper's one half tiny-sana sees a toy in 8 x 8 tokens."""
+INT4 = "int4"
 NO_LORA = "base"
 """The arm that is not trained."""
 ARMS: dict[str, Arm] = {
@@ -213,6 +221,26 @@ ARMS: dict[str, Arm] = {
         )
         for percent in (30, 50)
     },
+    **{
+        f"{name}-50": Arm(
+            f"50 %, selected, four bits, {words}", "", skipped=0.5, compute=INT4, start=start
+        )
+        for name, words, start in (
+            ("int4", "plain", "gaussian"),
+            ("int4-srr", "SRR start", "srr"),
+            ("int4-odlri", "ODLRI start", "odlri"),
+        )
+    },
+    **{
+        f"{name}{rank}-50": Arm(
+            f"50 %, selected, rank {rank}{words}", "", skipped=0.5, rank=rank, nested=nested
+        )
+        for rank in (4, 8)
+        for name, words, nested in (("rank", "", False), ("nested", " of one run for all", True))
+    },
+    "nested16-50": Arm(
+        "50 %, selected, rank 16 of one run for all", "", skipped=0.5, rank=16, nested=True
+    ),
 }
 """In the order they run: those that the claims are about come first."""
 

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import io
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from arms import ARMS, NO_LORA, Skips, lora_blocks
+from arms import ARMS, INT4, NO_LORA, Skips, lora_blocks
 from context import hearing, set_heard
 from draws import Through, bank_of, begin, draws_of, stored
+from four_bits import begin_in_four_bits, end_in_four_bits, measuring
 from measures import adherence, similarity
 from PIL import Image
 from runs import Run, model_for, pipeline_of, plan_for, plan_of, subject_of
@@ -32,7 +34,7 @@ from edge_dit.contract.bank import draw_order
 from edge_dit.contract.names import TAIL_RESIDUAL
 from edge_dit.contract.targets import WIDE
 from edge_dit.models.int8_products import computing_in_int8
-from edge_dit.models.subgraph import TrainableSubgraph, conditioning_of, lora_modules
+from edge_dit.models.subgraph import TrainableSubgraph, conditioning_of, frozen_layers, lora_modules
 from edge_dit.planning.plan import Plan
 from edge_dit.planning.selection import NAME, Selection, read_selection
 from edge_dit.planning.split import split_by_ratio
@@ -47,6 +49,10 @@ GENERATION: dict[str, dict[str, Any]] = {
 GENERATION_STEPS = 10
 SELECTIONS = Path(__file__).resolve().parent / "selections"
 """What the paper's selector finds, by model."""
+NESTED = 2308
+"""Seed of the ranks that steps train, where they are nested."""
+CALIBRATION = 8
+"""Draws of each run that tell how large a layer's inputs are."""
 
 
 # ---------------------------------------------------------------- training
@@ -158,16 +164,15 @@ class Trainer:
         blocks = list(self.family.blocks(transformer).items())
         self.hearers = [blocks[number][1] for number in chosen] if arm.context else []
         self.chosen, self.after = chosen, blocks[chosen[-1] + 1 :]
+        self.lora, self.frozen = lora, frozen_layers(self.subgraph.blocks())
+        self.prefixes = np.random.default_rng(NESTED)
         self.tails: dict[int, list[Tensor]] = {}
 
     def losses(self) -> list[list[float]]:
         """Train; the losses by step."""
         arm, plan = self.arm, self.plan
         progress, losses = Progress(arm.title, 0, plan.steps), []
-        with (
-            hearing(self.hearers) as ears,
-            nullcontext() if arm.compute == WIDE else computing_in_int8(self.subgraph.blocks()),
-        ):
+        with hearing(self.hearers) as ears, self._computing():
             for step in range(plan.steps):
                 first = step * arm.draws
                 if arm.refresh and step % arm.refresh == 0:
@@ -179,11 +184,35 @@ class Trainer:
                     draws = self.feed.at(first + turn)
                     set_heard(ears, [[d.heard[n] for n in self.chosen] for d in draws])
 
+                if arm.nested:
+                    self._use(plan.rank // int(self.prefixes.choice([1, 2, 4])))
                 lr = learning_rate(step, plan.steps, plan.optimizer.lr)
                 before = hear if arm.context else (lambda _turn: None)
                 losses.append(self.sessions.step_of_several(turns, lr, before))
                 progress.add(step + 1, float(np.mean(losses[-1])))
+        self._use(arm.rank or plan.rank)
         return losses
+
+    def _use(self, ranks: int) -> None:
+        """Let the first of the ranks count."""
+        for layer in self.lora:
+            layer.used = ranks
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """A context in which the blocks' frozen matrices are as the arm has them."""
+        if self.arm.compute == INT4:
+            with measuring(self.lora) as sizes, torch.no_grad():
+                for turn in range(min(CALIBRATION, self.plan.steps)):
+                    self.sessions.trained(joined(self._batch(turn)))
+            before = begin_in_four_bits(self.lora, self.frozen, sizes, self.arm.start)
+            yield
+            end_in_four_bits(self.lora, self.frozen, before)
+        elif self.arm.compute == WIDE:
+            yield
+        else:
+            with computing_in_int8(self.subgraph.blocks()):
+                yield
 
     def _batch(self, turn: int) -> list[dict[str, Tensor]]:
         """A draw for each run as it is trained on."""

@@ -71,13 +71,16 @@ def pipeline_of(job: Path) -> Any:
 
 def plan_for(run: Run) -> Plan:
     """The job's plan with the run's sizes, steps and seed."""
-    plan, share = plan_of(run.job), ARMS[run.arm].patch
+    plan, arm = plan_of(run.job), ARMS[run.arm]
+    rank = arm.rank if arm.rank and not arm.nested else plan.rank
     new = {
-        "s_min": round(share * plan.s_max / plan.multiple) * plan.multiple,
+        "s_min": round(arm.patch * plan.s_max / plan.multiple) * plan.multiple,
         "steps": run.steps,
         # as many steps to a draw as the job has
-        "draws": max(1, round(run.steps * ARMS[run.arm].draws * plan.draws / plan.steps)),
+        "draws": max(1, round(run.steps * arm.draws * plan.draws / plan.steps)),
         "seed": run.seed,
+        "rank": rank,
+        "alpha": plan.alpha * rank / plan.rank,
     }
     return plan.model_copy(update=new)
 

@@ -26,21 +26,32 @@ class ManyLora(nn.Module):
     """A frozen linear layer or 1x1 convolution with R adapters: a [R, r, in], b [R, out, r].
 
     Input [k R, ..., in], or [k R, in, H, W] of a convolution.
+
+    Attributes:
+        used: how many of the ranks count, from the first; None for all.
+        begun: a and b that the adapters started with, where these are not to be kept in the end.
+        without_start: whether what they started with is taken away.
     """
 
     def __init__(self, base: nn.Module, a: Tensor, b: Tensor, scale: float) -> None:
         super().__init__()
         self.base, self.scale = base, scale
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.used: int | None = None
+        self.begun: tuple[Tensor, Tensor] | None = None
+        self.without_start = False
 
     def forward(self, x: Tensor) -> Tensor:
         found = self.base(x)
-        runs = self.a.shape[0]
+        a, b = self.a[:, : self.used], self.b[:, :, : self.used]
+        if self.without_start and self.begun is not None:
+            a, b = torch.cat([a, self.begun[0]], 1), torch.cat([b, -self.begun[1]], 2)
+        runs = a.shape[0]
         if isinstance(self.base, nn.Conv2d):
-            delta = self.b @ (self.a @ x.reshape(-1, runs, x.shape[1], x[0, 0].numel()))
+            delta = b @ (a @ x.reshape(-1, runs, x.shape[1], x[0, 0].numel()))
         else:
             rows = x.reshape(-1, runs, x[0, ..., 0].numel(), x.shape[-1])
-            delta = rows @ self.a.transpose(1, 2) @ self.b.transpose(1, 2)
+            delta = rows @ a.transpose(1, 2) @ b.transpose(1, 2)
         return found + self.scale * delta.reshape(found.shape)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from hypothesis import given
+from hypothesis import settings as settings_of
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from edge_dit.models.families.family import State
 from edge_dit.models.subgraph import (
     TrainableSubgraph,
     add_lora,
+    frozen_layers,
     lora_modules,
     lora_name,
     residual_names,
@@ -41,6 +43,16 @@ from arms import ARMS, CLAIMS, CROPS, NO_LORA, Claim, Skips, lora_blocks
 from context import heard_by, hearing, listening, set_heard
 from draws import Through, place_of, stored, told, window
 from experiment import how_selected, settings
+from four_bits import (
+    GROUP,
+    STARTS,
+    Parts,
+    begin_in_four_bits,
+    end_in_four_bits,
+    error,
+    measuring,
+    rounded,
+)
 from run import SAMPLES, Run, all_runs, is_done, perform
 from side_by_side import ManyLora, ManySessions, add_many_lora, joined, remove_many_lora
 
@@ -254,6 +266,72 @@ def test_an_orthogonal_start_keeps_the_rows_lengths() -> None:
         lengths = a.norm(dim=2)
         assert torch.allclose(q @ q.transpose(1, 2), torch.diag_embed(lengths**2), atol=1e-6)
         assert not torch.allclose(a, q)
+
+
+@given(seed=st.integers(0, 1000), width=st.sampled_from([7, 32, 50]))
+@settings_of(max_examples=20, deadline=None)
+def test_four_bits_are_within_half_a_step_of_a_groups_scale(seed: int, width: int) -> None:
+    weight = torch.randn(5, width, generator=torch.Generator().manual_seed(seed))
+    found = rounded(weight)
+    for first in range(0, width, GROUP):
+        group, near = weight[:, first : first + GROUP], found[:, first : first + GROUP]
+        step = group.abs().amax(1, keepdim=True) / 7
+        assert ((group - near).abs() <= step / 2 + 1e-6).all()
+        assert max(len(row.unique()) for row in near) <= 16
+
+
+@pytest.mark.parametrize("how", STARTS)
+def test_an_adapter_that_starts_as_the_error_leaves_less_of_it(how: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(24, 40, generator=generator) @ torch.randn(40, 40, generator=generator)
+    sizes = torch.rand(40, generator=generator) + 0.1
+    sizes[:3] = 8.0  # a few loud inputs
+    parts = STARTS[how](weight, sizes, 8)
+    plain = Parts(rounded(weight), torch.zeros(24, 8), torch.zeros(8, 40))
+    assert parts.left.shape == (24, 8)
+    assert parts.right.shape == (8, 40)
+    assert error(weight, sizes, parts) < 0.5 * error(weight, sizes, plain)
+
+
+@pytest.mark.parametrize("how", ["gaussian", *STARTS])
+def test_four_bits_end_with_the_base_model_and_what_was_learned(how: str) -> None:
+    sessions, layers = small_sessions()
+    if how in STARTS:
+        for layer in layers:
+            layer.b.data.zero_()
+    turns = [draw(run, (1, 2)) for run in range(2)]
+    with torch.no_grad():
+        wanted = sessions.losses(turns)
+        with measuring(layers) as sizes:
+            sessions.losses(turns)
+    frozen = frozen_layers(sessions.subgraph.blocks())
+    assert [len(size) for size in sizes] == [layer.a.shape[2] for layer in layers]
+    before = begin_in_four_bits(layers, frozen, sizes, how)
+    with torch.no_grad():
+        coarse = sessions.losses(turns)
+    assert not torch.equal(coarse, wanted)
+    end_in_four_bits(layers, frozen, before)
+    with torch.no_grad():
+        assert torch.allclose(sessions.losses(turns), wanted, rtol=1e-4)
+        if how in STARTS:  # what is learned after the start stays
+            layers[0].b.add_(5 * torch.randn(layers[0].b.shape))
+            assert not torch.allclose(sessions.losses(turns), wanted, rtol=1e-4)
+
+
+def test_the_first_ranks_alone_are_an_adapter_of_that_rank() -> None:
+    sessions, layers = small_sessions()
+    turns = [draw(run, (1, 2)) for run in range(2)]
+    for layer in layers:
+        layer.used = 1
+    losses = sessions.losses(turns)
+    losses.sum().backward()
+    assert layers[0].b.grad[:, :, 0].any()
+    assert not layers[0].b.grad[:, :, 1:].any()
+    for layer in layers:
+        layer.used = None
+        layer.b.data[:, :, 1:] = 0
+    with torch.no_grad():
+        assert torch.allclose(sessions.losses(turns), losses)
 
 
 def test_runs_with_other_positions_are_no_batch() -> None:
