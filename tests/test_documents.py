@@ -251,3 +251,12 @@ def test_the_tests_that_inputs_names_exist():
     for file, test in named:
         assert file in found, file
         assert not test or f"def {test}(" in found[file], f"{file}::{test}"
+
+
+def test_the_walk_through_of_a_family_is_its_own_code():
+    text = (ROOT / "docs" / "families.md").read_text()
+    source = (ROOT / "edge_dit" / "models" / "families" / "chroma.py").read_text().splitlines()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) >= 5
+    for line in "".join(blocks).splitlines():
+        assert line in source, line

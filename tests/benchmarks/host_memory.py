@@ -1,11 +1,11 @@
 """What the host needs to plan, precompute and export a large checkpoint.
 
-    python tests/benchmarks/host_memory.py sana-1.6b|flux --work DIR
+    python tests/benchmarks/host_memory.py sana-1.6b|flux|klein --work DIR
 
 Writes a pipeline whose transformer has a public configuration's blocks (FLUX: 3 double and 4
-single ones), random weights, sharded, and float32: more than 6 GB. Then runs each command in a
-process of its own and prints the peak of its resident memory beside the promise:
-1.3 x (largest block, or trained blocks) + 1 GB.
+single ones, klein: 2 and 4), random weights, sharded, and float32: more than 6 GB, klein 4.6 GB.
+Then runs each command in a process of its own and prints the peak of its resident memory beside
+the promise: 1.3 x (largest block, or trained blocks) + 1 GB.
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ SMALL = {"caption_channels": 24, "joint_attention_dim": 24, "pooled_projection_d
 CASES = {
     "sana-1.6b": ("sana", {"in_channels": 4, "out_channels": 4}, 4),
     "flux": ("flux-dev", {"in_channels": 16, "num_layers": 3, "num_single_layers": 4}, 8),
+    "klein": ("flux2-klein", {"in_channels": 16, "num_layers": 2, "num_single_layers": 4}, 8),
 }
 """Name -> small pipeline, what its transformer's configuration has besides the public one's, and
 pixels per token.
 """
+PUBLIC = {"flux": "flux.1-dev", "klein": "flux.2-klein-4b"}
+"""Name -> public configuration, where it is not the name itself."""
 
 
 def write(name: str, folder: Path) -> None:
     """The pipeline, an image and a job."""
     small, changes, multiple = CASES[name]
-    public = CONFIGS["flux.1-dev" if name == "flux" else name]
+    public = CONFIGS[PUBLIC.get(name, name)]
     family = family_of(public.family)
     pipelines.write_pipeline(small, folder / "model")
     for file in (folder / "model" / "transformer").glob("*"):
