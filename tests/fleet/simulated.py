@@ -8,7 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["FLWR_TELEMETRY_ENABLED"] = os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ |= {"RAY_worker_niceness": "0"}  # 15 by default: on a busy machine they hardly run
 
 import numpy as np
 from flwr.serverapp import ServerApp
