@@ -6,8 +6,11 @@ environment for it.
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +93,97 @@ def test_eight_devices_learn_together_in_the_simulation_engine(road, tmp_path, h
     for module in {name.removesuffix(A) for name in wanted if name.endswith(A)}:
         products = [each[module + B] @ each[module + A] for each in (wanted, adapter)]
         np.testing.assert_allclose(products[1], products[0], atol=1e-5 * abs(products[0]).max())
+
+
+# ---------------------------------------------------------------- processes
+
+APP = """
+[project]
+name = "fleet"
+version = "1.0.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "edge-dit"
+
+[tool.flwr.app.components]
+serverapp = "fleet_server:app"
+clientapp = "fleet_client:app"
+"""
+CLIENT = """
+from edge_dit_runtime.fleet.client import client_app
+
+app = client_app()
+"""
+SERVER = """
+from pathlib import Path
+
+from edge_dit_runtime.fleet.server import Rounds, server_app
+
+app = server_app(Path({bundle!r}), Rounds(devices=2, rounds=2, steps=2), Path({out!r}))
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.mark.slow
+def test_a_server_and_two_devices_are_processes_of_their_own(road, tmp_path):
+    pytest.importorskip("flwr")
+    port, *nodes = free_ports(3)
+    app, home, out = tmp_path / "app", tmp_path / "home", tmp_path / "lora"
+    for folder in (app, home):
+        folder.mkdir()
+    (app / "pyproject.toml").write_text(APP)
+    (app / "fleet_client.py").write_text(CLIENT)
+    (app / "fleet_server.py").write_text(SERVER.format(bundle=str(road.bundle), out=str(out)))
+    link = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\n'
+    (home / "config.toml").write_text(link + "insecure = true\n")
+    tools = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+    }
+    config = f'bundle="{road.bundle}" bank="{road.bank}" target="onnx"'
+    server = ["flower-superlink", "--insecure", "--port", port]
+    device = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
+    device += ["--node-config", config, "--port"]
+    commands = [server, *([*device, node] for node in nodes)]
+    log, told = (tmp_path / "log").open("w"), (tmp_path / "told").open("w")
+    running = [
+        subprocess.Popen(
+            [str(tools / command[0]), *map(str, command[1:])],
+            env=environment, stdout=log, stderr=log, start_new_session=True,
+        )
+        for command in commands
+    ]  # fmt: skip
+    asked = False
+    try:
+        until = time.monotonic() + 600
+        while not (out / "pytorch_lora_weights.safetensors").is_file():
+            assert time.monotonic() < until, (tmp_path / "log").read_text()[-4000:]
+            assert all(process.poll() is None for process in running), (
+                tmp_path / "log"
+            ).read_text()
+            if not asked:  # until the server listens
+                command = [str(tools / "flwr"), "run", str(app), "here"]
+                asked = not subprocess.call(command, env=environment, stdout=told, stderr=told)
+            time.sleep(1)
+    finally:
+        for process in running:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.close()
+        told.close()
+    tensors = TensorFile(out / "pytorch_lora_weights.safetensors").read()
+    assert any(value.any() for name, value in tensors.items() if name.endswith(B))

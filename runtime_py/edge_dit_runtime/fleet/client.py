@@ -1,6 +1,6 @@
 """A device of a fleet: Flower's ClientApp that trains a bundle and sends the adapter alone.
 
-    flower-supernode --superlink HOST:9092 --node-config 'bundle="bundle" images="photos"'
+    flower-supernode --superlink HOST:PORT --node-config 'bundle="bundle" images="photos"'
 
 A bundle with the loop's parts reads ``images``; any bundle trains on its ``bank``.
 """
