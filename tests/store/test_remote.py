@@ -161,10 +161,12 @@ def s3():
     code = (
         "from moto.server import ThreadedMotoServer; import time\n"
         "server = ThreadedMotoServer('127.0.0.1', 0); server.start()\n"
-        "print(*server.get_host_and_port(), flush=True); time.sleep(10**6)"
+        "print('at', *server.get_host_and_port(), flush=True); time.sleep(10**6)"
     )
     server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    host, port = server.stdout.readline().split()  # type: ignore[union-attr]
+    assert server.stdout is not None
+    told = next(line for line in server.stdout if line.startswith("at "))  # after the server's own
+    _, host, port = told.split()
     yield {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "key",
@@ -172,7 +174,8 @@ def s3():
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     server.kill()
-    server.communicate()
+    server.wait()
+    server.stdout.close()
 
 
 AWS = "import s3fs, sys; fs = s3fs.S3FileSystem(); "
