@@ -36,6 +36,9 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -69,6 +72,8 @@ PIPELINES = {
     "chroma": ("ChromaPipeline", "chroma"),
     "flux2-klein": ("Flux2KleinPipeline", "flux2-klein"),
     "flux2-klein-distilled": ("Flux2KleinPipeline", "flux2-klein"),
+    "z-image": ("ZImagePipeline", "z-image"),
+    "krea-2": ("Krea2Pipeline", "krea-2"),
 }
 """Name -> pipeline class, and the variant of its transformer."""
 
@@ -86,6 +91,8 @@ def write_pipeline(name: str, folder: Path) -> Path:
         "Lumina2Pipeline": _lumina2_parts,
         "ChromaPipeline": _chroma_parts,
         "Flux2KleinPipeline": _flux2_parts,
+        "ZImagePipeline": _z_image_parts,
+        "Krea2Pipeline": _krea2_parts,
     }[class_name]()
     if name == "sd3-without-t5":
         parts |= {"text_encoder_3": None, "tokenizer_3": None}
@@ -192,6 +199,29 @@ def _flux2_parts() -> dict[str, Any]:
         "text_encoder": _qwen3(tokenizer),
         "vae": _autoencoder_flux2(),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+
+
+def _z_image_parts() -> dict[str, Any]:
+    tokenizer = chat_tokenizer()
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": _qwen3_short(tokenizer),
+        "vae": _autoencoder_kl(scaling_factor=0.3611, shift_factor=0.1159),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+
+
+def _krea2_parts() -> dict[str, Any]:
+    tokenizer = qwen_tokenizer()
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": _qwen3_vl(tokenizer),
+        "vae": _autoencoder_qwen(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_image_seq_len=6400
+        ),
+        "text_encoder_select_layers": (1, 3),
     }
 
 
@@ -348,11 +378,49 @@ def _qwen3(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
         num_key_value_heads=1,
         head_dim=4,
         initializer_range=0.2,
+def _qwen3_short(tokenizer: Qwen2Tokenizer) -> Qwen3Model:
+    torch.manual_seed(2)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=12,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     return Qwen3ForCausalLM(config).eval()
+    return Qwen3Model(config).eval()
+
+
+def _qwen3_vl(tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
+    torch.manual_seed(2)
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 12,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]},
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 24,
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    }
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
 
 
 # ---------------------------------------------------------------- tokenizers

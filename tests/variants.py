@@ -30,6 +30,8 @@ GRID = (2, 3)
 """Token grid: not square, so that rows and columns cannot be mixed up unseen."""
 TEXT = 7
 """Text tokens, of which the last two are padding where the family masks."""
+TEXTS = {"z_image": 34}
+"""Family -> text tokens, if it needs another number: 32 without padding is a multiple of 32."""
 RANK, ALPHA = 2, 3.0
 
 _SANA = {
@@ -97,6 +99,34 @@ _LUMINA2 = {
     "axes_lens": (300, 16, 16),
     "cap_feat_dim": 24,
 }
+_Z_IMAGE = {
+    "in_channels": 4,
+    "dim": 32,
+    "n_layers": 4,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 24,
+    "axes_dims": (4, 6, 6),
+    "axes_lens": (520, 16, 16),
+}
+_KREA2 = {
+    "in_channels": 16,
+    "num_layers": 4,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 48,
+    "timestep_embed_dim": 16,
+    "text_hidden_dim": 24,
+    "num_text_layers": 2,
+    "text_num_attention_heads": 2,
+    "text_num_key_value_heads": 1,
+    "text_intermediate_size": 32,
+    "num_layerwise_text_blocks": 1,
+    "num_refiner_text_blocks": 1,
+    "axes_dims_rope": (4, 6, 6),
+}
 
 _CHROMA = {
     **{key: value for key, value in _FLUX.items() if key != "pooled_projection_dim"},
@@ -133,6 +163,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lumina2": ("lumina2", _LUMINA2),
     "chroma": ("chroma", _CHROMA),
     "flux2-klein": ("flux2", _FLUX2),
+    "z-image": ("z_image", _Z_IMAGE),
+    "krea-2": ("krea2", _KREA2),
 }
 """Name -> family and configuration. Every model has four blocks; those of FLUX.1, Chroma and FLUX.2
 go from double to single between the second and the third.
@@ -159,6 +191,11 @@ def transformer(variant: str) -> Any:
     return model
 
 
+def text_of(variant: str) -> int:
+    """Text tokens of a variant's case."""
+    return TEXTS.get(VARIANTS[variant][0], TEXT)
+
+
 @dataclass(frozen=True)
 class Case:
     """A transformer, and one draw's inputs of its stock forward."""
@@ -174,7 +211,7 @@ def case(variant: str, seed: int = 5) -> Case:
     family = family_of(VARIANTS[variant][0])
     model = transformer(variant)
     generator = torch.Generator().manual_seed(seed)
-    latents, prompt = family.blank(model, GRID, TEXT)
+    latents, prompt = family.blank(model, GRID, text_of(variant))
     latents = torch.randn(latents.shape, generator=generator)
     prompt = _filled(prompt, generator)
     inputs = family.inputs(model, latents, 321.0, prompt, GRID)

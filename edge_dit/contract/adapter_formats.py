@@ -107,6 +107,8 @@ FORMATS = {
     "lumina2": (DIFFUSERS, PEFT),
     "chroma": (DIFFUSERS, PEFT, COMFYUI),
     "flux2": (DIFFUSERS, PEFT, _FLUX2_COMFYUI),
+    "z_image": (DIFFUSERS, PEFT),
+    "krea2": (DIFFUSERS, PEFT),
 }
 """Family -> its formats, the default first.
 

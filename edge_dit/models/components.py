@@ -182,7 +182,7 @@ class Pipeline:
         path = self.folder / INDEX_FILE
         index = read_json(path, "a whole pipeline folder")
         for name, kind in index.items():
-            if isinstance(kind, list) and not _is_pair(kind):
+            if isinstance(kind, list) and not _is_pair(kind) and not _is_setting(kind):
                 raise BadInput(
                     path,
                     found=f"{name} is {kind!r:.80}",
@@ -221,6 +221,11 @@ class Pipeline:
 def _is_pair(kind: list[Any]) -> bool:
     texts = all(isinstance(v, str) and v for v in kind)
     return len(kind) == 2 and (texts or kind == [None, None])
+
+
+def _is_setting(value: list[Any]) -> bool:
+    """Whether a list is a setting of a pipeline's class: numbers, no library and class."""
+    return bool(value) and all(type(number) in (int, float) for number in value)
 
 
 def weights_of(folder: Path, library: str, variant: str | None = None) -> Weights:

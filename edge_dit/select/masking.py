@@ -69,7 +69,8 @@ def _count_image_tokens(family: Family, model: nn.Module) -> Callable[[], None]:
 
     def count(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         call = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        lengths = family.text_lengths(call) if isinstance(family, Joined) else []
+        apart = isinstance(family, Joined) and family.text_first
+        lengths = family.text_lengths(call) if apart else []
         if len(set(lengths)) > 1:
             raise BadInput(
                 "batch",

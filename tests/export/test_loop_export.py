@@ -40,7 +40,7 @@ from loops import EXPORT, write_world
 TOLERANCE = 1e-5
 PAINTED = ("sana", "flux-dev", "sd3.5-medium", "pixart-sigma", "qwen-image")
 OTHERS = ("sana-1.5", "flux-schnell", "sd3-medium", "sd3-without-t5", "qwen-image-zero-cond")
-NEWER = ("lumina2", "chroma", "flux2-klein", "flux2-klein-distilled")
+NEWER = ("lumina2", "chroma", "flux2-klein", "flux2-klein-distilled", "z-image", "krea-2")
 NAMES = [
     *PAINTED,
     "sana-sprint",
@@ -261,7 +261,10 @@ class Predictions:
         self.variance = variance
         self.separately, self.timesteps, self.calls = separately, [], 0
 
-    def __call__(self, hidden_states: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
+    def __call__(self, hidden_states: Any, timestep: Tensor, *_: Any, **__: Any) -> tuple[Any]:
+        if isinstance(hidden_states, list):  # Z-Image's, of films of one frame, the prompt's first
+            films = torch.stack(hidden_states).squeeze(2).flip(0)
+            return (list(self.predict(films, timestep).flip(0).unsqueeze(2)),)
         return (self.output(self.predict(hidden_states, timestep)),)
 
     def output(self, found: Tensor) -> Tensor:

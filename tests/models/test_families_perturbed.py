@@ -16,6 +16,7 @@ tail = contract.test_entry_state_trained_blocks_and_tail_residual_give_the_stock
 gradients = contract.test_gradients_are_the_stock_models_when_no_tail_is_skipped
 JOINT = [name for name, (kind, _) in VARIANTS.items() if family_of(kind).joint]
 CROSS = [name for name in VARIANTS if name not in JOINT]
+TWO_STREAMS = [name for name in JOINT if not isinstance(family_of(VARIANTS[name][0]), Joined)]
 ONE_SEQUENCE = [name for name in JOINT if isinstance(family_of(VARIANTS[name][0]), Joined)]
 
 
@@ -34,9 +35,12 @@ def perturbed_conditioning(monkeypatch, variant, change):
     monkeypatch.setattr(kind, "arguments", lambda self, cond, grid: stock(self, change(cond), grid))
 
 
-MODULATIONS = ("temb", "timestep", "modulation", "temb_mod", "temb_mod_img", "temb_mod_txt")
+MODULATIONS = (
+    *("temb", "timestep", "modulation", "temb_mod", "temb_mod_img", "temb_mod_txt"),
+    "adaln_input",
+)
 """What blocks call the embedding of the timestep."""
-OF_HEADS = ("temb", "embedded_timestep", "modulation.head", "temb.head")
+OF_HEADS = ("temb", "embedded_timestep", "modulation.head", "temb.head", "adaln_input")
 """The same of heads."""
 
 
@@ -66,7 +70,7 @@ def test_a_dropped_modulation_of_the_head_is_noticed(variant, monkeypatch):
     assert_noticed(tail, variant, (0, 2))
 
 
-@pytest.mark.parametrize("variant", JOINT)
+@pytest.mark.parametrize("variant", TWO_STREAMS)
 def test_swapped_streams_are_noticed(variant, monkeypatch):
     monkeypatch.setattr(variants, "TEXT", 6)  # as many as image tokens: shapes give nothing away
     replay(variant)
@@ -134,7 +138,7 @@ def test_the_other_streams_modulation_is_noticed(monkeypatch):
     assert_noticed(replay, "flux2-klein")
 
 
-@pytest.mark.parametrize("variant", ["flux-dev", "qwen-image", "lumina2", "chroma", "flux2-klein"])
+@pytest.mark.parametrize("variant", ["flux-dev", "qwen-image", "chroma", "flux2-klein", *ONE_SEQUENCE])
 def test_positions_the_wrong_way_round_are_noticed(variant, monkeypatch):
     def turn(cond):
         if "rope_cos" in cond:
@@ -148,13 +152,14 @@ def test_positions_the_wrong_way_round_are_noticed(variant, monkeypatch):
     assert_noticed(replay, variant)
 
 
-@pytest.mark.parametrize("variant", [*CROSS, "qwen-image", "chroma"])
+@pytest.mark.parametrize("variant", [*CROSS, "qwen-image", "chroma", "krea-2"])
 def test_an_ignored_text_mask_is_noticed(variant, monkeypatch):
     def ignore(cond):
         if "attention_mask" in cond:
             name, everything = "attention_mask", torch.ones_like
         elif "encoder_attention_mask" in cond:
-            name, everything = "encoder_attention_mask", torch.zeros_like
+            name = "encoder_attention_mask"
+            everything = torch.zeros_like if variant in CROSS else torch.ones_like
         else:
             name, everything = "encoder_hidden_states_mask", torch.ones_like
         return {**cond, name: everything(cond[name])}
@@ -163,7 +168,7 @@ def test_an_ignored_text_mask_is_noticed(variant, monkeypatch):
     assert_noticed(replay, variant)
 
 
-@pytest.mark.parametrize("variant", ["lumina2"])
+@pytest.mark.parametrize("variant", ["lumina2", "z-image"])
 def test_padding_that_is_not_dropped_is_noticed(variant, monkeypatch):
     monkeypatch.setattr(Joined, "seen", lambda self, cond: None)
     assert_noticed(replay, variant)

@@ -35,6 +35,7 @@ from edge_dit.models.checkpoint import INDEX, SINGLE
 from edge_dit.models.families import PIPELINE_FAMILY, family_of
 from edge_dit.models.families.family import Family, scheduler_config
 from edge_dit.models.families.joined import Joined
+from edge_dit.models.families.qwen_vae import QwenVae
 from edge_dit.models.model import open_model
 from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.pipeline import load_pipeline
@@ -48,9 +49,18 @@ from edge_dit.reference.evaluate import adapted, encode_whole, heldout_loss
 from edge_dit.reference.precompute import normal_of, precompute
 from pipelines import LONG, PIPELINES, SHORT, SIZE
 
-ONE_EACH = ("sana-sprint", "flux-dev", "sd3.5-medium", "pixart-sigma", "qwen-image", "lumina2")
+ONE_EACH = (
+    "sana-sprint",
+    "flux-dev",
+    "sd3.5-medium",
+    "pixart-sigma",
+    "qwen-image",
+    "lumina2",
+    "z-image",
+    "krea-2",
+)
 """One pipeline of each family and of each class, but SanaPipeline, whose road test_cli walks."""
-ONE_SEQUENCE = ("lumina2",)
+ONE_SEQUENCE = ("lumina2", "z-image", "krea-2")
 """Those whose blocks read one sequence of text and image."""
 ALL = pytest.mark.parametrize("name", PIPELINES)
 STEPS = 3
@@ -64,6 +74,8 @@ WITHOUT_GUIDANCE: dict[str, dict[str, Any]] = {
     "Lumina2Pipeline": {"guidance_scale": 1.0},
     "ChromaPipeline": {"guidance_scale": 1.0, "max_sequence_length": pipelines.TEXT_LIMIT},
     "Flux2KleinPipeline": {"guidance_scale": 1.0, "max_sequence_length": pipelines.CHAT_LIMIT},
+    "ZImagePipeline": {"guidance_scale": 0.0},
+    "Krea2Pipeline": {"guidance_scale": 0.0},
 }
 """How each pipeline is called: lengths as in the training scripts, no second pass."""
 
@@ -77,9 +89,11 @@ LIMITS = {
     "lumina2": 256,
     "chroma": pipelines.TEXT_LIMIT,
     "flux2": pipelines.CHAT_LIMIT,
+    "z_image": 512,
+    "krea2": 512,
 }
 """Family -> most text tokens."""
-BEFORE = {"lumina2": 32, "flux2": 17}
+BEFORE = {"lumina2": 32, "flux2": 17, "z_image": 17}
 """Family -> most tokens that its pipeline itself puts before and after a prompt, if not 8."""
 
 
@@ -131,12 +145,11 @@ def test_inputs_are_what_the_pipeline_passes_to_its_transformer(stock, name, pro
     for timestep, seen in calls:
         latents = seen["hidden_states"]
         found = made.family.inputs(made.pipeline.transformer, latents, timestep, encoded, made.grid)
-        assert found["hidden_states"] is latents
+        assert torch.equal(found["hidden_states"], latents)
         compare_inputs(made, seen, found, tokens)
         model = made.pipeline.transformer
         with torch.no_grad():
-            stock = model(**seen, return_dict=False)[0]
-            close(made.family.forward(model, found), stock)
+            close(made.family.forward(model, found), stock_output(model, seen))
 
 
 @ALL
@@ -199,6 +212,8 @@ def text_names(made: Stock) -> tuple[str, str]:
         "pixart": "encoder_attention_mask",
         "qwen_image": "encoder_hidden_states_mask",
         "lumina2": "encoder_attention_mask",
+        "z_image": "encoder_attention_mask",
+        "krea2": "encoder_attention_mask",
     }
     return "encoder_hidden_states", mask.get(made.family.name, "")
 
@@ -214,7 +229,8 @@ def transformer_calls(
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(forward).bind(model, *args, **kwargs).arguments
-        calls.append({k: v for k, v in bound.items() if k not in ("self", "return_dict")})
+        passed = {k: v for k, v in bound.items() if k not in ("self", "return_dict")}
+        calls.append(plainly(type(model).__name__, passed))
         return forward(model, *args, **kwargs)
 
     with patched(model, forward=spy):
@@ -245,6 +261,41 @@ def patched(module: Any, **attributes: Any) -> Iterator[None]:
             object.__delattr__(module, name)
 
 
+def plainly(transformer: str, passed: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments as `Family.inputs` names and arranges them."""
+    if transformer == "ZImageTransformer2DModel":
+        return unlisted(passed)
+    if transformer == "Krea2Transformer2DModel":
+        return without_gap(passed)
+    return passed
+
+
+def without_gap(passed: dict[str, Any]) -> dict[str, Any]:
+    """Krea 2's text without the padding in its middle. Text has no positions."""
+    mask = passed["encoder_attention_mask"]
+    gap, places = len(mask[0]) - int(mask.sum()), passed["position_ids"]
+    assert not places[: len(mask[0])].any()
+    text = passed["encoder_hidden_states"][mask][None]
+    kept = {"encoder_hidden_states": text, "encoder_attention_mask": mask[mask][None]}
+    return {**passed, **kept, "position_ids": places[gap:]}
+
+
+def stock_output(model: Any, seen: dict[str, Any]) -> Tensor:
+    """The stock forward's output of one of `transformer_calls`."""
+    if type(model).__name__ != "ZImageTransformer2DModel":
+        return model(**seen, return_dict=False)[0]
+    film, text = seen["hidden_states"][0].unsqueeze(1), seen["encoder_hidden_states"][0]
+    (found,) = model([film], seen["timestep"], [text], return_dict=False)[0]
+    return found.squeeze(1).unsqueeze(0)
+
+
+def unlisted(passed: dict[str, Any]) -> dict[str, Any]:
+    """Z-Image's lists of one, by the names of `Family.inputs`."""
+    (film,), (text,) = passed.pop("x"), passed.pop("cap_feats")
+    timed = {"hidden_states": film.squeeze(1).unsqueeze(0), "timestep": passed.pop("t"), **passed}
+    return {**timed, "encoder_hidden_states": text.unsqueeze(0)}
+
+
 def compare_inputs(made: Stock, seen: dict, found: dict, tokens: int) -> None:
     """Every argument the same; where the family cuts or pads text, the rest is masked padding."""
     text, mask = text_names(made)
@@ -260,6 +311,11 @@ def compare_inputs(made: Stock, seen: dict, found: dict, tokens: int) -> None:
             assert torch.equal(found[text], seen[text][:, :tokens])
         else:
             assert not found[text][:, used:].any()
+        if "position_ids" in seen:  # of text none, whatever its length
+            image = seen["hidden_states"].shape[1]
+            seen, found = (
+                {**one, "position_ids": one["position_ids"][-image:]} for one in (seen, found)
+            )
         for arguments in (seen, found):
             arguments.pop(text), arguments.pop(mask, None)
     for name in sorted(seen.keys() | found.keys()):
@@ -286,7 +342,8 @@ def test_encoding_an_image_is_undone_by_the_pipelines_own_decoding(stock, name):
     pixels = torch.rand(1, 3, *SIZE, generator=generator) * 2 - 1
     posterior = torch.Generator().manual_seed(4)
     latents = made.family.encode_image(vae, pixels, lambda s: torch.randn(s, generator=posterior))
-    film = pixels.unsqueeze(2) if made.family.name == "qwen_image" else pixels
+    filmed = isinstance(made.family, QwenVae)
+    film = pixels.unsqueeze(2) if filmed else pixels
     with torch.no_grad():
         raw = vae.encode(film)
         if hasattr(raw, "latent"):
@@ -295,7 +352,7 @@ def test_encoding_an_image_is_undone_by_the_pipelines_own_decoding(stock, name):
             sampled = raw.latent_dist.sample(torch.Generator().manual_seed(4))
             raw = sampled if made.family.samples_posterior else raw.latent_dist.mode()
         expected = vae.decode(raw, return_dict=False)[0]
-    if made.family.name == "qwen_image":
+    if filmed:
         expected = expected[:, :, 0]
     expected = pipeline.image_processor.postprocess(expected, output_type="pt")
 
@@ -407,7 +464,7 @@ def test_sd3_levels_are_drawn_as_the_stock_script_draws_them(stock):
     assert 0 < objective.level(0.0) < objective.level(0.999999) <= 1
 
 
-@pytest.mark.parametrize("name", ["sana", "flux-dev", "pixart-sigma", "qwen-image", "lumina2"])
+@pytest.mark.parametrize("name", ["sana", "flux-dev", "pixart-sigma", "qwen-image", *ONE_SEQUENCE])
 def test_the_other_families_draw_levels_evenly(stock, name):
     made = stock(name)
     objective = made.family.objective(scheduler_config(made.folder))
@@ -942,7 +999,8 @@ def test_no_weights_at_all(copied):
 def test_a_missing_part_is_named(copied, name):
     folder = copied(name)
     index = json.loads((folder / "model" / "model_index.json").read_text())
-    parts = [part for part, kind in index.items() if isinstance(kind, list) and any(kind)]
+    lists = {part: kind for part, kind in index.items() if isinstance(kind, list)}
+    parts = [part for part, kind in lists.items() if all(isinstance(v, str) for v in kind)]
     assert {"transformer", "vae", "tokenizer", "text_encoder", "scheduler"} <= set(parts)
     for part in parts:
         (folder / "model" / part).rename(folder / "aside")
@@ -968,6 +1026,8 @@ NEAR = {
     "pixart-sigma": ("ff.net.0.poj", "ff.net.0.proj"),
     "qwen-image": ("img_mlp.net.0.poj", "img_mlp.net.0.proj"),
     "lumina2": ("feed_forward.linear1", "feed_forward.linear_1"),
+    "z-image": ("attention.to_qq", "attention.to_q"),
+    "krea-2": ("attn.to_gte", "attn.to_gate"),
 }
 
 

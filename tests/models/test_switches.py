@@ -41,6 +41,8 @@ BASE = {
     "lumina2": "lumina2",
     "chroma": "chroma",
     "flux2": "flux2-klein",
+    "z_image": "z-image",
+    "krea2": "krea-2",
 }
 """Family -> the variant whose configuration the tests change."""
 RETIRED = {"qwen_image": {"pooled_projection_dim"}}
@@ -89,6 +91,13 @@ IMPLEMENTED: list[tuple[str, dict[str, Any]]] = [
     ("flux2", {"mlp_ratio": 1.3, "eps": 1e-3, "timestep_guidance_channels": 33}),
     ("flux2", {"axes_dims_rope": (2, 4, 8, 2), "rope_theta": 50}),
     ("flux2", {"guidance_embeds": True, "joint_attention_dim": 11}),
+    ("z_image", {"n_refiner_layers": 0, "qk_norm": False, "norm_eps": 1e-3}),
+    ("z_image", {"axes_dims": (2, 10, 4), "axes_lens": (514, 2, 3), "cap_feat_dim": 11}),
+    ("z_image", {"rope_theta": 100.0, "t_scale": 7.5}),
+    ("krea2", {"num_layerwise_text_blocks": 0, "num_refiner_text_blocks": 2, "num_text_layers": 3}),
+    ("krea2", {"num_key_value_heads": 2, "text_num_key_value_heads": 2, "norm_eps": 1e-3}),
+    ("krea2", {"axes_dims_rope": (2, 10, 4), "rope_theta": 100.0, "timestep_embed_dim": 6}),
+    ("krea2", {"intermediate_size": 7, "text_intermediate_size": 5, "text_hidden_dim": 22}),
 ]
 """Values beside those of `variants`; each gives the same as the stock forward."""
 GRAPHS: list[tuple[str, dict[str, Any]]] = [
@@ -164,6 +173,19 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("lumina2", "axes_lens", [300, 16], "3 whole numbers"),
     ("lumina2", "ffn_dim_multiplier", 0.001, "width"),
     ("lumina2", "out_channels", 8, "in_channels"),
+    ("z_image", "all_patch_size", [2, 4], "2 x 2 latents"),
+    ("z_image", "all_f_patch_size", [2], "one frame"),
+    ("z_image", "siglip_feat_dim", 16, "passes no pictures"),
+    ("z_image", "dim", 33, "multiple of 2"),
+    ("z_image", "n_kv_heads", 1, "2, the n_heads"),
+    ("z_image", "axes_dims", [4, 4, 4], "a sum of 16"),
+    ("z_image", "axes_lens", [513, 16, 16], "514 or more"),
+    ("krea2", "in_channels", 18, "multiple of 4"),
+    ("krea2", "timestep_embed_dim", 15, "even number"),
+    ("krea2", "text_hidden_dim", 25, "multiple of text_num"),
+    ("krea2", "num_key_value_heads", 3, "divisor of 2"),
+    ("krea2", "text_num_key_value_heads", 3, "divisor of 2"),
+    ("krea2", "axes_dims_rope", [4, 4, 4], "a sum of 16"),
     ("flux", "_use_default_values", ["guidance_embeds"], "no such key"),
     ("chroma", "num_layers", 0, "1 to 1000"),
     ("chroma", "patch_size", 2, "packs latents 2 x 2"),

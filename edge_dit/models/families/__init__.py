@@ -26,6 +26,8 @@ FAMILIES = {
     "lumina2": ("Lumina2Pipeline",),
     "chroma": ("ChromaPipeline",),
     "flux2": ("Flux2KleinPipeline",),
+    "z_image": ("ZImagePipeline",),
+    "krea2": ("Krea2Pipeline",),
 }
 """Family module -> pipeline classes in model_index.json."""
 PIPELINE_FAMILY = {pipeline: name for name, pipelines in FAMILIES.items() for pipeline in pipelines}

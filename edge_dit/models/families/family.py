@@ -390,7 +390,7 @@ class Family:
             watched: Any = getattr(model, self.watched)
             handle = watched.register_forward_hook(lambda _m, _a, output: seen.append(output))
         try:
-            with self.prelude(model), self.without_blocks(model, calls):
+            with self.prelude(model, inputs), self.without_blocks(model, calls):
                 self.forward(model, inputs)
         finally:
             if handle is not None:
@@ -400,12 +400,13 @@ class Family:
         cond = self.conditioning_of_blocks({n: {**inputs, **call} for n, call in calls.items()})
         return self.entry(model, inputs, next(iter(calls.values())), cond), cond
 
-    def prelude(self, model: nn.Module) -> AbstractContextManager[None]:
-        """A context in which all that is before the first block gives the shapes of `blank`,
-        whatever the prompt.
+    def prelude(self, model: Any, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """A context in which all that is before the first block can be traced for a prompt of any
+        length.
 
         Args:
             model: the transformer.
+            inputs: from `inputs`.
         """
         return nullcontext()
 

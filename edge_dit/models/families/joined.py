@@ -26,6 +26,8 @@ from torch.nn.functional import pad
 from edge_dit.contract.names import read_by
 from edge_dit.models.families.family import Family, Grid, State
 
+PROMPT_MASK = "encoder_attention_mask"
+"""Of an encoded prompt of families that drop padding, [1, L]: 1 for a token, 0 for padding."""
 TEXT_MASK = "text_mask"
 """Conditioning [1, T] of families that drop padding: 1 for a token, 0 for padding after it."""
 ROPE = "rope"

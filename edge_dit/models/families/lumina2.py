@@ -41,7 +41,7 @@ from edge_dit.models.families.family import (
     tokenizer_of,
     unpatchify,
 )
-from edge_dit.models.families.joined import ROPE, TEXT_MASK, Joined
+from edge_dit.models.families.joined import PROMPT_MASK, ROPE, TEXT_MASK, Joined
 from edge_dit.models.families.real import interleaved
 from edge_dit.models.families.switches import (
     DEEPEST,
@@ -61,8 +61,6 @@ from edge_dit.models.pipeline import quiet
 
 MAX_TEXT_TOKENS = 256
 """max_sequence_length of Lumina2Pipeline and of diffusers' training script."""
-PROMPT_MASK = "encoder_attention_mask"
-"""Of an encoded prompt, [1, L]: 1 for a token, 0 for padding."""
 FACTOR = 8
 """Pixels per side of a latent, in Lumina2Pipeline."""
 
@@ -166,7 +164,7 @@ class Lumina2(Joined):
         return inputs[PROMPT_MASK].sum(1).tolist()
 
     @contextmanager
-    def prelude(self, model: Any) -> Iterator[None]:
+    def prelude(self, model: Any, inputs: Mapping[str, Any]) -> Iterator[None]:
         """A context in which padding stays in the sequence, between text and image."""
         stock = model.rope_embedder
         model.rope_embedder = _Padded(stock, self.traced)

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from edge_dit.contract.loop import Latents
 from edge_dit.contract.objective import FlowMatching
 from edge_dit.models.families.common import (
     flow_objective,
@@ -33,24 +32,21 @@ from edge_dit.models.families.common import (
 )
 from edge_dit.models.families.family import (
     Conditioning,
-    Family,
     Grid,
     Prompt,
     cut,
     longest,
     tokenizer_of,
 )
+from edge_dit.models.families.qwen_vae import QwenVae
 from edge_dit.models.families.switches import (
     DEEPEST,
     Misfits,
     Rules,
     axes,
-    finite,
     flag,
     idle,
     one_of,
-    positive,
-    several,
     whole,
 )
 from edge_dit.models.pipeline import quiet
@@ -59,12 +55,11 @@ MAX_TEXT_TOKENS = 512
 """max_sequence_length of QwenImagePipeline and of diffusers' training script."""
 
 
-class QwenImage(Family):
+class QwenImage(QwenVae):
     """Qwen-Image."""
 
     name = "qwen_image"
     transformer = "QwenImageTransformer2DModel"
-    autoencoder = "AutoencoderKLQwenImage"
     joint = True
     # diffusers' train_dreambooth_lora_qwen_image.py
     lora_targets = tuple(f"attn.{proj}" for proj in ("to_q", "to_k", "to_v", "to_out.0"))
@@ -73,7 +68,6 @@ class QwenImage(Family):
     text_widths: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "joint_attention_dim": ("text_encoder",)
     }
-    packed = 4
     guided_by = "true_cfg_scale"
     rescales = True
     negative_prompt = " "
@@ -93,28 +87,6 @@ class QwenImage(Family):
         # Qwen-Image's own configuration has it, though its class never had pooled text.
         "pooled_projection_dim": idle(),
     }
-    vae_switches: ClassVar[Rules] = {
-        "input_channels": one_of(3, why="pictures have red, green and blue"),
-        "z_dim": whole(),
-        "dim_mult": several(whole(), least=1),
-        "temperal_downsample": several(flag()),
-        "latents_mean": several(finite(), least=1),
-        "latents_std": several(positive(), least=1),
-    }
-
-    def factor(self, vae: Mapping[str, Any]) -> int:
-        """Pixels per side of a latent."""
-        return 2 ** len(vae["temperal_downsample"])
-
-    def latents(self, vae: Any) -> Latents:
-        """Every channel by its own mean and deviation."""
-        return Latents(
-            shift=list(vae.config["latents_mean"]),
-            scale=[1 / deviation for deviation in vae.config["latents_std"]],
-            packed=True,
-            factor=self.factor(vae.config),
-            samples=True,
-        )
 
     def timestep_factor(self, config: Mapping[str, Any]) -> float:
         """The pipeline divides by 1000."""
@@ -125,17 +97,6 @@ class QwenImage(Family):
         if config["in_channels"] != 4 * config["out_channels"]:
             yield "out_channels", "a quarter of in_channels: a token is 2 x 2 latents"
         yield from rotary_misfits(config)
-
-    def vae_misfits(self, config: Mapping[str, Any]) -> Misfits:
-        """Lists of other lengths than the autoencoder has stages and channels."""
-        if len(config["temperal_downsample"]) != len(config["dim_mult"]) - 1:
-            yield (
-                "temperal_downsample",
-                f"{len(config['dim_mult']) - 1} values, one less than dim_mult",
-            )
-        for key in ("latents_mean", "latents_std"):
-            if len(config[key]) != config["z_dim"]:
-                yield key, f"{config['z_dim']} values, the z_dim"
 
     def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
         """The velocity, noise levels drawn evenly."""
@@ -210,15 +171,6 @@ class QwenImage(Family):
             "encoder_hidden_states_mask": torch.ones(1, text),
         }
         return torch.zeros(1, grid[0] * grid[1], config.in_channels), prompt
-
-    def moments(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation [1, C, h, w]; to the autoencoder an image is a film of one frame."""
-        found = vae.encode(pixels.unsqueeze(2)).latent_dist
-        return found.mean.squeeze(2), found.std.squeeze(2)
-
-    def pixels(self, vae: Any, raw: Tensor) -> Tensor:
-        """The picture [1, 3, H, W], the only frame of a film."""
-        return vae.decode(raw.unsqueeze(2), return_dict=False)[0].squeeze(2)
 
     @torch.no_grad()
     def encode_prompts(self, pipeline: Any, prompts: list[str], tokens: int) -> list[Prompt]:

@@ -7,6 +7,7 @@ times. That takes two thirds of an export's time and changes nothing in a graph 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -82,7 +83,8 @@ def _lift_buffers(graph: fx.Graph) -> dict[str, fx.Node]:
         name = str(node.target)
         if name not in lifted:
             with graph.inserting_before(first):
-                lifted[name] = graph.placeholder(f"b_{name}")
+                # Z-Image has modules that are called "2-1", which is no name of an argument.
+                lifted[name] = graph.placeholder(re.sub(r"\W", "_", f"b_{name}"))
             lifted[name].meta = dict(node.meta)
         node.replace_all_uses_with(lifted[name])
         graph.erase_node(node)

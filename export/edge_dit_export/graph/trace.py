@@ -88,6 +88,17 @@ def _make_functional(graph: fx.Graph) -> None:
             continue
         name, overload = schema.name.removesuffix("_"), schema.overload_name or "default"
         operator = getattr(torch.ops.aten, name.removeprefix("aten::"), None)
-        if operator is None or list(node.args[0].users) != [node]:
+        if operator is None or not _only_reader(node):
             raise NotImplementedError(f"{node.target} of a tensor with other users")
         node.target = getattr(operator, overload)
+
+
+def _only_reader(node: fx.Node) -> bool:
+    """Whether nothing else reads the tensor that a call changes, or what that is a view of."""
+    changed: Any = node.args[0]
+    while list(changed.users) == [node]:
+        schema = getattr(changed.target, "_schema", None)
+        if schema is None or not any(one.alias_info for one in schema.returns):
+            return True
+        node, changed = changed, changed.args[0]
+    return False
