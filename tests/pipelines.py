@@ -378,6 +378,13 @@ def _qwen3(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
         num_key_value_heads=1,
         head_dim=4,
         initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
 def _qwen3_short(tokenizer: Qwen2Tokenizer) -> Qwen3Model:
     torch.manual_seed(2)
     config = Qwen3Config(
@@ -392,7 +399,6 @@ def _qwen3_short(tokenizer: Qwen2Tokenizer) -> Qwen3Model:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Qwen3ForCausalLM(config).eval()
     return Qwen3Model(config).eval()
 
 

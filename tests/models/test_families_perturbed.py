@@ -138,7 +138,9 @@ def test_the_other_streams_modulation_is_noticed(monkeypatch):
     assert_noticed(replay, "flux2-klein")
 
 
-@pytest.mark.parametrize("variant", ["flux-dev", "qwen-image", "chroma", "flux2-klein", *ONE_SEQUENCE])
+@pytest.mark.parametrize(
+    "variant", ["flux-dev", "qwen-image", "chroma", "flux2-klein", *ONE_SEQUENCE]
+)
 def test_positions_the_wrong_way_round_are_noticed(variant, monkeypatch):
     def turn(cond):
         if "rope_cos" in cond:
