@@ -37,7 +37,7 @@ from edge_dit.models.families.family import (
     tokenizer_of,
 )
 from edge_dit.models.families.joined import PROMPT_MASK, Joined
-from edge_dit.models.families.qwen_vae import QwenVae
+from edge_dit.models.families.qwen_image import QwenVae
 from edge_dit.models.families.switches import (
     DEEPEST,
     Misfits,
