@@ -69,8 +69,9 @@ def _count_image_tokens(family: Family, model: nn.Module) -> Callable[[], None]:
 
     def count(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         call = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        apart = isinstance(family, Joined) and family.text_first
-        lengths = family.text_lengths(call) if apart else []
+        lengths: list[int] = []
+        if isinstance(family, Joined) and family.text_first:
+            lengths = family.text_lengths(call)
         if len(set(lengths)) > 1:
             raise BadInput(
                 "batch",
