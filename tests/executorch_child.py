@@ -390,6 +390,7 @@ def main(folder: Path, *variant: str) -> None:
     with quiet():
         import executorch.exir  # noqa: F401 - torchao, which it imports, warns
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated")  # see pyproject.toml
 
     def make() -> bundles.Made:
         return bundles.made_variant(*variant) if variant else tiny.subgraph()

@@ -140,6 +140,7 @@ def through(
     """The state after all blocks, by their graphs."""
     for block in blocks:
         given = {**state, **{local: lora[name] for local, name in block.lora.items()}}
+        given |= {local: state[name] for local, name in block.cond.items()}
         after = made.run(file_of(block.kind), given, block.weights)
         state = {**state, **{name.removeprefix(NEW): value for name, value in after.items()}}
     return state
@@ -340,7 +341,8 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(made):
     facts, tokens = made.facts, made.plan.text_tokens
     captions = [pipelines.SHORT, pipelines.LONG.strip()]
     assert facts.prompts[:2] == captions
-    assert set(facts.negatives) == ({2} if made.family.guided_by and facts.painting else set())
+    guided = made.family.guides(made.pipeline) and facts.painting
+    assert set(facts.negatives) == ({2} if guided else set())
     tables = TensorFile(made.folder / loop.TABLES).read()
     want = made.family.encode_prompts(made.pipeline, captions, tokens)
     if facts.negatives:
