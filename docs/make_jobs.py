@@ -21,6 +21,9 @@ SPECIAL = {
     ("model", "config"): "path or hub id",
     ("model", "use_on"): "path or hub id",
     ("data", "images"): "path",
+    ("data", "subjects"): "list of tables",
+    ("data.subjects", "images"): "path",
+    ("prior", "prompt"): "text, or list of text",
 }
 """Types in words where the schema's own would not tell what to write."""
 PLAIN = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
@@ -61,16 +64,25 @@ def render() -> str:
     lines = [INTRODUCTION, "```toml", EXAMPLE.read_text().strip(), "```", ""]
     for name, part in schema["properties"].items():
         section = schema["$defs"][_reference(part)]
-        required = section.get("required", [])
-        about = section["description"].partition(": ")[2]
-        lines += [f"## [{name}]", "", about[0].upper() + about[1:], ""]
-        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [f"## [{name}]", "", *_table(name, section)]
         for key, field in section["properties"].items():
-            kind = SPECIAL.get((name, key)) or _kind(field)
-            default = "**required**" if key in required else _default(field.get("default"))
-            lines.append(f"| `{key}` | {kind} | {default} | {field['description']} |")
-        lines.append("")
+            if "$ref" in (items := field.get("items", {})):
+                below, of_items = f"{name}.{key}", schema["$defs"][_reference(items)]
+                lines += [f"### [[{below}]]", "", *_table(below, of_items)]
     return "\n".join([*lines, RELATIONS])
+
+
+def _table(name: str, section: dict[str, Any]) -> list[str]:
+    """What a section is, and its keys."""
+    required = section.get("required", [])
+    about = " ".join(section["description"].partition(": ")[2].split())
+    lines = [about[0].upper() + about[1:], ""]
+    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for key, field in section["properties"].items():
+        kind = SPECIAL.get((name, key)) or _kind(field)
+        default = "**required**" if key in required else _default(field.get("default"))
+        lines.append(f"| `{key}` | {kind} | {default} | {field['description']} |")
+    return [*lines, ""]
 
 
 def _reference(part: dict[str, Any]) -> str:

@@ -233,7 +233,8 @@ def plan(
         "footprints": {k: vars(v) for k, v in planned.footprints.items()},
         "reasons": planned.in_words(),
         "warnings": planned.doubts,
-        "pictures": planned.pictures.as_json(),
+        "pictures": planned.pictures[0].as_json(),
+        "subjects": [found.as_json() for found in planned.pictures[1:]],
     }
     written = f"written to {output}" + (f" and {page}" if page else "")
     report(as_json, facts, *plan_in_words(made), *table(columns), *planned.in_words(), written)

@@ -39,6 +39,12 @@ Made = tuple[TrainableSubgraph, dict[str, Tensor]]
 """A sub-graph with LoRA, and one draw for it."""
 
 
+MASKED = ("flux-dev", "pixart-sigma")
+"""Variants whose draws have a mask: one of a family whose target is tokens, one of latents. All
+targets are tested with both.
+"""
+
+
 def made_variant(variant: str, split: str, targets: str = "own", tail: Tail = STORED) -> Made:
     """Of `variants`; SD3, which weighs draws, with a weight.
 
@@ -53,6 +59,8 @@ def made_variant(variant: str, split: str, targets: str = "own", tail: Tail = ST
     trained = variants.SPLITS[split]
     variants.with_lora(made, trained, targets == "all", tail)
     weight = 0.3 if made.family.name == "sd3" else None
+    if variant in MASKED:
+        weight = variants.mask(made)
     return variants.subgraph(made, trained, weight, tail)
 
 

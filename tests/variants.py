@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from edge_dit.models.subgraph import (
     lora_modules,
     lora_name,
 )
+from edge_dit.pictures.masks import of_tokens
 
 GRID = (2, 3)
 """Token grid: not square, so that rows and columns cannot be mixed up unseen."""
@@ -251,7 +253,10 @@ def _all_targets(made: Case) -> list[str]:
 
 
 def subgraph(
-    made: Case, trained: Sequence[int], weight: float | None = None, tail: Tail = STORED
+    made: Case,
+    trained: Sequence[int],
+    weight: float | Tensor | None = None,
+    tail: Tail = STORED,
 ) -> tuple[TrainableSubgraph, dict[str, Tensor]]:
     """The trainable sub-graph of a case, and its draw as precompute would store it."""
     family, model = made.family, made.model
@@ -268,6 +273,15 @@ def subgraph(
     stored = residual if tail == STORED else None
     sub = TrainableSubgraph(model, family, trained, GRID, tail)
     return sub, as_batch(states[trained[0]], stored, sub.reads(cond), made.target, weight, inner)
+
+
+def mask(made: Case) -> Tensor:
+    """A loss mask of the case's draw: some tokens do not count, the others by different weights."""
+    shape = 4 * GRID[0], 4 * GRID[1]
+    rng = np.random.default_rng(5)
+    patch = np.clip(rng.random(shape) * 1.5 - 0.25, 0, 1).astype(np.float32)
+    patch[:4, :4] = 0
+    return torch.from_numpy(of_tokens(patch, GRID, made.target.shape))
 
 
 @contextmanager

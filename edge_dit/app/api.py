@@ -81,7 +81,7 @@ def plan(
     limits = read_limits(ram, flash, step_time)
     request = SplitRequest(skip_ratio=skip_ratio)
     planned = plan_job(job, request, limits=limits, targets=targets)
-    for line in planned.pictures.in_words()[1:]:
+    for line in planned.left_out():
         warn(line)
     return planned.plan
 
@@ -100,18 +100,18 @@ def read_pictures(job: Job, plan: Plan) -> list[Captioned]:
         >>> len(pictures), pictures[0].pixels.shape
         (3, (3, 64, 64))
     """
-    from edge_dit.pictures.dataset import LISTED, read_folder
+    from edge_dit.pictures.dataset import LISTED, read_folders, with_prior
     from edge_dit.planning.make import check_unchanged
 
     check_unchanged(job, plan, "plan")
-    data = job.data
-    pictures = read_folder(data.images, data.prompt, plan.s_max, data.recursive)
+    pictures = read_folders(job.data.folders(), plan.s_max)
     small = [picture.name for picture in pictures if picture.upscaled]
     for name in small[:LISTED]:
         warn(f"{name} is smaller than {plan.s_max} px and was enlarged")
     if len(small) > LISTED:
         warn(f"and {len(small) - LISTED} more pictures are")
-    return pictures
+    prior = job.prior
+    return with_prior(pictures, prior.prompt, prior.weight) if prior.prompt else pictures
 
 
 def precompute(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from edge_dit.budget.limits import NO_LIMITS, Limits
 from edge_dit.contract.targets import RECOMPUTE, TARGETS, WIDE, TargetVariant, tail_faults
 from edge_dit.errors import BadInput
-from edge_dit.pictures.dataset import Survey, read_folder
+from edge_dit.pictures.dataset import Survey, read_folders
 from edge_dit.planning.doubts import doubts, unused_prompts
 from edge_dit.planning.job import Job, bytes_of
 from edge_dit.planning.make import make, make_plan
@@ -44,7 +44,7 @@ class Planned:
         limits: that budget.
         footprints: what training is expected to take, by `TargetVariant` in words; with a budget
             only that of the chosen variant.
-        pictures: what was found in the folder of pictures, and what was left out.
+        pictures: what was found in each folder of pictures, and what was left out.
         doubts: see `edge_dit.planning.doubts`; `plan_job` has printed them as warnings.
     """
 
@@ -54,7 +54,7 @@ class Planned:
     choice: Choice | None
     limits: Limits | None
     footprints: dict[str, Footprint]
-    pictures: Survey
+    pictures: list[Survey]
     doubts: list[str]
 
     def in_words(self) -> list[str]:
@@ -65,13 +65,27 @@ class Planned:
         if better and self.plan.inner_skips == [better.run]:
             lines.append(better.in_words())
         if self.choice is not None:
-            return [*lines, *self.choice.in_words(), *self.pictures.in_words()]
+            return [*lines, *self.choice.in_words(), *self.pictures_in_words()]
         for name, takes in self.footprints.items():
             lines.append(
                 f"{name}: about {size(takes.anonymous)} anonymous and {size(takes.file)} of files, "
                 f"{takes.seconds:.2g} s a step, bundle {size(takes.bundle)}"
             )
-        return [*lines, *self.pictures.in_words()]
+        return [*lines, *self.pictures_in_words()]
+
+    def pictures_in_words(self) -> list[str]:
+        """What was found in each folder of pictures, as lines for people."""
+        lines = bool(self.plan.asked.get("data.caption_lines"))
+        return [line for found in self.pictures for line in found.in_words(lines)]
+
+    def left_out(self) -> list[str]:
+        """`pictures_in_words` but for their first lines, which count what was found."""
+        lines = bool(self.plan.asked.get("data.caption_lines"))
+        return [line for found in self.pictures for line in found.in_words(lines)[1:]]
+
+    def names(self) -> list[str]:
+        """Names of all pictures in the order in which they take turns."""
+        return [name for found in self.pictures for name in found.listing.pictures]
 
 
 def plan_job(
@@ -119,7 +133,7 @@ def plan_job(
     from edge_dit.models.families import family_of  # imports torch
 
     guided = bool(family_of(planned.plan.family).guided_by)
-    found = doubts(job.train, planned.pictures.listing.pictures)
+    found = doubts(job.train, planned.names())
     found += unused_prompts(job.export, guided)
     for doubt in found:
         warn(doubt)
@@ -252,8 +266,8 @@ def report_on(job: Job, planned: Planned, path: Path) -> None:
     from edge_dit.app import report
     from edge_dit.budget.footprint import read_measured
 
-    plan, data = planned.plan, job.data
-    images = read_folder(data.images, data.prompt, plan.s_max, data.recursive)
+    plan = planned.plan
+    images = read_folders(job.data.folders(), plan.s_max)
     expected = [
         report.Expected(name, f.anonymous, f.file, f.bundle + plan.draws * f.draw, f.seconds)
         for name, f in planned.footprints.items()

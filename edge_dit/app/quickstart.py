@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from edge_dit.contract.targets import OnnxFacts
 from edge_dit.errors import BadInput
 from edge_dit.models.model import Model
 from edge_dit.models.pipeline import load_pipeline
-from edge_dit.pictures.dataset import Captioned, read_folder
+from edge_dit.pictures.dataset import Captioned, read_folders
 from edge_dit.pictures.images import write_picture
 from edge_dit.planning.plan import LOOP_TARGET, model_of
 from edge_dit.progress import warn
@@ -151,10 +151,11 @@ def paint(road: Road, target: str, run: Path | None, sheet: str, say: Say) -> No
 
 def _judged(road: Road) -> Judged:
     beside = road.job.data.images.parent / HELD_OUT
-    pictures, measured = road.pictures, "loss on the training pictures"
+    pictures = [picture for picture in road.pictures if not picture.prior]
+    measured = "loss on the training pictures"
     if beside.is_dir():
-        data = road.job.data
-        pictures = read_folder(beside, data.prompt, road.plan.s_max, data.recursive, warn)
+        heldout = replace(road.job.data.folders()[0], images=beside)
+        pictures = read_folders([heldout], road.plan.s_max, warn)
         measured = "held-out loss"
     model = model_of(road.plan)
     return Judged(model, load_pipeline(model.folder, variant=model.variant), pictures, measured)

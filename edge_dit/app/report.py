@@ -22,7 +22,7 @@ from edge_dit.budget.limits import NO_LIMITS, Limits
 from edge_dit.contract.bank import Crop
 from edge_dit.errors import missing_extra, require
 from edge_dit.pictures.dataset import Captioned
-from edge_dit.pictures.draws import DrawRule
+from edge_dit.pictures.draws import Drawn, DrawRule
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import Selection
 from edge_dit.planning.split import SplitRequest, choose_split
@@ -165,8 +165,7 @@ def sample_patches(
         rule = DrawRule(
             seed=plan.seed,
             level=lambda _, levels=levels: next(levels),
-            prompt_of_image=[0],
-            sizes=[image.size],
+            pictures=[Drawn(image.size, (0,))],
             crops=plan.crop_rule,
         )
         draws = rule.draws(len(sigmas))

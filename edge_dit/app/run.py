@@ -244,9 +244,11 @@ def export(road: Road, target: str) -> Bundle:
 
 
 def fill_bank(road: Road, targets: Sequence[str], say: Say, pool: Pool | None = None) -> None:
-    """Make the bank: on the device, if a target's bundle has the loop's parts; else by torch."""
+    """Make the bank: on the device, if a target's bundle has the loop's parts, of one folder and
+    without prior draws; else by torch.
+    """
     looped = next((name for name in targets if road.looped(name)), None)
-    if looped is None:
+    if looped is None or road.job.data.subjects or road.job.prior.prompt:
         api.precompute(road.plan, road.pictures, road.bank, pool=pool)
         return
     data = road.job.data

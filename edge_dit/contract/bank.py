@@ -13,10 +13,10 @@ draw is read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, TypeAdapter
@@ -84,12 +84,39 @@ class Draw:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """A picture that draws are made of. Values that are their defaults are not written.
+
+    Attributes:
+        name: of its file.
+        sha256: of its file.
+        prompts: numbers of its captions in the index, where it has several or may have none; a
+            picture with one caption has it in its draws alone.
+        dropout: share of its draws that have the empty prompt.
+        repeats: turns it has while a picture without repeats has one.
+        weight: of its loss.
+        prior: whether its draws keep what the base model predicts.
+        mask: SHA-256 of the file of its loss mask; "alpha": its alpha channel is the mask.
+    """
+
+    __pydantic_config__ = STRICT
+    name: str
+    sha256: str
+    prompts: tuple[Natural, ...] = ()
+    dropout: Share = 0.0
+    repeats: Annotated[int, Field(ge=1)] = 1
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    prior: bool = False
+    mask: str = ""
+
+
+@dataclass(frozen=True)
 class Index:
     """The content of index.json.
 
     Attributes:
         plan_hash: `edge_dit.planning.plan.Plan.identity` of the plan.
-        images: name and SHA-256 of each image.
+        images: each picture; with a prior, those of prior draws come last.
         prompts: distinct prompts.
         draws: all draws.
         shard: number of draws in a shard.
@@ -98,7 +125,7 @@ class Index:
 
     __pydantic_config__ = STRICT
     plan_hash: str
-    images: list[dict[str, str]]
+    images: list[Listed]
     prompts: list[str]
     draws: list[Draw]
     shard: Annotated[int, Field(ge=1, le=2**20)] = SHARD
@@ -113,6 +140,17 @@ class Index:
     def members(self, shard: int) -> range:
         """Numbers of the draws in a shard."""
         return range(shard * self.shard, min((shard + 1) * self.shard, len(self.draws)))
+
+    def as_json(self) -> dict[str, Any]:
+        """The document."""
+        return {**asdict(self), "images": [_without_defaults(image) for image in self.images]}
+
+
+def _without_defaults(listed: Listed) -> dict[str, Any]:
+    """A picture's entry: so that a bank that uses none of the rest is that of earlier versions."""
+    values = asdict(listed)
+    default = {field.name: field.default for field in fields(Listed)}
+    return {k: v for k, v in values.items() if default[k] is MISSING or v != default[k]}
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -145,7 +183,7 @@ def begin(folder: Path, index: Index) -> list[int]:
             remedy="choose another -o",
         )
     else:
-        write_document(path, asdict(index))
+        write_document(path, index.as_json())
     return missing_shards(folder, index)
 
 
@@ -297,7 +335,7 @@ class Bank:
         """A draw for a message: "draw 3 (image dog.png, sigma 0.512)"."""
         draw = self.index.draws[number]
         images = self.index.images
-        name = images[draw.image]["name"] if draw.image < len(images) else draw.image
+        name = images[draw.image].name if draw.image < len(images) else draw.image
         return f"draw {number} (image {name}, sigma {draw.sigma:.3f})"
 
     @cached_property

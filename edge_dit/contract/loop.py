@@ -177,6 +177,21 @@ class Painting(_Part):
     scale: float
 
 
+class DrawFacts(_Part):
+    """How the job makes draws of a device's pictures; as its keys of [data] and [prior].
+
+    Attributes:
+        trigger, caption_lines, caption_dropout, folder_repeats, alpha_masks: see
+            `edge_dit.pictures.dataset.SubjectFolder`.
+    """
+
+    trigger: str | None = None
+    caption_lines: bool = False
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    folder_repeats: bool = False
+    alpha_masks: bool = False
+
+
 class LoopFacts(BaseModel):
     """The loop's entry in the manifest.
 
@@ -192,6 +207,7 @@ class LoopFacts(BaseModel):
         tile: side in pixels of the squares that encoder and decoder take.
         prompts: texts whose tensors are in `TABLES`, by number.
         caption: of pictures that have none of their own; the job's [data] prompt.
+        draws: what becomes of pictures' captions; not written where nothing does.
         previews: numbers of the prompts that are painted while training.
         negative: number of the default negative prompt, if guidance needs one.
         negatives: numbers of the prompts that are encoded as negative ones.
@@ -210,6 +226,7 @@ class LoopFacts(BaseModel):
     tile: Annotated[int, Field(ge=1)]
     prompts: list[str]
     caption: str | None = None
+    draws: DrawFacts = DrawFacts()
     previews: list[int] = []
     negatives: list[int] = []
     negative: int | None = None

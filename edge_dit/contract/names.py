@@ -9,6 +9,7 @@ Batch tensors, which a bank stores for every draw:
     tail_residual            what the blocks after the last trained one add, where it is `STORED`
     target                   what the prediction is compared with
     weight                   factor of the loss, where draws are weighted
+    weight_mask              in its place where draws have masks: factor of each token's loss
 
 LoRA tensors have their diffusers names. Outputs are "loss" and "grad.<lora name>".
 """
@@ -40,7 +41,8 @@ COND = "cond."
 AT_HEAD = "head"
 """The head among the readers of conditioning, see `read_by`; the others are names of blocks."""
 RESIDUAL, RESIDUAL_TEXT = "residual", "residual_text"
-TAIL_RESIDUAL, TARGET, WEIGHT = "tail_residual", "target", "weight"
+TAIL_RESIDUAL, TARGET = "tail_residual", "target"
+WEIGHT, WEIGHT_MASK = "weight", "weight_mask"
 LOSS, GRAD, NEW = "loss", "grad.", "new."
 """The loss; prefix of a gradient; prefix of the new value of an input."""
 ADAPTED = "adapter."

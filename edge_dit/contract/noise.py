@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
-CROP, POSTERIOR, NOISE, ORDER = 0, 1, 2, 3
+CROP, POSTERIOR, NOISE, ORDER, CAPTION = 0, 1, 2, 3, 4
 """Streams: the crop's position; the sample of the autoencoder's posterior; the noise of a draw, or
-that a picture is painted from; the order of draws."""
+that a picture is painted from; the order of draws; which caption a draw has."""
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _ROUNDS = 10

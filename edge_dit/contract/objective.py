@@ -95,3 +95,14 @@ class EpsilonPrediction:
 
 
 Objective = FlowMatching | EpsilonPrediction
+
+
+def weight_of(objective: float | None, picture: float, weighted: bool) -> float | None:
+    """Weight of a draw's loss; None if every draw weighs 1.
+
+    Args:
+        objective: its `weight`.
+        picture: weight of the draw's picture.
+        weighted: whether pictures have weights in this plan.
+    """
+    return objective if not weighted else picture * (1.0 if objective is None else objective)

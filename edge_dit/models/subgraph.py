@@ -34,6 +34,7 @@ from edge_dit.contract.names import (
     TARGET,
     THROUGH,
     WEIGHT,
+    WEIGHT_MASK,
     T,
     Tail,
     read_in,
@@ -148,7 +149,7 @@ def as_batch(
     tail_residual: Tensor | None,
     cond: Mapping[str, Tensor],
     target: Tensor,
-    weight: float | None = None,
+    weight: float | Tensor | None = None,
     inner: Mapping[int, State] | None = None,
 ) -> dict[str, Tensor]:
     """A draw's tensors under the names that banks and exported graphs use.
@@ -159,7 +160,8 @@ def as_batch(
             [1, N, D]; None where the tail is not `STORED`.
         cond: conditioning.
         target: what the model should predict.
-        weight: of the draw's loss, in families that weigh draws.
+        weight: of the draw's loss, where draws are weighed; or of each token's, where they have
+            masks: [1, N, 1], or [1, 1, h, w] of latents.
         inner: first block of each run skipped between trained blocks -> its residual.
     """
     batch = {ENTRY: entry.image}
@@ -172,7 +174,9 @@ def as_batch(
     if tail_residual is not None:
         batch[TAIL_RESIDUAL] = tail_residual
     batch[TARGET] = target
-    if weight is not None:
+    if isinstance(weight, Tensor):
+        batch[WEIGHT_MASK] = weight
+    elif weight is not None:
         batch[WEIGHT] = torch.tensor([weight])
     # A bank stores contiguous rows of float32. ExecuTorch refuses them if it traced other strides.
     return {name: value.float().contiguous() for name, value in batch.items()}
@@ -299,7 +303,11 @@ class TrainableSubgraph(nn.Module):
 
     def loss(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The loss of a prediction against the draw's target, a scalar."""
-        loss = torch.nn.functional.mse_loss(self.family.learned(prediction), batch[TARGET])
+        learned = self.family.learned(prediction)
+        if WEIGHT_MASK in batch:
+            off = learned - batch[TARGET]
+            return (off * off * batch[WEIGHT_MASK]).mean()
+        loss = torch.nn.functional.mse_loss(learned, batch[TARGET])
         return loss * batch[WEIGHT].squeeze() if WEIGHT in batch else loss
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -308,7 +316,8 @@ class TrainableSubgraph(nn.Module):
         Args:
             batch: float32 tensors from `as_batch`: "entry" [1, N, D], "target" and the family's
                 "cond.<name>". In joint-attention families also "entry_text" [1, L, D], where the
-                tail is stored "tail_residual" [1, N, D], where draws are weighed "weight" [1], and
+                tail is stored "tail_residual" [1, N, D], where draws are weighed "weight" [1] or
+                "weight_mask" [1, N, 1] or [1, 1, h, w], and
                 for every run skipped between trained blocks its `residual_names`.
         """
         return self.loss(self.predict(batch), batch)

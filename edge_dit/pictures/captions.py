@@ -21,6 +21,10 @@ from edge_dit.text import utf8
 COLUMNS = ("text", "caption", "prompt")
 """Names of a table's column of captions: imagefolder's, and those that trainers' options name."""
 FILE_NAME = "file_name"
+REPEATED, WEIGHED = "repeats", "weight"
+"""Columns of a table that say how often a picture is drawn, and what its loss weighs."""
+MOST = 1000
+"""Most repeats, and largest weight, of a picture."""
 LONGEST = 64 * 2**10
 """Largest file of one caption, bytes; text encoders read a few hundred words."""
 UNSEEN = (
@@ -41,17 +45,27 @@ class Caption:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """How often a picture is drawn while others are drawn once, and what its loss weighs."""
+
+    repeats: int = 1
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Captions:
     """Captions of a folder.
 
     Attributes:
         of: name of a picture -> its caption; pictures without one are missing.
+        counts: name of a picture -> what a table says of repeats and weight.
         used: names of the files that they are from.
         left_out: files that look like captions and are of no picture.
         faults: everything wrong with them.
     """
 
     of: dict[str, Caption] = field(default_factory=dict)
+    counts: dict[str, Counts] = field(default_factory=dict)
     used: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     faults: list[BadInput] = field(default_factory=list)
@@ -187,6 +201,9 @@ def _table(listing: Listing, name: str, found: Captions, sources: dict[str, list
             place = f"{path}:{line}"
             try:
                 pictures = _pictures(listing, known, place, PurePosixPath(name).parent, row)
+                if (counts := _counts(place, row)) is not None:
+                    rows += 1
+                    found.counts.update(dict.fromkeys(pictures, counts))
                 if (text := _text(place, row)) is not None:
                     rows += 1
                     for picture in pictures:
@@ -283,6 +300,26 @@ def _pictures(
     near = [other for other in known if other.casefold() == name.casefold()]
     remedy = reason or (f"did you mean {near[0]}?" if near else "remove the line, or add the file")
     raise BadInput(place, found=f"no picture {given!r:.80}", remedy=remedy)
+
+
+def _counts(place: str, row: dict[str, Any]) -> Counts | None:
+    """Repeats and weight of a row; None where it says neither.
+
+    Raises:
+        BadInput: one of them is out of bounds.
+    """
+    given = {key: row[key] for key in (REPEATED, WEIGHED) if row.get(key) not in (None, "")}
+    if not given:
+        return None
+    try:
+        repeats, weight = (float(given.get(key, 1)) for key in (REPEATED, WEIGHED))
+    except (TypeError, ValueError):
+        repeats, weight = float("nan"), float("nan")
+    if repeats not in range(1, MOST + 1) or not 0 < weight <= MOST:
+        found = ", ".join(f"{key} {value!r:.30}" for key, value in given.items())
+        expected = f"repeats: a whole number from 1 to {MOST}; weight: above 0, at most {MOST}"
+        raise BadInput(place, found=found, expected=expected)
+    return Counts(int(repeats), weight)
 
 
 def _text(place: str, row: dict[str, Any]) -> str | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from edge_dit.contract import bank
 from edge_dit.contract.bank import Draw
-from edge_dit.contract.noise import CROP, seed_of, uniform
+from edge_dit.contract.noise import CAPTION, CROP, seed_of, uniform
 from edge_dit.pictures.crop import CropRule
 from edge_dit.pictures.dataset import Captioned
 
@@ -36,6 +37,7 @@ class BankRequest:
         rule: of the crops.
         dtype: of large tensors, see `edge_dit.contract.bank.Index`.
         bytes_each: of a draw's float32 tensors, those of its prompt too.
+        prior_share: share of the draws that are prior draws.
     """
 
     plan_hash: str
@@ -44,6 +46,7 @@ class BankRequest:
     rule: CropRule
     dtype: bank.Dtype
     bytes_each: int
+    prior_share: float = 0.0
 
 
 def bank_index(
@@ -56,13 +59,71 @@ def bank_index(
         images: from `edge_dit.pictures.dataset.read_folder`.
         level: see `DrawRule`.
     """
-    prompts = list(dict.fromkeys(image.caption for image in images))
-    prompt_of_image = [prompts.index(image.caption) for image in images]
-    sizes = [image.size for image in images]
-    draws = DrawRule(asked.seed, level, prompt_of_image, sizes, asked.rule).draws(asked.draws)
-    named = [{"name": image.name, "sha256": image.sha256} for image in images]
+    prompts = prompts_of(images)
+    drawn = drawn_of(images, prompts)
+    rule = DrawRule(asked.seed, level, drawn, asked.rule, asked.prior_share)
+    listed = [image.listed(of.choice) for image, of in zip(images, drawn, strict=True)]
     shard = max(1, min(bank.SHARD, SHARD_BYTES // asked.bytes_each))
-    return bank.Index(asked.plan_hash, named, prompts, draws, shard, asked.dtype)
+    draws = rule.draws(asked.draws)
+    return bank.Index(asked.plan_hash, listed, prompts, draws, shard, asked.dtype)
+
+
+def prompts_of(images: Sequence[Captioned]) -> list[str]:
+    """Distinct prompts of pictures in their order; the empty one last, where it was not there."""
+    texts = [text for image in images for text in image.captions]
+    return list(dict.fromkeys([*texts, *("" for image in images if image.dropout)]))
+
+
+def drawn_of(images: Sequence[Captioned], prompts: Sequence[str]) -> list[Drawn]:
+    """Pictures as `DrawRule` takes them.
+
+    Args:
+        images: from `edge_dit.pictures.dataset.read_folder`.
+        prompts: from `prompts_of`.
+    """
+    number = {text: n for n, text in enumerate(prompts)}
+    return [
+        Drawn(
+            image.size,
+            tuple(number[text] for text in (*image.captions, *[""] * bool(image.dropout))),
+            image.dropout,
+            image.repeats,
+            image.prior,
+        )
+        for image in images
+    ]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture as draws see it.
+
+    Attributes:
+        size: height and width in pixels.
+        prompts: numbers of its captions; where it has dropout, then that of the empty prompt.
+        dropout: share of its draws that have the empty prompt.
+        repeats: turns it has while a picture without repeats has one.
+        prior: whether it is one of the prior draws' pictures.
+    """
+
+    size: tuple[int, int]
+    prompts: tuple[int, ...]
+    dropout: float = 0.0
+    repeats: int = 1
+    prior: bool = False
+
+    @property
+    def choice(self) -> tuple[int, ...]:
+        """`prompts`, if there is a choice; else none."""
+        return self.prompts if len(self.prompts) > 1 else ()
+
+    def prompt(self, seed: int) -> int:
+        """Number of the prompt of a draw with ``seed``."""
+        if len(self.prompts) == 1:
+            return self.prompts[0]
+        drop, which = map(float, uniform(seed, CAPTION, 2))
+        captions = self.prompts[:-1] if self.dropout else self.prompts
+        return self.prompts[-1] if drop < self.dropout else captions[int(which * len(captions))]
 
 
 @dataclass(frozen=True)
@@ -73,31 +134,48 @@ class DrawRule:
         seed: of the bank.
         level: share in [0, 1) of the training density -> noise level
             (`edge_dit.contract.objective.FlowMatching.level`).
-        prompt_of_image: number of each image's prompt.
-        sizes: height and width of each image in pixels.
+        pictures: in the order in which they take turns.
         crops: the rule of the crops.
+        prior_share: share of the draws that are of the prior's pictures.
     """
 
     seed: int
     level: Callable[[float], float]
-    prompt_of_image: Sequence[int]
-    sizes: Sequence[tuple[int, int]]
+    pictures: Sequence[Drawn]
     crops: CropRule
+    prior_share: float = 0.0
+
+    @cached_property
+    def _turns(self) -> tuple[list[int], list[int]]:
+        """Numbers of pictures in turn, each as often as it is repeated: the subject's, the
+        prior's.
+        """
+        most = max(picture.repeats for picture in self.pictures)
+        rounds = [
+            n for turn in range(most) for n, p in enumerate(self.pictures) if turn < p.repeats
+        ]
+        prior = [n for n in rounds if self.pictures[n].prior]
+        return [n for n in rounds if not self.pictures[n].prior], prior
 
     def draw(self, number: int) -> Draw:
         """Draw ``number``.
 
         Images take turns. The golden-ratio sequence spreads noise levels evenly over the training
-        density. Crop position and noise are pseudo-random, by `edge_dit.contract.noise`.
+        density. Crop position and noise are pseudo-random, by `edge_dit.contract.noise`. Prior
+        draws are spread evenly among the others, and are a sequence of their own.
         """
+        before = int(number * self.prior_share)
+        prior = int((number + 1) * self.prior_share) > before
+        turns, count = self._turns[prior], before if prior else number - before
         # The draws of each single image must cover the noise levels too.
-        turn, image = divmod(number, len(self.sizes))
+        turn, place = divmod(count, len(turns))
         offset = float(uniform(self.seed, CROP, 1)[0])
-        sigma = self.level((offset + turn * GOLDEN + image / len(self.sizes)) % 1.0)
+        sigma = self.level((offset + turn * GOLDEN + place / len(turns)) % 1.0)
         seed = seed_of(self.seed, number)
         u, v = map(float, uniform(seed, CROP, 2))
-        crop = self.crops.crop(sigma, u, v, *self.sizes[image])
-        return Draw(seed, image, self.prompt_of_image[image], sigma, u, v, crop)
+        image = self.pictures[turns[place]]
+        crop = self.crops.crop(sigma, u, v, *image.size)
+        return Draw(seed, turns[place], image.prompt(seed), sigma, u, v, crop)
 
     def draws(self, count: int) -> list[Draw]:
         """The first draws."""

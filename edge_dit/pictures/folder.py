@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from PIL import features
 
 from edge_dit.errors import EXTRA_OF, BadInput, is_installed
+from edge_dit.pictures.masks import ENDING as MASK
 
 HEIF = "pillow_heif"
 """Module that reads .heic files; an extra, see `edge_dit.errors.EXTRA_OF`."""
@@ -37,7 +38,7 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 """Files that hold captions of many pictures, as Hugging Face's imagefolder names them."""
 HIDDEN = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"}
 """Names, in lower case, of what systems put into folders; names with a leading dot likewise."""
-REPEATS = re.compile(r"\d+_.+")
+REPEATS = re.compile(r"\d{1,4}_.+", re.ASCII)
 """Kohya's names of folders: "10_sks toy" is read ten times there."""
 COUNTED = 10_000
 """Most entries of a sub-folder that are looked at to say how many pictures it holds."""
@@ -69,6 +70,7 @@ class Listing:
         pictures: sorted, folder by folder.
         side_cars: files that may hold the caption of one picture.
         tables: files that may hold captions of many.
+        masks: files that may be the loss mask of a picture (`edge_dit.pictures.masks`).
         left_out: everything else that is not hidden.
         notes: what else to say about a name.
         faults: pictures whose names cannot be written into a bank.
@@ -78,6 +80,7 @@ class Listing:
     pictures: list[str] = field(default_factory=list)
     side_cars: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     notes: list[LeftOut] = field(default_factory=list)
     faults: list[BadInput] = field(default_factory=list)
@@ -94,8 +97,17 @@ UNPRINTED = ("Cc", "Cs", "Zl", "Zp")
 """Unicode categories of control characters, bytes that are not UTF-8, and line separators."""
 
 
-def list_folder(folder: Path, recursive: bool = False) -> Listing:
-    """List a folder, with ``recursive`` its sub-folders too.
+def repeats_of(name: str) -> int:
+    """How often the folder that a picture is in says it is read: "10_toy/a.png" ten times, else
+    once.
+    """
+    parent = PurePosixPath(name).parent.name
+    return max(1, int(parent.partition("_")[0])) if REPEATS.fullmatch(parent) else 1
+
+
+def list_folder(folder: Path, recursive: bool = False, folder_repeats: bool = False) -> Listing:
+    """List a folder, with ``recursive`` its sub-folders too; with ``folder_repeats`` nothing is
+    said of names that ask for repeats.
 
     Raises:
         BadInput: there is no such folder, or it cannot be read.
@@ -128,8 +140,9 @@ def list_folder(folder: Path, recursive: bool = False) -> Listing:
             else:
                 seen.add(real)
                 waiting.append(inside)
-                if REPEATS.fullmatch(name):
-                    reason = "repeats are not applied: each picture in it counts once"
+                if REPEATS.fullmatch(name) and not folder_repeats:
+                    reason = "repeats are not applied: each picture in it counts once, unless "
+                    reason += "[data] folder_repeats = true"
                     listing.notes.append(LeftOut(shown(inside), reason))
     for names in (listing.pictures, listing.side_cars, listing.tables):
         names.sort(key=PurePosixPath)
@@ -149,6 +162,8 @@ def _place(listing: Listing, path: Path, name: str) -> None:
     suffix = path.suffix.lower()
     if reason := _not_a_file(path) or _cannot_be_read(suffix):
         listing.left_out.append(LeftOut(shown(name), reason))
+    elif name.lower().endswith(MASK):
+        listing.masks.append(name)
     elif suffix in FORMATS:
         if shown(name) == name:
             listing.pictures.append(name)

@@ -124,6 +124,37 @@ def read_rgb(path: Path, sha256: str, resolution: int) -> np.ndarray:
     return np.array(rgb)
 
 
+def read_mask(path: Path, sha256: str, resolution: int) -> np.ndarray:
+    """Decode a loss mask, sized as the picture beside it.
+
+    Args:
+        path: of the mask, a picture in shades of gray.
+        sha256: of its bytes when it was listed.
+        resolution: of the picture, see `read_rgb`.
+
+    Returns:
+        [H, W] float32: 0 where it is black, 1 where it is white.
+
+    Raises:
+        BadInput: unreadable, or no longer the file that was listed.
+    """
+    return read_rgb(path, sha256, resolution).mean(-1, dtype=np.float32) / np.float32(255)
+
+
+def read_alpha(path: Path, sha256: str, resolution: int) -> np.ndarray:
+    """The alpha channel of a picture as a loss mask, as `read_mask`; 1 where there is none."""
+    with _opened(path, sha256) as (_, image):
+        image = _decoded(image)
+        turn = TURNS.get(_orientation(image))
+        alpha = image.convert("RGBA").getchannel("A")
+        if turn is not None:
+            alpha = alpha.transpose(turn)
+    height, width = resized((alpha.height, alpha.width), resolution)
+    if (width, height) != alpha.size:
+        alpha = alpha.resize((width, height), Image.Resampling.LANCZOS)
+    return np.array(alpha).astype(np.float32) / np.float32(255)
+
+
 def resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:
     """Height and width after the shorter side has become ``resolution`` pixels."""
     short = min(size)

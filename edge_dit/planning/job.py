@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import reprlib
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -22,6 +23,8 @@ from edge_dit.contract.bundle import TARGETS
 from edge_dit.contract.names import Tail
 from edge_dit.errors import BadInput, raise_any
 from edge_dit.models.source import BESIDE, settle
+from edge_dit.pictures.captions import MOST, clean
+from edge_dit.pictures.dataset import SubjectFolder
 from edge_dit.store.documents import read_whole
 from edge_dit.store.remote import path_from
 from edge_dit.text import seconds_of, utf8
@@ -59,6 +62,18 @@ DOTS = 1000
 """Dots in a job file at most: tomllib keeps every prefix of a dotted key, so that a key of 20,000
 parts, 40 KB, took 1.6 GB and 10 s.
 """
+
+
+def _texts(value: object) -> list[str]:
+    """A text, or a list of them, as a list.
+
+    Raises:
+        ValueError: something else, or empty.
+    """
+    texts = [value] if isinstance(value, str) else value
+    if isinstance(texts, list) and texts and all(isinstance(t, str) and clean(t) for t in texts):
+        return texts
+    raise ValueError("a prompt, or a list of prompts")
 
 
 class _Section(BaseModel):
@@ -107,6 +122,27 @@ class Model(_Section):
     ] = None
 
 
+class FurtherSubject(_Section):
+    """[[data.subjects]]: further subjects, each with a folder of its own. `recursive`,
+    `caption_lines`, `caption_dropout` and `folder_repeats` are those of [data].
+    """
+
+    images: Annotated[Path, Field(description="Folder of its pictures, relative to the job.")]
+    prompt: Annotated[
+        str | None, Field(description="Caption of every picture that has none of its own.")
+    ] = None
+    trigger: Annotated[
+        str | None,
+        Field(min_length=1, description="Words put before each caption that lacks them."),
+    ] = None
+    repeats: Annotated[
+        int, Field(ge=1, le=MOST, description="Turns that each of its pictures has.")
+    ] = 1
+    weight: Annotated[
+        float, Field(gt=0, le=MOST, description="Weight of the loss of each of its draws.")
+    ] = 1.0
+
+
 class Data(_Section):
     """[data]: what it is taught."""
 
@@ -122,6 +158,103 @@ class Data(_Section):
         str | None, Field(description="Caption of every picture that has none of its own.")
     ] = None
     recursive: Annotated[bool, Field(description="Read sub-folders of `images` too.")] = False
+    trigger: Annotated[
+        str | None,
+        Field(min_length=1, description="Words put before each caption that lacks them."),
+    ] = None
+    caption_lines: Annotated[
+        bool,
+        Field(
+            description="Each line of a caption is a caption of its own; every draw takes one of "
+            "them. Default: all lines are one caption."
+        ),
+    ] = False
+    caption_dropout: Annotated[
+        float,
+        Field(ge=0, lt=1, description="Share of the draws that have the empty prompt instead."),
+    ] = 0.0
+    folder_repeats: Annotated[
+        bool,
+        Field(
+            description="Pictures in a sub-folder named `10_toy` are drawn ten times as often, as "
+            "kohya's tools do. Needs `recursive`."
+        ),
+    ] = False
+    alpha_masks: Annotated[
+        bool,
+        Field(
+            description="The pictures' alpha channels are loss masks: what is transparent is not "
+            "learned. Without it, `toy.mask.png` beside `toy.jpg` is its mask, if it is there: "
+            "white is learned, black is not, gray in part."
+        ),
+    ] = False
+    repeats: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=MOST,
+            description="Turns that each picture of `images` has while a picture of another "
+            "subject has one. A column `repeats` of metadata.jsonl or metadata.csv multiplies it "
+            "for one picture.",
+        ),
+    ] = 1
+    weight: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=MOST,
+            description="Weight of the loss of each draw of `images`. A column `weight` of "
+            "metadata.jsonl or metadata.csv multiplies it for one picture.",
+        ),
+    ] = 1.0
+    subjects: Annotated[
+        list[FurtherSubject],
+        Field(description="Further subjects, as tables `[[data.subjects]]`; see below."),
+    ] = []
+
+    def folders(self) -> list[SubjectFolder]:
+        """Every subject's folder, and what becomes of its pictures."""
+        shared = {
+            "recursive": self.recursive,
+            "caption_lines": self.caption_lines,
+            "caption_dropout": self.caption_dropout,
+            "folder_repeats": self.folder_repeats,
+            "alpha_masks": self.alpha_masks,
+        }
+        return [
+            SubjectFolder(
+                images=subject.images,
+                prompt=subject.prompt,
+                trigger=subject.trigger,
+                repeats=subject.repeats,
+                weight=subject.weight,
+                **shared,
+            )
+            for subject in (self, *self.subjects)
+        ]
+
+
+class Prior(_Section):
+    """[prior]: what the base model does with other prompts, kept. A share of the draws have these
+    prompts, and the base model's own prediction as their target
+    ([docs/method.md](method.md#prior-preservation)).
+    """
+
+    prompt: Annotated[
+        list[str],
+        BeforeValidator(_texts),
+        Field(
+            description="**Required** in this section. What is kept: the class of the subject "
+            '(`"a toy"`), or several prompts in a list.',
+        ),
+    ] = []
+    share: Annotated[
+        float,
+        Field(gt=0, le=0.9, description="Share of the draws that keep it."),
+    ] = 0.25
+    weight: Annotated[
+        float, Field(gt=0, le=MOST, description="Weight of the loss of these draws.")
+    ] = 1.0
 
 
 class PlanOptions(_Section):
@@ -275,6 +408,7 @@ class Job(_Section):
 
     model: Model
     data: Data
+    prior: Prior = Prior()
     plan: PlanOptions = PlanOptions()
     train: Train
     export: Export = Export()
@@ -283,7 +417,8 @@ class Job(_Section):
         """Every key as "section.key", for JSON. Without the paths: what lies there is known by its
         content, and may be moved.
         """
-        sections = self.model_dump(mode="json", exclude={"model": {*MODELS}, "data": {"images"}})
+        paths: Any = {"images": True, "subjects": {"__all__": {"images"}}}
+        sections = self.model_dump(mode="json", exclude={"model": {*MODELS}, "data": paths})
         return {
             f"{section}.{key}": value
             for section, keys in sections.items()
@@ -394,6 +529,7 @@ def _known_keys(section: list[str]) -> list[str]:
     model: Any = Job
     for key in section:
         model = model.model_fields[key].annotation
+        model = next(iter(get_args(model)), model)  # of a list: its items
     return list(model.model_fields)
 
 
@@ -444,6 +580,15 @@ def _relations(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
                 remedy=f"remove one; head_skip and tail_skip may stay beside {budget[0]}",
             )
         )
+    if "prior" in raw and "prompt" not in section("prior"):
+        faults.append(
+            BadInput(
+                _place(path, text, ["prior"]),
+                found="prior.prompt is missing",
+                expected="the prompts that are kept",
+                remedy='add it: prompt = "a toy", the class of your subject',
+            )
+        )
     targets = section("export").get("targets")
     unknown = [t for t in targets if t not in TARGETS] if isinstance(targets, list) else []
     if unknown:
@@ -468,7 +613,15 @@ def _resolve(job: Job, base: Path) -> Job:
                 }
             ),
             "data": job.data.model_copy(
-                update={"images": path_from(base, job.data.images).resolve()}
+                update={
+                    "images": path_from(base, job.data.images).resolve(),
+                    "subjects": [
+                        subject.model_copy(
+                            update={"images": path_from(base, subject.images).resolve()}
+                        )
+                        for subject in job.data.subjects
+                    ],
+                }
             ),
         }
     )
@@ -477,29 +630,38 @@ def _resolve(job: Job, base: Path) -> Job:
 def _paths(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
     """Folders and files that are not there. Whether the hub has a model is asked later."""
     faults = []
-    for section, key in (*(("model", key) for key in MODELS), ("data", "images")):
-        value = raw.get(section)
-        value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, str):
-            continue
+    for keys, value in _named_paths(raw):
         try:
-            if section == "model":
-                settle(value, path.parent, f"model.{key}")
+            if keys[0] == "model":
+                settle(value, path.parent, ".".join(keys))
             elif not _is_folder(path.parent, value):
                 raise BadInput(
                     "",
-                    found=f"data.images: no folder {path.parent.absolute() / value}",
+                    found=f"{'.'.join(keys)}: no folder {path.parent.absolute() / value}",
                     expected="a folder of images",
                     remedy=BESIDE,
                 )
         except BadInput as fault:
             odd = "\\" in value or not value.isprintable()  # "C:\new" has a line end in it
             remedy = WINDOWS_PATHS if odd and fault.remedy == BESIDE else fault.remedy
-            place = _place(path, text, [section, key])
+            place = _place(path, text, keys)
             faults.append(
                 BadInput(place, found=fault.found, expected=fault.expected, remedy=remedy)
             )
     return faults
+
+
+def _named_paths(raw: dict[str, Any]) -> Iterator[tuple[list[str], str]]:
+    """Every path of a job, with its keys."""
+    sections = {name: value for name, value in raw.items() if isinstance(value, dict)}
+    named = [(["model", key], sections.get("model", {}).get(key)) for key in MODELS]
+    data = sections.get("data", {})
+    named.append((["data", "images"], data.get("images")))
+    further = data.get("subjects")
+    for subject in further if isinstance(further, list) else []:
+        images = subject.get("images") if isinstance(subject, dict) else None
+        named.append((["data", "subjects", "images"], images))
+    yield from ((keys, value) for keys, value in named if isinstance(value, str))
 
 
 def _is_folder(base: Path, path: str) -> bool:

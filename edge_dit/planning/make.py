@@ -15,10 +15,10 @@ from edge_dit.errors import BadInput, raise_any
 from edge_dit.models.model import Model, open_model
 from edge_dit.models.source import Located, locate
 from edge_dit.models.whereabouts import remember
-from edge_dit.pictures.dataset import Survey, survey
+from edge_dit.pictures.dataset import Survey, captions_of, survey
 from edge_dit.planning.job import Job
 from edge_dit.planning.plan import Plan, loop_faults, read_plan
-from edge_dit.planning.prompts import loop_prompts
+from edge_dit.planning.prompts import job_prompts, loop_prompts
 from edge_dit.planning.selection import find_selection
 from edge_dit.planning.split import Split, SplitRequest, choose_split, requested, size_faults
 from edge_dit.planning.use_on import use_faults
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Made:
-    """A plan, and what was found in the folder of pictures."""
+    """A plan, and what was found in each subject's folder of pictures."""
 
     plan: Plan
-    pictures: Survey
+    pictures: list[Survey]
 
 
 def make_plan(job: Job, request: SplitRequest | None = None) -> Plan:
@@ -68,21 +68,28 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
     faults += lora_faults(model, split, job.train.lora_targets, tail)
     faults += tail_faults(tail, dict.fromkeys(job.export.targets)) if split.tail_skip else []
     faults += use_faults(job, model)
-    pictures, prompts = None, []
-    try:
-        pictures = survey(job.data.images, job.data.recursive)
-        prompts = pictures.prompts(job.data.prompt)
-    except BadInput as fault:
-        faults.append(fault)
+    pictures, captions, masked = [], [], False
+    weighted = job.prior.weight != 1 and bool(job.prior.prompt)
+    for subject in job.data.folders():
+        try:
+            found = survey(subject.images, subject.recursive, subject.folder_repeats)
+            captions += captions_of(found, subject)
+        except BadInput as fault:
+            faults.append(fault)
+            continue
+        pictures.append(found)
+        names = found.listing.pictures
+        weighted |= any(found.counts(name, subject).weight != 1 for name in names)
+        masked |= bool(found.masks) or subject.alpha_masks
     faults += compute_faults(job.export.weights, job.export.compute, job.export.targets)
     faults += loop_faults(job.export.loop, job.export.targets, job.train.preview_every)
     raise_any("job", faults)
-    assert pictures is not None
-    encoded = set(prompts)
+    encoded = set(job_prompts(job, captions))
     if job.export.loop:
-        encoded |= {*loop_prompts(job, prompts).all, model.family.negative_prompt}
+        encoded |= {*loop_prompts(job, captions).all, model.family.negative_prompt}
     remember(model.folder, model.hash)
-    return Made(_plan(job, source, model, split, tail, encoded), pictures)
+    plan = _plan(job, source, model, split, tail, encoded)
+    return Made(plan.model_copy(update={"weighted": weighted, "masked": masked}), pictures)
 
 
 def _plan(
@@ -122,6 +129,7 @@ def _plan(
         draws=job.train.draws,
         seed=job.train.seed,
         preview_every=job.train.preview_every,
+        prior_share=job.prior.share if job.prior.prompt else 0.0,
         targets=list(dict.fromkeys(job.export.targets)),
         weights=job.export.weights,
         compute=job.export.compute,

@@ -60,6 +60,9 @@ class Plan(BaseModel):
         bank_dtype: dtype of the bank's large tensors.
         seed: of everything random.
         preview_every: steps between pictures painted while training; 0 for none.
+        prior_share: share of the draws that are prior draws.
+        weighted: whether the draws' losses are weighed by their pictures' weights.
+        masked: whether they are by their pictures' masks too.
         targets: to export.
         layout: that training uses by default; empty for the target's first one.
         weights: dtype of frozen matrices in the onnx target (`edge_dit.planning.job.Export`).
@@ -94,6 +97,9 @@ class Plan(BaseModel):
     draws: Positive
     seed: Natural
     preview_every: Natural = 0
+    prior_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weighted: bool = False
+    masked: bool = False
     targets: list[str]
     layout: str = ""
     weights: Dtype = WIDE
@@ -186,8 +192,9 @@ class Plan(BaseModel):
             shared["held"] = self.held
         if self.tile:  # the pictures of a bank went through the autoencoder in another way
             shared["tile"] = self.tile
-        if self.tail == STORED:  # so that plans from before there were others keep theirs
-            del shared["tail"]
+        # Plans from before there were such choices keep their identity.
+        plain = {"tail": STORED, "prior_share": 0.0, "weighted": False, "masked": False}
+        shared = {k: v for k, v in shared.items() if k not in plain or v != plain[k]}
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.names import ADAPTED, MOMENTS, STEP, STORED
+from edge_dit.contract.objective import weight_of
 from edge_dit.models.model import Model
 from edge_dit.models.subgraph import (
     TrainableSubgraph,
@@ -22,6 +23,7 @@ from edge_dit.models.subgraph import (
     inner_runs,
     lora_modules,
 )
+from edge_dit.pictures.masks import of_tokens
 from edge_dit.planning.plan import Plan
 
 
@@ -63,9 +65,23 @@ def blank_batch(plan: Plan, model: Model, transformer: nn.Module) -> dict[str, t
         torch.zeros_like(entry.image) if plan.tail == STORED else None,
         plan.reads(family.block_names(model.config), cond),
         objective.target(latents, torch.ones_like(latents)),
-        objective.weight(0.5),
+        _blank_weight(plan, model, latents),
         dict.fromkeys(inner_runs(plan.trained).values(), entry),
     )
+
+
+def _blank_weight(plan: Plan, model: Model, latents: torch.Tensor) -> float | torch.Tensor | None:
+    """The weight of a draw that weighs 1, in the form of the plan's draws.
+
+    Args:
+        plan: of the bank.
+        model: of the plan.
+        latents: shaped as the draw's.
+    """
+    if plan.masked:
+        patch = np.ones((plan.s_min, plan.s_min), np.float32)
+        return torch.from_numpy(of_tokens(patch, plan.grid, latents.shape))
+    return weight_of(model.objective.weight(0.5), 1.0, plan.weighted)
 
 
 def lora_tensors(subgraph: TrainableSubgraph) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edge_dit.contract.bank import HALVED, INDEX, Bank, Index
+from edge_dit.contract.bank import HALVED, INDEX, Bank, Draw, Index
 from edge_dit.contract.certificate import BankResult, Difference, differences
 from edge_dit.contract.names import (
     COND,
@@ -37,6 +37,7 @@ from edge_dit.contract.names import (
     TAIL_RESIDUAL,
     TARGET,
     WEIGHT,
+    WEIGHT_MASK,
 )
 from edge_dit.contract.noise import NOISE
 from edge_dit.errors import BadInput
@@ -103,6 +104,7 @@ def examine(plan: Plan, model: Model, bank: Bank, images: Sequence[Captioned] = 
     sizes = {number: picture.pixels.shape[1:] for number, picture in pictures.items()}
     claims = false_index(plan, model, bank.index, sizes)
     source, missing = _source(plan, model, skeleton, bank, pictures)
+    source = replace(source, listed=bank.index.images, weighted=plan.weighted, masked=plan.masked)
     work = _Work(plan, checkpoint, bank, source, numbers, not missing)
     return BankResult(
         index_sha256=bank.identity,
@@ -116,12 +118,18 @@ def examine(plan: Plan, model: Model, bank: Bank, images: Sequence[Captioned] = 
 
 def sampled(index: Index) -> list[int]:
     """Numbers of the draws that are recomputed, ascending: the first and the last, and in each half
-    that of the lowest noise level, which hides least of a target.
+    that of the lowest noise level, which hides least of a target; and the first prior draw.
     """
     count = len(index.draws)
     halves = range(count // 2), range(count // 2, count)
     lowest = [min(half, key=lambda n: index.draws[n].sigma) for half in halves if half]
-    return sorted({0, count - 1, *lowest})
+    prior = [n for n, draw in enumerate(index.draws) if is_prior(index, draw)][:1]
+    return sorted({0, count - 1, *lowest, *prior})
+
+
+def is_prior(index: Index, draw: Draw) -> bool:
+    """Whether a draw keeps what the base model predicts."""
+    return draw.image < len(index.images) and index.images[draw.image].prior
 
 
 def _check_form(bank: Bank, blank: Mapping[str, torch.Tensor]) -> None:
@@ -146,7 +154,7 @@ def _pictures(
     at_hand = {image.sha256: image for image in images}
     listed = bank.index.images
     drawn = {bank.index.draws[n].image for n in numbers}
-    sums = {number: listed[number].get("sha256") for number in drawn if number < len(listed)}
+    sums = {number: listed[number].sha256 for number in drawn if number < len(listed)}
     found = {number: at_hand[digest] for number, digest in sums.items() if digest in at_hand}
     if images and not found:
         raise BadInput(
@@ -229,6 +237,19 @@ class _Work:
         return list(family.per_prompt)
 
     @property
+    def unmasked(self) -> list[int]:
+        """Numbers of the draws whose masks are not at hand."""
+        draws, listed = self.bank.index.draws, self.source.listed
+        at_hand = {n: picture.mask_sha256 for n, picture in self.source.images.items()}
+        return [
+            number
+            for number in (self.numbers if self.plan.masked else [])
+            if (image := draws[number].image) < len(listed)
+            and listed[image].mask
+            and at_hand.get(image) != listed[image].mask
+        ]
+
+    @property
     def pictured(self) -> list[int]:
         """Numbers of the draws whose picture is at hand."""
         return [n for n in self.numbers if self.bank.index.draws[n].image in self.source.images]
@@ -239,7 +260,15 @@ class _Work:
         family, objective = self.source.model.family, self.source.model.objective
         blank = torch.zeros(1)
         known = objective.clean(blank, blank) is not None and (self.text or not family.joint)
-        return self.numbers if known else self.pictured
+        if not known:
+            return self.pictured
+        return [n for n in self.numbers if n in self.pictured or not self._prior(n)]
+
+    def _prior(self, number: int) -> bool:
+        """Whether a draw's target is the base model's prediction, which says nothing of its
+        picture.
+        """
+        return is_prior(self.bank.index, self.bank.index.draws[number])
 
     @cached_property
     def starts(self) -> dict[int, Start]:
@@ -277,7 +306,7 @@ class _Work:
         model = self.source.model
         target = _nudged(torch.from_numpy(stored[TARGET]), nudge)
         noise = normal_of(draw.seed, NOISE, tuple(target.shape))
-        clean = model.objective.clean(target, noise)
+        clean = None if self._prior(number) else model.objective.clean(target, noise)
         start = self.source.enter(draw, noise if clean is None else clean)
         kept = {name: torch.from_numpy(stored[COND + name]) for name in self.unknown}
         return start._replace(cond={**start.cond, **kept})
@@ -301,6 +330,7 @@ class _Work:
         found = {}
         for number, tensors in zip(numbers, self._through(begun, from_entry), strict=True):
             kinds = RESIDUALS if from_entry else (*STATE, *RESIDUALS)
+            kinds += (TARGET,) if self._prior(number) else ()
             rows = self._rows(number, tensors, kinds)
             if not all(row.passed for row in rows.values()):
                 rows = self._allowed(number, rows, tensors, from_entry)
@@ -339,16 +369,18 @@ class _Work:
         if not begun:
             return []
         first = self.plan.head_skip if from_entry else 0
-        order, borders = list(begun), borders_of(self.plan)
+        order, borders = list(begun), borders_of(self.plan, begun)
         kept = states_at(borders, self.checkpoint, order, self.plan.grid, _quiet, first)
-        return list(map(partial(tensors_of, self.plan, self.checkpoint.names), order, kept))
+        tensors = partial(tensors_of, self.plan, self.source, self.checkpoint.names)
+        return list(map(tensors, order, kept))
 
     def _early(self, number: int) -> dict[str, Difference]:
         """Differences of what is known before the first block: target, conditioning, weight."""
         start = self.starts[number]
-        names: tuple[str, ...] = (COND, WEIGHT)
+        names: tuple[str, ...] = (COND, *([] if number in self.unmasked else [WEIGHT, WEIGHT_MASK]))
         blank = torch.zeros(1)
-        if number in self.pictured or self.source.model.objective.clean(blank, blank) is None:
+        known = self.source.model.objective.clean(blank, blank) is None
+        if (known or number in self.pictured) and not self._prior(number):
             names = (TARGET, *names)  # otherwise the latents are made of it
         state = start.state
         cond = self.plan.reads(self.checkpoint.names, start.cond)
@@ -410,6 +442,10 @@ class _Work:
         lines = [f"the tensors of {len(index.draws) - len(self.numbers)} other draws"]
         if blind := [n for n in self.numbers if n not in self.pictured]:
             lines.append(f"whether draws {_listed(blind)} are of the pictures listed (--images)")
+        if self.unmasked:
+            lines.append(
+                f"the masks of draws {_listed(self.unmasked)}, whose files are not at hand"
+            )
         if rest := [n for n in self.numbers if n not in self.whole]:
             lines.append(
                 f"whether the entry states of draws {_listed(rest)} follow from their seed"

@@ -11,7 +11,7 @@ import numpy as np
 from edge_dit.contract.bank import INDEX, Draw, Index
 from edge_dit.models.model import Model
 from edge_dit.pictures.crop import CropRule
-from edge_dit.pictures.draws import DrawRule
+from edge_dit.pictures.draws import Drawn, DrawRule
 from edge_dit.planning.plan import Plan
 
 LONGEST = 2**20
@@ -37,10 +37,19 @@ def false_index(
     count, level = len(index.images), model.objective.level
     if not count:
         return [f"{INDEX}: no images"]
+    prior = sum(listed.prior for listed in index.images)
+    if bool(prior) != bool(plan.prior_share) or prior == count:
+        return [
+            f"{INDEX}: {prior} of {count} images are of prior draws, which are "
+            f"{plan.prior_share:g} of the draws by the plan"
+        ]
 
     def planned(prompt_of_image: list[int], of_size: Sequence[tuple[int, ...]]) -> list[Draw]:
-        edges = [(height, width) for height, width in of_size]
-        rule = DrawRule(plan.seed, level, prompt_of_image, edges, plan.crop_rule)
+        pictures = [
+            Drawn((size[0], size[1]), of.prompts or (prompt,), of.dropout, of.repeats, of.prior)
+            for of, prompt, size in zip(index.images, prompt_of_image, of_size, strict=True)
+        ]
+        rule = DrawRule(plan.seed, level, pictures, plan.crop_rule, plan.prior_share)
         return rule.draws(len(index.draws))
 
     bare = planned([0] * count, [(plan.s_max, plan.s_max)] * count)
@@ -53,8 +62,10 @@ def false_index(
     ]
     # One draw that is wrong must not decide what is right for the others of its image.
     prompts = [Counter(have.prompt for have, _ in pairs).most_common(1) for pairs in of_image]
+    both = list(zip(index.images, prompts, strict=True))
     wanted = planned([most[0][0] if most else 0 for most in prompts], known)
-    wrong = list(_of_prompts(index, [most[0][0] for most in prompts if most]))
+    named = [of.prompts or ((most[0][0],) if most else ()) for of, most in both]
+    wrong = list(_of_prompts(index, named))
     wrong += [
         f"image {number}: crops of a picture of {height} x {width} pixels or more, by the plan its "
         f"shorter side has {plan.s_max}"
@@ -70,12 +81,19 @@ def false_index(
     return [f"{INDEX}: {line}" for line in [*wrong[:LINES], *more]]
 
 
-def _of_prompts(index: Index, used: list[int]) -> Iterator[str]:
-    """What is wrong with the list of prompts, by the prompts of the images in their order."""
+def _of_prompts(index: Index, named: list[tuple[int, ...]]) -> Iterator[str]:
+    """What is wrong with the list of prompts.
+
+    Args:
+        index: of the bank.
+        named: numbers of the prompts of each image; none for one that is not drawn.
+    """
     if len(set(index.prompts)) < len(index.prompts):
         yield "a prompt twice"
-    order = list(dict.fromkeys(used))
-    if len(used) == len(index.images) and order != list(range(len(index.prompts))):
+    pairs = list(zip(index.images, named, strict=True))
+    captions = [n for of, numbers in pairs for n in (numbers[:-1] if of.dropout else numbers)]
+    order = list(dict.fromkeys([*captions, *(ns[-1] for of, ns in pairs if of.dropout and ns)]))
+    if all(named) and order != list(range(len(index.prompts))):
         yield f"images have prompts {order}, by the plan all in ascending order"
 
 

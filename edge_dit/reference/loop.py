@@ -58,11 +58,13 @@ class WholeModel:
             {0: image},
             {0: prompt},
             plan.tile,
+            plan.weighted,
+            plan.masked,
         )
         starts = [source.start(draw) for draw in draws]
         kept = states_at(borders_of(plan), self.checkpoint, starts, plan.grid, _silent)
         return [
-            tensors_of(plan, self.checkpoint.names, *pair)
+            tensors_of(plan, source, self.checkpoint.names, *pair)
             for pair in zip(starts, kept, strict=True)
         ]
 

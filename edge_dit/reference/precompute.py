@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from edge_dit.cluster.pool import Pool
 from edge_dit.contract import bank
 from edge_dit.contract.names import COND, STORED
 from edge_dit.contract.noise import NOISE, POSTERIOR, normal
+from edge_dit.contract.objective import weight_of
 from edge_dit.contract.split import borders, inner_runs
 from edge_dit.models.checkpoint import Checkpoint
 from edge_dit.models.families.family import Conditioning, Grid, Prompt, State
@@ -27,6 +28,7 @@ from edge_dit.models.subgraph import as_batch, difference
 from edge_dit.pictures.dataset import Captioned
 from edge_dit.pictures.draws import BankRequest, bank_index
 from edge_dit.pictures.filling import fill
+from edge_dit.pictures.masks import of_tokens
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.reference.eager import blank_batch
 
@@ -80,7 +82,7 @@ def _maker(
     model = model_of(plan, check=False)
     prompts, numbered = dict(enumerate(index.prompts)), dict(enumerate(images))
     source = source_of(plan, model, encoders_of(model, skeleton), prompts, numbered)
-    return _Maker(plan, index, checkpoint, source)
+    return _Maker(plan, index, checkpoint, replace(source, listed=index.images))
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,10 @@ class _Maker:
         self, numbers: Sequence[int], advance: Callable[..., None]
     ) -> Iterator[dict[str, np.ndarray]]:
         starts = [self.source.start(self.index.draws[number]) for number in numbers]
-        borders, grid = borders_of(self.plan), self.plan.grid
+        borders, grid = borders_of(self.plan, starts), self.plan.grid
         kept = states_at(borders, self.checkpoint, starts, grid, advance)
-        return map(partial(tensors_of, self.plan, self.checkpoint.names), starts, kept)
+        tensors = partial(tensors_of, self.plan, self.source, self.checkpoint.names)
+        return map(tensors, starts, kept)
 
 
 @dataclass
@@ -163,7 +166,13 @@ def plan_index(
     """
     bytes_each = sum(4 * value.numel() for value in blank.values())
     asked = BankRequest(
-        plan.identity(), plan.draws, plan.seed, plan.crop_rule, plan.bank_dtype, bytes_each
+        plan.identity(),
+        plan.draws,
+        plan.seed,
+        plan.crop_rule,
+        plan.bank_dtype,
+        bytes_each,
+        plan.prior_share,
     )
     return bank_index(asked, images, model.objective.level)
 
@@ -171,15 +180,20 @@ def plan_index(
 # ---------------------------------------------------------------- draws before the first block
 
 
+UNLISTED = bank.Listed("", "")
+"""Stands for a picture that the index of a damaged bank lacks."""
+
+
 class Start(NamedTuple):
-    """A draw before the first block, or before a later one: state, conditioning, target, and weight
-    of its loss.
+    """A draw before the first block, or before a later one: state, conditioning, target, weight of
+    its loss or of each token's, and whether the base model's prediction takes the target's place.
     """
 
     state: State
     cond: Conditioning
     target: Tensor
-    weight: float | None
+    weight: float | Tensor | None
+    prior: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,6 +209,9 @@ class Source:
         images: as read, by number.
         prompts: encoded, by number in the bank's index.
         tile: side of the tiles that patches are encoded in, pixels; None for whole patches.
+        weighted: whether losses are weighed by the pictures' weights.
+        masked: whether they are by the pictures' masks too.
+        listed: the pictures in the bank's index, by number.
     """
 
     model: Model
@@ -205,6 +222,9 @@ class Source:
     images: Mapping[int, Captioned]
     prompts: Mapping[int, Prompt]
     tile: int | None = None
+    weighted: bool = False
+    masked: bool = False
+    listed: Sequence[bank.Listed] = ()
 
     @torch.no_grad()
     def start(self, draw: bank.Draw) -> Start:
@@ -227,7 +247,34 @@ class Source:
             self.grid,
         )
         state, cond = family.begin(self.skeleton, inputs)
-        return Start(state, cond, objective.target(clean, noise), objective.weight(draw.sigma))
+        listed = self.listed[draw.image] if draw.image < len(self.listed) else UNLISTED
+        target = objective.target(clean, noise)
+        weight = weight_of(objective.weight(draw.sigma), listed.weight, self.weighted)
+        if self.masked:
+            mask = of_tokens(self._mask(draw, listed), self.grid, target.shape)
+            weight = torch.from_numpy(mask) * (1.0 if weight is None else weight)
+        return Start(state, cond, target, weight, listed.prior)
+
+    def _mask(self, draw: bank.Draw, listed: bank.Listed) -> np.ndarray:
+        """The mask of a draw's patch, [s_min, s_min] float32 in [0, 1]."""
+        side = self.sampler.rule.s_min
+        picture = self.images.get(draw.image)
+        if not listed.mask or picture is None or picture.mask is None:
+            return np.ones((side, side), np.float32)
+        whole = torch.from_numpy(picture.mask()).expand(1, 3, -1, -1)
+        patch = self.sampler(whole, torch.tensor([draw.sigma]), torch.tensor([draw.u, draw.v]))
+        return patch[0, 0].numpy()
+
+    @torch.no_grad()
+    def prediction(self, image: Tensor, cond: Conditioning) -> Tensor:
+        """What the base model predicts, shaped as a target.
+
+        Args:
+            image: tokens after its last block, [1, N, D].
+            cond: conditioning.
+        """
+        family = self.model.family
+        return family.learned(family.head(self.skeleton, image, cond, self.grid))
 
     def per_prompt(self, tokens: int) -> list[Mapping[str, np.ndarray]]:
         """Conditioning that depends on the prompt alone, of each prompt of ``tokens`` tokens."""
@@ -293,6 +340,8 @@ def source_of(
         images,
         dict(zip(prompts, encoded, strict=True)),
         plan.tile,
+        plan.weighted,
+        plan.masked,
     )
 
 
@@ -302,9 +351,15 @@ States = dict[int, State]
 """Number of a block -> the state that enters it; the number of blocks -> the last state."""
 
 
-def borders_of(plan: Plan) -> set[int]:
-    """Numbers of the blocks that a stored tensor needs the entering state of."""
-    return borders(plan.layers, plan.trained, tail=plan.tail == STORED)
+def borders_of(plan: Plan, starts: Sequence[Start] = ()) -> set[int]:
+    """Numbers of the blocks that a stored tensor needs the entering state of.
+
+    Args:
+        plan: of the bank.
+        starts: the draws; prior ones need the last state too.
+    """
+    last = {plan.layers} if any(start.prior for start in starts) else set()
+    return borders(plan.layers, plan.trained, tail=plan.tail == STORED) | last
 
 
 @torch.no_grad()
@@ -349,12 +404,13 @@ def states_at(
 
 
 def tensors_of(
-    plan: Plan, blocks: Sequence[str], start: Start, states: States
+    plan: Plan, source: Source, blocks: Sequence[str], start: Start, states: States
 ) -> dict[str, np.ndarray]:
     """The tensors of a draw, with those that depend on its prompt alone.
 
     Args:
         plan: of the bank.
+        source: that the draw is from.
         blocks: names of all blocks of the model, in order.
         start: the draw.
         states: at the `borders_of` of the plan.
@@ -367,6 +423,8 @@ def tensors_of(
         for after, first in inner_runs(plan.trained).items()
     }
     entry = states[plan.head_skip]
-    cond = plan.reads(blocks, start.cond)
-    batch = as_batch(entry, tail, cond, start.target, start.weight, inner)
+    cond, target = plan.reads(blocks, start.cond), start.target
+    if start.prior:
+        target = source.prediction(states[plan.layers].image, start.cond)
+    batch = as_batch(entry, tail, cond, target, start.weight, inner)
     return {name: value.numpy() for name, value in batch.items()}

@@ -22,7 +22,7 @@ from edge_dit.models.families.family import Grid, State
 from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.subgraph import as_batch, difference, inner_runs
 from edge_dit.pictures.crop import CropRule
-from edge_dit.pictures.draws import DrawRule
+from edge_dit.pictures.draws import Drawn, DrawRule
 from edge_dit.planning.plan import Plan
 from edge_dit.reference.precompute import normal_of
 
@@ -44,8 +44,9 @@ class Through:
 def draws_of(run: Run, count: int) -> list[Draw]:
     plan, train = plan_for(run), subject_of(run.job, run.subject).train
     sizes = [image.size for image in train]
-    level, prompts = model_for(run.job).objective.level, list(range(len(train)))
-    return DrawRule(plan.seed, level, prompts, sizes, plan.crop_rule).draws(count)
+    level = model_for(run.job).objective.level
+    pictures = [Drawn(size, (number,)) for number, size in enumerate(sizes)]
+    return DrawRule(plan.seed, level, pictures, plan.crop_rule).draws(count)
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ const difference = (a, b) => tensor(a.dims, a.data.map((value, n) => value - b.d
  * @returns the bank, or null if it was stopped.
  */
 export async function collect(parts, files, caption, report) {
+  refuseChoices(parts);
   const pictures = await readPictures(parts, files, caption ?? parts.facts.caption);
   const { index, text } = await indexOf(parts, pictures);
   const bytes = new TextEncoder().encode(text);
@@ -49,6 +50,18 @@ export async function collect(parts, files, caption, report) {
   const bank = await Bank.open(folder, parts.bundle.manifest.plan_hash);
   bank.name = "pictures";
   return bank;
+}
+
+/** This page makes draws of one caption a picture, all weighing the same. */
+function refuseChoices({ bundle, facts }) {
+  const { weighted, masked, prior_share: prior } = bundle.plan;
+  const asked = facts.draws ? Object.keys(facts.draws)[0] : prior ? "prior" : masked ? "masks" : weighted ? "weights" : "";
+  if (asked) {
+    throw new Fault(bundle.name, {
+      found: `a job with ${asked}, which this page does not apply to pictures`,
+      expected: "a bank", remedy: "make it with edge-dit precompute or edge-dit collect, and choose it here",
+    });
+  }
 }
 
 async function readPictures(parts, files, caption) {

@@ -79,7 +79,7 @@ def images(*sizes: tuple[int, int]) -> list[Captioned]:
     rng = np.random.default_rng(0)
     made = [rng.integers(0, 256, (*size, 3)).astype(np.uint8) for size in sizes]
     return [
-        Captioned(f"{n}.png", "0", "a toy", size, False, lambda n=n: made[n])
+        Captioned(f"{n}.png", "0", ("a toy",), size, False, lambda n=n: made[n])
         for n, size in enumerate(sizes)
     ]
 

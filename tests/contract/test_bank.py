@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_dit.contract import bank
-from edge_dit.contract.bank import Bank, Crop, Draw, Index
+from edge_dit.contract.bank import Bank, Crop, Draw, Index, Listed
 from edge_dit.contract.objective import FlowMatching
 from edge_dit.errors import BadInput
 from edge_dit.pictures.crop import CropRule
-from edge_dit.pictures.draws import DrawRule
+from edge_dit.pictures.draws import Drawn, DrawRule
 from edge_dit.store.documents import write_document
 
 LEVELS = FlowMatching((np.arange(1, 1001) / 1000).astype(np.float32))
@@ -21,7 +21,8 @@ LEVELS = FlowMatching((np.arange(1, 1001) / 1000).astype(np.float32))
 
 def draws(count: int, seed: int = 0) -> list[Draw]:
     sizes = [(64, 64), (64, 90), (80, 64)]
-    return DrawRule(seed, LEVELS.level, [0, 1, 0], sizes, CropRule(32, 64, 8)).draws(count)
+    pictures = [Drawn(size, (prompt,)) for size, prompt in zip(sizes, (0, 1, 0), strict=True)]
+    return DrawRule(seed, LEVELS.level, pictures, CropRule(32, 64, 8)).draws(count)
 
 
 def tensors(number: int) -> dict[str, np.ndarray]:
@@ -30,7 +31,7 @@ def tensors(number: int) -> dict[str, np.ndarray]:
 
 
 def write(folder, count=5, plan_hash="plan"):
-    index = Index(plan_hash, [{"name": "a", "sha256": "0"}], ["red", "blue"], draws(count))
+    index = Index(plan_hash, [Listed("a", "0")], ["red", "blue"], draws(count))
     missing = bank.begin(folder, index)
     bank.write_prompts(folder, [{"cond.x": np.full((1, 2), p, np.float32)} for p in range(2)])
     for shard in missing:
@@ -153,7 +154,7 @@ def test_float16_halves_what_it_can_hold_and_is_read_as_float32(tmp_path_factory
     assert stored["cond.temb"].dtype == np.float32  # small, and read by every block
     fits = dtype == "float16" and abs(value) <= 65504
     assert stored["entry"].dtype == (np.float16 if fits else np.float32)
-    index = bank.Index("hash", [{"name": "a", "sha256": "b"}], ["p"], draws(1), dtype=dtype)
+    index = bank.Index("hash", [Listed("a", "b")], ["p"], draws(1), dtype=dtype)
     bank.begin(folder, index)
     bank.write_prompts(folder, [{"cond.text": np.ones(2, np.float32)}])
     bank.write_shard(folder, 0, {0: stored})

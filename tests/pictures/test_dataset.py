@@ -96,7 +96,7 @@ def test_a_bank_names_pictures_of_sub_folders(folder, road, tmp_path_factory):
     bank = tmp_path_factory.mktemp("work") / "bank"
     plan = road.plan.model_copy(update={"draws": 2})
     precompute(plan, read_folder(folder, "a toy", plan.s_max, recursive=True), bank)
-    names = [image["name"] for image in read_index(bank).images]
+    names = [image.name for image in read_index(bank).images]
     assert names == ["1.jpg", "2.jpg", "3.jpg", "more/0.jpg"]
 
 

@@ -20,6 +20,17 @@ OTHER = {
     "model.variant": '"fp16"',
     "data.prompt": '"another toy"',
     "data.recursive": "true",
+    "data.trigger": '"sks"',
+    "data.caption_lines": "true",
+    "data.caption_dropout": "0.1",
+    "data.folder_repeats": "true",
+    "data.alpha_masks": "true",
+    "data.repeats": "2",
+    "data.weight": "0.5",
+    "data.subjects": '[{images = "images", prompt = "another toy"}]',
+    "prior.prompt": '"a toy"',
+    "prior.share": "0.5",
+    "prior.weight": "2.0",
     "plan.skip_ratio": "0.25",
     "plan.head_skip": "2",
     "plan.tail_skip": "0",
@@ -61,6 +72,9 @@ def planned(workplace, tmp_path_factory):
 def changed(key: str, value: str) -> str:
     """The job with another value for "section.key"."""
     section, name = key.split(".")
+    if section == "prior":
+        prompt = "" if name == "prompt" else 'prompt = "a toy"\n'
+        return f"{tiny.JOB}\n[prior]\n{prompt}{name} = {value}\n"
     text = re.sub(rf"(?m)^{name} *=.*\n", "", tiny.JOB)
     return text.replace(f"[{section}]\n", f"[{section}]\n{name} = {value}\n")
 
@@ -86,7 +100,7 @@ def test_a_changed_key_is_named_with_both_values(planned, key):
     with pytest.raises(BadInput) as fault:
         plan_of(read_job(job), planned / "plan.json")
     old = "nothing" if before is None else repr(before)
-    assert fault.value.found.endswith(f": {key}: the plan says {old}, the job {now!r}")
+    assert fault.value.found.endswith(f" {key}: the plan says {old}, the job {now!r}")
     assert "plan again" in fault.value.remedy
 
 

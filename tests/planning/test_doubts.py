@@ -7,7 +7,7 @@ import pytest
 import tiny
 from edge_dit.app.describe import bank_in_words
 from edge_dit.app.planner import plan_job
-from edge_dit.contract.bank import Crop, Draw, Index
+from edge_dit.contract.bank import Crop, Draw, Index, Listed
 from edge_dit.planning.doubts import MOST_PASSES, doubts
 from edge_dit.planning.job import Train, read_job
 from edge_dit.store.documents import write_document
@@ -57,7 +57,7 @@ def test_a_plan_warns_and_keeps_them(workplace, tmp_path, capsys):
 
 def test_a_bank_says_how_many_of_its_images_are_drawn(tmp_path):
     draw = Draw(1, 0, 0, 0.5, 0.5, 0.5, Crop(0, 0, 32))
-    images = [{"name": name, "sha256": "0"} for name in NAMES]
+    images = [Listed(name, "0") for name in NAMES]
     index = Index("hash", images, ["a toy"], [draw] * 4)
     write_document(tmp_path / "bank" / "index.json", asdict(index))
     assert "8 images (1 of them drawn), 1 prompts" in bank_in_words(tmp_path / "bank")[1]

@@ -40,6 +40,8 @@ FAMILIES = [
         for name in ("sd3.5-medium", "pixart-sigma", "qwen-image")
     ),
 ]
+CHOICES = {"flux-dev": 'trigger = "zwx"\ncaption_dropout = 0.4\ncaption_lines = true\n'}
+"""Further keys of [data] for one of the families."""
 RELATIVE = 1e-4
 """Of a tensor's largest value: the issue's own limit for a bank of the device."""
 
@@ -62,7 +64,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     def made(name: str, **plan: object) -> Made:
         folder = tmp_path_factory.mktemp(name)
         sizes = {"draws": DRAWS, "steps": STEPS, "lr": 0.01, "preview_every": 2}
-        job = read_job(write_world(folder, name, **sizes))
+        path = write_world(folder, name, **sizes)
+        path.write_text(path.read_text().replace("[data]\n", "[data]\n" + CHOICES.get(name, "")))
+        job = read_job(path)
         planned = make_plan(job).model_copy(update=plan)
         api.precompute(planned, api.read_pictures(job, planned), folder / "host")
         bundle = api.export(planned, folder / "bundle", ["onnx"], job=job)
@@ -89,6 +93,9 @@ def test_a_bank_of_the_device_is_that_of_the_host(make, name):
     made = make(name)
     host, device = (Bank(made.folder / where, made.plan.identity()) for where in ("host", "device"))
     assert host.identity == device.identity
+    if name in CHOICES:
+        drawn = {host.index.prompts[draw.prompt] for draw in host.index.draws}
+        assert drawn == {f"zwx, {pipelines.SHORT}", ""}
     files = [sorted(p.name for p in bank.folder.iterdir()) for bank in (host, device)]
     assert files[0] == files[1]
     for number in range(DRAWS):

@@ -528,7 +528,7 @@ def test_every_family_is_measured(name, workplace, tmp_path):
     (tmp_path / "job.toml").write_text(JOB)
     made = make_plan(read_job(tmp_path / "job.toml"))
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
-    picture = Captioned("toy.png", "0" * 64, "a sks toy", (32, 32), False, lambda: pixels)
+    picture = Captioned("toy.png", "0" * 64, ("a sks toy",), (32, 32), False, lambda: pixels)
     toy = Subject("toy", [picture])
     found = select_by_generation(made, [toy], tmp_path / "work", drawn=Drawn(prompts=1, seeds=(1,)))
     assert min(found.head[1:] + found.tail[1:]) > 1e-9

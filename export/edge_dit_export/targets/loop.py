@@ -83,6 +83,7 @@ def _export_loop(
     if source.painting is not None:
         paint_blocks = _export_painting(writer, source.with_lora(subgraph))
     write_tensors(directory / TABLES, tables_of(source))
+    draws = source.prompts.draws.model_dump(exclude_defaults=True)
     return {
         "graphs": writer.graphs,
         "block_graphs": writer.block_graphs,
@@ -100,6 +101,7 @@ def _export_loop(
         "negative": source.negative,
         "painting": source.painting and source.painting.model_dump(mode="json"),
         "no_painting": source.no_painting,
+        **({"draws": draws} if draws else {}),
     }
 
 

@@ -36,6 +36,7 @@ from edge_dit.contract.names import (
     TAIL_RESIDUAL,
     TARGET,
     WEIGHT,
+    WEIGHT_MASK,
     residual_names,
 )
 from edge_dit.contract.targets import DIRECTIONS, HEAD, block_file
@@ -128,7 +129,7 @@ def _export_head(
     subgraph: TrainableSubgraph, batch: dict[str, Tensor], store: FrozenStore, directory: Path
 ) -> dict[str, Any]:
     head = Head(subgraph)
-    names = (TAIL_RESIDUAL, TARGET, WEIGHT)
+    names = (TAIL_RESIDUAL, TARGET, WEIGHT, WEIGHT_MASK)
     inputs = {
         ENTRY: batch[ENTRY],
         **{n: v for n, v in batch.items() if n in names or n.startswith(COND)},

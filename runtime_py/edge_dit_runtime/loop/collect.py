@@ -13,8 +13,8 @@ from edge_dit.contract import bank
 from edge_dit.contract.bundle import Bundle, open_bundle
 from edge_dit.contract.integrity import check_bundle
 from edge_dit.errors import BadInput, raise_any
-from edge_dit.pictures.dataset import Captioned, read_folder
-from edge_dit.pictures.draws import BankRequest, bank_index
+from edge_dit.pictures.dataset import Captioned, SubjectFolder, read_folders
+from edge_dit.pictures.draws import BankRequest, bank_index, prompts_of
 from edge_dit.pictures.filling import fill
 from edge_dit.store.files import StrPath
 from edge_dit_runtime.loop.parts import TARGET, Parts
@@ -94,11 +94,27 @@ def read_pictures(
     Raises:
         BadInput: pictures cannot be read or have no caption; the bundle lacks captions, all named.
     """
+    plan = planned_of(parts.bundle)
+    if plan.prior_share:
+        raise BadInput(
+            parts.bundle.folder,
+            found="a plan with [prior], whose draws need the whole model on a patch",
+            expected="a bank",
+            remedy="make it on the host: edge-dit precompute JOB --plan plan.json -o bank/",
+        )
     caption = parts.facts.caption if prompt is None else prompt
-    side = planned_of(parts.bundle).s_max
-    pictures = read_folder(folder, caption, side, recursive)
+    subject = SubjectFolder(folder, caption, recursive, **parts.facts.draws.model_dump())
+    pictures = read_folders([subject], plan.s_max)
     faults = []
-    for text in dict.fromkeys(picture.caption for picture in pictures):
+    if not plan.weighted and (odd := [p.name for p in pictures if p.weight != 1]):
+        found, expected = f"weights of pictures ({odd[0]}, ...)", "a bundle that takes weights"
+        remedy = "give a picture of the job a weight and export again; or remove the column"
+        faults.append(BadInput(folder, found=found, expected=expected, remedy=remedy))
+    if not plan.masked and (odd := [p.name for p in pictures if p.mask is not None]):
+        found, expected = f"masks of pictures ({odd[0]}, ...)", "a bundle that takes masks"
+        remedy = "give a picture of the job a mask and export again; or remove the masks"
+        faults.append(BadInput(folder, found=found, expected=expected, remedy=remedy))
+    for text in prompts_of(pictures):
         try:
             parts.prompt(text)
         except BadInput as fault:

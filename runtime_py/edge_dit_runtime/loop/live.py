@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edge_dit.contract.bank import Draw
 from edge_dit.contract.bundle import open_bundle
 from edge_dit.pictures.dataset import Captioned, check_readable
-from edge_dit.pictures.draws import DrawRule
+from edge_dit.pictures.draws import DrawRule, drawn_of, prompts_of
 from edge_dit.store.files import StrPath
 from edge_dit_runtime.loop.collect import open_parts, read_pictures
 from edge_dit_runtime.loop.parts import Parts
@@ -45,19 +46,18 @@ class LiveDraws:
 
     def __init__(self, parts: Parts, images: Sequence[Captioned], name: str) -> None:
         self.name = name
-        prompts = list(dict.fromkeys(image.caption for image in images))
+        prompts = prompts_of(images)
         self._images = images
         self._starts = Starts(parts, images, dict(enumerate(map(parts.prompt, prompts))))
         plan = self._starts.plan
         self._rule = DrawRule(
             plan.seed,
             parts.objective.level,
-            [prompts.index(image.caption) for image in images],
-            [image.size for image in images],
+            drawn_of(images, prompts),
             plan.crop_rule,
         )
         made_of = [parts.bundle.manifest.plan_hash, RING, USES]
-        made_of += [[image.name, image.sha256, image.caption] for image in images]
+        made_of += [_made_of(image) for image in images]
         self.identity = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
         self._ring: dict[int, np.ndarray] = {}
 
@@ -90,6 +90,13 @@ class LiveDraws:
         """A draw for a message: "draw 3 (image dog.png, sigma 0.512)"."""
         draw = self.draw(number)
         return f"draw {number} (image {self._images[draw.image].name}, sigma {draw.sigma:.3f})"
+
+
+def _made_of(image: Captioned) -> list[Any]:
+    """All of a picture that its draws follow from."""
+    more = [image.dropout, image.repeats, image.weight, image.mask_sha256]
+    plain = [image.name, image.sha256, *image.captions]
+    return [*plain, *(more if more != [0.0, 1, 1.0, ""] else [])]
 
 
 def live(

@@ -15,7 +15,7 @@ from edge_dit.contract.loop import LoopFacts
 from edge_dit.contract.noise import NOISE, normal
 from edge_dit.contract.objective import Objective
 from edge_dit.pictures.dataset import Captioned
-from edge_dit.pictures.draws import DrawRule
+from edge_dit.pictures.draws import Drawn, DrawRule
 from edge_dit_runtime.loop.parts import Parts
 from edge_dit_runtime.loop.starts import Starts, planned_of
 from edge_dit_runtime.sessions.trainer import Tensors
@@ -62,7 +62,7 @@ def loop_probe(bundle: Bundle, facts: LoopFacts, objective: Objective) -> LoopPr
     height, width = (plan.s_max + more for more in BEYOND)
     positive = next(n for n in range(len(facts.prompts)) if n not in facts.negatives)
     prompts = [positive] + ([] if facts.negative is None else [facts.negative])
-    rule = DrawRule(SEED, objective.level, [0], [(height, width)], plan.crop_rule)
+    rule = DrawRule(SEED, objective.level, [Drawn((height, width), (0,))], plan.crop_rule)
     side = plan.s_max // facts.latents.factor
     steps = facts.painting.steps if facts.painting else []
     chosen = sorted({0, len(steps) // 2, len(steps) - 1}) if steps else []
@@ -82,7 +82,7 @@ def _made_up(height: int, width: int, caption: str) -> Captioned:
     noise = normal(SEED, NOISE, (height, width, 3))
     pixels = np.clip(np.stack(waves, axis=2) * 90 + noise * 12 + 128, 0, 255).astype(np.uint8)
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()
-    return Captioned("made up", digest, caption, (height, width), False, lambda: pixels)
+    return Captioned("made up", digest, (caption,), (height, width), False, lambda: pixels)
 
 
 def measure_loop(parts: Parts, adapter: Mapping[str, np.ndarray]) -> Tensors:

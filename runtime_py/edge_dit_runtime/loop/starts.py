@@ -19,13 +19,16 @@ from edge_dit.contract.names import (
     TAIL_RESIDUAL,
     TARGET,
     WEIGHT,
+    WEIGHT_MASK,
     Tail,
     residual_names,
 )
 from edge_dit.contract.noise import NOISE, normal
+from edge_dit.contract.objective import weight_of
 from edge_dit.contract.split import borders, inner_runs, trained_blocks
 from edge_dit.pictures.crop import CropRule
 from edge_dit.pictures.dataset import Captioned
+from edge_dit.pictures.masks import of_tokens
 from edge_dit.store.documents import validated
 from edge_dit_runtime.loop.parts import TARGET as ONNX
 from edge_dit_runtime.loop.parts import Parts
@@ -47,6 +50,9 @@ class Planned(BaseModel):
     draws: int
     seed: int
     bank_dtype: Literal["float32", "float16"] = "float32"
+    weighted: bool = False
+    masked: bool = False
+    prior_share: float = 0.0
 
     @property
     def trained(self) -> list[int]:
@@ -77,7 +83,7 @@ class Start:
     state: Tensors
     cond: Tensors
     target: np.ndarray
-    weight: float | None
+    weight: float | np.ndarray | None
 
 
 class Starts:
@@ -99,9 +105,8 @@ class Starts:
 
     def encode(self, draw: bank.Draw) -> np.ndarray:
         """Clean latents of a draw's patch."""
-        pixels = self.images[draw.image].pixels[None]
-        sigma, place = np.array([draw.sigma], np.float32), np.array([draw.u, draw.v], np.float32)
-        return self.parts.encode(self._sampler(pixels, sigma, place), draw.seed)
+        patch = self._patch(self.images[draw.image].pixels[None], draw)
+        return self.parts.encode(patch, draw.seed)
 
     def enter(self, draw: bank.Draw, clean: np.ndarray) -> Start:
         """Add a draw's noise to its clean latents, and run the model up to its first block."""
@@ -110,7 +115,31 @@ class Starts:
         timestep = objective.timestep(draw.sigma)
         state, cond = self.parts.begin(noised, timestep, self.prompts[draw.prompt])
         target = np.asarray(objective.target(clean, noise), np.float32)
-        return Start(state, cond, target, objective.weight(draw.sigma))
+        return Start(state, cond, target, self._weight(draw, target.shape))
+
+    def _weight(self, draw: bank.Draw, target: tuple[int, ...]) -> float | np.ndarray | None:
+        """Weight of a draw's loss, or of each token's where draws have masks.
+
+        Args:
+            draw: which.
+            target: shape of its target.
+        """
+        picture, plan = self.images[draw.image], self.plan
+        weight = weight_of(self.parts.objective.weight(draw.sigma), picture.weight, plan.weighted)
+        if not plan.masked:
+            return weight
+        patch = np.ones((plan.s_min, plan.s_min), np.float32)
+        if picture.mask is not None:
+            whole = np.repeat(picture.mask()[None, None], 3, axis=1)
+            patch = self._patch(whole, draw)[0, 0]
+        tokens = plan.s_min // plan.multiple
+        mask = of_tokens(patch, (tokens, tokens), target)
+        return mask * np.float32(1.0 if weight is None else weight)
+
+    def _patch(self, pixels: np.ndarray, draw: bank.Draw) -> np.ndarray:
+        """The patch of a draw, [1, 3, s_min, s_min], of a picture [1, 3, H, W]."""
+        sigma, place = np.array([draw.sigma], np.float32), np.array([draw.u, draw.v], np.float32)
+        return self._sampler(pixels, sigma, place)
 
     def per_prompt(self) -> list[Tensors]:
         """Conditioning that depends on the prompt alone, of every prompt of the index."""
@@ -159,6 +188,8 @@ class Starts:
         if plan.tail == STORED:
             end = states[plan.layers - plan.tail_skip]
             batch[TAIL_RESIDUAL] = states[plan.layers][ENTRY] - end[ENTRY]
-        if start.weight is not None:
+        if isinstance(start.weight, np.ndarray):
+            batch[WEIGHT_MASK] = start.weight
+        elif start.weight is not None:
             batch[WEIGHT] = np.array([start.weight], np.float32)
         return batch
