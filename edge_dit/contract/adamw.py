@@ -12,7 +12,9 @@ This is ``torch.nn.utils.clip_grad_norm_`` followed by ``torch.optim.AdamW`` (ar
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from edge_dit.store.documents import STRICT
 
@@ -24,8 +26,18 @@ DECAY_SHARE = 0.4
 """Share of a run's steps, at its end, over which the learning rate falls."""
 
 
-def learning_rate(step: int, steps: int, lr: float) -> float:
-    """Learning rate of a step: ``lr``, falling linearly towards 0 over the last `DECAY_SHARE`.
+Schedule = Literal["decay", "constant", "linear", "cosine"]
+
+
+def learning_rate(
+    step: int, steps: int, lr: float, schedule: Schedule = "decay", warmup: int = 0
+) -> float:
+    """Learning rate of a step.
+
+        decay      ``lr``, falling linearly towards 0 over the last `DECAY_SHARE` of the steps
+        constant   ``lr``
+        linear     falling linearly towards 0 over all steps
+        cosine     lr (1 + cos(pi step / steps)) / 2 (arXiv 1608.03983)
 
     With one draw a step the gradient is noisy. Smaller steps at the end average the noise out,
     which shows in the pictures (warm-up-stable-decay, arXiv 2404.06395 sec. 4).
@@ -34,8 +46,17 @@ def learning_rate(step: int, steps: int, lr: float) -> float:
         step: steps done so far, from 0.
         steps: steps of the whole run.
         lr: the job's learning rate.
+        schedule: its course.
+        warmup: first steps, over which it rises linearly from lr / (warmup + 1).
     """
-    return lr * min(1.0, (steps - step) / (DECAY_SHARE * steps))
+    course = 1.0
+    if schedule == "decay":
+        course = min(1.0, (steps - step) / (DECAY_SHARE * steps))
+    elif schedule == "linear":
+        course = (steps - step) / steps
+    elif schedule == "cosine":
+        course = (1 + math.cos(math.pi * step / steps)) / 2
+    return lr * course * min(1.0, (step + 1) / (warmup + 1))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pydantic import (
     ValidationError,
 )
 
+from edge_dit.contract.adamw import Schedule
 from edge_dit.contract.bundle import TARGETS
 from edge_dit.contract.names import Tail
 from edge_dit.errors import BadInput, raise_any
@@ -327,10 +328,26 @@ class Train(_Section):
         float,
         Field(
             gt=0,
-            description="Learning rate of AdamW: constant, then falling towards 0 over the last "
-            "40 % of the steps.",
+            description="Learning rate of AdamW; `schedule` is its course.",
         ),
     ] = 1e-4
+    schedule: Annotated[
+        Schedule,
+        Field(
+            description="`decay`: constant, then falling towards 0 over the last 40 % of the "
+            "steps. `constant`; `linear`, falling over all steps; `cosine`."
+        ),
+    ] = "decay"
+    warmup: Annotated[
+        int, Field(ge=0, description="First steps, over which the learning rate rises to `lr`.")
+    ] = 0
+    rank_stabilized: Annotated[
+        bool,
+        Field(
+            description="The LoRA's scale is alpha / sqrt(rank), as rsLoRA's (arXiv 2312.03732), "
+            "so that higher ranks learn as fast."
+        ),
+    ] = False
     steps: Annotated[Positive, Field(description="Training steps, one draw each.")] = 500
     draws: Annotated[Positive, Field(description="Draws in the bank.")] = 256
     preview_every: Annotated[

@@ -122,12 +122,14 @@ def _plan(
         multiple=model.multiple,
         text_tokens=model.family.text_tokens(model.folder, sorted(prompts)),
         rank=job.train.rank,
-        alpha=float(job.train.rank) if job.train.alpha is None else job.train.alpha,
+        alpha=_alpha(job),
         lora_targets=list(dict.fromkeys(job.train.lora_targets or model.family.lora_targets)),
         optimizer=AdamW(lr=job.train.lr),
         steps=job.train.steps,
         draws=job.train.draws,
         seed=job.train.seed,
+        schedule=job.train.schedule,
+        warmup=job.train.warmup,
         preview_every=job.train.preview_every,
         prior_share=job.prior.share if job.prior.prompt else 0.0,
         targets=list(dict.fromkeys(job.export.targets)),
@@ -138,6 +140,13 @@ def _plan(
         bank_dtype=job.train.bank,
         asked=job.asked(),
     )
+
+
+def _alpha(job: Job) -> float:
+    """Alpha of the plan's LoRA, whose scale is alpha / rank in every reader."""
+    train = job.train
+    alpha = float(train.rank) if train.alpha is None else train.alpha
+    return alpha * train.rank**0.5 if train.rank_stabilized else alpha
 
 
 def plan_of(job: Job, path: Path) -> Plan:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from edge_dit.contract.adamw import AdamW
+from edge_dit.contract.adamw import AdamW, Schedule
 from edge_dit.contract.bank import Dtype as BankDtype
 from edge_dit.contract.loop import TILE
 from edge_dit.contract.names import AT_HEAD, STORED, T, Tail, read_in
@@ -59,6 +59,7 @@ class Plan(BaseModel):
         draws: number of draws in the bank.
         bank_dtype: dtype of the bank's large tensors.
         seed: of everything random.
+        schedule, warmup: of the learning rate, see `edge_dit.contract.adamw.learning_rate`.
         preview_every: steps between pictures painted while training; 0 for none.
         prior_share: share of the draws that are prior draws.
         weighted: whether the draws' losses are weighed by their pictures' weights.
@@ -96,6 +97,8 @@ class Plan(BaseModel):
     steps: Positive
     draws: Positive
     seed: Natural
+    schedule: Schedule = "decay"
+    warmup: Natural = 0
     preview_every: Natural = 0
     prior_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weighted: bool = False
@@ -186,6 +189,8 @@ class Plan(BaseModel):
                 "bank_dtype",
                 "loop",
                 "preview_every",
+                "schedule",
+                "warmup",
             },
         )
         if self.held != WIDE:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict, Unpack
 import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter
 
-from edge_dit.contract.adamw import learning_rate
+from edge_dit.contract.adamw import Schedule, learning_rate
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import Bundle, open_bundle
 from edge_dit.contract.certificate import why_uncertified
@@ -77,6 +77,12 @@ class _Planned(BaseModel):
     seed: Count
     layout: str = ""
     preview_every: Count = 0
+    schedule: Schedule = "decay"
+    warmup: Count = 0
+
+    def learning_rate(self, step: int, steps: int, lr: float) -> float:
+        """Of a step, see `edge_dit.contract.adamw.learning_rate`."""
+        return learning_rate(step, steps, lr, self.schedule, self.warmup)
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class _Training:
     draws: Draws
     folder: RunFolder
     run: Run
-    seed: int
+    planned: _Planned
     previews: Previews | None = None
 
     def preview(self, done: int) -> None:
@@ -169,7 +175,7 @@ def train(
             session.load_adapter(opened.adapter())
             kept.begin(run)
         previews = _previews(opened, kept.path, planned.preview_every, run.steps)
-        training = _Training(session, opened, draws, kept, run, planned.seed, previews)
+        training = _Training(session, opened, draws, kept, run, planned, previews)
         _loop(training, losses, options.get("on_step"))
         kept.save(session, run, draws, losses)
         if len(losses) == run.steps:
@@ -280,8 +286,9 @@ def _may_go_on(
 def _step(training: _Training, losses: Losses) -> None:
     """Do a step and add its loss to ``losses``, nan if it was skipped."""
     session, draws, run = training.session, training.draws, training.run
-    number = draws.number(len(losses), training.seed)
-    session.lr = learning_rate(len(losses), run.steps, training.bundle.manifest.optimizer.lr)
+    number = draws.number(len(losses), training.planned.seed)
+    lr = training.bundle.manifest.optimizer.lr
+    session.lr = training.planned.learning_rate(len(losses), run.steps, lr)
     draw = draws[number]
     check_draw(draw, training.bundle.manifest, draws.in_words(number))
     loss = session.backward(draw)

@@ -168,6 +168,8 @@ void read_plan(const Json& plan, Bundle& bundle) {
     bundle.steps = std::int64_t(plan.at("steps").natural());
     bundle.seed = plan.at("seed").natural(UINT64_MAX);
     if (const Json* layout = plan.find("layout")) bundle.planned_layout = layout->text();
+    if (const Json* schedule = plan.find("schedule")) bundle.schedule = schedule->text();
+    if (const Json* warmup = plan.find("warmup")) bundle.warmup = std::int64_t(warmup->natural());
 }
 
 void read_tensors(const Json& list, Bundle& bundle) {

@@ -115,6 +115,8 @@ struct Bundle {
 
     // of the plan
     std::string model_name, planned_layout;
+    std::string schedule = "decay";  // of the learning rate
+    std::int64_t warmup = 0;         // its first steps
     std::int64_t rank = 0, steps = 0;
     double alpha = 0;
     std::uint64_t seed = 0;

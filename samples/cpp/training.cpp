@@ -16,10 +16,19 @@ constexpr std::int64_t kSaveEvery = 100;  // steps
 constexpr int kMostSkipped = 10;
 /// Share of a run's steps, at its end, over which the learning rate falls.
 constexpr double kDecayShare = 0.4;
+constexpr double kPi = 3.14159265358979323846;
 
-double learning_rate(std::int64_t step, std::int64_t steps, double lr) {
-    const double left = double(steps - step) / (kDecayShare * double(steps));
-    return lr * std::min(1.0, left);
+/// By the plan's schedule and warm-up (edge_dit/contract/adamw.py).
+double learning_rate(std::int64_t step, std::int64_t steps, const Bundle& bundle) {
+    double course = 1.0;
+    if (bundle.schedule == "decay")
+        course = std::min(1.0, double(steps - step) / (kDecayShare * double(steps)));
+    else if (bundle.schedule == "linear")
+        course = double(steps - step) / double(steps);
+    else if (bundle.schedule == "cosine")
+        course = (1 + std::cos(kPi * double(step) / double(steps))) / 2;
+    const double risen = double(step + 1) / double(bundle.warmup + 1);
+    return bundle.lr * course * std::min(1.0, risen);
 }
 
 std::string name_of(const Path& folder) {
@@ -124,7 +133,7 @@ private:
 
     void step(Trainer& trainer) {
         const std::size_t draw = bank_.number(done());
-        const double lr = learning_rate(done(), run_.steps, bundle_.lr);
+        const double lr = learning_rate(done(), run_.steps, bundle_);
         double loss = trainer.backward(bank_.read(draw), state_.adapter, gradients_);
         if (std::isfinite(loss) && all_finite(gradients_)) {
             trainer.update(static_cast<float>(lr), state_, gradients_);

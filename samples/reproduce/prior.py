@@ -117,7 +117,8 @@ def bank_of(run: Run, arm: PriorArm) -> list[dict[str, torch.Tensor]]:
             for row, n in enumerate(some):
                 part = [None if v is None else v[row : row + 1].clone() for v in after]
                 kept[n][number + 1] = State(*part)
-    made = [tensors_of(plan, source, list(blocks), *pair) for pair in zip(starts, kept, strict=True)]
+    pairs = zip(starts, kept, strict=True)
+    made = [tensors_of(plan, source, list(blocks), *pair) for pair in pairs]
     return [{name: torch.from_numpy(value) for name, value in one.items()} for one in made]
 
 

@@ -12,9 +12,16 @@ const METADATA = "lora_adapter_metadata";
 /** Steps between two states. A tab can be closed at any moment. */
 const SAVE_EVERY = 10;
 
-/** Learning rate of a step: falls linearly over the last part of a run. */
-export const learningRate = (step, steps, lr) =>
-  lr * Math.min(1, (steps - step) / (DECAY_SHARE * steps));
+const COURSES = {
+  decay: (step, steps) => Math.min(1, (steps - step) / (DECAY_SHARE * steps)),
+  constant: () => 1,
+  linear: (step, steps) => (steps - step) / steps,
+  cosine: (step, steps) => (1 + Math.cos((Math.PI * step) / steps)) / 2,
+};
+
+/** Learning rate of a step, by the plan's schedule and warm-up. */
+export const learningRate = (step, steps, lr, { schedule = "decay", warmup = 0 } = {}) =>
+  lr * COURSES[schedule](step, steps) * Math.min(1, (step + 1) / (warmup + 1));
 
 const finite = (tensors) => Object.values(tensors).every(({ data }) => data.every(Number.isFinite));
 
@@ -66,7 +73,7 @@ export class Training {
   }
 
   async #update(step) {
-    const lr = learningRate(step, this.run.steps, this.lr);
+    const lr = learningRate(step, this.run.steps, this.lr, this.bundle.plan);
     const named = {
       lr: { type: "float32", dims: [1], data: Float32Array.of(lr) },
       step: { type: "float32", dims: [1], data: Float32Array.of(this.updates) },
