@@ -679,6 +679,27 @@ def serve(
 
 
 @app.command()
+def init(
+    images: Annotated[Path, typer.Argument(help="Folder of pictures.")],
+    model: Annotated[str, typer.Option(help="Folder, file or hub id of the model.")],
+    subject: Annotated[str, typer.Option(help='What they show: "a sks toy".')],
+    output: Annotated[Path, typer.Option("-o", help="The job file.")] = Path("job.toml"),
+    ram: Ram = None,
+    as_json: Json = False,
+) -> None:
+    """Write a first job for pictures and a model, and say what was chosen and why."""
+    from edge_dit.planning.recipes import first_job
+    from edge_dit.store.files import write_atomic
+
+    if output.exists():
+        raise BadInput(output, found="a file is there already", remedy="choose another -o")
+    made = first_job(images, model, subject, ram, output.parent)
+    write_atomic(output, made.text)
+    facts = {"job": str(output), "reasons": made.reasons}
+    report(as_json, facts, *made.reasons, f"written to {output}: edge-dit run {output} -o out/")
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A plan, bank, bundle, run, LoRA or pictures.")],
     as_json: Json = False,

@@ -216,7 +216,7 @@ def lora_faults(
     from edge_dit.models.subgraph import lora_modules
 
     transformer = model.meta()
-    known = _modules_within_a_block(model, transformer)
+    known = modules_within_a_block(model, transformer)
     faults = [
         _unknown(target, known) for target in dict.fromkeys(asked or ()) if target not in known
     ]
@@ -236,7 +236,7 @@ def lora_faults(
     return faults
 
 
-def _modules_within_a_block(model: Model, transformer: nn.Module) -> list[str]:
+def modules_within_a_block(model: Model, transformer: nn.Module) -> list[str]:
     """Names of all modules that can carry LoRA, in order of appearance."""
     from edge_dit.models.subgraph import can_carry_lora
 
