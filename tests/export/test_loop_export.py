@@ -234,12 +234,16 @@ def test_latents_are_shifted_scaled_and_packed_as_the_host_does(made):
     want = made.family.encode_image(vae, pixels, lambda shape: normal.reshape(shape))
     if facts.samples:
         raw = raw + deviation * normal
-    shift, scale = (np.float32(v).reshape(1, -1, 1, 1) for v in (facts.shift, facts.scale))
-    found = (raw.numpy() - shift) * scale
+    shift, scale = (np.float32(v) for v in (facts.shift, facts.scale))
+    found = raw.numpy()
+    if not facts.of_tokens:
+        found = (found - shift.reshape(1, -1, 1, 1)) * scale.reshape(1, -1, 1, 1)
     if facts.packed:
         _, c, h, w = found.shape
         found = found.reshape(1, c, h // 2, 2, w // 2, 2).transpose(0, 2, 4, 1, 3, 5)
         found = found.reshape(1, h * w // 4, 4 * c)
+    if facts.of_tokens:
+        found = (found - shift) * scale
     np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
 
 
@@ -290,11 +294,19 @@ def predictions_of(made: Made, separately: bool = False) -> Predictions:
     return Predictions(config.out_channels == 2 * config.in_channels, separately)
 
 
+def asks_separately(made: Made) -> bool:
+    """Whether the pipeline asks for the negative prompt in a call of its own."""
+    guidance = made.facts.painting.guidance
+    return guidance == "rescaled" or (
+        guidance != "none" and made.family.name in ("chroma", "flux2")
+    )
+
+
 def stock_latents(made: Made, start: Tensor, monkeypatch: Any) -> tuple[Tensor, list[float]]:
     """Latents that the stock pipeline ends with, called as for a contact sheet, with `Predictions`;
     the timesteps that these got.
     """
-    separately = made.facts.painting.guidance == "rescaled"
+    separately = asks_separately(made)
     predictions = predictions_of(made, separately)
     monkeypatch.setattr(made.model, "forward", lambda *a, **k: predictions(*a, **k))
     found = made.pipeline(
@@ -305,6 +317,8 @@ def stock_latents(made: Made, start: Tensor, monkeypatch: Any) -> tuple[Tensor, 
         output_type="latent",
         **made.family.sample_options(made.pipeline, 1),
     ).images
+    if made.facts.latents.of_tokens:  # FLUX.2's pipeline gives the autoencoder's
+        found = torch.from_numpy(made.facts.latents.scaled(found.numpy()))
     return found, predictions.timesteps
 
 
@@ -370,8 +384,7 @@ def negative_of_stock(made: Made, tokens: int) -> dict[str, Tensor]:
 
     def forward(hidden_states: Tensor, **arguments: Any) -> None:
         seen.append(arguments)
-        separate = made.facts.painting.guidance == "rescaled"
-        if len(seen) == (2 if separate else 1):
+        if len(seen) == (2 if asks_separately(made) else 1):
             raise Enough
         return (torch.zeros_like(hidden_states),)
 
@@ -379,7 +392,7 @@ def negative_of_stock(made: Made, tokens: int) -> dict[str, Tensor]:
     made.model.forward = forward
     try:
         made.pipeline(
-            pipelines.LONG,
+            prompt=pipelines.LONG,
             height=made.plan.s_max,
             width=made.plan.s_max,
             **made.family.sample_options(made.pipeline, 1),
