@@ -295,8 +295,9 @@ class _Placed:
         """What the stock method returns."""
         images, texts, sizes, (places,), text_places, (fills,), _ = self.stock(*arguments)
         seen = seen_of(self.mask)
-        first = torch.where(fills, 0, seen.sum() + 1).to(places.dtype)
-        places = torch.cat([first.unsqueeze(1), places[:, 1:]], dim=1)
+        first = torch.where(fills, 0, seen.sum() + 1)
+        # ONNX looks nothing up by numbers of 32 bits.
+        places = torch.cat([first.unsqueeze(1), places[:, 1:].to(torch.int64)], dim=1)
         padding = pad(self.mask, (0, len(seen) - len(self.mask))) < 0.5
         return images, texts, sizes, [places], text_places, [fills], [padding]
 
