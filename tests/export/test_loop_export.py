@@ -291,7 +291,7 @@ class Predictions:
 def predictions_of(made: Made, separately: bool = False) -> Predictions:
     """`Predictions` in place of the transformer of a bundle."""
     config = made.model.config
-    return Predictions(config.out_channels == 2 * config.in_channels, separately)
+    return Predictions(config.get("out_channels") == 2 * config.in_channels, separately)
 
 
 def asks_separately(made: Made) -> bool:
