@@ -49,6 +49,8 @@ from subjects import HELD_OUT, TOYS, TRAIN, write_subject  # noqa: E402
 
 DEVICES, TOYS_USED = 8, list(TOYS)[:4]
 BEFORE, POOLED = "before", "all pictures in one place"
+SIMULATION = {"client_resources": {"num_cpus": 1}, "init_args": {"address": "local"}}
+"""A Ray of its own: Flower's would join one that runs here, of another version perhaps."""
 FLEETS = {"fleet, A fixed": FIXED, "fleet, products": PRODUCT}
 
 

@@ -46,6 +46,7 @@ run_simulation(
     app,
     client_app(lambda config: place),
     DEVICES,
-    backend_config={"client_resources": {"num_cpus": 1}},
+    # A Ray of its own: Flower's would join one that runs here, of another version perhaps.
+    backend_config={"client_resources": {"num_cpus": 1}, "init_args": {"address": "local"}},
 )
 assert np.isfinite(json.loads((Path(out) / "outcome.json").read_text())["losses"]).all()
