@@ -101,8 +101,9 @@ def fleet(work: Path, name: str, asked: Rounds) -> dict[str, Any]:
         write_outcome(open_bundle(work / "bundle"), outcome, work / name)
         told.update(losses=outcome.losses, epsilon=outcome.epsilon)
 
-    resources = {"client_resources": {"num_cpus": 1}}
-    run_simulation(app, client_app(partial(place_of, str(work))), DEVICES, backend_config=resources)
+    run_simulation(
+        app, client_app(partial(place_of, str(work))), DEVICES, backend_config=SIMULATION
+    )
     if not told:
         raise BadInput("fleet", found="no outcome", remedy="see what Flower printed")
     return told
