@@ -382,7 +382,9 @@ def negative_of_stock(made: Made, tokens: int) -> dict[str, Tensor]:
     class Enough(Exception):
         pass
 
-    def forward(hidden_states: Tensor, **arguments: Any) -> None:
+    def forward(hidden_states: Any, *lists: Any, **arguments: Any) -> Any:
+        if lists:  # Z-Image's timesteps, and its prompts without padding, the negative one last
+            arguments = {"encoder_hidden_states": lists[1][-1].unsqueeze(0)}
         seen.append(arguments)
         if len(seen) == (2 if asks_separately(made) else 1):
             raise Enough

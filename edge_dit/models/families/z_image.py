@@ -125,8 +125,12 @@ class ZImage(Joined):
         return self.factor(vae) * PATCH
 
     def timestep_factor(self, config: Mapping[str, Any]) -> float:
-        """The pipeline divides by 1000."""
-        return 1 / 1000
+        """1: `handed` divides after it has subtracted, which is exact near the picture."""
+        return 1.0
+
+    def handed(self, timestep: Tensor) -> Tensor:
+        """The share of the picture, as ZImagePipeline computes it."""
+        return (1000 - timestep) / 1000
 
     def objective(self, scheduler: Mapping[str, Any]) -> FlowMatching:
         """The velocity, noise levels drawn evenly."""
@@ -148,7 +152,7 @@ class ZImage(Joined):
         self, model: Any, latents: Tensor, timestep: float, prompt: Prompt, grid: Grid
     ) -> dict[str, Any]:
         """Arguments of `forward`; latents [1, C, h, w]."""
-        passed = torch.tensor([(1000 - timestep) * self.timestep_factor(model.config)])
+        passed = self.handed(torch.tensor([timestep]))
         return {"hidden_states": latents, "timestep": passed, **prompt}
 
     def forward(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
