@@ -33,7 +33,7 @@ DRAWS = 6
 def write_bank(folder: Path, plan_hash: str = PLAN_HASH, seed: int = 0, shard: int = 4) -> Path:
     """A bank of `DRAWS` draws in two shards."""
     draws = [bank.Draw(n, 0, 0, 0.5, 0.25, 0.75, Crop(0, 0, 8)) for n in range(DRAWS)]
-    index = bank.Index(plan_hash, [{"name": "a.png", "sha256": str(seed)}], ["red"], draws, shard)
+    index = bank.Index(plan_hash, [bank.Listed("a.png", str(seed))], ["red"], draws, shard)
     missing = bank.begin(folder, index)
     rng = np.random.default_rng(seed)
     bank.write_prompts(folder, [{"cond.x": rng.random((1, 2), np.float32)}])
