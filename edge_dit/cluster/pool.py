@@ -53,7 +53,7 @@ class Pool:
         """``work(opened, argument)`` of each argument, in their order.
 
         Args:
-            opener: opens what the tasks share, in every process once. It can be pickled.
+            opener: opens what the tasks share, in every process once. It is sent to them.
             work: a function of a module.
             arguments: of the tasks.
 

@@ -38,4 +38,6 @@ def of_tokens(patch: np.ndarray, grid: tuple[int, int], target: Sequence[int]) -
     means = patch.reshape(rows, -1, columns, patch.shape[1] // columns).mean((1, 3))
     if len(target) == 3:
         return means.reshape(1, rows * columns, 1)
-    return np.repeat(np.repeat(means, target[2] // rows, 0), target[3] // columns, 1)[None, None]
+    large = np.repeat(np.repeat(means, target[2] // rows, 0), target[3] // columns, 1)
+    # Not [None, None], whose strides of 0 ExecuTorch 1.5 refuses.
+    return large.reshape(1, 1, *large.shape)

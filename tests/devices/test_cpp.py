@@ -28,7 +28,7 @@ import pipelines
 from edge_dit.app import api
 from edge_dit.contract import bank as banks
 from edge_dit.contract.adapter import read_adapter, write_adapter
-from edge_dit.contract.bank import Crop, Draw, Index, begin, narrowed, write_prompts, write_shard
+from edge_dit.contract.bank import Crop, Draw, Index, Listed, begin, narrowed, write_prompts, write_shard
 from edge_dit.contract.bundle import ADAPTER, FileSpec, Manifest, TensorSpec, write_manifest
 from edge_dit.contract.names import STORED
 from edge_dit.errors import BadInput
@@ -207,7 +207,7 @@ class Small:
         crop = Crop(0, 0, 16)
         index = Index(
             plan_hash="ab" * 32,
-            images=[{"name": "ä.png", "sha256": ""}],
+            images=[Listed("ä.png", "")],
             prompts=["a toy"],
             draws=[Draw(n, 0, 0, (n + 1) / 7, 0.5, 0.25, crop) for n in range(DRAWS)],
             shard=2,

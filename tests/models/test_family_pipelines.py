@@ -654,7 +654,9 @@ def watched_forward(
         states.append(parted(bound[family.streams[-1]], text))
 
     def after(_block: Any, _args: Any, output: Any) -> None:
-        states.append(parted(*reversed(output)) if isinstance(output, tuple) else parted(output))
+        # SD3's last block gives no text back: None, which is no sequence to part
+        text, image = output if isinstance(output, tuple) else (None, None)
+        states.append(parted(output) if image is None else (image, text))
 
     def parted(image: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if isinstance(family, Joined):
