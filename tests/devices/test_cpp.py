@@ -28,7 +28,16 @@ import pipelines
 from edge_dit.app import api
 from edge_dit.contract import bank as banks
 from edge_dit.contract.adapter import read_adapter, write_adapter
-from edge_dit.contract.bank import Crop, Draw, Index, Listed, begin, narrowed, write_prompts, write_shard
+from edge_dit.contract.bank import (
+    Crop,
+    Draw,
+    Index,
+    Listed,
+    begin,
+    narrowed,
+    write_prompts,
+    write_shard,
+)
 from edge_dit.contract.bundle import ADAPTER, FileSpec, Manifest, TensorSpec, write_manifest
 from edge_dit.contract.names import STORED
 from edge_dit.errors import BadInput
