@@ -1,14 +1,16 @@
 """`edge-dit init`: a job that can be planned as it is."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from conftest import SAMPLES
 from edge_dit.errors import BadInput
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.recipes import first_job
+
+SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 
 
 @pytest.mark.parametrize(
