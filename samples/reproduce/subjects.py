@@ -155,6 +155,11 @@ def draw_toy(
     parts: list[Part], position: str, background: str, rng: np.random.Generator
 ) -> Image.Image:
     """One picture, SIDE x SIDE pixels; place, size and tilt vary a little."""
+    return on_background(cut_out(parts, position, rng), background)
+
+
+def cut_out(parts: list[Part], position: str, rng: np.random.Generator) -> Image.Image:
+    """A toy on nothing: RGBA, OVERSAMPLE times SIDE pixels a side."""
     canvas = SIDE * OVERSAMPLE
     r = RADIUS * canvas * rng.uniform(0.95, 1.05)
     shift = 20 / 128 * np.array(POSITIONS[position]) + rng.uniform(-0.02, 0.02, 2)
@@ -173,7 +178,11 @@ def draw_toy(
             else:
                 pen.rounded_rectangle(box, 0.3 * half.min(), COLOURS[colour])
     tilt = rng.uniform(-TILT, TILT)
-    toy = toy.rotate(tilt, Image.Resampling.BICUBIC, center=tuple(centre))
+    return toy.rotate(tilt, Image.Resampling.BICUBIC, center=tuple(centre))
+
+
+def on_background(toy: Image.Image, background: str) -> Image.Image:
+    """A toy of `cut_out` on a plain background, SIDE x SIDE pixels."""
     picture = Image.new("RGB", toy.size, BACKGROUNDS[background])
     picture.paste(toy, mask=toy)
     return picture.reduce(OVERSAMPLE)
