@@ -472,7 +472,8 @@ def test_a_budget_keeps_to_the_jobs_int8_products(run, in_int8, tmp_path):
     plan = read_plan(out)
     assert (plan.compute, plan.weights) == ("int8", "int8")
     assert f"{plan.targets[0]}:{plan.layout}:int8:int8, skip" in said
-    code, said, err = run("plan", in_int8, "--ram", "200MiB", "--target", "onnx:streamed", "-o", out)
+    streamed = "--target", "onnx:streamed"
+    code, said, err = run("plan", in_int8, "--ram", "200MiB", *streamed, "-o", out)
     assert code == 0, err
     assert "onnx:streamed:int8:int8, skip" in said
     code, _, err = run("plan", in_int8, "--ram", "200MiB", "--target", "ort-training")
