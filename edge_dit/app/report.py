@@ -194,14 +194,14 @@ def memory_by_role(
     """
     require("torch", "counting memory")
     from edge_dit.budget.cost import Cost, Shapes
+    from edge_dit.models.checkpoint import meta_model
 
     model = model_of(plan, check=False)
+    transformer = meta_model(model.family, model.config)
 
     def shapes(side: int) -> Shapes:
-        tokens = side // plan.multiple
-        return Shapes(
-            model.family, model.config, (tokens, tokens), plan.text_tokens, plan.lora_targets
-        )
+        grid = (side // plan.multiple, side // plan.multiple)
+        return Shapes(model.family, transformer, grid, plan.text_tokens, plan.lora_targets)
 
     def by_role(cost: Cost) -> dict[str, int]:
         parts = (cost.frozen_bytes, cost.lora_bytes, cost.optimizer_bytes, cost.activation_bytes)

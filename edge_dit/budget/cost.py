@@ -101,9 +101,9 @@ class _Step(NamedTuple):
     largest_transposed: int
 
 
-def parameters(family: Family, config: dict[str, Any]) -> int:
+def parameters(model: torch.nn.Module) -> int:
     """Number of parameters of the whole transformer."""
-    return sum(p.numel() for p in meta_model(family, config).parameters())
+    return sum(p.numel() for p in model.parameters())
 
 
 class Shapes:
@@ -111,7 +111,7 @@ class Shapes:
 
     Args:
         family: the model's family.
-        config: the transformer's configuration.
+        model: the transformer on the meta device (`meta_model`); several patch sizes can share it.
         grid: token rows and columns of a patch.
         text: number of text tokens.
         targets: modules within a block that carry LoRA; default the family's.
@@ -120,14 +120,14 @@ class Shapes:
     def __init__(
         self,
         family: Family,
-        config: dict[str, Any],
+        model: torch.nn.Module,
         grid: Grid,
         text: int,
         targets: Sequence[str] | None = None,
     ) -> None:
         self.family, self.grid = family, grid
         self.targets = tuple(targets or family.lora_targets)
-        self.model: Any = meta_model(family, config)
+        self.model: Any = model
         self.names, self.blocks = map(list, zip(*family.blocks(self.model).items(), strict=True))
         with torch.device("meta"), family.traceable():
             self.latents, prompt = family.blank(self.model, grid, text)
@@ -312,11 +312,12 @@ def _kind(block: torch.nn.Module) -> tuple[Any, ...]:
 def cost_of_plan(plan: Plan) -> dict[str, Cost]:
     """Costs of full LoRA at full resolution and of ``plan``, by their headings for `table`."""
     model = model_of(plan, check=False)
+    transformer = meta_model(model.family, model.config)
 
     def shapes(side: int) -> Shapes:
         tokens = side // plan.multiple
         grid = (tokens, tokens)
-        return Shapes(model.family, model.config, grid, plan.text_tokens, plan.lora_targets)
+        return Shapes(model.family, transformer, grid, plan.text_tokens, plan.lora_targets)
 
     patch = shapes(plan.s_min)
     whole = patch if plan.s_max == plan.s_min else shapes(plan.s_max)
@@ -335,12 +336,13 @@ def cost_of_public(
         patch: s_min in pixels, a multiple of the checkpoint's.
         rank: LoRA rank.
     """
-    family, config = public.resolved(), public.config
+    family = public.resolved()
+    model = meta_model(family, public.config)
     whole, own = (
-        Shapes(family, config, (tokens, tokens), public.text_tokens)
+        Shapes(family, model, (tokens, tokens), public.text_tokens)
         for tokens in (public.resolution // public.multiple, patch // public.multiple)
     )
-    return parameters(family, config), _against_full_lora(whole, own, trained, rank)
+    return parameters(model), _against_full_lora(whole, own, trained, rank)
 
 
 def _against_full_lora(

@@ -35,6 +35,7 @@ from edge_dit.budget.cost import FLOAT, Cost, Shapes
 from edge_dit.contract.names import STORED, THROUGH, Tail
 from edge_dit.contract.targets import INT8, PIECE, ROTATED, STREAMED, TARGETS, WIDE, TargetVariant
 from edge_dit.errors import BadInput
+from edge_dit.models.checkpoint import meta_model
 from edge_dit.models.model import Model
 from edge_dit.planning.plan import Plan
 from edge_dit.store.documents import STRICT, read_document, validated, write_document
@@ -446,7 +447,8 @@ def footprints_of(plan: Plan, model: Model, profile: Profile) -> Footprints:
         model: the plan's, see `edge_dit.planning.plan.model_of`.
         profile: of the device.
     """
-    shapes = Shapes(model.family, model.config, plan.grid, plan.text_tokens, plan.lora_targets)
+    transformer = meta_model(model.family, model.config)
+    shapes = Shapes(model.family, transformer, plan.grid, plan.text_tokens, plan.lora_targets)
     return Footprints(shapes, profile, plan.bank_dtype)
 
 

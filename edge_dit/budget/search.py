@@ -57,6 +57,7 @@ from edge_dit.contract.targets import (
     variant_of,
 )
 from edge_dit.errors import BadInput
+from edge_dit.models.checkpoint import meta_model
 from edge_dit.models.families.family import Family
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import Selection
@@ -473,10 +474,10 @@ def space_of(
         variants: variants to compare.
         selection: measured on the model, if there is one.
     """
-    patches = {}
+    model, patches = meta_model(family, config), {}
     for side in bounds.sides():
         grid = (side // bounds.multiple, side // bounds.multiple)
-        shapes = Shapes(family, config, grid, bounds.text_tokens, bounds.lora_targets)
+        shapes = Shapes(family, model, grid, bounds.text_tokens, bounds.lora_targets)
         patches[side] = Footprints(shapes, profile, bounds.bank_dtype)
     layers = len(family.block_names(config))
     return Space(layers, bounds, patches, variants, selection)

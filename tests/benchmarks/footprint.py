@@ -34,6 +34,7 @@ from edge_dit.budget.footprint import (
 from edge_dit.budget.search import MARGIN
 from edge_dit.contract.bundle import TARGETS
 from edge_dit.contract.targets import INT8_VARIANTS, ROTATED, TargetVariant
+from edge_dit.models.checkpoint import meta_model
 from edge_dit.models.families import family_of
 from edge_dit.models.public_configs import public_config
 from edge_dit.store.files import write_json
@@ -82,7 +83,7 @@ def predicted(case: Case, execution: TargetVariant, profile: Profile) -> Footpri
     side = round(case.tokens**0.5)
     (blocks,) = family.containers.values()
     config = {**public.config, blocks: sum(case.trained)}
-    shapes = Shapes(family, config, (side, side), case.text)
+    shapes = Shapes(family, meta_model(family, config), (side, side), case.text)
     return Footprints(shapes, profile).of(range(sum(case.trained)), case.rank, execution)
 
 

@@ -13,6 +13,7 @@ from edge_dit.cli import main
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import ADAPTER
 from edge_dit.contract.names import FRESH, STORED, TAILS, THROUGH
+from edge_dit.models.checkpoint import meta_model
 from edge_dit.models.families import family_of
 from edge_dit.models.public_configs import CONFIGS
 from edge_dit.planning.plan import read_plan
@@ -45,7 +46,7 @@ PER_BLOCK = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_public_configurations_have_the_published_parameters(name):
     public = CONFIGS[name]
-    found = parameters(family_of(public.family), public.config)
+    found = parameters(meta_model(family_of(public.family), public.config))
     published = PUBLIC.get(name)
     if published is None:  # schnell is dev without the guidance embedding; Qwen-Image: "20B"
         # klein 9B by hand, D = 4096: 26 D^2 a double block, 13 D^2 a single one, 18 D^2 besides,
@@ -79,7 +80,12 @@ def test_blocks_have_the_published_parameters(name, block):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bytes_are_those_of_a_real_step(variant, tail):
     made = variants.case(variant)
-    shapes = Shapes(made.family, dict(made.model.config), GRID, variants.text_of(variant))
+    shapes = Shapes(
+        made.family,
+        meta_model(made.family, dict(made.model.config)),
+        GRID,
+        variants.text_of(variant),
+    )
     for trained in SPLITS.values():
         if tail != STORED and trained[-1] == 3:
             continue  # no block is left that could run; a plan then says "stored"
@@ -120,7 +126,8 @@ def assert_bytes_are_right(made, trained, estimate, tail):
 def test_a_tail_that_runs_costs_a_forward_pass_and_through_it_one_back():
     """A pass is two operations for each parameter and token, in SANA, and back as many."""
     public = CONFIGS["sana-0.6b"]
-    shapes = Shapes(family_of(public.family), public.config, (16, 16), 300)
+    family = family_of(public.family)
+    shapes = Shapes(family, meta_model(family, public.config), (16, 16), 300)
     trained = range(5, 24)  # of 28 blocks
     flops = {tail: shapes.cost(trained, 1, tail).flops for tail in TAILS}
     once = 4 * 2 * 20.65e6 * 256
@@ -134,7 +141,7 @@ def test_operations_count_two_per_multiply_and_add():
     """
     public = CONFIGS["sana-0.6b"]
     family = family_of(public.family)
-    shapes = Shapes(family, public.config, (16, 16), 300)
+    shapes = Shapes(family, meta_model(family, public.config), (16, 16), 300)
     one, two = shapes.cost([13], 1), shapes.cost([13, 14], 1)
     per_block = two.flops - one.flops
     assert per_block == pytest.approx(2 * 2 * 20.65e6 * 256, rel=0.2)

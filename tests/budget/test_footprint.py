@@ -33,6 +33,7 @@ from edge_dit.contract.targets import (
     variant_of,
 )
 from edge_dit.errors import BadInput
+from edge_dit.models.checkpoint import meta_model
 from edge_dit.models.families import family_of
 from edge_dit.models.public_configs import public_config
 from edge_dit.store.documents import write_document
@@ -64,7 +65,8 @@ def footprints(config: str, trained: int, text: int = 300) -> Footprints:
     public = public_config(config)
     family = family_of(public.family)
     (blocks,) = family.containers.values()
-    shapes = Shapes(family, {**public.config, blocks: trained}, (16, 16), text)
+    model = meta_model(family, {**public.config, blocks: trained})
+    shapes = Shapes(family, model, (16, 16), text)
     return Footprints(shapes, REFERENCE)
 
 
