@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from edge_dit.errors import BadInput
 from edge_dit.models.families.family import Family
-from edge_dit.models.families.joined import Joined
+from edge_dit.models.families.parts.joined import Joined
 
 TEXT_FIRST = {"flux": True, "sd3": False, "qwen_image": True, "chroma": True, "flux2": True}
 """Family of two streams -> whether its blocks attend to [text, image], else [image, text]. Read off

@@ -7,7 +7,7 @@ import torch
 import variants
 from edge_dit.models.families import family, family_of
 from edge_dit.models.families.family import State
-from edge_dit.models.families.joined import Joined
+from edge_dit.models.families.parts.joined import Joined
 from edge_dit.models.subgraph import TrainableSubgraph
 from variants import VARIANTS
 

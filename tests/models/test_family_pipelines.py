@@ -34,7 +34,7 @@ from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.checkpoint import INDEX, SINGLE
 from edge_dit.models.families import PIPELINE_FAMILY, family_of
 from edge_dit.models.families.family import Family, scheduler_config
-from edge_dit.models.families.joined import Joined
+from edge_dit.models.families.parts.joined import Joined
 from edge_dit.models.families.qwen_image import QwenVae
 from edge_dit.models.model import open_model
 from edge_dit.models.patch_sampler import PatchSampler

@@ -25,7 +25,7 @@ from edge_dit.cli import main
 from edge_dit.errors import BadInput, ManyFaults
 from edge_dit.models.checkpoint import meta_model
 from edge_dit.models.families import FAMILIES, PIPELINE_FAMILY, family_of
-from edge_dit.models.families.switches import DEEPEST, LARGEST, WIDEST, defaults_of
+from edge_dit.models.families.parts.switches import DEEPEST, LARGEST, WIDEST, defaults_of
 from edge_dit.models.public_configs import CONFIGS
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan

@@ -27,8 +27,6 @@ from torch import Tensor, nn
 
 from edge_dit.contract.names import read_by
 from edge_dit.contract.objective import FlowMatching
-from edge_dit.models.families import packing
-from edge_dit.models.families.common import SHIFTED_SWITCHES, flow_objective
 from edge_dit.models.families.family import (
     Call,
     Conditioning,
@@ -39,7 +37,9 @@ from edge_dit.models.families.family import (
     longest,
     tokenizer_of,
 )
-from edge_dit.models.families.switches import Misfits, Rules, axes, whole
+from edge_dit.models.families.parts import packing
+from edge_dit.models.families.parts.common import SHIFTED_SWITCHES, flow_objective
+from edge_dit.models.families.parts.switches import Misfits, Rules, axes, whole
 
 
 class Chroma(Family):

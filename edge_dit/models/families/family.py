@@ -29,9 +29,9 @@ from edge_dit.contract.noise import NOISE, normal
 from edge_dit.contract.objective import Objective
 from edge_dit.errors import BadInput
 from edge_dit.models.components import check_vocabulary, read_json, refusing
-from edge_dit.models.families import switches
-from edge_dit.models.families.real import RealRotations
-from edge_dit.models.families.switches import Misfits, Rules
+from edge_dit.models.families.parts import switches
+from edge_dit.models.families.parts.real import RealRotations
+from edge_dit.models.families.parts.switches import Misfits, Rules
 from edge_dit.models.pipeline import quiet
 from edge_dit.pictures.tiles import tiled
 

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 
 from edge_dit.contract.objective import FlowMatching
-from edge_dit.models.families import packing
-from edge_dit.models.families.common import SHIFTED_SWITCHES, flow_objective
 from edge_dit.models.families.family import (
     Conditioning,
     Family,
@@ -32,7 +30,9 @@ from edge_dit.models.families.family import (
     pooled_prompt,
     tokenizer_of,
 )
-from edge_dit.models.families.switches import DEEPEST, Misfits, Rules, axes, flag, whole
+from edge_dit.models.families.parts import packing
+from edge_dit.models.families.parts.common import SHIFTED_SWITCHES, flow_objective
+from edge_dit.models.families.parts.switches import DEEPEST, Misfits, Rules, axes, flag, whole
 
 GUIDANCE = 3.5
 """Guidance with which diffusers' train_dreambooth_lora_flux.py trains dev."""

@@ -28,8 +28,6 @@ from torch import Tensor
 
 from edge_dit.contract.loop import Latents
 from edge_dit.contract.objective import FlowMatching
-from edge_dit.models.families import packing
-from edge_dit.models.families.common import flow_objective
 from edge_dit.models.families.family import (
     Call,
     Conditioning,
@@ -39,7 +37,9 @@ from edge_dit.models.families.family import (
     longest,
     tokenizer_of,
 )
-from edge_dit.models.families.switches import (
+from edge_dit.models.families.parts import packing
+from edge_dit.models.families.parts.common import flow_objective
+from edge_dit.models.families.parts.switches import (
     Misfits,
     Rules,
     axes,

@@ -27,7 +27,6 @@ from torch.nn.functional import pad
 
 from edge_dit.contract.objective import FlowMatching
 from edge_dit.models.components import INDEX_FILE, read_json
-from edge_dit.models.families.common import flow_objective, rotary_misfits
 from edge_dit.models.families.family import (
     Conditioning,
     Grid,
@@ -36,9 +35,9 @@ from edge_dit.models.families.family import (
     masked_prompt,
     tokenizer_of,
 )
-from edge_dit.models.families.joined import PROMPT_MASK, Joined
-from edge_dit.models.families.qwen_image import QwenVae
-from edge_dit.models.families.switches import (
+from edge_dit.models.families.parts.common import flow_objective, rotary_misfits
+from edge_dit.models.families.parts.joined import PROMPT_MASK, Joined
+from edge_dit.models.families.parts.switches import (
     DEEPEST,
     Misfits,
     Rules,
@@ -51,6 +50,7 @@ from edge_dit.models.families.switches import (
     several,
     whole,
 )
+from edge_dit.models.families.qwen_image import QwenVae
 from edge_dit.models.pipeline import quiet
 
 MAX_TEXT_TOKENS = 512

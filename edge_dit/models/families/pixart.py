@@ -24,13 +24,6 @@ import torch
 from torch import Tensor
 
 from edge_dit.contract.objective import EpsilonPrediction
-from edge_dit.models.families.common import (
-    KL_SWITCHES,
-    alphas_cumprod,
-    caption_misfits,
-    patch_misfits,
-    scheduler_objective,
-)
 from edge_dit.models.families.family import (
     CROSS_ATTENTION,
     Conditioning,
@@ -45,7 +38,14 @@ from edge_dit.models.families.family import (
     tokenizer_of,
     unpatchify,
 )
-from edge_dit.models.families.switches import (
+from edge_dit.models.families.parts.common import (
+    KL_SWITCHES,
+    alphas_cumprod,
+    caption_misfits,
+    patch_misfits,
+    scheduler_objective,
+)
+from edge_dit.models.families.parts.switches import (
     DEEPEST,
     LARGEST,
     MOST_STEPS,

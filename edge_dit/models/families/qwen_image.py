@@ -27,10 +27,6 @@ from torch.nn.functional import pad
 
 from edge_dit.contract.loop import Latents
 from edge_dit.contract.objective import FlowMatching
-from edge_dit.models.families.common import (
-    flow_objective,
-    rotary_misfits,
-)
 from edge_dit.models.families.family import (
     Conditioning,
     Family,
@@ -40,7 +36,11 @@ from edge_dit.models.families.family import (
     longest,
     tokenizer_of,
 )
-from edge_dit.models.families.switches import (
+from edge_dit.models.families.parts.common import (
+    flow_objective,
+    rotary_misfits,
+)
+from edge_dit.models.families.parts.switches import (
     DEEPEST,
     Misfits,
     Rules,

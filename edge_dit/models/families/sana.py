@@ -30,11 +30,6 @@ from torch import Tensor
 
 from edge_dit.contract.objective import FlowMatching
 from edge_dit.models.components import INDEX_FILE, read_json
-from edge_dit.models.families.common import (
-    caption_misfits,
-    flow_objective,
-    patch_misfits,
-)
 from edge_dit.models.families.family import (
     CROSS_ATTENTION,
     Conditioning,
@@ -49,7 +44,12 @@ from edge_dit.models.families.family import (
     tokenizer_of,
     unpatchify,
 )
-from edge_dit.models.families.switches import (
+from edge_dit.models.families.parts.common import (
+    caption_misfits,
+    flow_objective,
+    patch_misfits,
+)
+from edge_dit.models.families.parts.switches import (
     DEEPEST,
     LARGEST,
     WIDEST,

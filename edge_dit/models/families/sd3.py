@@ -20,13 +20,6 @@ from torch import Tensor
 
 from edge_dit.contract.objective import FlowMatching
 from edge_dit.errors import BadInput
-from edge_dit.models.families.common import (
-    SHIFTED_SWITCHES,
-    beyond_positions,
-    flow_objective,
-    inner_width,
-    patch_misfits,
-)
 from edge_dit.models.families.family import (
     Conditioning,
     Family,
@@ -39,7 +32,14 @@ from edge_dit.models.families.family import (
     tokenizer_of,
     unpatchify,
 )
-from edge_dit.models.families.switches import (
+from edge_dit.models.families.parts.common import (
+    SHIFTED_SWITCHES,
+    beyond_positions,
+    flow_objective,
+    inner_width,
+    patch_misfits,
+)
+from edge_dit.models.families.parts.switches import (
     DEEPEST,
     LARGEST,
     Misfits,

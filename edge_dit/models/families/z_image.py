@@ -28,11 +28,6 @@ from torch.nn.functional import pad
 
 from edge_dit.contract.objective import FlowMatching
 from edge_dit.errors import BadInput
-from edge_dit.models.families.common import (
-    SHIFTED_SWITCHES,
-    beyond_positions,
-    flow_objective,
-)
 from edge_dit.models.families.family import (
     Conditioning,
     Grid,
@@ -43,9 +38,14 @@ from edge_dit.models.families.family import (
     tokenizer_of,
     unpatchify,
 )
-from edge_dit.models.families.joined import PROMPT_MASK, ROPE, TEXT_MASK, Joined
-from edge_dit.models.families.real import interleaved
-from edge_dit.models.families.switches import (
+from edge_dit.models.families.parts.common import (
+    SHIFTED_SWITCHES,
+    beyond_positions,
+    flow_objective,
+)
+from edge_dit.models.families.parts.joined import PROMPT_MASK, ROPE, TEXT_MASK, Joined
+from edge_dit.models.families.parts.real import interleaved
+from edge_dit.models.families.parts.switches import (
     DEEPEST,
     Misfits,
     Rules,

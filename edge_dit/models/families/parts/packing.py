@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edge_dit.models.families.common import rotary_misfits
 from edge_dit.models.families.family import Grid
-from edge_dit.models.families.switches import DEEPEST, Misfits, Rules, one_of, optional, whole
+from edge_dit.models.families.parts.common import rotary_misfits
+from edge_dit.models.families.parts.switches import DEEPEST, Misfits, Rules, one_of, optional, whole
 
 CONTAINERS = {
     "transformer_blocks": "num_layers",

@@ -12,8 +12,8 @@ import torch
 from edge_dit.contract.objective import FlowMatching
 from edge_dit.errors import BadInput
 from edge_dit.models.components import refusing
-from edge_dit.models.families import switches
-from edge_dit.models.families.switches import Misfits, Rules
+from edge_dit.models.families.parts import switches
+from edge_dit.models.families.parts.switches import Misfits, Rules
 
 KL_SWITCHES: Rules = {
     "in_channels": switches.one_of(3, why="pictures have red, green and blue"),
