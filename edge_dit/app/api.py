@@ -87,7 +87,8 @@ def plan(
 
 
 def read_pictures(job: Job, plan: Plan) -> list[Captioned]:
-    """A job's pictures in the size of its plan, with captions; warns of enlarged ones.
+    """A job's pictures in the size of its plan, with captions; warns of enlarged ones. The base
+    model draws those of a prior that asks for some, unless it has drawn them before.
 
     A picture is decoded when its ``pixels`` are asked for; a few stay in memory.
 
@@ -100,7 +101,7 @@ def read_pictures(job: Job, plan: Plan) -> list[Captioned]:
         >>> len(pictures), pictures[0].pixels.shape
         (3, (3, 64, 64))
     """
-    from edge_dit.pictures.dataset import LISTED, read_folders, with_prior
+    from edge_dit.pictures.dataset import LISTED, read_folder, read_folders, with_prior
     from edge_dit.planning.make import check_unchanged
 
     check_unchanged(job, plan, "plan")
@@ -110,8 +111,17 @@ def read_pictures(job: Job, plan: Plan) -> list[Captioned]:
         warn(f"{name} is smaller than {plan.s_max} px and was enlarged")
     if len(small) > LISTED:
         warn(f"and {len(small) - LISTED} more pictures are")
-    prior = job.prior
-    return with_prior(pictures, prior.prompt, prior.weight) if prior.prompt else pictures
+    prior, drawn = job.prior, []
+    if not prior.prompt:
+        return pictures
+    if prior.images:
+        require("torch", "drawing pictures for the prior")
+        from edge_dit.planning.plan import model_of
+        from edge_dit.reference.prior import base_pictures
+
+        folder = base_pictures(model_of(plan), prior.prompt, prior.images, plan.s_max)
+        drawn = read_folder(folder, None, plan.s_max)
+    return with_prior(pictures, prior.prompt, prior.weight, drawn)
 
 
 def precompute(

@@ -295,20 +295,26 @@ def captions_of(found: Survey, subject: SubjectFolder) -> list[tuple[str, ...]]:
 
 
 def with_prior(
-    pictures: Sequence[Captioned], prompts: Sequence[str], weight: float
+    pictures: Sequence[Captioned],
+    prompts: Sequence[str],
+    weight: float,
+    drawn: Sequence[Captioned] = (),
 ) -> list[Captioned]:
-    """Pictures, and after them the same ones for prior draws. Only the noised latents of these
-    matter: what they should be denoised to is the base model's prediction.
+    """Pictures, and after them those of prior draws. Only the noised latents of these matter: what
+    they should be denoised to is the base model's prediction.
 
     Args:
         pictures: of the subjects.
         prompts: of the prior draws; each has one of them.
         weight: of their loss.
+        drawn: pictures of the prior draws, with captions of their own; default those of the
+            subjects, with ``prompts``.
     """
     captions = tuple(dict.fromkeys(clean(text) for text in prompts))
-    of_prior = {"captions": captions, "dropout": 0.0, "repeats": 1, "weight": weight, "prior": True}
-    of_prior |= {"mask": None, "mask_sha256": ""}
-    return [*pictures, *(replace(picture, **of_prior) for picture in pictures)]
+    plain = {"dropout": 0.0, "repeats": 1, "mask": None, "mask_sha256": ""}
+    own = [replace(picture, captions=captions, **plain) for picture in pictures]
+    prior = [replace(picture, weight=weight, prior=True) for picture in drawn or own]
+    return [*pictures, *prior]
 
 
 def read_folder(

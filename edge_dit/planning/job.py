@@ -249,6 +249,15 @@ class Prior(_Section):
             '(`"a toy"`), or several prompts in a list.',
         ),
     ] = []
+    images: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=10_000,
+            description="Pictures that the base model draws of these prompts, for the prior's "
+            "draws. 0: these are of the training pictures.",
+        ),
+    ] = 0
     share: Annotated[
         float,
         Field(gt=0, le=0.9, description="Share of the draws that keep it."),

@@ -44,10 +44,11 @@ from edge_dit.models.families.family import State
 from edge_dit.models.subgraph import TrainableSubgraph, lora_modules
 from edge_dit.pictures.dataset import read_folder, with_prior
 from edge_dit.pictures.draws import BankRequest, bank_index
-from edge_dit.planning.plan import Plan
+from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.split import split_by_ratio
 from edge_dit.reference.evaluate import LEVELS, Whole
 from edge_dit.reference.precompute import source_of, tensors_of
+from edge_dit.reference.prior import base_pictures
 from edge_dit.store.files import write_json
 from scenes import draw, random_scene
 
@@ -65,10 +66,13 @@ def kept_scenes(count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class PriorArm:
-    """A prior: its prompts, and the share of the draws that are prior draws."""
+    """A prior: its prompts, the share of the draws that are prior draws, and how many pictures the
+    base model draws for them; 0 for the training pictures.
+    """
 
     prompts: list[str]
     share: float
+    drawn: int = 0
 
     def steps(self, own: int) -> int:
         """Steps of which ``own`` are on the subject's draws."""
@@ -79,6 +83,7 @@ ARMS = {
     "without": PriorArm([], 0.0),
     "class, 1/4": PriorArm(CLASS, 0.25),
     "8 scenes, 1/4": PriorArm(kept_scenes(8), 0.25),
+    "8 scenes drawn by the base model, 1/4": PriorArm(kept_scenes(8), 0.25, 8),
 }
 
 
@@ -100,7 +105,12 @@ def bank_of(run: Run, arm: PriorArm) -> list[dict[str, torch.Tensor]]:
     plan, model, pipeline = plan_of(run, arm), model_for(run.job), pipeline_of(run.job)
     pictures = read_folder(run.subject / "train", None, plan.s_max)
     if arm.prompts:
-        pictures = with_prior(pictures, arm.prompts, 1.0)
+        drawn = []
+        if arm.drawn:
+            base = model_of(plan)
+            folder = base_pictures(base, arm.prompts, arm.drawn, plan.s_max)
+            drawn = read_folder(folder, None, plan.s_max)
+        pictures = with_prior(pictures, arm.prompts, 1.0, drawn)
     asked = BankRequest("", plan.draws, plan.seed, plan.crop_rule, WIDE, 1, plan.prior_share)
     index = bank_index(asked, pictures, model.objective.level)
     prompts, images = dict(enumerate(index.prompts)), dict(enumerate(pictures))

@@ -148,3 +148,34 @@ def test_pictures_of_prior_draws_are_those_of_the_subject(workplace):
     both = with_prior(pictures, [" a toy ", "a toy"], 1.0)
     assert [p.prior for p in both] == [False] * 3 + [True] * 3
     assert both[3].captions == ("a toy",)
+
+
+def test_the_base_model_draws_the_priors_pictures_where_a_job_asks_for_some(
+    workplace, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    keys = PRIOR_KEYS + "images = 3\n"
+    job = read_job(tiny.write_job(workplace, PRIOR[0], ("[plan]", keys + "[plan]")))
+    plan = make_plan(job)
+    pictures = api.read_pictures(job, plan)
+    drawn = [picture for picture in pictures if picture.prior]
+    assert [p.name for p in drawn] == ["prior-0.png", "prior-1.png", "prior-2.png"]
+    assert [p.captions for p in drawn] == [("a box",), ("a toy",), ("a box",)]
+    model, pipeline = model_of(plan), load_pipeline(plan.model)
+    (wanted,) = model.family.sample(pipeline, "a toy", plan.s_max, [1])
+    np.testing.assert_array_equal(drawn[1].load(), np.asarray(wanted.convert("RGB")))
+
+    precompute(plan, pictures, tmp_path / "bank")
+    bank = Bank(tmp_path / "bank", plan.identity())
+    for number in priors(bank):
+        draw = bank.index.draws[number]
+        assert bank.index.prompts[draw.prompt] == pictures[draw.image].caption
+    assert examine(plan, model, bank, pictures).passed
+
+    (first, *rest) = sorted(path for path in (tmp_path / "cache").rglob("prior-*.png"))
+    before, times = first.read_bytes(), [path.stat().st_mtime_ns for path in rest]
+    first.unlink()
+    again = [picture.sha256 for picture in api.read_pictures(job, plan)]
+    assert again == [picture.sha256 for picture in pictures]
+    assert first.read_bytes() == before
+    assert [path.stat().st_mtime_ns for path in rest] == times
