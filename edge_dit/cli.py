@@ -560,6 +560,27 @@ def check_draws(bank: Path | None, images: Path | None, prompt: str | None, more
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, made by edge-dit train or run.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write a page, compare.html.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put runs side by side: losses, gradients, settings that differ, previews."""
+    from edge_dit.store.files import write_atomic
+    from edge_dit_runtime.page.compare import as_json as facts_of
+    from edge_dit_runtime.page.compare import in_words, page, read_runs
+
+    read = read_runs(runs)
+    facts, lines = facts_of(read), in_words(read)
+    if output is not None:
+        write_atomic(output, page(read))
+        facts, lines = {**facts, "page": str(output)}, [*lines, f"written to {output}"]
+    report(as_json, facts, *lines)
+
+
+@app.command()
 def adapter(
     run: Annotated[Path, typer.Argument(help="Run folder, made by edge-dit train.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the LoRA goes.")],

@@ -36,13 +36,15 @@ def look(path: Path) -> tuple[dict[str, Any], list[str]]:
         return asdict(index), bank_in_words(path)
     if (path / "run.json").is_file():
         from edge_dit_runtime.run_folder import RunFolder
+        from edge_dit_runtime.step_log import read_log
 
-        run = RunFolder(path).read()
-        return asdict(run), [
+        run, log = RunFolder(path).read(), read_log(path)
+        return {**asdict(run), "log": log.summary()}, [
             f"run of target {run.target}: {run.done} of {run.steps} steps",
             f"  bundle {run.bundle}",
             f"  bank   {run.bank}",
             f"  LoRA rank {run.rank}, alpha {run.alpha:g}, for {run.base_model}",
+            *(f"  {line}" for line in log.in_words()),
         ]
     if (path / PEFT_CONFIG).is_file():
         return _adapter_in_words(read_peft(path))

@@ -6,8 +6,6 @@ SVG, coloured by CSS variables so that they follow the reader's light or dark se
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor, inf, isfinite, log10
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from edge_dit.app.describe import in_runs
 from edge_dit.budget.limits import NO_LIMITS, Limits
@@ -28,6 +25,7 @@ from edge_dit.planning.selection import Selection
 from edge_dit.planning.split import SplitRequest, choose_split
 from edge_dit.store.files import write_atomic
 from edge_dit.text import size
+from edge_dit_runtime.page.html import STYLE, data_uri
 
 if TYPE_CHECKING:
     from edge_dit.budget.footprint import Measured
@@ -235,6 +233,7 @@ def render(page: Page) -> str:
     """The page as HTML. It raises what `write_report` raises, except for writing."""
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
+        from markupsafe import Markup  # comes with Jinja2
     except ImportError as error:  # it comes with torch
         raise missing_extra("torch", "a report") from error
 
@@ -249,6 +248,7 @@ def render(page: Page) -> str:
     selection = page.selection
     return environment.get_template(TEMPLATE).render(
         page=page,
+        style=Markup(STYLE),
         plan=page.plan,
         blocks=_blocks(page.plan),
         names=NAMES,
@@ -400,8 +400,8 @@ def _sample(sample: Sampled) -> dict[str, Any]:
         "name": sample.name,
         "height": height,
         "width": width,
-        "whole": _data_uri(sample.whole, WHOLE),
-        "patches": [(patch, _data_uri(patch.pixels, THUMBNAIL)) for patch in sample.patches],
+        "whole": data_uri(sample.whole, WHOLE),
+        "patches": [(patch, data_uri(patch.pixels, THUMBNAIL)) for patch in sample.patches],
     }
 
 
@@ -409,15 +409,6 @@ def _rgb(pixels: np.ndarray) -> np.ndarray:
     """[H, W, 3] uint8 of [3, H, W] in [-1, 1]."""
     levels = np.round((pixels.transpose(1, 2, 0) + 1) * 127.5)
     return np.clip(levels, 0, 255).astype(np.uint8)
-
-
-def _data_uri(pixels: np.ndarray, longest: int) -> str:
-    """A JPEG of [H, W, 3] uint8, its sides at most ``longest`` pixels."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((longest, longest))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _count(number: int, noun: str) -> str:

@@ -16,7 +16,8 @@ Names are imported when they are first used: importing this package takes no tim
     loop/        pictures to draws, prompts to pictures
     sessions/    one module per target, and what they share
     training     the loop over a bank: progress, checkpoints, resume
-    run_folder   what a run keeps on disk; loss_plot draws its losses
+    run_folder   what a run keeps on disk; step_log its losses; loss_plot draws them
+    page/        pages about runs, for people
     measure      measures what verify compares, in a process of its own
 """
 

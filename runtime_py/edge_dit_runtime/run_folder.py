@@ -3,6 +3,9 @@
     state.safetensors    adapter, optimizer state, losses and the `Run` they belong to
     run.json             that `Run`, for people and other commands
     loss.csv             step, draw, sigma, loss; nan where a step was skipped
+    steps.csv            step, learning rate, gradient norm, seconds
+    settings.json        the plan of its bundle, for `edge-dit compare`
+    run.html             a page that shows how far it is (`edge_dit_runtime.page`)
     loss.png             the losses as a picture, if matplotlib is installed
     adapter.safetensors  the LoRA after the last step
 
@@ -11,14 +14,12 @@ state.safetensors is written atomically. It alone decides where a resumed run co
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, TypeAdapter
@@ -29,23 +30,22 @@ from edge_dit.contract.bundle import ADAPTER
 from edge_dit.contract.names import ADAPTED
 from edge_dit.errors import BadInput
 from edge_dit.store.documents import STRICT, parse_json, read_document, validated, write_document
-from edge_dit.store.files import StrPath, cannot_write, write_atomic
+from edge_dit.store.files import StrPath, cannot_write
 from edge_dit.store.locks import locked
 from edge_dit.store.tensors import TensorFile, write_tensors
 from edge_dit_runtime.loss_plot import plot_losses
 from edge_dit_runtime.sessions.trainer import Draws, Session
+from edge_dit_runtime.step_log import StepLog, restored
 
 RUN = "run.json"
 STATE = "state.safetensors"
-LOSSES = "loss.csv"
+SETTINGS = "settings.json"
 PICTURE = "loss.png"
 LOCK = ".lock"
 RUN_KEY = "run"
 """Key in the metadata of `STATE`: the `Run` as JSON."""
 DRAW_KEY, LOSS_KEY = "run.draw", "run.loss"
 """Tensors in `STATE` besides the session's: draw (int64) and loss (float64) of every step done."""
-RECENT = 50
-"""Number of last steps whose mean loss is shown."""
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -85,41 +85,6 @@ class Run:
         """Whether this run may continue ``other``."""
         keys = ("manifest_sha256", "bank_sha256", "target", "layout")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
-
-
-@dataclass
-class Losses:
-    """Draw and loss of every step done; nan where it was skipped."""
-
-    draws: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    skipped_in_a_row: int = 0
-
-    def __len__(self) -> int:
-        return len(self.draws)
-
-    def add(self, draw: int, loss: float) -> None:
-        """Add a step; a loss of nan means it was skipped."""
-        self.draws.append(draw)
-        self.losses.append(loss)
-        self.skipped_in_a_row = 0 if np.isfinite(loss) else self.skipped_in_a_row + 1
-
-    @property
-    def last(self) -> float:
-        """Loss of the last step; nan if there is none."""
-        return self.losses[-1] if self.losses else float("nan")
-
-    @property
-    def recent(self) -> float:
-        """Mean of the last `RECENT` steps that were not skipped."""
-        finite = [loss for loss in self.losses[-RECENT:] if np.isfinite(loss)]
-        return float(np.mean(finite)) if finite else float("nan")
-
-    @property
-    def skipped(self) -> list[int]:
-        """The draws that were skipped, each once."""
-        pairs = zip(self.draws, self.losses, strict=True)
-        return sorted({draw for draw, loss in pairs if not np.isfinite(loss)})
 
 
 class RunFolder:
@@ -189,24 +154,30 @@ class RunFolder:
         raw = read_document(path, "a run folder", remedy)
         return validated(path, TypeAdapter(Run), raw, remedy)
 
-    def begin(self, run: Run) -> None:
-        """Write run.json before the first step."""
-        write_document(self.path / RUN, asdict(run))
+    def begin(self, run: Run, plan: Mapping[str, Any]) -> None:
+        """Write run.json and settings.json before the first step.
 
-    def restore(self, session: Session, run: Run) -> Losses:
-        """Load the checkpoint into ``session``; the losses until then, or none without one.
+        Args:
+            run: what is trained.
+            plan: of the bundle's manifest.
+        """
+        write_document(self.path / RUN, asdict(run))
+        write_document(self.path / SETTINGS, dict(plan))
+
+    def restore(self, session: Session, run: Run, draws: Draws) -> StepLog:
+        """Load the checkpoint into ``session``; the steps until then, or none without one.
 
         Raises:
             BadInput: it is damaged, or belongs to another bundle, bank, target or layout.
         """
         if not (self.path / STATE).exists():
-            return Losses()
+            return StepLog()
         try:
             file, saved = self._state()
             state = file.read()
-            losses = Losses(state[DRAW_KEY].tolist(), state[LOSS_KEY].tolist())
-            if not saved.done == len(losses.draws) == len(losses.losses):
-                raise ValueError(f"{saved.done} steps, {len(losses.losses)} losses")
+            numbers, losses = state[DRAW_KEY].tolist(), state[LOSS_KEY].tolist()
+            if not saved.done == len(numbers) == len(losses):
+                raise ValueError(f"{saved.done} steps, {len(losses)} losses")
         except (OSError, ValueError, KeyError) as error:
             raise BadInput(
                 self.path / STATE, found=f"damaged checkpoint ({error})", remedy="start a new run"
@@ -220,10 +191,11 @@ class RunFolder:
                 remedy="pass those, or start a new run with another -o",
             )
         session.load_state_dict(state)
-        return losses
+        sigmas = [draws.draw(number).sigma for number in numbers]
+        return restored(self.path, numbers, sigmas, losses)
 
-    def save(self, session: Session, run: Run, draws: Draws, losses: Losses) -> None:
-        """Write a checkpoint, loss.csv and run.json.
+    def save(self, session: Session, run: Run, log: StepLog) -> None:
+        """Write a checkpoint, the log and run.json.
 
         Raises:
             BadInput: the adapter or its moments are not finite, or the folder cannot be written;
@@ -233,22 +205,22 @@ class RunFolder:
         if not all_finite(state):
             raise BadInput(
                 self.path,
-                found=f"training diverged before step {len(losses)}: the adapter is not finite",
+                found=f"training diverged before step {len(log)}: the adapter is not finite",
                 expected="numbers; the last checkpoint is kept",
                 remedy="plan with a lower lr",
             )
-        state[DRAW_KEY] = np.array(losses.draws, np.int64)
-        state[LOSS_KEY] = np.array(losses.losses, np.float64)
-        saved = asdict(replace(run, done=len(losses)))
+        state[DRAW_KEY] = np.array(log.draws, np.int64)
+        state[LOSS_KEY] = np.array(log.losses, np.float64)
+        saved = asdict(replace(run, done=len(log)))
+        log.write_steps(self.path)  # first: a checkpoint has no step that steps.csv lacks
         write_tensors(self.path / STATE, state, {RUN_KEY: json.dumps(saved)})
-        write_atomic(self.path / LOSSES, _as_csv(losses, draws))
+        log.write_losses(self.path)
         write_document(self.path / RUN, saved)
 
-    def finish(self, session: Session, run: Run, draws: Draws, losses: Losses) -> None:
+    def finish(self, session: Session, run: Run, log: StepLog) -> None:
         """Write the trained adapter, and the losses as a picture."""
         write_adapter(self.path / ADAPTER, session.adapter(), run.rank, run.alpha)
-        sigmas = [draws.draw(draw).sigma for draw in losses.draws]
-        plot_losses(self.path / PICTURE, sigmas, losses.losses)
+        plot_losses(self.path / PICTURE, log)
 
     def adapter(self) -> tuple[dict[str, np.ndarray], Run]:
         """The LoRA tensors as last saved, by diffusers name, and the run.
@@ -311,12 +283,3 @@ def save_lora(run: StrPath, folder: StrPath, format: str | None = None) -> Path:
 def all_finite(tensors: Mapping[str, np.ndarray]) -> bool:
     """Whether no value is infinite or NaN."""
     return all(np.isfinite(value).all() for value in tensors.values())
-
-
-def _as_csv(losses: Losses, draws: Draws) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("step", "draw", "sigma", "loss"))
-    for step, (draw, loss) in enumerate(zip(losses.draws, losses.losses, strict=True)):
-        writer.writerow((step, draw, repr(draws.draw(draw).sigma), repr(loss)))
-    return text.getvalue()

@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypedDict, Unpack
 
-import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter
 
 from edge_dit.contract.adamw import Schedule, learning_rate
@@ -31,10 +31,12 @@ from edge_dit.errors import BadInput
 from edge_dit.progress import bar, warn
 from edge_dit.store.documents import validated
 from edge_dit.store.files import StrPath
-from edge_dit_runtime.run_folder import Losses, Run, RunFolder, all_finite
+from edge_dit_runtime.page.watch import Watch
+from edge_dit_runtime.run_folder import Run, RunFolder
 from edge_dit_runtime.session import check_room, open_session
 from edge_dit_runtime.sessions.state import check_draw
 from edge_dit_runtime.sessions.trainer import Draws, Session
+from edge_dit_runtime.step_log import Step, StepLog, norm
 
 if TYPE_CHECKING:
     from edge_dit_runtime.loop.previews import Previews
@@ -95,16 +97,22 @@ class _Training:
     folder: RunFolder
     run: Run
     planned: _Planned
+    log: StepLog
+    watch: Watch
     previews: Previews | None = None
 
-    def preview(self, done: int) -> None:
-        """Paint previews, if any are due after ``done`` steps."""
+    def show(self) -> None:
+        """Paint previews, if any are due, and write the run's page, if it is time to."""
+        done = len(self.log)
         if self.previews is not None and self.previews.due(done):
             self.previews.paint(done, self.session.adapter())
+            self.watch.show()
+        self.watch.look()
 
-    def save(self, losses: Losses) -> None:
+    def save(self) -> None:
         """Write a checkpoint."""
-        self.folder.save(self.session, self.run, self.draws, losses)
+        self.watch.keep()
+        self.folder.save(self.session, self.run, self.log)
 
 
 class Options(TypedDict, total=False):
@@ -170,20 +178,24 @@ def train(
         session = open_session(opened, name, layout)
         if reason := why_uncertified(opened, opened.titled(name, layout)):
             warn(f"{bundle}: {reason}; edge-dit verify compares it with PyTorch")
-        losses = kept.restore(session, run) if previous else Losses()
-        if not losses:
+        log = kept.restore(session, run, draws) if previous else StepLog()
+        if not log:
             session.load_adapter(opened.adapter())
-            kept.begin(run)
+            kept.begin(run, opened.manifest.plan)
         previews = _previews(opened, kept.path, planned.preview_every, run.steps)
-        training = _Training(session, opened, draws, kept, run, planned, previews)
-        _loop(training, losses, options.get("on_step"))
-        kept.save(session, run, draws, losses)
-        if len(losses) == run.steps:
-            kept.finish(session, run, draws, losses)
-    if losses.skipped:
-        names = ", ".join(map(draws.in_words, losses.skipped[:3]))
+        watch = Watch(kept.path, run, log)
+        training = _Training(session, opened, draws, kept, run, planned, log, watch, previews)
+        try:
+            _loop(training, options.get("on_step"))
+            training.save()
+            if len(log) == run.steps:
+                kept.finish(session, run, log)
+        finally:
+            watch.close()
+    if skipped := sorted({log.draws[step] for step in log.skipped}):
+        names = ", ".join(map(draws.in_words, skipped[:3]))
         warn(f"steps without finite loss and gradients were skipped: {names}")
-    return replace(run, done=len(losses))
+    return replace(run, done=len(log))
 
 
 def _previews(bundle: Bundle, folder: Path, every: int, steps: int) -> Previews | None:
@@ -246,36 +258,36 @@ def _new_run(bundle: Bundle, draws: Draws, plan: _Planned, target: str, layout: 
     )
 
 
-def _loop(training: _Training, losses: Losses, on_step: OnStep | None) -> None:
+def _loop(training: _Training, on_step: OnStep | None) -> None:
     """Train until all steps are done, ``on_step`` stops it, or Ctrl-C. Checkpoints are written
     on the way, not at the end.
     """
-    run = training.run
+    run, log = training.run, training.log
     title = f"train ({run.target})"
-    with bar(title, run.steps, len(losses)) as advance, interrupt_flag() as interrupted:
-        training.preview(len(losses))
-        while len(losses) < run.steps and _may_go_on(training, losses, on_step, interrupted):
-            _step(training, losses)
-            training.preview(len(losses))
-            advance(note=f"loss {losses.recent:.4f}")
-            if len(losses) == run.steps:
+    with bar(title, run.steps, len(log)) as advance, interrupt_flag() as interrupted:
+        training.show()
+        while len(log) < run.steps and _may_go_on(training, on_step, interrupted):
+            _step(training)
+            training.show()
+            advance(note=f"loss {log.recent:.4f}")
+            if len(log) == run.steps:
                 if on_step:
-                    on_step(len(losses), losses.last)
-            elif len(losses) % SAVE_EVERY == 0:
-                training.save(losses)
+                    on_step(len(log), log.last)
+            elif len(log) % SAVE_EVERY == 0:
+                training.save()
 
 
 def _may_go_on(
-    training: _Training, losses: Losses, on_step: OnStep | None, interrupted: Callable[[], bool]
+    training: _Training, on_step: OnStep | None, interrupted: Callable[[], bool]
 ) -> bool:
     """Ask ``on_step`` before a step, until it no longer says `Wait`; false stops the run."""
-    saved = False
+    saved, log = False, training.log
     while not interrupted():
-        answer = on_step(len(losses), losses.last) if on_step else None
+        answer = on_step(len(log), log.last) if on_step else None
         if not isinstance(answer, Wait):
             return not answer and not interrupted()
         if not saved:
-            training.save(losses)
+            training.save()
             saved = True
         until = time.monotonic() + answer.seconds
         while not interrupted() and (left := until - time.monotonic()) > 0:
@@ -283,21 +295,24 @@ def _may_go_on(
     return False
 
 
-def _step(training: _Training, losses: Losses) -> None:
-    """Do a step and add its loss to ``losses``, nan if it was skipped."""
-    session, draws, run = training.session, training.draws, training.run
-    number = draws.number(len(losses), training.planned.seed)
+def _step(training: _Training) -> None:
+    """Do a step and log it, with a loss of nan if it was skipped."""
+    session, draws, log = training.session, training.draws, training.log
+    started = time.perf_counter()
+    number = draws.number(len(log), training.planned.seed)
     lr = training.bundle.manifest.optimizer.lr
-    session.lr = training.planned.learning_rate(len(losses), run.steps, lr)
+    session.lr = training.planned.learning_rate(len(log), training.run.steps, lr)
     draw = draws[number]
     check_draw(draw, training.bundle.manifest, draws.in_words(number))
     loss = session.backward(draw)
-    if np.isfinite(loss) and all_finite(session.gradients()):
+    grad_norm = norm(session.gradients()) if isfinite(loss) else float("nan")
+    if isfinite(grad_norm):
         session.update()
     else:
         loss = float("nan")
-    losses.add(number, loss)
-    if losses.skipped_in_a_row == MOST_SKIPPED:
+    seconds = round(time.perf_counter() - started, 6)
+    log.add(Step(number, draws.draw(number).sigma, loss, session.lr, grad_norm, seconds))
+    if log.skipped_in_a_row == MOST_SKIPPED:
         raise BadInput(
             training.folder.path,
             found=f"{MOST_SKIPPED} steps in a row without finite loss and gradients, the last on "

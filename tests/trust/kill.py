@@ -189,11 +189,13 @@ def killed(function: Callable[[], None], after: float) -> bool:
 
 
 def listing(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder by name, except hidden ones; empty where there is none."""
+    """Every file below a folder by name, except hidden ones and what tells times; may be empty."""
+    from runs import timeless
+
     if not folder.exists():
         return {}
     paths = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name[0] != ".")
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+    return timeless({str(p.relative_to(folder)): p.read_bytes() for p in paths})
 
 
 def leftovers(folder: Path) -> list[str]:
