@@ -195,7 +195,7 @@ class RunFolder:
         return restored(self.path, numbers, sigmas, losses)
 
     def save(self, session: Session, run: Run, log: StepLog) -> None:
-        """Write a checkpoint, the log and run.json.
+        """Write a checkpoint, loss.csv and run.json.
 
         Raises:
             BadInput: the adapter or its moments are not finite, or the folder cannot be written;
@@ -212,7 +212,6 @@ class RunFolder:
         state[DRAW_KEY] = np.array(log.draws, np.int64)
         state[LOSS_KEY] = np.array(log.losses, np.float64)
         saved = asdict(replace(run, done=len(log)))
-        log.write_steps(self.path)  # first: a checkpoint has no step that steps.csv lacks
         write_tensors(self.path / STATE, state, {RUN_KEY: json.dumps(saved)})
         log.write_losses(self.path)
         write_document(self.path / RUN, saved)

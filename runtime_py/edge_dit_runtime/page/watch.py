@@ -1,6 +1,6 @@
-"""Shows a run while it trains: its page, and TensorBoard's events.
+"""Shows a run while it trains: its page, steps.csv, and TensorBoard's events.
 
-It takes no part in training: a page that cannot be written is a warning.
+It takes no part in training: what cannot be written is a warning.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_dit.errors import BadInput
 from edge_dit.progress import warn
@@ -27,7 +27,7 @@ SHARE = 0.01
 
 
 class Watch:
-    """Writes run.html and event files of a run.
+    """Writes run.html, steps.csv and event files of a run.
 
     Args:
         folder: of the run.
@@ -42,44 +42,47 @@ class Watch:
         self._next, self._warned, self._tried = 0.0, False, False
 
     def look(self) -> None:
-        """Write page and events, if it is time to."""
-        if time.monotonic() >= self._next:
+        """Write page and events, if it is time to. `close` writes the last ones."""
+        if len(self._log) < self._run.steps and time.monotonic() >= self._next:
             self.show()
 
     def show(self) -> None:
         """Write page and events."""
         started = time.monotonic()
         self._write(self._write_page, trains=True)
-        self.keep()
+        self._write(self._write_events)
         now = time.monotonic()
         self._next = now + max(EVERY, (now - started) / SHARE)
 
     def keep(self) -> None:
-        """Write the events: a checkpoint must have no step that they lack."""
+        """Write steps.csv and events before a checkpoint: it must have no step that they lack."""
         if len(self._log) > self._begun:
+            self._write(self._log.write_steps, folder=self._folder)
             self._write(self._write_events)
 
     def close(self) -> None:
-        """Write the last page, unless no step was done and there is one."""
-        self.keep()
+        """Write the last page and events, unless no step was done and there is a page."""
+        self._write(self._write_events)
         if len(self._log) > self._begun or not (self._folder / PAGE).is_file():
             self._write(self._write_page, trains=False)
         if self._events is not None:
             self._events.close()
 
-    def _write(self, write: Callable[..., None], **options: bool) -> None:
+    def _write(self, write: Callable[..., None], **options: Any) -> None:
         try:
             write(**options)
         except (BadInput, OSError) as error:
             if not self._warned:
                 known = error if isinstance(error, BadInput) else cannot_write(self._folder, error)
-                warn(f"the run's page and events are not up to date: {known}")
+                warn(f"what the run shows is not up to date: {known}")
             self._warned = True
 
     def _write_page(self, trains: bool) -> None:
         write_atomic(self._folder / PAGE, run_page(self._folder, self._run, self._log, trains))
 
     def _write_events(self) -> None:
+        if len(self._log) == self._begun:
+            return
         if self._events is None and not self._tried:
             self._tried = True
             self._events = open_events(self._folder, self._begun)
