@@ -52,7 +52,7 @@ def test_the_page_has_every_run(run, runs, tmp_path):
     assert run("compare", *runs, "-o", place)[0] == 0
     html = place.read_text()
     for number, folder in enumerate(runs):
-        assert f"[{number + 1}] {folder}" in html
+        assert f"[{number + 1}] {folder.name}" in html
         assert f'class="line colour-{number}"' in html
         assert f'class="points colour-{number}"' in html
     assert "optimizer.lr" in html
@@ -69,8 +69,8 @@ def test_what_stands_against_a_comparison_is_said(runs, tmp_path):
     for words in (
         "different bundles",
         "different draws",
-        f"Few settings are known of {third}",
-        f"No step was saved yet in {third}",
+        "Few settings are known of [3] third",
+        "No step was saved yet in [3] third",
     ):
         assert words in html
 
@@ -100,3 +100,12 @@ def test_bad_input(run, runs, tmp_path, which):
     assert words in err
     assert err.startswith("edge-dit: ")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_names_are_what_differs_of_the_paths(tmp_path):
+    for out in ("one", "two"):
+        (tmp_path / out).mkdir()
+    folders = [write_run(tmp_path / out / "run", made_log(3)) for out in ("one", "two")]
+    assert [read.name for read in read_runs(folders)] == ["[1] one/run", "[2] two/run"]
+    inner = write_run(folders[0] / "inner", made_log(3))
+    assert [r.name for r in read_runs([folders[0], inner])] == ["[1] run", "[2] inner"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ NOT_SETTINGS = ("done", "manifest_sha256", "bank_sha256")
 """Fields of a `Run` that nobody chose."""
 STYLE = """
 .previews { grid-template-columns: repeat(auto-fill, minmax(min(45%, 13rem), 1fr)); }
+tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
 """
 LONGEST = 60
 """Characters of a setting in a table."""
@@ -36,13 +38,15 @@ class Read:
     """A run folder.
 
     Attributes:
-        name: its path as it was given.
+        folder: its path as it was given.
+        name: its number, and what its path has that those of the others have not.
         run: what it trains.
         log: its steps.
         settings: the plan of its bundle and what the command chose, flat; "optimizer.lr".
         planned: whether it wrote the plan down; other versions and runtimes do not.
     """
 
+    folder: Path
     name: str
     run: Run
     log: StepLog
@@ -52,7 +56,7 @@ class Read:
     @cached_property
     def previews(self) -> list[Row]:
         """What it painted."""
-        return read_previews(Path(self.name))
+        return read_previews(self.folder)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Read]:
@@ -67,16 +71,21 @@ def read_runs(folders: Sequence[Path]) -> list[Read]:
     for place, folder in enumerate(folders):
         if places[place] in places[:place]:
             raise BadInput(folder, found="named twice", expected="different runs")
-    return [_read(folder) for folder in folders]
+    shared = Path(os.path.commonpath(places))
+    names = [place.relative_to(shared).as_posix() for place in places]
+    return [
+        _read(folder, f"[{number}] {place.name if name == '.' else name}")
+        for number, (folder, place, name) in enumerate(zip(folders, places, names, strict=True), 1)
+    ]
 
 
-def _read(folder: Path) -> Read:
+def _read(folder: Path, name: str) -> Read:
     run, path = RunFolder(folder).read(), folder / SETTINGS
     plan: dict[str, Any] = {}
     if path.is_file():
         plan = read_document(path, "a run folder", "remove it: compare goes on without")
     chosen = {k: v for k, v in asdict(run).items() if k not in NOT_SETTINGS}
-    return Read(str(folder), run, read_log(folder), _flat({**plan, **chosen}), bool(plan))
+    return Read(folder, name, run, read_log(folder), _flat({**plan, **chosen}), bool(plan))
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, str]:
@@ -119,7 +128,7 @@ def notes(runs: Sequence[Read]) -> list[str]:
 
 def as_json(runs: Sequence[Read]) -> dict[str, Any]:
     """All of it for machines."""
-    every = [{"folder": r.name, **asdict(r.run), "log": r.log.summary()} for r in runs]
+    every = [{"folder": str(r.folder), **asdict(r.run), "log": r.log.summary()} for r in runs]
     return {"runs": every, "differ": differing(runs), "notes": notes(runs)}
 
 
@@ -129,7 +138,7 @@ def in_words(runs: Sequence[Read]) -> list[str]:
     for head, rows in (_measured(runs), _by_level(runs)):
         lines += [*columns(head[1:], [(name, cells) for name, *cells in rows]), ""]
     if differ := differing(runs):
-        names = [f"[{place}]" for place in range(1, len(runs) + 1)]
+        names = [read.name for read in runs]
         rows = [(key, [_short(value) for value in values]) for key, values in differ.items()]
         lines += ["Settings that differ:", *columns(names, rows), ""]
     else:
@@ -141,11 +150,6 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-def _title(place: int, read: Read) -> str:
-    """A run's name in tables and legends: its number and folder."""
-    return f"[{place + 1}] {read.name}"
-
-
 def _measured(runs: Sequence[Read]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of what the runs did."""
     shortest = min(len(read.log) for read in runs)
@@ -153,13 +157,13 @@ def _measured(runs: Sequence[Read]) -> tuple[list[str], list[list[str]]]:
     at = [] if same or not shortest else [f"at step {shortest}"]
     head = ["run", "steps", "loss", *at, "gradient norm", "learning rate", "s a step", "skipped"]
     rows = []
-    for place, read in enumerate(runs):
+    for read in runs:
         log, facts = read.log, read.log.summary()
         then = [number(StepLog(losses=log.losses[:shortest]).recent)] if at else []
         cells = [_known(facts[key]) for key in ("grad_norm", "lr", "seconds_per_step")]
         done = f"{len(log)} of {read.run.steps}"
         loss = [number(log.recent), *then]
-        rows.append([_title(place, read), done, *loss, *cells, str(facts["skipped"])])
+        rows.append([read.name, done, *loss, *cells, str(facts["skipped"])])
     return head, rows
 
 
@@ -171,9 +175,9 @@ def _by_level(runs: Sequence[Read]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of losses by noise level."""
     edges = [(place / BINS, (place + 1) / BINS) for place in range(BINS)]
     rows = []
-    for place, read in enumerate(runs):
+    for read in runs:
         found = {level.low: number(level.loss) for level in read.log.by_level()[1]}
-        rows.append([_title(place, read), *(found.get(low, "–") for low, _ in edges)])
+        rows.append([read.name, *(found.get(low, "–") for low, _ in edges)])
     return ["loss at sigma", *(f"{low:.3g}-{high:.3g}" for low, high in edges)], rows
 
 
@@ -185,8 +189,7 @@ def page(runs: Sequence[Read]) -> str:
     sections.append(table("What they did", *_measured(runs)))
     sections.append(_curves("Loss, running mean", runs, [read.log.losses for read in runs]))
     levels = [
-        level_curve(_title(place, read), read.log.by_level()[1], place)
-        for place, read in enumerate(runs)
+        level_curve(read.name, read.log.by_level()[1], place) for place, read in enumerate(runs)
     ]
     level_chart = Chart("Loss by noise level, last steps", "sigma", levels, x_range=(0.0, 1.0))
     norms = _curves("Gradient norm, running mean", runs, [read.log.grad_norms for read in runs])
@@ -202,7 +205,7 @@ def page(runs: Sequence[Read]) -> str:
 def _curves(title: str, runs: Sequence[Read], values: Sequence[Sequence[float]]) -> str:
     """Running means over each other."""
     curves = [
-        Curve(_title(place, read), *smoothed(values[place])[:2], place)
+        Curve(read.name, *smoothed(values[place])[:2], place)
         for place, read in enumerate(runs)
         if any(map(isfinite, values[place]))
     ]
@@ -215,7 +218,7 @@ def _settings(runs: Sequence[Read]) -> list[str]:
     rows = [[key, *map(_short, values)] for key, values in differing(runs).items()]
     if not rows:
         return ["<h2>Settings</h2>", "<p>No setting differs.</p>"]
-    head = ["setting", *(_title(place, read) for place, read in enumerate(runs))]
+    head = ["setting", *(read.name for read in runs)]
     return ["<h2>Settings</h2>", table("Those that differ", head, rows)]
 
 
@@ -225,10 +228,10 @@ def _side_by_side(runs: Sequence[Read]) -> list[str]:
     sections = ["<h2>Previews</h2>"] if titles else []
     for title in titles:
         shown = []
-        for place, read in enumerate(runs):
+        for read in runs:
             for row in (row for row in read.previews if row.title == title):
                 step, path = list(row.pictures.items())[-1]
-                name = f"{_title(place, read)}, step {step}"
+                name = f"{read.name}, step {step}"
                 shown.append((previews.picture(path, f"{title}: {name}"), name))
         sections.append(previews.gallery(title, shown))
     return sections

@@ -36,7 +36,7 @@ class Events:
         number = len(list(folder.glob("events.out.tfevents.*")))
         self._event, self._summary = events.Event, summaries.Summary
         self._written = begun if number else 0
-        self._file = (folder / f"events.out.tfevents.{number:06d}").open("xb")
+        self._file = (folder / f"events.out.tfevents.{number:06d}").open("xb", buffering=0)
         self._records = records.RecordWriter(self._file)
         self._add(file_version="brain.Event:2")
         if number:
@@ -44,7 +44,11 @@ class Events:
             self._add(step=self._written, session_log=events.SessionLog(status=status))
 
     def write(self, log: StepLog) -> None:
-        """Write the steps that were added."""
+        """Write the steps that were added.
+
+        Raises:
+            OSError: the disk is full, say; the file takes no more.
+        """
         for number, step in enumerate(log.since(self._written), self._written):
             values = [
                 self._summary.Value(tag=tag, simple_value=value)
@@ -53,10 +57,13 @@ class Events:
             ]
             self._add(step=number, summary=self._summary(value=values))
         self._written = len(log)
-        self._file.flush()
 
     def _add(self, **content: Any) -> None:
-        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        try:
+            self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        except OSError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the file."""

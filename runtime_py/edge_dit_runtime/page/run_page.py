@@ -115,12 +115,16 @@ def _skipped(log: StepLog) -> str:
 
 def loss_chart(log: StepLog) -> str:
     """Every step's loss, and the running mean."""
-    ends, means, window = smoothed(log.losses)
-    curves = [
-        Curve("each step", range(len(log)), log.losses, 0, "dots"),
-        Curve(f"mean of {window} steps", ends, means, 0),
-    ]
-    return drawn(Chart("Loss", "step", curves, True, (log.skipped, "skipped")))
+    return drawn(Chart("Loss", "step", _steps(log.losses, 0), True, (log.skipped, "skipped")))
+
+
+def _steps(values: list[float], colour: int) -> list[Curve]:
+    """A value of every step, and the running mean if it is one."""
+    ends, means, window = smoothed(values)
+    if window == 1:
+        return [Curve("each step", ends, means, colour)]
+    each = Curve("each step", range(len(values)), values, colour, "dots")
+    return [each, Curve(f"mean of {window} steps", ends, means, colour)]
 
 
 def level_chart(log: StepLog) -> str:
@@ -141,10 +145,6 @@ def _count(levels: list[Level]) -> int:
 
 def norm_chart(log: StepLog) -> str:
     """Every step's gradient norm, and the running mean."""
-    ends, means, window = smoothed(log.grad_norms)
-    curves = [
-        Curve("each step", range(len(log)), log.grad_norms, 2, "dots"),
-        Curve(f"mean of {window} steps", ends, means, 2),
-    ]
     unknown = "Not known: these steps were logged by another version or another runtime."
+    curves = _steps(log.grad_norms, 2)
     return drawn(Chart("Gradient norm", "step", curves, True, empty=unknown))

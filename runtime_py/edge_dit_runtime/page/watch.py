@@ -83,8 +83,10 @@ class Watch:
     def _write_events(self) -> None:
         if len(self._log) == self._begun:
             return
-        if self._events is None and not self._tried:
+        if not self._tried:
             self._tried = True
             self._events = open_events(self._folder, self._begun)
         if self._events is not None:
-            self._events.write(self._log)
+            events, self._events = self._events, None  # it is closed by a record that fails
+            events.write(self._log)
+            self._events = events
