@@ -139,7 +139,8 @@ def test_nothing_is_written_where_nothing_was_done(road, whole, tmp_path):
 def test_tensorboard_reads_every_step_once(road, whole, tmp_path, monkeypatch):
     """Of a run that was killed after its events were written, and resumed."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    monkeypatch.setattr("edge_dit_runtime.page.watch.EVERY", 0)
+    for name in ("FIRST", "EVERY"):
+        monkeypatch.setattr(f"edge_dit_runtime.page.watch.{name}", 0)
     monkeypatch.setattr("edge_dit_runtime.page.watch.SHARE", 1e9)
     monkeypatch.setattr("edge_dit_runtime.training.SAVE_EVERY", 4)
     run = tmp_path / "run"

@@ -481,7 +481,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(world):
 
     with pytest.raises(KeyboardInterrupt):
         run(world, on_step=die)
-    assert list(listing(world / "run")) == ["run.json"]
+    assert sorted(listing(world / "run")) == ["run.html", "run.json", "settings.json"]
     assert RunFolder(world / "run").read().done == 0
     with pytest.raises(BadInput, match="no whole checkpoint"):
         RunFolder(world / "run").adapter()

@@ -5,6 +5,7 @@ Only its record writer and messages are used: no TensorFlow, and no thread.
 
 from __future__ import annotations
 
+import io
 import time
 from importlib import import_module
 from math import isfinite
@@ -13,6 +14,8 @@ from typing import Any
 
 from edge_dit.errors import is_installed
 from edge_dit_runtime.step_log import BINS, Step, StepLog
+
+NAME = "events.out.tfevents."
 
 
 class Events:
@@ -31,43 +34,42 @@ class Events:
         # Messages without type stubs.
         events: Any = import_module("tensorboard.compat.proto.event_pb2")
         summaries: Any = import_module("tensorboard.compat.proto.summary_pb2")
-        records: Any = import_module("tensorboard.summary.writer.record_writer")
-
-        number = len(list(folder.glob("events.out.tfevents.*")))
+        self._writer: Any = import_module("tensorboard.summary.writer.record_writer").RecordWriter
+        number = len(list(folder.glob(f"{NAME}*")))
+        self._path = folder / f"{NAME}{number:06d}"
         self._event, self._summary = events.Event, summaries.Summary
         self._written = begun if number else 0
-        self._file = (folder / f"events.out.tfevents.{number:06d}").open("xb", buffering=0)
-        self._records = records.RecordWriter(self._file)
-        self._add(file_version="brain.Event:2")
+        first: list[dict[str, Any]] = [{"file_version": "brain.Event:2"}]
         if number:
             status = events.SessionLog.SessionStatus.Value("START")
-            self._add(step=self._written, session_log=events.SessionLog(status=status))
+            session = events.SessionLog(status=status)
+            first.append({"step": self._written, "session_log": session})
+        self._append(first)
 
     def write(self, log: StepLog) -> None:
         """Write the steps that were added.
 
         Raises:
-            OSError: the disk is full, say; the file takes no more.
+            OSError: the disk is full, say. A record may be there in part: the file is to be left.
         """
+        contents = []
         for number, step in enumerate(log.since(self._written), self._written):
             values = [
                 self._summary.Value(tag=tag, simple_value=value)
                 for tag, value in _scalars(step).items()
                 if isfinite(value)
             ]
-            self._add(step=number, summary=self._summary(value=values))
+            contents.append({"step": number, "summary": self._summary(value=values)})
+        self._append(contents)
         self._written = len(log)
 
-    def _add(self, **content: Any) -> None:
-        try:
-            self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
-        except OSError:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def _append(self, contents: list[dict[str, Any]]) -> None:
+        buffer = io.BytesIO()
+        records = self._writer(buffer)
+        for content in contents:
+            records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        with self._path.open("ab", buffering=0) as file:
+            file.write(buffer.getvalue())
 
 
 def open_events(folder: Path, begun: int) -> Events | None:

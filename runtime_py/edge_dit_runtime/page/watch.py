@@ -20,8 +20,8 @@ from edge_dit_runtime.step_log import StepLog
 if TYPE_CHECKING:
     from edge_dit_runtime.run_folder import Run
 
-EVERY = 10.0
-"""Seconds between two pages."""
+FIRST, EVERY = 3.0, 10.0
+"""Seconds until the first page, and between two."""
 SHARE = 0.01
 """Most of a run's time that writing them may take: slow disks get pages less often."""
 
@@ -39,7 +39,7 @@ class Watch:
         self._folder, self._run, self._log = folder, run, log
         self._begun = len(log)
         self._events: Events | None = None
-        self._next, self._warned, self._tried = 0.0, False, False
+        self._next, self._warned, self._tried = time.monotonic() + FIRST, False, False
 
     def look(self) -> None:
         """Write page and events, if it is time to. `close` writes the last ones."""
@@ -65,8 +65,6 @@ class Watch:
         self._write(self._write_events)
         if len(self._log) > self._begun or not (self._folder / PAGE).is_file():
             self._write(self._write_page, trains=False)
-        if self._events is not None:
-            self._events.close()
 
     def _write(self, write: Callable[..., None], **options: Any) -> None:
         try:
@@ -87,6 +85,6 @@ class Watch:
             self._tried = True
             self._events = open_events(self._folder, self._begun)
         if self._events is not None:
-            events, self._events = self._events, None  # it is closed by a record that fails
+            events, self._events = self._events, None  # a file that failed is left as it is
             events.write(self._log)
             self._events = events
