@@ -188,9 +188,9 @@ def test_the_example_of_the_documents_pauses(road, whole, tmp_path, monkeypatch)
 def noting(save, done: list[int]):
     """A run's ``save`` that also notes the steps done."""
 
-    def save_and_note(self, session, run, draws, losses):
-        done.append(len(losses))
-        save(self, session, run, draws, losses)
+    def save_and_note(self, session, run, log):
+        done.append(len(log))
+        save(self, session, run, log)
 
     return save_and_note
 
