@@ -9,7 +9,7 @@ import pytest
 from edge_dit_runtime.page.compare import page, read_runs
 from edge_dit_runtime.run_folder import SETTINGS
 from edge_dit_runtime.step_log import StepLog
-from runs import PLAN, RUN, made_log, write_run
+from run_folders import PLAN, RUN, made_log, write_run
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from edge_dit_runtime.step_log import (
     smoothed,
 )
 from edge_dit_runtime.training import train
-from runs import RUN, SKIPPED, made_log, timeless, write_run
+from run_folders import RUN, SKIPPED, made_log, timeless, write_run
 
 LENGTH = 12
 

@@ -190,7 +190,7 @@ def killed(function: Callable[[], None], after: float) -> bool:
 
 def listing(folder: Path) -> dict[str, bytes]:
     """Every file below a folder by name, except hidden ones and what tells times; may be empty."""
-    from runs import timeless
+    from run_folders import timeless
 
     if not folder.exists():
         return {}

@@ -36,7 +36,7 @@ from edge_dit.store.locks import locked
 from edge_dit.store.tensors import TensorFile
 from edge_dit_runtime.run_folder import RunFolder
 from edge_dit_runtime.training import MOST_SKIPPED, train
-from runs import timeless
+from run_folders import timeless
 
 STEPS = 12
 
