@@ -29,7 +29,7 @@ from edge_dit.models.quantize import matrices
 from edge_dit.models.subgraph import TrainableSubgraph
 from edge_dit.pictures.crop import CropRule
 
-ADAMW = AdamW(lr=1e-3, weight_decay=0.1, max_grad_norm=0.2)
+ADAMW = AdamW(lr=1e-3, weight_decay=0.1, max_grad_norm=0.2, loraplus_lr_ratio=4.0)
 """Clips: the tiny sub-graph's gradient norms are above 0.2."""
 CROPS = CropRule(s_min=16, s_max=48, multiple=8)
 EXECUTORCH_CHILD = Path(__file__).with_name("executorch_child.py")
@@ -203,8 +203,9 @@ def train_eagerly(
 ) -> tuple[list[float], dict[str, np.ndarray]]:
     """Losses and final adapter of PyTorch with `ADAMW`; the sub-graph is trained in place."""
     parameters = sub.lora_parameters()
+    rates = {name: ADAMW.lr * (4 if "lora_B" in name else 1) for name in parameters}
     optimizer = torch.optim.AdamW(
-        parameters.values(),
+        [{"params": [p], "lr": rates[name]} for name, p in parameters.items()],
         ADAMW.lr,
         (ADAMW.beta1, ADAMW.beta2),
         ADAMW.eps,

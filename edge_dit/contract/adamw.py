@@ -7,6 +7,9 @@
     v    <- beta2 v + (1 - beta2) g^2
     theta <- theta - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
+In the last and the third line, lr is ``loraplus_lr_ratio`` times as large for LoRA B (LoRA+, arXiv
+2402.12354, as peft's ``create_loraplus_optimizer``).
+
 This is ``torch.nn.utils.clip_grad_norm_`` followed by ``torch.optim.AdamW`` (arXiv 1711.05101).
 """
 
@@ -16,6 +19,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from edge_dit.contract.names import is_b
 from edge_dit.store.documents import STRICT
 
 CLIP_EPS = 1e-6
@@ -76,3 +80,8 @@ class AdamW:
     eps: float = 1e-6
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
+    loraplus_lr_ratio: float = 1.0
+
+    def lr_factor(self, name: str) -> float:
+        """Factor of the learning rate of a LoRA tensor, by its diffusers name."""
+        return self.loraplus_lr_ratio if is_b(name) else 1.0

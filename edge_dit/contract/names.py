@@ -49,9 +49,16 @@ ADAPTED = "adapter."
 """Prefix of the LoRA tensors in a training state, besides `MOMENTS`."""
 MOMENTS = ("exp_avg.", "exp_avg_sq.")
 """Prefixes of AdamW's first and second moments, named as in torch.optim."""
+LORA_B = ".lora_B."
+"""In the names of all LoRA tensors that are B."""
 LEARNING_RATE, STEP = "lr", "step"
 SAMPLER_INPUTS, PATCH = ("image", "sigma", "uv"), "patch"
 """Arguments and result of the patch sampler."""
+
+
+def is_b(name: str) -> bool:
+    """Whether a LoRA tensor is B, [out, rank]; else it is A, [rank, in]."""
+    return LORA_B in name
 
 
 def residual_names(first: int) -> tuple[str, str]:

@@ -340,6 +340,15 @@ class Train(_Section):
             description="Learning rate of AdamW; `schedule` is its course.",
         ),
     ] = 1e-4
+    loraplus_lr_ratio: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1000,
+            description="Learning rate of LoRA B over that of A (LoRA+, arXiv 2402.12354, as in "
+            "peft); 1 is plain LoRA. `lr` is A's.",
+        ),
+    ] = 1.0
     schedule: Annotated[
         Schedule,
         Field(

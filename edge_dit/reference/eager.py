@@ -5,7 +5,7 @@ Exports are compared with it. `EagerSession` is a `edge_dit_runtime.session.Sess
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -98,15 +98,16 @@ class ClippedAdamW:
     """torch.optim.AdamW after clipping, with the hyper-parameters that host and device share.
 
     Args:
-        parameters: trained in place.
+        parameters: trained in place, by LoRA name.
         adamw: hyper-parameters.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], adamw: AdamW) -> None:
-        self.parameters = list(parameters)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], adamw: AdamW) -> None:
+        self.parameters = list(parameters.values())
         self.max_grad_norm = adamw.max_grad_norm
+        self.factors = [adamw.lr_factor(name) for name in parameters]
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
+            [{"params": [parameter]} for parameter in self.parameters],
             lr=adamw.lr,
             betas=(adamw.beta1, adamw.beta2),
             eps=adamw.eps,
@@ -119,14 +120,10 @@ class ClippedAdamW:
         loss.backward()
         return float(loss.detach())
 
-    def step(self, lr: float | None = None) -> None:
-        """Clip the norm of all gradients together, then take one AdamW step.
-
-        Args:
-            lr: learning rate from now on; None keeps the last one.
-        """
-        if lr is not None:
-            self.optimizer.param_groups[0]["lr"] = lr
+    def step(self, lr: float) -> None:
+        """Clip the norm of all gradients together, then take one AdamW step."""
+        for group, factor in zip(self.optimizer.param_groups, self.factors, strict=True):
+            group["lr"] = lr * factor
         nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
 
@@ -142,7 +139,7 @@ class EagerSession:
     def __init__(self, subgraph: TrainableSubgraph, adamw: AdamW) -> None:
         self.subgraph = subgraph
         self.parameters = subgraph.lora_parameters()
-        self.optimizer = ClippedAdamW(self.parameters.values(), adamw)
+        self.optimizer = ClippedAdamW(self.parameters, adamw)
         self.lr = adamw.lr
 
     def backward(self, draw: Mapping[str, np.ndarray]) -> float:

@@ -32,7 +32,7 @@ def train_full_lora(
     modules = lora_modules(model.family, transformer, range(plan.layers), plan.lora_targets)
     add_lora(transformer, modules, plan.rank, plan.alpha, plan.seed)
     parameters = {lora_name(n): p for n, p in transformer.named_parameters() if p.requires_grad}
-    optimizer = ClippedAdamW(parameters.values(), plan.optimizer)
+    optimizer = ClippedAdamW(parameters, plan.optimizer)
     with bar("full LoRA (torch)", steps) as advance:
         for step in range(steps):
             turn, number = divmod(step, len(images))

@@ -8,7 +8,14 @@ from edge_dit.contract.adamw import AdamW
 from edge_dit_export.graph import optimizer
 from edge_dit_export.graph.optimizer import AdamWStep, _bias_correction
 
-SHAPES = {"a": (4, 32), "b": (32, 4), "c": (7, 3), "d": (5,), "e": (1, 32), "f": (4, 3, 1, 1)}
+SHAPES = {
+    "a.lora_A.weight": (4, 32),
+    "a.lora_B.weight": (32, 4),
+    "b.lora_A.weight": (7, 4),
+    "d": (5,),
+    "e.lora_B.weight": (1, 32),
+    "f": (4, 3, 1, 1),
+}
 
 
 def gradients(generator: torch.Generator, update: int) -> list[torch.Tensor]:
@@ -18,16 +25,16 @@ def gradients(generator: torch.Generator, update: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("together", [1, 150, optimizer.TOGETHER])
-@pytest.mark.parametrize("lr", [1e-4, 1e-2])
-def test_equals_torch_adamw(lr, together, monkeypatch):
+@pytest.mark.parametrize(("lr", "ratio"), [(1e-4, 1.0), (1e-2, 1.0), (1e-4, 16.0)])
+def test_equals_torch_adamw(lr, ratio, together, monkeypatch):
     monkeypatch.setattr(optimizer, "TOGETHER", together)
     generator = torch.Generator().manual_seed(0)
-    hyper = AdamW(lr=lr, weight_decay=0.1)
+    hyper = AdamW(lr=lr, weight_decay=0.1, loraplus_lr_ratio=ratio)
     start = [torch.randn(shape, generator=generator) for shape in SHAPES.values()]
     reference = [torch.nn.Parameter(tensor.clone()) for tensor in start]
-    adamw = torch.optim.AdamW(
-        reference, lr, (hyper.beta1, hyper.beta2), hyper.eps, hyper.weight_decay
-    )
+    rates = [lr * (ratio if "lora_B" in name else 1) for name in SHAPES]
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(reference, rates, strict=True)]
+    adamw = torch.optim.AdamW(groups, lr, (hyper.beta1, hyper.beta2), hyper.eps, hyper.weight_decay)
     step = AdamWStep(hyper, SHAPES)
     count = len(SHAPES)
     zeros = [torch.zeros_like(tensor) for tensor in start]
@@ -70,11 +77,12 @@ def test_bias_correction_keeps_its_digits(beta):
 )
 def test_groups_hold_every_tensor_once(shapes, together):
     sizes = [torch.Size(shape) for shape in shapes]
+    factors = [1.0 + sum(shape) % 2 for shape in shapes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizer, "TOGETHER", together)
-        groups = optimizer._groups(sizes)
+        groups = optimizer._groups(sizes, factors)
     assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
     for group in groups:
         assert group == sorted(group)
-        assert len({sizes[index][1:] for index in group}) == 1
+        assert len({(sizes[index][1:], factors[index]) for index in group}) == 1
         assert len(group) == 1 or sum(sizes[index].numel() for index in group) <= together

@@ -1,11 +1,13 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from onnxruntime.capi import _pybind_state
 
 import bundles
 import tiny
 from edge_dit.errors import BadInput
+from edge_dit_export.targets.ort_training import _rank
 from edge_dit_runtime.sessions.ort_training import OrtTrainingSession
 
 pytestmark = pytest.mark.skipif(
@@ -99,3 +101,11 @@ def test_stock_onnxruntime_is_told_apart(bundle, monkeypatch):
 def test_export_writes_nothing_to_stderr(tmp_path, capfd):
     bundles.write(tmp_path / "bundle", "ort-training")
     assert capfd.readouterr() == ("", "")
+
+
+def test_b_must_be_told_from_a_for_a_rate_of_its_own():
+    lora = {"to_q.lora_A.weight": torch.zeros(4, 9), "to_q.lora_B.weight": torch.zeros(9, 4)}
+    assert _rank(lora) == 4
+    lora |= {"to_v.lora_A.weight": torch.zeros(4, 9), "to_v.lora_B.weight": torch.zeros(4, 4)}
+    with pytest.raises(BadInput, match=r"to_v\.lora_B\.weight with 4 rows"):
+        _rank(lora)

@@ -43,6 +43,7 @@ OTHER = {
     "train.alpha": "3.5",
     "train.lora_targets": '["attn1.to_k"]',
     "train.lr": "2e-3",
+    "train.loraplus_lr_ratio": "4.0",
     "train.schedule": '"cosine"',
     "train.warmup": "3",
     "train.rank_stabilized": "true",

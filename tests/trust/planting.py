@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -600,7 +600,7 @@ def _of_program(bundle: Bundle, blank: Mutant) -> Iterator[Mutant]:
 def _of_claims(bundle: Bundle, family: str) -> Iterator[Mutant]:
     blank = Mutant("", family, CLAIMS, FUSED, "manifest.json", "", None, None, print)
     manifest = bundle.manifest
-    for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "max_grad_norm"):
+    for name in asdict(manifest.optimizer):
         plant = partial(_claim_optimizer, name=name)
         yield replace(blank, kind="manifest: optimizer", site=name, plant=plant)
     for name, value in manifest.plan.items():

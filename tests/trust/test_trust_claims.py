@@ -124,6 +124,7 @@ MANIFESTS = {
     "optimizer.beta1": optimizer(beta1=0.95),
     "optimizer.beta2": optimizer(beta2=0.99),
     "optimizer.eps": optimizer(eps=1e-8),
+    "optimizer.loraplus_lr_ratio": optimizer(loraplus_lr_ratio=2.0),
     "optimizer.weight_decay": optimizer(weight_decay=0.0),
     "optimizer.max_grad_norm": optimizer(max_grad_norm=10.0),
     "tensors.entry": shape_of("entry"),

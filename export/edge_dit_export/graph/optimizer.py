@@ -22,9 +22,9 @@ TOGETHER = 2**18
 class AdamWStep(nn.Module):
     """One update of all LoRA tensors, exactly as `edge_dit.contract.adamw` defines it.
 
-    Tensors of one row length are joined and updated together, up to `TOGETHER` elements. They are
-    all read before any new value of theirs is computed, so a runtime may write the new values over
-    the old ones.
+    Tensors of one row length and learning rate are joined and updated together, up to `TOGETHER`
+    elements. They are all read before any new value of theirs is computed, so a runtime may write
+    the new values over the old ones.
 
     Args:
         adamw: hyper-parameters; ``lr`` is an input of the graph instead.
@@ -36,7 +36,8 @@ class AdamWStep(nn.Module):
         self.adamw = adamw
         self.names = list(shapes)
         self.shapes = [Size(shape) for shape in shapes.values()]
-        self.groups = _groups(self.shapes)
+        self.factors = [adamw.lr_factor(name) for name in self.names]
+        self.groups = _groups(self.shapes, self.factors)
 
     def forward(self, lr: Tensor, step: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The state after one more update.
@@ -54,9 +55,15 @@ class AdamWStep(nn.Module):
         hyper = self.adamw
         now = step + 1
         clip = self._clip(kinds[1])
-        step_size = lr / _bias_correction(hyper.beta1, now)
+        unbias = _bias_correction(hyper.beta1, now)
         correction = _bias_correction(hyper.beta2, now)
-        keep = 1 - lr * hyper.weight_decay
+        # Of each rate once, so that groups of one rate share the nodes.
+        rates = {
+            factor: lr * factor if factor != 1 else lr for factor in dict.fromkeys(self.factors)
+        }
+        sizes = {
+            factor: (1 - rate * hyper.weight_decay, rate / unbias) for factor, rate in rates.items()
+        }
         new: dict[tuple[int, int], Tensor] = {}
         for group in self.groups:
             parameter, gradient, mean, square = (_joined(kind, group) for kind in kinds)
@@ -64,6 +71,7 @@ class AdamWStep(nn.Module):
             mean = mean * hyper.beta1 + gradient * (1 - hyper.beta1)
             square = square * hyper.beta2 + gradient * gradient * (1 - hyper.beta2)
             unbiased = torch.sqrt(square / correction)
+            keep, step_size = sizes[self.factors[group[0]]]
             parameter = parameter * keep - step_size * mean / (unbiased + hyper.eps)
             rows = [self.shapes[index][0] for index in group]
             for kind, joined in enumerate((parameter, mean, square)):
@@ -78,13 +86,13 @@ class AdamWStep(nn.Module):
         return torch.clamp(self.adamw.max_grad_norm / (norm + CLIP_EPS), max=1.0)
 
 
-def _groups(shapes: Sequence[Size]) -> list[list[int]]:
-    """Numbers of the tensors in each group. Tensors of a group differ in their first dimension
-    only; a group has at most `TOGETHER` elements, or is a single tensor.
+def _groups(shapes: Sequence[Size], factors: Sequence[float]) -> list[list[int]]:
+    """Numbers of the tensors in each group. Tensors of a group have one factor and differ in their
+    first dimension only; a group has at most `TOGETHER` elements, or is a single tensor.
     """
-    alike: dict[Size, list[list[int]]] = {}
-    for index, shape in enumerate(shapes):
-        groups = alike.setdefault(shape[1:], [])
+    alike: dict[tuple[Size, float], list[list[int]]] = {}
+    for index, (shape, factor) in enumerate(zip(shapes, factors, strict=True)):
+        groups = alike.setdefault((shape[1:], factor), [])
         filled = sum(shapes[i].numel() for i in groups[-1]) if groups else TOGETHER
         if filled + shape.numel() > TOGETHER:
             groups.append([])

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from edge_dit.contract.adamw import AdamW
-from edge_dit.contract.names import LOSS
+from edge_dit.contract.names import LOSS, is_b
 from edge_dit.contract.targets import OPTIMIZER_MODEL, SAMPLER, TRAINING_MODEL
+from edge_dit.errors import BadInput
 from edge_dit.models.subgraph import TrainableSubgraph
 from edge_dit_export.passes_onnx.cast_like_to_cast import cast_like_to_cast
 from edge_dit_export.passes_onnx.complete_layer_norm import complete_layer_norm
@@ -35,6 +36,7 @@ from edge_dit_export.passes_onnx.conv1x1_to_matmul import conv1x1_to_matmul
 from edge_dit_export.passes_onnx.depthwise_grad_to_conv import depthwise_grad_to_conv
 from edge_dit_export.passes_onnx.expand_clip_grad_norm import expand_clip_grad_norm
 from edge_dit_export.passes_onnx.partial_split_to_slice import partial_split_to_slice
+from edge_dit_export.passes_onnx.rate_of_b import rate_of_b
 from edge_dit_export.targets.frozen import FrozenStore
 from edge_dit_export.targets.onnx_model import IR, OPSET, onnx_model, patch_sampler_model
 from edge_dit_export.targets.source import Source
@@ -68,7 +70,7 @@ def write(source: Source, directory: Path) -> dict[str, Any]:
     lora = {name: p.detach() for name, p in subgraph.lora_parameters().items()}
     frozen = _frozen(subgraph)
     model = _forward_model(subgraph, source.batch, lora, frozen)
-    _make_artifacts(model, list(lora), source.adamw, directory)
+    _make_artifacts(model, lora, source.adamw, directory)
     files = FrozenStore(frozen, {}).write(directory)
     ir.save(patch_sampler_model(source.sampler), directory / SAMPLER)
     return {"opset": OPSET, "ir": IR, "frozen": list(frozen), "files": files}
@@ -107,7 +109,9 @@ def _forward_model(
     return model
 
 
-def _make_artifacts(model: ir.Model, lora: list[str], adamw: AdamW, directory: Path) -> None:
+def _make_artifacts(
+    model: ir.Model, lora: dict[str, Tensor], adamw: AdamW, directory: Path
+) -> None:
     from onnxruntime.training import artifacts, onnxblock
 
     optimizer = onnxblock.optim.AdamW(
@@ -119,7 +123,7 @@ def _make_artifacts(model: ir.Model, lora: list[str], adamw: AdamW, directory: P
     with _quiet():
         artifacts.generate_artifacts(
             ir.to_proto(model),
-            requires_grad=lora,
+            requires_grad=list(lora),
             optimizer=optimizer,
             artifact_directory=directory,
         )
@@ -136,7 +140,26 @@ def _make_artifacts(model: ir.Model, lora: list[str], adamw: AdamW, directory: P
         if "adam_mode" in node.attributes:
             # Decay before the step, as torch.optim.AdamW; 1 is after it.
             node.attributes.add(ir.AttrInt64("adam_mode", 0))
+    if adamw.loraplus_lr_ratio != 1:
+        rate_of_b(written, _rank(lora), adamw.loraplus_lr_ratio)
     ir.save(written, path)
+
+
+def _rank(lora: dict[str, Tensor]) -> int:
+    """Rows of every LoRA A.
+
+    Raises:
+        BadInput: a B has as many, so that the optimizer could not tell it from A.
+    """
+    (rank,) = {len(tensor) for name, tensor in lora.items() if not is_b(name)}
+    if alike := [name for name, tensor in lora.items() if is_b(name) and len(tensor) == rank]:
+        raise BadInput(
+            "train.loraplus_lr_ratio",
+            found=f"{alike[0]} with {rank} rows, as many as the rank",
+            expected="fewer or more rows: the ort-training target tells A from B by them",
+            remedy="take another rank, another target, or loraplus_lr_ratio = 1",
+        )
+    return rank
 
 
 @contextmanager
