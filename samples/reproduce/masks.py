@@ -122,7 +122,7 @@ def main(work: Path, out: Path) -> None:
     for title, masked in ARMS.items():
         name = title.replace(" ", "-")
         plan, lora = trained((work / name).resolve(), masked)
-        found = drawn(plan, lora, out / f"{name}.png", title)
+        found = drawn(plan, lora, out / f"masks-{title.split()[0]}.png", title)
         right = sum(name == of for of, names in found.items() for name in names)
         facts["arms"][title] = {"backgrounds": found, "on the prompted one": right}
         print(f"{title}: {right} of {len(PROMPTED) * len(SEEDS)} on the prompted background")
