@@ -18,6 +18,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     SCMScheduler,
@@ -34,17 +35,21 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
+    Qwen3VLProcessor,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
 import variants
+from edge_dit.models.pipeline import processor_of, without_films
 
 SHORT = "a sks toy"
 LONG = "A large red sks toy, at the left of two green boxes "
@@ -74,6 +79,7 @@ PIPELINES = {
     "flux2-klein-distilled": ("Flux2KleinPipeline", "flux2-klein"),
     "z-image": ("ZImagePipeline", "z-image"),
     "krea-2": ("Krea2Pipeline", "krea-2"),
+    "qwen-image-2.1": ("QwenImage21Pipeline", "qwen-image-2.1"),
 }
 """Name -> pipeline class, and the variant of its transformer."""
 
@@ -93,6 +99,7 @@ def write_pipeline(name: str, folder: Path) -> Path:
         "Flux2KleinPipeline": _flux2_parts,
         "ZImagePipeline": _z_image_parts,
         "Krea2Pipeline": _krea2_parts,
+        "QwenImage21Pipeline": _qwen21_parts,
     }[class_name]()
     if name == "sd3-without-t5":
         parts |= {"text_encoder_3": None, "tokenizer_3": None}
@@ -103,6 +110,15 @@ def write_pipeline(name: str, folder: Path) -> Path:
     pipeline = getattr(diffusers, class_name)(transformer=variants.transformer(variant), **parts)
     pipeline.save_pretrained(folder)
     return folder
+
+
+def load_stock(folder: Path, **options: Any) -> Any:
+    """The pipeline of a folder by diffusers' own road, but for the part of a processor that wants
+    torchvision.
+    """
+    if (folder / "processor").is_dir():
+        options["processor"] = processor_of(folder)
+    return diffusers.DiffusionPipeline.from_pretrained(folder, **options)
 
 
 # ---------------------------------------------------------------- pipelines
@@ -216,12 +232,23 @@ def _krea2_parts() -> dict[str, Any]:
     tokenizer = qwen_tokenizer()
     return {
         "tokenizer": tokenizer,
-        "text_encoder": _qwen3_vl(tokenizer),
+        "text_encoder": _qwen3_vl(tokenizer, Qwen3VLModel),
         "vae": _autoencoder_qwen(),
         "scheduler": FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, max_image_seq_len=6400
         ),
         "text_encoder_select_layers": (1, 3),
+    }
+
+
+def _qwen21_parts() -> dict[str, Any]:
+    tokenizer = chat_tokenizer(8192, "<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
+    processor = without_films(Qwen3VLProcessor)
+    return {
+        "processor": processor(Qwen2VLImageProcessorPil(), tokenizer, chat_template=MESSAGES),
+        "text_encoder": _qwen3_vl(tokenizer, Qwen3VLForConditionalGeneration),
+        "vae": _autoencoder_qwen21(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
     }
 
 
@@ -267,6 +294,20 @@ def _autoencoder_qwen() -> AutoencoderKLQwenImage:
         dim_mult=[1, 1, 1],
         num_res_blocks=1,
         temperal_downsample=[False, True],
+        latents_mean=[-0.7, 0.1, 0.9, -0.2],
+        latents_std=[2.8, 1.4, 0.6, 1.9],
+    ).eval()
+
+
+def _autoencoder_qwen21() -> AutoencoderKLQwenImage21:
+    """16 x 16 pixels, with alpha -> 4 channels."""
+    torch.manual_seed(1)
+    return AutoencoderKLQwenImage21(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1, 1],
+        num_res_blocks=1,
         latents_mean=[-0.7, 0.1, 0.9, -0.2],
         latents_std=[2.8, 1.4, 0.6, 1.9],
     ).eval()
@@ -402,7 +443,7 @@ def _qwen3_short(tokenizer: Qwen2Tokenizer) -> Qwen3Model:
     return Qwen3Model(config).eval()
 
 
-def _qwen3_vl(tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
+def _qwen3_vl(tokenizer: Qwen2Tokenizer, kind: type) -> Any:
     torch.manual_seed(2)
     text = {
         "vocab_size": len(tokenizer),
@@ -426,7 +467,7 @@ def _qwen3_vl(tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
         "deepstack_visual_indexes": [0],
         "num_position_embeddings": 16,
     }
-    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
+    return kind(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -476,14 +517,22 @@ CHAT = """{% for m in messages %}<|im_start|>{{ m.role }}
 """As Qwen3's: the pipeline asks for an answer without thinking."""
 
 
+MESSAGES = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% for part in m.content %}{{ part.text }}{% endfor %}<|im_end|>
+{% endfor %}"""
+"""As Qwen3-VL's, of messages that are lists of parts."""
+
+
 @cache
-def chat_tokenizer() -> Qwen2Tokenizer:
-    """Like `qwen_tokenizer`, with Qwen3's template; at most `CHAT_LIMIT` tokens."""
-    named = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+def chat_tokenizer(limit: int = CHAT_LIMIT, *more: str) -> Qwen2Tokenizer:
+    """Like `qwen_tokenizer`, with Qwen3's template; at most ``limit`` tokens, ``more`` of them
+    special.
+    """
+    named = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more]
     texts = [SHORT, LONG, "user\n", "assistant\n", "<think>", "</think>", "\n\n"]
     vocabulary, merges = _byte_pairs(Qwen2Tokenizer(), texts, named, "")
     tokenizer = Qwen2Tokenizer(
-        vocabulary, merges, model_max_length=CHAT_LIMIT, padding_side="right", chat_template=CHAT
+        vocabulary, merges, model_max_length=limit, padding_side="right", chat_template=CHAT
     )
     tokenizer.add_special_tokens({"additional_special_tokens": named[1:]})
     return tokenizer

@@ -28,8 +28,10 @@ from edge_dit.models.subgraph import (
 )
 from edge_dit.pictures.masks import of_tokens
 
-GRID = (2, 3)
-"""Token grid: not square, so that rows and columns cannot be mixed up unseen."""
+GRID = (2, 4)
+"""Token grid: not square, so that rows and columns cannot be mixed up unseen. Qwen-Image 2.1 has
+even numbers only.
+"""
 TEXT = 7
 """Text tokens, of which the last two are padding where the family masks."""
 TEXTS = {"z_image": 34}
@@ -129,6 +131,15 @@ _KREA2 = {
     "num_refiner_text_blocks": 1,
     "axes_dims_rope": (4, 6, 6),
 }
+_QWEN21 = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 4,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "context_in_dim": 24,
+    "axes_dims_rope": (4, 6, 6),
+}
 
 _CHROMA = {
     **{key: value for key, value in _FLUX.items() if key != "pooled_projection_dim"},
@@ -167,6 +178,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "flux2-klein": ("flux2", _FLUX2),
     "z-image": ("z_image", _Z_IMAGE),
     "krea-2": ("krea2", _KREA2),
+    "qwen-image-2.1": ("qwen_image21", _QWEN21),
 }
 """Name -> family and configuration. Every model has four blocks; those of FLUX.1, Chroma and FLUX.2
 go from double to single between the second and the third.

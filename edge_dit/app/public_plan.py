@@ -46,7 +46,7 @@ class PublicRequest:
         """
         public = public_config(self.name)
         patch = public.patch if self.patch is None else self.patch
-        if faults := size_faults({"--patch": patch}, public.multiple):
+        if faults := size_faults({"--patch": patch}, public.size_step):
             raise faults[0]
         return public, patch
 
@@ -131,6 +131,7 @@ def best_within(
         text_tokens=public.text_tokens,
         rank=request.rank,
         draws=DRAWS,
+        token_step=public.resolved().token_step,
     )
     variants = variants_of(request.targets or list(TARGETS))
     space = space_of(public.resolved(), public.config, bounds, profile or calibrated(), variants)

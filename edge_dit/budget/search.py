@@ -58,6 +58,7 @@ from edge_dit.contract.targets import (
 )
 from edge_dit.errors import BadInput
 from edge_dit.models.checkpoint import meta_model
+from edge_dit.models.families import family_of
 from edge_dit.models.families.family import Family
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.selection import Selection
@@ -84,7 +85,7 @@ class Bounds:
     Attributes:
         s_min: largest side of a patch, pixels.
         s_max: largest side of a crop, pixels; full resolution.
-        multiple: pixels of a token's side. Sides of patches are multiples of it.
+        multiple: pixels of a token's side.
         text_tokens: length of the text.
         rank: largest LoRA rank.
         draws: number of draws in the bank.
@@ -93,6 +94,7 @@ class Bounds:
         head_skip: number of leading blocks to skip, n, where the search must not choose it.
         tail_skip: number of trailing blocks to skip, m, where the search must not choose it.
         tail: what takes their place, where the search must not choose it.
+        token_step: sides of patches are multiples of so many tokens.
     """
 
     s_min: int
@@ -106,11 +108,13 @@ class Bounds:
     head_skip: int | None = None
     tail_skip: int | None = None
     tail: Tail | None = None
+    token_step: int = 1
 
     def sides(self) -> list[int]:
         """Sides of the patches to compare, pixels, the largest first."""
-        tokens = (max(1, int(self.s_min * share) // self.multiple) for share in PATCHES)
-        return list(dict.fromkeys(self.multiple * count for count in tokens))
+        step = self.multiple * self.token_step
+        counts = (max(1, int(self.s_min * share) // step) for share in PATCHES)
+        return list(dict.fromkeys(step * count for count in counts))
 
     def ranks(self) -> list[int]:
         """LoRA ranks to compare, the largest first."""
@@ -143,6 +147,7 @@ def bounds_of(
         head_skip=head_skip,
         tail_skip=tail_skip,
         tail=tail,
+        token_step=family_of(plan.family).token_step,
     )
 
 

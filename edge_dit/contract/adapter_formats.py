@@ -109,6 +109,7 @@ FORMATS = {
     "flux2": (DIFFUSERS, PEFT, _FLUX2_COMFYUI),
     "z_image": (DIFFUSERS, PEFT),
     "krea2": (DIFFUSERS, PEFT),
+    "qwen_image21": (DIFFUSERS, PEFT),
 }
 """Family -> its formats, the default first.
 

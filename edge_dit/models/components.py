@@ -39,6 +39,7 @@ LOADED = {
     "transformer",
     "vae",
     *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+    "processor",
     "image_encoder",
     "feature_extractor",
 }
@@ -53,6 +54,8 @@ TOKENIZER_FILES = {
     "chat_template.json",
 }
 """Files that transformers' tokenizers read."""
+PROCESSOR_FILES = {*TOKENIZER_FILES, "processor_config.json", "preprocessor_config.json"}
+"""Files that transformers' processors of text and pictures read."""
 MODEL_FILES = {"config.json", "generation_config.json"}
 """Files that a model's class reads besides its weights."""
 OTHER_FORMATS = ("bin", "pt", "pth", "ckpt", "msgpack", "h5", "onnx", "gguf", "npz")
@@ -100,8 +103,13 @@ class Component:
 
     @property
     def is_tokenizer(self) -> bool:
-        """Whether it turns text to tokens."""
-        return self.name.startswith("tokenizer")
+        """Whether it turns text to tokens, alone or, as a processor, pictures too."""
+        return self.is_processor or self.name.startswith("tokenizer")
+
+    @property
+    def is_processor(self) -> bool:
+        """Whether it is a processor: a tokenizer within."""
+        return self.name == "processor"
 
     @property
     def is_scheduler(self) -> bool:
@@ -127,7 +135,8 @@ class Component:
         """
         names = [p for p in sorted(self.folder.glob("*")) if not p.is_dir() or p.is_symlink()]
         if self.is_tokenizer:
-            return [p for p in names if p.name in TOKENIZER_FILES]
+            read = PROCESSOR_FILES if self.is_processor else TOKENIZER_FILES
+            return [p for p in names if p.name in read]
         if self.is_scheduler or not self.is_model:
             return [p for p in names if p.suffix == ".json"]
         found = [p for p in names if p.name in MODEL_FILES]

@@ -112,7 +112,7 @@ def _index_faults(stored: Pipeline, family: Family) -> list[BadInput]:
     faults = []
     path = stored.folder / INDEX_FILE
     names = {part.name for part in stored.components}
-    if absent := sorted({*NEEDED, *family.needs} - names):
+    if absent := sorted({*NEEDED, family.tokenizer, *family.needs} - names):
         faults.append(
             BadInput(
                 path,
@@ -236,6 +236,7 @@ def _check_tokenizer(part: Component, stored: Pipeline) -> None:
             read_json(path, "a part of a tokenizer")
     try:
         tokenizer = load_part(part)
+        tokenizer = tokenizer.tokenizer if part.is_processor else tokenizer
     except BadInput as fault:
         raise BadInput(
             _vocabulary(part), found=fault.found, expected="a vocabulary", remedy=REMEDY
@@ -261,7 +262,10 @@ def _check_tokenizer(part: Component, stored: Pipeline) -> None:
             expected="a trained vocabulary",
             remedy=REMEDY,
         )
-    rows = _vocabulary_size(stored.folder / part.name.replace("tokenizer", "text_encoder"))
+    encoder = (
+        "text_encoder" if part.is_processor else part.name.replace("tokenizer", "text_encoder")
+    )
+    rows = _vocabulary_size(stored.folder / encoder)
     if rows is not None and largest >= rows:
         raise BadInput(
             _vocabulary(part),

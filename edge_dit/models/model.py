@@ -54,6 +54,11 @@ class Model:
         """
         return self.family.multiple(self.config, self.family.vae_config(self.folder))
 
+    @property
+    def size_step(self) -> int:
+        """Pixels that sides of patches and pictures are a multiple of."""
+        return self.multiple * self.family.token_step
+
     @cached_property
     def objective(self) -> Objective:
         """What the transformer is trained to predict, by the scheduler's configuration.

@@ -105,7 +105,31 @@ def class_of(part: Component) -> Any:
             expected="a class of diffusers or transformers, in the versions that are installed",
             remedy="point [model] path at a stock pipeline; code of its own is not run",
         )
-    return found
+    return without_films(found) if part.is_processor else found
+
+
+def without_films(kind: Any) -> Any:
+    """A class of transformers' processors of text, pictures and films, but for films.
+
+    For them alone it would want torchvision.
+    """
+    kept = [name for name in kind.get_attributes() if name != "video_processor"]
+    members = {"get_attributes": classmethod(lambda cls: kept), "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), members)
+
+
+def processor_of(folder: Path) -> Any:
+    """The processor of a pipeline folder.
+
+    Raises:
+        BadInput: there is none, or it cannot be loaded.
+    """
+    for part in Pipeline(folder).components:
+        if part.is_processor:
+            check_folder(part)
+            check_vocabulary(part.folder)
+            return load_part(part)
+    raise BadInput(folder / INDEX_FILE, found="no processor", expected="a whole pipeline")
 
 
 def load_part(part: Component, **options: Any) -> Any:

@@ -43,6 +43,11 @@ class PublicConfig:
         return family_of(self.family)
 
     @property
+    def size_step(self) -> int:
+        """Pixels that sides of patches and pictures are a multiple of."""
+        return self.multiple * self.resolved().token_step
+
+    @property
     def layers(self) -> int:
         """Number of transformer blocks."""
         return len(self.resolved().block_names(self.config))
@@ -252,6 +257,26 @@ CONFIGS = {
             "axes_dims_rope": (32, 48, 48),
             "rope_theta": 1000.0,
             "norm_eps": 1e-5,
+        },
+        16,
+        512,
+        1024,
+        512,
+    ),
+    "qwen-image-2.1": PublicConfig(
+        "qwen_image21",
+        {
+            "patch_size": 1,
+            "in_channels": 64,
+            "out_channels": 64,
+            "num_layers": 32,
+            "attention_head_dim": 128,
+            "num_attention_heads": 32,
+            "context_in_dim": 4096,
+            "mlp_ratio": 3,
+            "axes_dims_rope": (16, 56, 56),
+            "eps": 1e-6,
+            "causal_condition": True,
         },
         16,
         512,

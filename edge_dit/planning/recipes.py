@@ -79,7 +79,7 @@ def first_job(images: Path, model: str, subject: str, ram: str | None, base: Pat
     small = _parameters(opened) < SMALL
     recipe = TINY if small else RECIPES.get(opened.family.name, OTHER)
     side = _side(opened, recipe)
-    patch, why_patch = _patch(side, opened.multiple)
+    patch, why_patch = _patch(side, opened.multiple, opened.family.token_step)
     pictures = len(found.listing.pictures)
     draws = max(pictures, min(DRAWS if not small else 400, recipe.steps))
     reasons = [
@@ -156,14 +156,14 @@ def _side(model: Model, recipe: Recipe) -> int:
     sample, patch = model.config.get("sample_size"), model.config.get("patch_size") or 1
     native = sample * model.multiple // patch if isinstance(sample, int) else recipe.resolution
     side = min(native, recipe.resolution)
-    return side // model.multiple * model.multiple
+    return side // model.size_step * model.size_step
 
 
-def _patch(side: int, multiple: int) -> tuple[int, str]:
+def _patch(side: int, multiple: int, step: int) -> tuple[int, str]:
     """Side of a patch, and why."""
     tokens = side // multiple
     share, why = (7 / 8, "it has few tokens") if tokens < FEW_TOKENS else (1 / 2, "as the paper")
-    patch = max(1, round(tokens * share)) * multiple
+    patch = max(1, round(tokens * share / step)) * step * multiple
     return patch, f"{share:g} of the side, {why}"
 
 

@@ -145,11 +145,11 @@ def split_faults(layers: int, head: int, tail: int, runs: Sequence[Run]) -> list
 
 
 def size_faults(sizes: dict[str, int], multiple: int) -> list[BadInput]:
-    """Sizes that are no multiple of a token's side.
+    """Sizes that the model cannot take.
 
     Args:
         sizes: where each stands -> pixels.
-        multiple: side of a token in pixels.
+        multiple: pixels that they must be a multiple of.
     """
     return [
         BadInput(

@@ -163,32 +163,35 @@ class _HideTextKeys(TorchFunctionMode):
         """Torch's attention, masked where the sequence is text and image together.
 
         Args:
-            query, key, value: [B, heads, S, d].
+            query: [B, heads, S, d], or of the image alone.
+            key, value: [B, heads, S, d].
             attn_mask: passed by the block, [S, S] or of a shape that broadcasts to it.
             rest: other arguments of torch's function.
         """
         # SD3.5 also attends over the image alone, in attn2.
-        if query.shape[-2] == self.text + self.image:
+        if key.shape[-2] == self.text + self.image:
             self.masked += 1
-            attn_mask = self.merged(attn_mask, query.device)
+            attn_mask = self.merged(attn_mask, query.shape[-2], query.device)
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=attn_mask, **rest
         )
 
-    def merged(self, attn_mask: Tensor | None, device: torch.device) -> Tensor:
+    def merged(self, attn_mask: Tensor | None, queries: int, device: torch.device) -> Tensor:
         """The block's own mask with text keys hidden from image queries.
 
         Args:
             attn_mask: bool (True: the query sees the key) or float (added to the scores); None if
                 the block passes none.
+            queries: number Q of queries: S, or of the image alone.
             device: of the attention.
 
         Returns:
-            bool [S, S] where the block passes no mask, else of the mask's dtype.
+            bool [Q, S] where the block passes no mask, else of the mask's dtype.
         """
         text = torch.arange(self.text + self.image, device=device)
         text = text < self.text if self.text_first else text >= self.image
-        seen = text[:, None] | ~text[None, :]
+        rows = text if queries == len(text) else torch.zeros(queries, device=device) > 0
+        seen = rows[:, None] | ~text[None, :]
         if attn_mask is None:
             return seen
         if attn_mask.dtype == torch.bool:

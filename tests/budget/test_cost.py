@@ -32,6 +32,8 @@ PUBLIC = {
     # a file of 7.22 GiB in bfloat16
     "flux.2-klein-4b": 3.876e9,
     "z-image": 6.15e9,
+    # total_size of its index, in bfloat16
+    "qwen-image-2.1": 14_230_249_472 / 2,
 }
 """Parameters as published, rounded as published."""
 PER_BLOCK = {

@@ -25,11 +25,12 @@ FULLEST = (
     "flux2-klein",
     "z-image",
     "krea-2",
+    "qwen-image-2.1",
 )
 """Of each family the variants that between them have every part of a block."""
 QUICK = ("flux-dev", "pixart-sigma")
 """Those of which ExecuTorch is not slow to test."""
-NEWER = ("lumina2", "chroma", "flux2-klein", "z-image", "krea-2")
+NEWER = ("lumina2", "chroma", "flux2-klein", "z-image", "krea-2", "qwen-image-2.1")
 """Those that by default one graph tests."""
 IN_ONNX = [variant for variant in FULLEST if variant not in NEWER]
 """Those of which the ONNX targets are not slow to test."""

@@ -40,7 +40,10 @@ from loops import EXPORT, write_world
 TOLERANCE = 1e-5
 PAINTED = ("sana", "flux-dev", "sd3.5-medium", "pixart-sigma", "qwen-image")
 OTHERS = ("sana-1.5", "flux-schnell", "sd3-medium", "sd3-without-t5", "qwen-image-zero-cond")
-NEWER = ("lumina2", "chroma", "flux2-klein", "flux2-klein-distilled", "z-image", "krea-2")
+NEWER = (
+    *("lumina2", "chroma", "flux2-klein", "flux2-klein-distilled", "z-image", "krea-2"),
+    "qwen-image-2.1",
+)
 NAMES = [
     *PAINTED,
     "sana-sprint",

@@ -8,9 +8,12 @@ import torch
 import tiny
 import variants
 from edge_dit.contract.names import AT_HEAD, read_by, read_in
+from edge_dit.models.families import family_of
+from edge_dit.models.families.parts.joined import Joined
 from variants import GRID, SPLITS, VARIANTS
 
 ALL = pytest.mark.parametrize("variant", VARIANTS)
+JOINED = [name for name, (kind, _) in VARIANTS.items() if isinstance(family_of(kind), Joined)]
 
 
 @ALL
@@ -116,6 +119,16 @@ def same(one, other) -> bool:
     if torch.is_tensor(one):
         return torch.equal(one.to(other.dtype), other)
     return one == other
+
+
+@pytest.mark.parametrize("variant", JOINED)
+def test_a_traced_beginning_is_that_of_the_stock_forward(variant):
+    made = variants.case(variant)
+    entry, cond = made.family.begin(made.model, made.inputs)
+    with made.family.traceable():
+        state, named = made.family.begin(made.model, made.inputs)
+    torch.testing.assert_close(tuple(state), tuple(entry), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(named, cond, atol=1e-6, rtol=1e-5)
 
 
 @ALL

@@ -72,7 +72,7 @@ def test_a_dropped_modulation_of_the_head_is_noticed(variant, monkeypatch):
 
 @pytest.mark.parametrize("variant", TWO_STREAMS)
 def test_swapped_streams_are_noticed(variant, monkeypatch):
-    monkeypatch.setattr(variants, "TEXT", 6)  # as many as image tokens: shapes give nothing away
+    monkeypatch.setattr(variants, "TEXT", 8)  # as many as image tokens: shapes give nothing away
     replay(variant)
     kind = type(family_of(VARIANTS[variant][0]))
     stock = kind.run_block
@@ -170,7 +170,27 @@ def test_an_ignored_text_mask_is_noticed(variant, monkeypatch):
     assert_noticed(replay, variant)
 
 
-@pytest.mark.parametrize("variant", ["lumina2", "z-image"])
+def test_text_modulated_by_the_time_is_noticed(monkeypatch):
+    def timed(cond):
+        return {**cond, "modulation": cond["modulation"][:1].expand(2, -1)}
+
+    perturbed_conditioning(monkeypatch, "qwen-image-2.1", timed)
+    assert_noticed(replay, "qwen-image-2.1")
+
+
+def test_text_that_sees_what_follows_is_noticed(monkeypatch):
+    kind = type(family_of("qwen_image21"))
+    stock = kind.arguments
+
+    def arguments(self, cond, grid):
+        found = stock(self, cond, grid)
+        return {**found, "segments": [(*one[:2], False) for one in found["segments"]]}
+
+    monkeypatch.setattr(kind, "arguments", arguments)
+    assert_noticed(replay, "qwen-image-2.1")
+
+
+@pytest.mark.parametrize("variant", ["lumina2", "z-image", "qwen-image-2.1"])
 def test_padding_that_is_not_dropped_is_noticed(variant, monkeypatch):
     monkeypatch.setattr(Joined, "seen", lambda self, cond: None)
     assert_noticed(replay, variant)

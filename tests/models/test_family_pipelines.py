@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
@@ -58,9 +58,10 @@ ONE_EACH = (
     "lumina2",
     "z-image",
     "krea-2",
+    "qwen-image-2.1",
 )
 """One pipeline of each family and of each class, but SanaPipeline, whose road test_cli walks."""
-ONE_SEQUENCE = ("lumina2", "z-image", "krea-2")
+ONE_SEQUENCE = ("lumina2", "z-image", "krea-2", "qwen-image-2.1")
 """Those whose blocks read one sequence of text and image."""
 ALL = pytest.mark.parametrize("name", PIPELINES)
 STEPS = 3
@@ -76,6 +77,7 @@ WITHOUT_GUIDANCE: dict[str, dict[str, Any]] = {
     "Flux2KleinPipeline": {"guidance_scale": 1.0, "max_sequence_length": pipelines.CHAT_LIMIT},
     "ZImagePipeline": {"guidance_scale": 0.0},
     "Krea2Pipeline": {"guidance_scale": 0.0},
+    "QwenImage21Pipeline": {"true_cfg_scale": 1.0, "use_kv_cache": False},
 }
 """How each pipeline is called: lengths as in the training scripts, no second pass."""
 
@@ -91,9 +93,10 @@ LIMITS = {
     "flux2": pipelines.CHAT_LIMIT,
     "z_image": 512,
     "krea2": 512,
+    "qwen_image21": 8191,
 }
 """Family -> most text tokens."""
-BEFORE = {"lumina2": 32, "flux2": 17, "z_image": 17}
+BEFORE = {"lumina2": 32, "flux2": 17, "z_image": 17, "qwen_image21": 10}
 """Family -> most tokens that its pipeline itself puts before and after a prompt, if not 8."""
 
 
@@ -143,9 +146,9 @@ def test_inputs_are_what_the_pipeline_passes_to_its_transformer(stock, name, pro
     calls = transformer_calls(made, prompt)
     assert len(calls) == STEPS
     for timestep, seen in calls:
-        latents = seen["hidden_states"]
+        latents = latents_of(seen, seen["hidden_states"])
         found = made.family.inputs(made.pipeline.transformer, latents, timestep, encoded, made.grid)
-        assert torch.equal(found["hidden_states"], latents)
+        assert torch.equal(found["hidden_states"], seen["hidden_states"])
         compare_inputs(made, seen, found, tokens)
         model = made.pipeline.transformer
         with torch.no_grad():
@@ -214,6 +217,7 @@ def text_names(made: Stock) -> tuple[str, str]:
         "lumina2": "encoder_attention_mask",
         "z_image": "encoder_attention_mask",
         "krea2": "encoder_attention_mask",
+        "qwen_image21": "encoder_hidden_states_mask",
     }
     return "encoder_hidden_states", mask.get(made.family.name, "")
 
@@ -280,10 +284,18 @@ def without_gap(passed: dict[str, Any]) -> dict[str, Any]:
     return {**passed, **kept, "position_ids": places[gap:]}
 
 
+def latents_of(seen: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Latents as `Family.inputs` takes them. Qwen-Image 2.1's are tokens, and come last."""
+    if "img_mask" not in seen:
+        return tokens
+    grid = seen["img_shapes"][0][0][1:]
+    return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(-1, grid)
+
+
 def stock_output(model: Any, seen: dict[str, Any]) -> Tensor:
     """The stock forward's output of one of `transformer_calls`."""
     if type(model).__name__ != "ZImageTransformer2DModel":
-        return model(**seen, return_dict=False)[0]
+        return latents_of(seen, model(**seen, return_dict=False)[0])
     film, text = seen["hidden_states"][0].unsqueeze(1), seen["encoder_hidden_states"][0]
     (found,) = model([film], seen["timestep"], [text], return_dict=False)[0]
     return found.squeeze(1).unsqueeze(0)
@@ -318,6 +330,9 @@ def compare_inputs(made: Stock, seen: dict, found: dict, tokens: int) -> None:
             )
         for arguments in (seen, found):
             arguments.pop(text), arguments.pop(mask, None)
+            if "img_mask" in arguments:  # text is not in it
+                assert not arguments["img_mask"][:, :used].any()
+                arguments["img_mask"] = arguments["img_mask"].sum(1)
     for name in sorted(seen.keys() | found.keys()):
         expected, given = seen.get(name), found.get(name)
         if isinstance(expected, Tensor):
@@ -344,6 +359,8 @@ def test_encoding_an_image_is_undone_by_the_pipelines_own_decoding(stock, name):
     latents = made.family.encode_image(vae, pixels, lambda s: torch.randn(s, generator=posterior))
     filmed = isinstance(made.family, QwenVae)
     film = pixels.unsqueeze(2) if filmed else pixels
+    if vae.config.get("in_channels") == 4:
+        film = torch.cat([film, torch.ones_like(film[:, :1])], dim=1)
     with torch.no_grad():
         raw = vae.encode(film)
         if hasattr(raw, "latent"):
@@ -555,6 +572,12 @@ targets = ["onnx"]
 """
 
 
+def job_of(made: Stock) -> str:
+    """`JOB`, with the smallest resolution from 48 on that the model takes."""
+    step = open_model(made.folder).size_step
+    return JOB.format(prompt=SHORT).replace("= 48", f"= {-(-48 // step) * step}")
+
+
 @dataclass(frozen=True)
 class Road:
     """A job of a pipeline, planned and precomputed."""
@@ -575,7 +598,7 @@ def road(stock):
         made = stock(name)
         folder = made.folder.parent
         write_images(folder / "images")
-        (folder / "job.toml").write_text(JOB.format(prompt=SHORT))
+        (folder / "job.toml").write_text(job_of(made))
         job = read_job(folder / "job.toml")
         plan = make_plan(job)
         images = read_folder(job.data.images, job.data.prompt, plan.s_max)
@@ -720,7 +743,7 @@ def test_an_adapter_loads_into_the_stock_pipeline(stock, name, tmp_path):
         if "lora_" in key:
             lora[lora_name(key)] = value.detach().numpy()
     write_adapter_folder(tmp_path, lora, 2, 3.0, "model", DIFFUSERS)
-    pipeline = DiffusionPipeline.from_pretrained(made.folder)
+    pipeline = pipelines.load_stock(made.folder)
     pipeline.load_lora_weights(tmp_path)
     loaded = [n for n, m in pipeline.transformer.named_modules() if isinstance(m, BaseTunerLayer)]
     assert len(loaded) == len(lora) / 2 == 4 * len(family.lora_targets)
@@ -754,7 +777,7 @@ def test_what_is_trained_loads_into_the_stock_pipeline(road, name, run, tmp_path
     assert facts["path"] == str(lora / (PEFT if peft_only else DIFFUSERS).file)
     assert facts["load"] in run("adapter", tmp_path / "run", "-o", lora)
 
-    pipeline = DiffusionPipeline.from_pretrained(
+    pipeline = pipelines.load_stock(
         made.stock.folder,
         **({"text_encoder_3": None, "tokenizer_3": None} if name == "sd3-without-t5" else {}),
     )
@@ -781,7 +804,7 @@ def test_what_is_trained_loads_into_the_stock_pipeline(road, name, run, tmp_path
     inputs = family.inputs(model, latents, objective.timestep(0.3), encoded, plan.grid)
     states, _, expected = watched_forward(family, model, inputs)
     with torch.no_grad():
-        plain = made.stock.pipeline.transformer(**inputs, return_dict=False)[0]
+        plain = family.forward(made.stock.pipeline.transformer, inputs)
         state, cond = family.begin(made.stock.pipeline.transformer, inputs)
         first = next(iter(family.blocks(made.stock.pipeline.transformer).items()))
         state = family.run_block(*first, state, cond, plan.grid)
@@ -846,7 +869,7 @@ def copied(stock, tmp_path):
     def make(name: str, **replaced: str) -> Path:
         shutil.copytree(stock(name).folder, tmp_path / "model")
         write_images(tmp_path / "images")
-        text = JOB.format(prompt=SHORT)
+        text = job_of(stock(name))
         for old, new in replaced.items():
             text = text.replace(f"{old} =", f"{new}\n#")
         (tmp_path / "job.toml").write_text(text)
@@ -874,7 +897,7 @@ def refusal(folder: Path) -> BadInput:
 def reshard(folder: Path) -> list[Path]:
     """Split the transformer of a pipeline folder into shards; their files."""
     transformer = folder / "transformer"
-    model = DiffusionPipeline.from_pretrained(folder).transformer
+    model = pipelines.load_stock(folder).transformer
     shutil.rmtree(transformer)
     model.save_pretrained(transformer, max_shard_size="60KB")
     shards = sorted(transformer.glob("*.safetensors"))
@@ -917,7 +940,7 @@ def test_shards_give_the_same_bank_as_one_file(road, name, tmp_path):
 def test_half_precision_on_disk_is_float32_in_use(stock, name, tmp_path):
     """As large checkpoints are published; the same numbers as diffusers' own loading in float32."""
     made = stock(name)
-    half = DiffusionPipeline.from_pretrained(made.folder, dtype=torch.bfloat16)
+    half = pipelines.load_stock(made.folder, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "model")
     pipeline = load_pipeline(tmp_path / "model")
     checkpoint = open_model(tmp_path / "model").checkpoint()
@@ -1003,7 +1026,9 @@ def test_a_missing_part_is_named(copied, name):
     index = json.loads((folder / "model" / "model_index.json").read_text())
     lists = {part: kind for part, kind in index.items() if isinstance(kind, list)}
     parts = [part for part, kind in lists.items() if all(isinstance(v, str) for v in kind)]
-    assert {"transformer", "vae", "tokenizer", "text_encoder", "scheduler"} <= set(parts)
+    texts = [part for part in parts if part.startswith(("tokenizer", "processor"))]
+    assert {"transformer", "vae", "text_encoder", "scheduler"} <= set(parts)
+    assert texts
     for part in parts:
         (folder / "model" / part).rename(folder / "aside")
         fault = refusal(folder)
@@ -1013,7 +1038,7 @@ def test_a_missing_part_is_named(copied, name):
         assert fault.remedy
         (folder / "aside").rename(folder / "model" / part)
         # transformers would make up a tokenizer that knows no word
-        if part.startswith("tokenizer"):
+        if part in texts:
             (folder / "model" / part / "tokenizer.json").rename(folder / "aside")
             fault = refusal(folder)
             assert fault.where == str(folder / "model" / part)
@@ -1030,6 +1055,7 @@ NEAR = {
     "lumina2": ("feed_forward.linear1", "feed_forward.linear_1"),
     "z-image": ("attention.to_qq", "attention.to_q"),
     "krea-2": ("attn.to_gte", "attn.to_gate"),
+    "qwen-image-2.1": ("img_mlp.gate_lyer", "img_mlp.gate_layer"),
 }
 
 
@@ -1046,13 +1072,13 @@ def test_lora_targets_that_match_nothing_are_named_with_near_misses(copied, name
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_sizes_must_divide(copied, name):
     fault = refusal(copied(name, patch="patch = 30", resolution="resolution = 49"))
-    multiple = {"sana-sprint": 4, "lumina2": 16}.get(name, 8)
+    multiple = {"sana-sprint": 4, "lumina2": 16, "qwen-image-2.1": 32}.get(name, 8)
     assert isinstance(fault, ManyFaults)
     where = [one.where for one in fault.faults]
     assert where == ["train.patch", "train.resolution"]
     for one, below in zip(fault.faults, (30, 49), strict=True):
         assert f"multiple of {multiple}" in one.expected
-        assert str(below // multiple * multiple) in one.remedy
+        assert str(max(1, below // multiple) * multiple) in one.remedy
 
 
 def test_a_text_only_module_of_the_last_block_alone_is_no_target(copied):

@@ -43,6 +43,7 @@ BASE = {
     "flux2": "flux2-klein",
     "z_image": "z-image",
     "krea2": "krea-2",
+    "qwen_image21": "qwen-image-2.1",
 }
 """Family -> the variant whose configuration the tests change."""
 RETIRED = {"qwen_image": {"pooled_projection_dim"}}
@@ -98,6 +99,8 @@ IMPLEMENTED: list[tuple[str, dict[str, Any]]] = [
     ("krea2", {"num_key_value_heads": 2, "text_num_key_value_heads": 2, "norm_eps": 1e-3}),
     ("krea2", {"axes_dims_rope": (2, 10, 4), "rope_theta": 100.0, "timestep_embed_dim": 6}),
     ("krea2", {"intermediate_size": 7, "text_intermediate_size": 5, "text_hidden_dim": 22}),
+    ("qwen_image21", {"causal_condition": False, "mlp_ratio": 2, "eps": 1e-3}),
+    ("qwen_image21", {"axes_dims_rope": (2, 10, 4), "context_in_dim": 11, "out_channels": None}),
 ]
 """Values beside those of `variants`; each gives the same as the stock forward."""
 GRAPHS: list[tuple[str, dict[str, Any]]] = [
@@ -186,6 +189,10 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("krea2", "num_key_value_heads", 3, "divisor of 2"),
     ("krea2", "text_num_key_value_heads", 3, "divisor of 2"),
     ("krea2", "axes_dims_rope", [4, 4, 4], "a sum of 16"),
+    ("qwen_image21", "patch_size", 2, "a token of each latent"),
+    ("qwen_image21", "out_channels", 8, "in_channels"),
+    ("qwen_image21", "axes_dims_rope", [4, 4, 4], "a sum of 16"),
+    ("qwen_image21", "causal_condition", None, "false or true"),
     ("flux", "_use_default_values", ["guidance_embeds"], "no such key"),
     ("chroma", "num_layers", 0, "1 to 1000"),
     ("chroma", "patch_size", 2, "packs latents 2 x 2"),

@@ -28,6 +28,7 @@ FAMILIES = {
     "flux2": ("Flux2KleinPipeline",),
     "z_image": ("ZImagePipeline",),
     "krea2": ("Krea2Pipeline",),
+    "qwen_image21": ("QwenImage21Pipeline",),
 }
 """Family module -> pipeline classes in model_index.json."""
 PIPELINE_FAMILY = {pipeline: name for name, pipelines in FAMILIES.items() for pipeline in pipelines}

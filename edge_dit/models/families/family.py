@@ -60,12 +60,22 @@ class State(NamedTuple):
 
 
 class _StandIn(nn.Module):
-    """Takes the place of a block of class ``kind``: records its call and changes nothing."""
+    """Takes the place of a block: records its call and changes nothing.
 
-    def __init__(self, kind: type, streams: tuple[str, ...], call: dict[str, Any]) -> None:
+    Its other attributes are the block's: Qwen-Image 2.1's forward looks at each block's attention.
+    """
+
+    def __init__(self, block: nn.Module, streams: tuple[str, ...], call: dict[str, Any]) -> None:
         super().__init__()
-        self.signature = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+        self.signature = inspect.signature(type(block).forward)
         self.streams, self.call = streams, call
+        self.replaced = (block,)  # in a tuple it is no part of the model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.replaced[0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the state it was called with."""
@@ -86,8 +96,8 @@ PIPELINE_ARGUMENTS = {
     "pooled_projections": "pooled_prompt_embeds",
 }
 """Argument of a transformer -> of its pipeline's call."""
-NEEDED = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
-"""Components without which no pipeline works."""
+NEEDED = ("transformer", "vae", "scheduler", "text_encoder")
+"""Components without which no pipeline works, besides `Family.tokenizer`."""
 
 
 class Family:
@@ -98,6 +108,8 @@ class Family:
     """Class of the transformer in diffusers."""
     autoencoder: ClassVar[str]
     """Class of the autoencoder in diffusers."""
+    tokenizer: ClassVar[str] = "tokenizer"
+    """Component of the pipeline that turns text to tokens."""
     containers: ClassVar[dict[str, str]] = {"transformer_blocks": "num_layers"}
     """Attributes of the model that hold blocks, in order of execution -> configuration key of their
     length.
@@ -127,11 +139,14 @@ class Family:
     aliases: ClassVar[tuple[str, ...]] = ()
     """Other classes that published configurations name; diffusers builds `transformer` for them."""
     needs: ClassVar[tuple[str, ...]] = ()
-    """Components of the pipeline, beside `NEEDED`, without which it does not work."""
+    """Components of the pipeline, beside `NEEDED` and `tokenizer`, without which it does not work.
+    """
     text_widths: ClassVar[Mapping[str, tuple[str, ...]]]
     """Width in the transformer's configuration -> text encoders whose outputs, side by side, have
     it.
     """
+    token_step: ClassVar[int] = 1
+    """Rows and columns of tokens are a multiple of it."""
     packed: ClassVar[int] = 1
     """Channels of the transformer for each of the latents: 4 where 2 x 2 latents are a token."""
     switches: ClassVar[Rules]
@@ -444,7 +459,7 @@ class Family:
         for name, blocks in kept.items():
             # As many as there are blocks, because a forward may use a block's position.
             stand_ins = [
-                _StandIn(type(block), self.streams, told[f"{name}.{number}"])
+                _StandIn(block, self.streams, told[f"{name}.{number}"])
                 for number, block in enumerate(blocks)
             ]
             setattr(model, name, nn.ModuleList(stand_ins))
