@@ -150,9 +150,7 @@ class QwenImage21(QwenVae, Joined):
     def forward(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """The velocity [1, C, h, w], of a prompt without its padding."""
         padded, used = inputs[TEXT].shape[1], _used(inputs[MASK])
-        mask = (
-            inputs[MASK][:, :used] > 0.5
-        )  # padding that is left is of the shorter prompts of a batch
+        mask = inputs[MASK][:, :used] > 0.5  # padding of the shorter prompts of a batch is left
         given = {
             **inputs,
             TEXT: inputs[TEXT][:, :used],
@@ -235,7 +233,7 @@ class QwenImage21(QwenVae, Joined):
 
     # ---------------------------------------------------------------- pipeline
 
-    def moments(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and deviation [1, C, h, w] of an opaque picture."""
         return super().moments(vae, torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1))
 
@@ -266,6 +264,10 @@ class QwenImage21(QwenVae, Joined):
     def sample_options(self, pipeline: Any, pictures: int) -> dict[str, Any]:
         """20 steps without guidance, as it was distilled; every step runs the whole sequence."""
         return {"num_inference_steps": 20, "use_kv_cache": False}
+
+    def sample(self, pipeline: Any, prompt: str, side: int, seeds: list[int]) -> list[Any]:
+        """Square pictures (PIL) of a prompt without their alpha, one per seed."""
+        return [one.convert("RGB") for one in super().sample(pipeline, prompt, side, seeds)]
 
 
 def _used(mask: Tensor) -> int:
