@@ -128,7 +128,8 @@ def test_a_traced_beginning_is_that_of_the_stock_forward(variant):
     with made.family.traceable():
         state, named = made.family.begin(made.model, made.inputs)
     torch.testing.assert_close(tuple(state), tuple(entry), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(named, cond, atol=1e-6, rtol=1e-5)
+    # diffusers keeps Lumina2's rotations in float64
+    torch.testing.assert_close(named, cond, atol=1e-6, rtol=1e-5, check_dtype=False)
 
 
 @ALL
