@@ -536,11 +536,19 @@ def train(
         resume=resume,
         any_memory=any_memory,
     )
-    stopped = "" if done.done == done.steps else "; stopped early, --resume continues"
-    words = f"{output}: {done.done} of {done.steps} steps on {done.target}{stopped}"
-    report(as_json, {"done": done.done, "steps": done.steps, "target": done.target}, words)
-    if stopped:
+    report_run(output, done, as_json)
+    if done.done < done.steps:
         raise typer.Exit(130)
+
+
+def report_run(folder: Path, run: Any, as_json: bool) -> None:
+    """Say how far `train` came, and where its page is."""
+    from edge_dit_runtime.page.run_page import PAGE
+
+    page, far = folder / PAGE, f"{run.done} of {run.steps} steps on {run.target}"
+    stopped = "" if run.done == run.steps else "; stopped early, --resume continues"
+    facts = {"done": run.done, "steps": run.steps, "target": run.target, "page": str(page)}
+    report(as_json, facts, f"{folder}: {far}{stopped}", f"its page: {page}")
 
 
 def check_draws(bank: Path | None, images: Path | None, prompt: str | None, more: bool) -> None:

@@ -82,17 +82,23 @@ def bad_inputs(runs: list[Path], tmp_path: Path) -> dict[str, tuple[list[Path], 
     text = (edited / SETTINGS).read_text()
     (edited / SETTINGS).write_text(text.replace("to_q", "to_k"))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "out").mkdir()
+    inner = write_run(tmp_path / "out" / "run", made_log(3))
     return {
         "one": (runs[:1], "one run"),
         "twice": ([*runs, runs[0].parent / "fast" / ".." / "slow"], "named twice"),
         "missing": ([*runs, tmp_path / "nowhere"], "edge-dit train"),
+        "of edge-dit run": ([*runs, inner.parent], f"edge-dit compare {inner}"),
         "no run": ([*runs, tmp_path / "empty"], "edge-dit train"),
         "damaged": ([*runs, damaged], "not a table of losses"),
         "edited": ([*runs, edited], "goes on without"),
     }
 
 
-@pytest.mark.parametrize("which", ["one", "twice", "missing", "no run", "damaged", "edited"])
+BAD = ["one", "twice", "missing", "of edge-dit run", "no run", "damaged", "edited"]
+
+
+@pytest.mark.parametrize("which", BAD)
 def test_bad_input(run, runs, tmp_path, which):
     folders, words = bad_inputs(runs, tmp_path)[which]
     code, out, err = run("compare", *folders, "-o", tmp_path / "page.html")

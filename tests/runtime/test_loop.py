@@ -221,6 +221,8 @@ def test_previews_grow_while_it_trains(make):
     assert pixels_of(run / "previews.png").shape[1] == 3 * pictures[0].shape[0]
     page = (run / "run.html").read_text()
     assert "previews.png" in page
+    assert page.count('<img src="data:image/jpeg;base64,') == 3
+    assert pipelines.LONG.strip() in page
     assert f"{STEPS} of {STEPS} steps" in page
 
 

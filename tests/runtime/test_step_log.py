@@ -18,6 +18,7 @@ from edge_dit.errors import BadInput
 from edge_dit_runtime.page.chart import Chart, Curve, drawn, ticks
 from edge_dit_runtime.page.previews import MOST, chosen
 from edge_dit_runtime.page.run_page import PAGE, duration, run_page
+from edge_dit_runtime.page.watch import Watch
 from edge_dit_runtime.run_folder import SETTINGS, RunFolder
 from edge_dit_runtime.session import open_session
 from edge_dit_runtime.step_log import (
@@ -163,6 +164,16 @@ def test_tensorboard_reads_every_step_once(road, whole, tmp_path, monkeypatch):
         np.testing.assert_allclose([event.value for event in events], values, rtol=1e-6)
     levels = [tag for tag in read.Tags()["scalars"] if tag.startswith("loss_by_sigma/")]
     assert sum(len(read.Scalars(tag)) for tag in levels) == LENGTH
+
+
+def test_without_tensorboard_there_are_no_events(tmp_path, monkeypatch):
+    monkeypatch.setattr("edge_dit_runtime.page.events.is_installed", lambda _: False)
+    log = StepLog()
+    watch = Watch(tmp_path, RUN, log)
+    log.add(Step(0, 0.5, 1.0))
+    watch.keep()
+    watch.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [PAGE, STEPS]
 
 
 # ---------------------------------------------------------------- tables and means

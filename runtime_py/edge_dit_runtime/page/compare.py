@@ -20,7 +20,7 @@ from edge_dit_runtime.page.chart import Chart, Curve, drawn
 from edge_dit_runtime.page.html import document, table
 from edge_dit_runtime.page.previews import Row, read_previews
 from edge_dit_runtime.page.run_page import level_curve, number
-from edge_dit_runtime.run_folder import SETTINGS, Run, RunFolder
+from edge_dit_runtime.run_folder import RUN, SETTINGS, Run, RunFolder
 from edge_dit_runtime.step_log import BINS, RECENT, StepLog, read_log, smoothed
 
 NOT_SETTINGS = ("done", "manifest_sha256", "bank_sha256")
@@ -80,6 +80,13 @@ def read_runs(folders: Sequence[Path]) -> list[Read]:
 
 
 def _read(folder: Path, name: str) -> Read:
+    if not (folder / RUN).is_file() and (folder / "run" / RUN).is_file():
+        raise BadInput(
+            folder,
+            found="the folder of edge-dit run, which holds its runs",
+            expected="run folders",
+            remedy=f"edge-dit compare {folder / 'run'} ...",
+        )
     run, path = RunFolder(folder).read(), folder / SETTINGS
     plan: dict[str, Any] = {}
     if path.is_file():
