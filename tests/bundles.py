@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -22,7 +23,14 @@ import tiny
 import variants
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.adapter import write_adapter
-from edge_dit.contract.bundle import ADAPTER, Bundle, Manifest, TensorSpec, write_manifest
+from edge_dit.contract.bundle import (
+    ADAPTER,
+    Bundle,
+    Manifest,
+    TensorSpec,
+    open_bundle,
+    write_manifest,
+)
 from edge_dit.contract.names import STORED, Tail
 from edge_dit.contract.targets import FROZEN, TARGETS, StreamedFacts
 from edge_dit.models.quantize import matrices
@@ -90,6 +98,14 @@ def write(folder: Path, *targets: str, made: Made | None = None) -> tuple[*Made,
         files=[],
     )
     return sub, batch, write_manifest(folder, manifest)
+
+
+def with_plan(bundle: Path, folder: Path, **keys: Any) -> Path:
+    """A copy of a bundle in ``folder``, whose plan has other values; its other files are links."""
+    shutil.copytree(bundle, folder, copy_function=os.link)
+    manifest = open_bundle(bundle).manifest
+    write_manifest(folder, manifest.model_copy(update={"plan": {**manifest.plan, **keys}}))
+    return folder
 
 
 class FakeManifest:
@@ -203,14 +219,7 @@ def train_eagerly(
 ) -> tuple[list[float], dict[str, np.ndarray]]:
     """Losses and final adapter of PyTorch with `ADAMW`; the sub-graph is trained in place."""
     parameters = sub.lora_parameters()
-    rates = {name: ADAMW.lr * (4 if "lora_B" in name else 1) for name in parameters}
-    optimizer = torch.optim.AdamW(
-        [{"params": [p], "lr": rates[name]} for name, p in parameters.items()],
-        ADAMW.lr,
-        (ADAMW.beta1, ADAMW.beta2),
-        ADAMW.eps,
-        ADAMW.weight_decay,
-    )
+    optimizer = _adamw(parameters)
     losses = []
     for draw in draws:
         optimizer.zero_grad()
@@ -291,6 +300,64 @@ def assert_trains_like_torch(session, sub, batch) -> None:
     np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
     adapter = {n: torch.from_numpy(v) for n, v in session.adapter().items()}
     tiny.assert_close({n: torch.from_numpy(v) for n, v in want_adapter.items()}, adapter, 1e-4)
+
+
+def assert_smooths_like_torch(session, sub, batch) -> None:
+    """Adapter and its average after 12 draws, against PyTorch with batches of three.
+
+    ``sub`` is trained in place.
+    """
+    from edge_dit_runtime.sessions.smoothed import SmoothedSession
+
+    group, decay, many = 3, 0.35, draws(batch, 12)
+    smooth = SmoothedSession(session, group, decay)
+    losses = [smooth.step(draw) for draw in many]
+    assert smooth.state_dict()["step"].tolist() == [4]
+    groups = [many[first : first + group] for first in range(0, len(many), group)]
+    wanted, adapters = _train_in_groups(sub, groups)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+
+    mean = adapters[0]
+    for updates, adapter in enumerate(adapters[1:], 1):
+        # The first three decays are 2/11, 3/12 and 4/13; the last is held down to `decay`.
+        kept = min(decay, (1 + updates) / (10 + updates))
+        mean = {name: kept * mean[name] + (1 - kept) * value for name, value in adapter.items()}
+    state = smooth.state_dict()
+    trained = {name: torch.from_numpy(state[f"adapter.{name}"]) for name in mean}
+    tiny.assert_close(adapters[-1], trained, 1e-4)
+    found = {name: torch.from_numpy(value) for name, value in smooth.adapter().items()}
+    tiny.assert_close(mean, found, 1e-4)
+    assert any((found[name] != trained[name]).any() for name in found)
+
+
+def _train_in_groups(
+    sub: TrainableSubgraph, groups: list[list[dict[str, np.ndarray]]]
+) -> tuple[list[float], list[dict[str, Tensor]]]:
+    """Loss of every draw, and the adapter before and after every update with `ADAMW`."""
+    parameters = sub.lora_parameters()
+    optimizer = _adamw(parameters)
+    losses, adapters = [], [{name: p.detach().clone() for name, p in parameters.items()}]
+    for group in groups:
+        optimizer.zero_grad()
+        each = [sub({n: torch.from_numpy(value) for n, value in draw.items()}) for draw in group]
+        torch.stack(each).mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), ADAMW.max_grad_norm)
+        optimizer.step()
+        losses += [loss.item() for loss in each]
+        adapters.append({name: p.detach().clone() for name, p in parameters.items()})
+    return losses, adapters
+
+
+def _adamw(parameters: dict[str, torch.nn.Parameter]) -> torch.optim.AdamW:
+    """PyTorch's optimizer with `ADAMW`."""
+    rates = {name: ADAMW.lr * (4 if "lora_B" in name else 1) for name in parameters}
+    return torch.optim.AdamW(
+        [{"params": [p], "lr": rates[name]} for name, p in parameters.items()],
+        ADAMW.lr,
+        (ADAMW.beta1, ADAMW.beta2),
+        ADAMW.eps,
+        ADAMW.weight_decay,
+    )
 
 
 def assert_resumes_bit_for_bit(open_session, batch) -> None:

@@ -79,6 +79,12 @@ def trajectory(bundle: Exported) -> None:
     bundles.assert_trains_like_torch(bundle.session(), sub, batch)
 
 
+def smoothing(bundle: Exported) -> None:
+    """Gradients of several draws in an update, and the adapter's average."""
+    sub, batch = bundle.make()
+    bundles.assert_smooths_like_torch(bundle.session(), sub, batch)
+
+
 def resume(bundle: Exported) -> None:
     """A run split in two is the run in one go."""
     _, batch = bundle.make()
@@ -373,6 +379,7 @@ FAMILY_CHECKS = (
 CHECKS = (
     gradients,
     trajectory,
+    smoothing,
     resume,
     adapter,
     optimizer,

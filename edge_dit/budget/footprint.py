@@ -363,10 +363,13 @@ class Footprints:
         shapes: of the model at that patch size.
         profile: of the device.
         bank: dtype of the bank's large tensors.
+        kept: copies of the LoRA that a run keeps besides (`Plan.kept`).
     """
 
-    def __init__(self, shapes: Shapes, profile: Profile, bank: str = "float32") -> None:
-        self.shapes, self.profile, self.bank = shapes, profile, bank
+    def __init__(
+        self, shapes: Shapes, profile: Profile, bank: str = "float32", kept: int = 0
+    ) -> None:
+        self.shapes, self.profile, self.bank, self.kept = shapes, profile, bank, kept
         self._sizes: dict[tuple[Sequence[int], int, Tail], Sizes] = {}
         self._alone: dict[tuple[int, int], Cost] = {}
 
@@ -400,7 +403,8 @@ class Footprints:
             sizes.differentiated * sizes.largest_activation
         )
         anonymous = runtime.anonymous + runtime.saved * held.activations + scratch + held.unmapped
-        anonymous = int(anonymous + runtime.lora_copies * lora + cost.bank_bytes)
+        copies = runtime.lora_copies + self.kept
+        anonymous = int(anonymous + copies * lora + cost.bank_bytes)
         weights = _stored(cost.frozen_bytes, width)
         read = 0
         if variant.layout == STREAMED and self.profile.read is not None:
@@ -443,13 +447,13 @@ def footprints_of(plan: Plan, model: Model, profile: Profile) -> Footprints:
     """Footprints at a plan's patch size.
 
     Args:
-        plan: its grid, text, LoRA modules and bank are read.
+        plan: its grid, text, LoRA modules, bank and what a run keeps are read.
         model: the plan's, see `edge_dit.planning.plan.model_of`.
         profile: of the device.
     """
     transformer = meta_model(model.family, model.config)
     shapes = Shapes(model.family, transformer, plan.grid, plan.text_tokens, plan.lora_targets)
-    return Footprints(shapes, profile, plan.bank_dtype)
+    return Footprints(shapes, profile, plan.bank_dtype, plan.kept)
 
 
 # ---------------------------------------------------------------- what was measured

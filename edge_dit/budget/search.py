@@ -95,6 +95,7 @@ class Bounds:
         tail_skip: number of trailing blocks to skip, m, where the search must not choose it.
         tail: what takes their place, where the search must not choose it.
         token_step: sides of patches are multiples of so many tokens.
+        kept: copies of the LoRA that a run keeps besides (`Plan.kept`).
     """
 
     s_min: int
@@ -109,6 +110,7 @@ class Bounds:
     tail_skip: int | None = None
     tail: Tail | None = None
     token_step: int = 1
+    kept: int = 0
 
     def sides(self) -> list[int]:
         """Sides of the patches to compare, pixels, the largest first."""
@@ -148,6 +150,7 @@ def bounds_of(
         tail_skip=tail_skip,
         tail=tail,
         token_step=family_of(plan.family).token_step,
+        kept=plan.kept,
     )
 
 
@@ -483,7 +486,7 @@ def space_of(
     for side in bounds.sides():
         grid = (side // bounds.multiple, side // bounds.multiple)
         shapes = Shapes(family, model, grid, bounds.text_tokens, bounds.lora_targets)
-        patches[side] = Footprints(shapes, profile, bounds.bank_dtype)
+        patches[side] = Footprints(shapes, profile, bounds.bank_dtype, bounds.kept)
     layers = len(family.block_names(config))
     return Space(layers, bounds, patches, variants, selection)
 

@@ -51,6 +51,9 @@ MOMENTS = ("exp_avg.", "exp_avg_sq.")
 """Prefixes of AdamW's first and second moments, named as in torch.optim."""
 LORA_B = ".lora_B."
 """In the names of all LoRA tensors that are B."""
+SUM, SUMMED, AVERAGE = "sum.", "summed", "ema."
+"""In a training state that is smoothed: prefix of sums of gradients, number of their draws,
+prefix of the adapter's average."""
 LEARNING_RATE, STEP = "lr", "step"
 SAMPLER_INPUTS, PATCH = ("image", "sigma", "uv"), "patch"
 """Arguments and result of the patch sampler."""

@@ -359,6 +359,25 @@ class Train(_Section):
     warmup: Annotated[
         int, Field(ge=0, description="First steps, over which the learning rate rises to `lr`.")
     ] = 0
+    accumulate: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=10_000,
+            description="Draws of an update, which takes the mean of their gradients. `steps` "
+            "counts draws, so it is a multiple of this; `lr` follows its course at every draw.",
+        ),
+    ] = 1
+    ema: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="Decay of the adapter's exponential moving average, say 0.99, which is "
+            "then the adapter that a run gives; 0 for none. After update n it is at most "
+            "(1 + n) / (10 + n), as in diffusers' EMAModel.",
+        ),
+    ] = 0.0
     rank_stabilized: Annotated[
         bool,
         Field(
@@ -604,6 +623,7 @@ def _relations(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
                 remedy="make patch smaller, e.g. half the resolution",
             )
         )
+    faults += _uneven(_place(path, text, ["train", "accumulate"]), train)
     budget = sorted({"ram", "flash", "step_time"} & section("plan").keys())
     fixed = sorted({"skip_ratio", "inner_skips"} & section("plan").keys())
     if budget and fixed:
@@ -635,6 +655,22 @@ def _relations(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
             )
         )
     return faults
+
+
+def _uneven(place: str, train: dict[str, Any]) -> list[BadInput]:
+    """A fault if the last update of a run would have fewer draws than the others."""
+    steps = train.get("steps", Train.model_fields["steps"].default)
+    group = train.get("accumulate", 1)
+    if not (isinstance(steps, int) and isinstance(group, int) and group > 0 and steps % group):
+        return []
+    return [
+        BadInput(
+            place,
+            found=f"train.accumulate = {group} with train.steps = {steps}",
+            expected="steps, which counts draws, as a multiple of accumulate",
+            remedy=f"take steps = {steps + group - steps % group}",
+        )
+    ]
 
 
 def _resolve(job: Job, base: Path) -> Job:

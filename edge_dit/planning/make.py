@@ -130,6 +130,8 @@ def _plan(
         seed=job.train.seed,
         schedule=job.train.schedule,
         warmup=job.train.warmup,
+        accumulate=job.train.accumulate,
+        ema=job.train.ema,
         preview_every=job.train.preview_every,
         prior_share=job.prior.share if job.prior.prompt else 0.0,
         targets=list(dict.fromkeys(job.export.targets)),

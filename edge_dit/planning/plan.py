@@ -60,6 +60,8 @@ class Plan(BaseModel):
         bank_dtype: dtype of the bank's large tensors.
         seed: of everything random.
         schedule, warmup: of the learning rate, see `edge_dit.contract.adamw.learning_rate`.
+        accumulate, ema: draws of an update, and decay of the adapter's average; see
+            `edge_dit_runtime.sessions.smoothed`.
         preview_every: steps between pictures painted while training; 0 for none.
         prior_share: share of the draws that are prior draws.
         weighted: whether the draws' losses are weighed by their pictures' weights.
@@ -99,6 +101,8 @@ class Plan(BaseModel):
     seed: Natural
     schedule: Schedule = "decay"
     warmup: Natural = 0
+    accumulate: Positive = 1
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     preview_every: Natural = 0
     prior_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weighted: bool = False
@@ -111,6 +115,13 @@ class Plan(BaseModel):
     bank_dtype: BankDtype = "float32"
     loop: bool = False
     asked: dict[str, Any] = {}
+
+    @property
+    def kept(self) -> int:
+        """Copies of the LoRA in float32 that a run keeps beside the optimizer: a sum of gradients,
+        an average of the adapter.
+        """
+        return (self.accumulate > 1) + (self.ema > 0)
 
     @property
     def trained(self) -> list[int]:
@@ -191,6 +202,8 @@ class Plan(BaseModel):
                 "preview_every",
                 "schedule",
                 "warmup",
+                "accumulate",
+                "ema",
             },
         )
         if self.held != WIDE:

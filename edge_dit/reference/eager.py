@@ -161,6 +161,11 @@ class EagerSession:
         """Gradients of the last `backward` by LoRA name."""
         return {name: copied(parameter.grad) for name, parameter in self.parameters.items()}
 
+    def set_gradients(self, gradients: Mapping[str, np.ndarray]) -> None:
+        """Replace the gradients of the last `backward`."""
+        for name, parameter in self.parameters.items():
+            parameter.grad = torch.from_numpy(gradients[name])
+
     def adapter(self) -> dict[str, np.ndarray]:
         """A copy of the LoRA tensors by name."""
         return lora_tensors(self.subgraph)

@@ -27,7 +27,7 @@ from pydantic import Field, TypeAdapter
 from edge_dit.contract.adapter import write_adapter, write_adapter_folder
 from edge_dit.contract.adapter_formats import format_of
 from edge_dit.contract.bundle import ADAPTER
-from edge_dit.contract.names import ADAPTED
+from edge_dit.contract.names import ADAPTED, AVERAGE
 from edge_dit.errors import BadInput
 from edge_dit.store.documents import STRICT, parse_json, read_document, validated, write_document
 from edge_dit.store.files import StrPath, cannot_write
@@ -222,7 +222,8 @@ class RunFolder:
         plot_losses(self.path / PICTURE, log)
 
     def adapter(self) -> tuple[dict[str, np.ndarray], Run]:
-        """The LoRA tensors as last saved, by diffusers name, and the run.
+        """The LoRA tensors as last saved, or their average if the run keeps one, by diffusers name;
+        and the run.
 
         Raises:
             BadInput: not a run, or nothing saved in it yet.
@@ -230,12 +231,14 @@ class RunFolder:
         self.read()
         try:
             file, run = self._state()
-            tensors = file.read(name for name in file.header.tensors if name.startswith(ADAPTED))
+            names = file.header.tensors
+            kind = AVERAGE if any(name.startswith(AVERAGE) for name in names) else ADAPTED
+            tensors = file.read(name for name in names if name.startswith(kind))
         except (OSError, ValueError) as error:
             raise BadInput(
                 self.path / STATE, found=f"no whole checkpoint ({error})", remedy="train first"
             ) from None
-        return {name.removeprefix(ADAPTED): value for name, value in tensors.items()}, run
+        return {name.removeprefix(kind): value for name, value in tensors.items()}, run
 
     def _state(self) -> tuple[TensorFile, Run]:
         """The checkpoint file, and the run in its metadata.

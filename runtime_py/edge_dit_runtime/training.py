@@ -34,6 +34,7 @@ from edge_dit.store.files import StrPath
 from edge_dit_runtime.page.watch import Watch
 from edge_dit_runtime.run_folder import Run, RunFolder
 from edge_dit_runtime.session import check_room, open_session
+from edge_dit_runtime.sessions.smoothed import smoothed
 from edge_dit_runtime.sessions.state import check_draw
 from edge_dit_runtime.sessions.trainer import Draws, Session
 from edge_dit_runtime.step_log import Step, StepLog, norm
@@ -81,10 +82,22 @@ class _Planned(BaseModel):
     preview_every: Count = 0
     schedule: Schedule = "decay"
     warmup: Count = 0
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def learning_rate(self, step: int, steps: int, lr: float) -> float:
         """Of a step, see `edge_dit.contract.adamw.learning_rate`."""
         return learning_rate(step, steps, lr, self.schedule, self.warmup)
+
+    def check_steps(self, steps: int) -> None:
+        """Raise `BadInput` if the last of ``steps`` draws would not end an update."""
+        if steps % self.accumulate:
+            raise BadInput(
+                "steps",
+                found=f"{steps}, where every update takes {self.accumulate} draws",
+                expected=f"a multiple of {self.accumulate}: steps are draws",
+                remedy=f"take {steps + self.accumulate - steps % self.accumulate}",
+            )
 
 
 @dataclass(frozen=True)
@@ -175,7 +188,9 @@ def train(
             check_room(opened, name, layout)
         run = _new_run(opened, draws, planned, name, layout)
         run = replace(run, steps=steps or (previous.steps if previous else run.steps))
-        session = open_session(opened, name, layout)
+        planned.check_steps(run.steps)
+        plain = open_session(opened, name, layout)
+        session = smoothed(plain, planned.accumulate, planned.ema)
         if reason := why_uncertified(opened, opened.titled(name, layout)):
             warn(f"{bundle}: {reason}; edge-dit verify compares it with PyTorch")
         log = kept.restore(session, run, draws) if previous else StepLog()

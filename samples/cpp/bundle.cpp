@@ -170,6 +170,11 @@ void read_plan(const Json& plan, Bundle& bundle) {
     if (const Json* layout = plan.find("layout")) bundle.planned_layout = layout->text();
     if (const Json* schedule = plan.find("schedule")) bundle.schedule = schedule->text();
     if (const Json* warmup = plan.find("warmup")) bundle.warmup = std::int64_t(warmup->natural());
+    if (const Json* draws = plan.find("accumulate"))
+        bundle.accumulate = std::int64_t(draws->natural());
+    if (const Json* decay = plan.find("ema")) bundle.ema = decay->real();
+    if (bundle.accumulate < 1 || !(bundle.ema >= 0 && bundle.ema < 1))
+        throw Malformed("no draws of an update, or no decay below 1");
 }
 
 void read_tensors(const Json& list, Bundle& bundle) {

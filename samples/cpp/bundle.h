@@ -117,6 +117,8 @@ struct Bundle {
     std::string model_name, planned_layout;
     std::string schedule = "decay";  // of the learning rate
     std::int64_t warmup = 0;         // its first steps
+    std::int64_t accumulate = 1;     // draws of an update
+    double ema = 0;                  // decay of the adapter's average; 0: there is none
     std::int64_t rank = 0, steps = 0;
     double alpha = 0;
     std::uint64_t seed = 0;

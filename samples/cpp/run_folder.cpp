@@ -16,6 +16,8 @@ const std::string kDraws = "run.draw", kLosses = "run.loss";
 /// Prefix in the file -> part of a state.
 const std::pair<const char*, Tensors State::*> kParts[] = {
     {"adapter.", &State::adapter}, {"exp_avg.", &State::exp_avg}, {"exp_avg_sq.", &State::exp_avg_sq}};
+/// Of a run that is smoothed: the adapter's average, sums of gradients, number of their draws.
+const std::string kAverage = "ema.", kSum = "sum.", kSummed = "summed";
 
 /// A one-dimensional tensor of a checkpoint.
 template <class T>
@@ -34,19 +36,32 @@ Run run_of(const TensorFile& file) {
     return Run::from(parse_json(*text));
 }
 
+Tensors lora_of(const TensorFile& file, const Bundle& bundle, const std::string& prefix) {
+    Tensors tensors;
+    for (const TensorSpec& spec : bundle.lora) {
+        const std::string name = prefix + spec.name;
+        tensors.push_back(as_float32(file.checked(name)));
+        if (tensors.back().shape != spec.shape)
+            throw Malformed("'" + name + "' is not " + in_words(spec.shape));
+    }
+    return tensors;
+}
+
+std::int64_t count_in(const TensorFile& file, const std::string& name) {
+    const auto number = row<std::int64_t>(file, name, Dtype::i64);
+    if (number.size() != 1 || number[0] < 0) throw Malformed("'" + name + "' is no number");
+    return number[0];
+}
+
 State state_of(const TensorFile& file, const Bundle& bundle) {
     State state;
-    for (const auto& [prefix, part] : kParts) {
-        for (const TensorSpec& spec : bundle.lora) {
-            const std::string name = prefix + spec.name;
-            (state.*part).push_back(as_float32(file.checked(name)));
-            if ((state.*part).back().shape != spec.shape)
-                throw Malformed("'" + name + "' is not " + in_words(spec.shape));
-        }
+    for (const auto& [prefix, part] : kParts) state.*part = lora_of(file, bundle, prefix);
+    if (bundle.ema > 0) state.average = lora_of(file, bundle, kAverage);
+    state.step = count_in(file, "step");
+    if (file.tensors().count(kSummed)) {
+        state.summed = count_in(file, kSummed);
+        state.sum = lora_of(file, bundle, kSum);
     }
-    const auto step = row<std::int64_t>(file, "step", Dtype::i64);
-    if (step.size() != 1 || step[0] < 0) throw Malformed("no number of updates");
-    state.step = step[0];
     return state;
 }
 
@@ -162,8 +177,7 @@ Losses RunFolder::restore(const Bundle& bundle, const Run& run, State& state) co
 void RunFolder::save(const Bundle& bundle, const Bank& bank, const Run& run, const State& state,
                      const Losses& losses) const {
     std::map<std::string, View> tensors;
-    for (const auto& [prefix, part] : kParts) {
-        const Tensors& values = state.*part;
+    const auto put = [&](const std::string& prefix, const Tensors& values) {
         if (!all_finite(values))
             throw BadInput(path_.string(),
                            "training diverged before step " + std::to_string(losses.size()) +
@@ -171,7 +185,11 @@ void RunFolder::save(const Bundle& bundle, const Bank& bank, const Run& run, con
                            "numbers; the last checkpoint is kept", "plan with a lower lr");
         for (std::size_t i = 0; i < values.size(); ++i)
             tensors[prefix + bundle.lora[i].name] = values[i].view();
-    }
+    };
+    for (const auto& [prefix, part] : kParts) put(prefix, state.*part);
+    put(kAverage, state.average);
+    put(kSum, state.sum);
+    if (state.summed) tensors[kSummed] = {Dtype::i64, {1}, &state.summed};
     const Shape steps = {losses.size()};
     tensors["step"] = {Dtype::i64, {1}, &state.step};
     tensors[kDraws] = {Dtype::i64, steps, losses.draws.data()};
@@ -188,7 +206,7 @@ Tensors RunFolder::adapter(const Bundle& bundle) const {
     try {
         const TensorFile file(path);
         const Run saved = run_of(file);
-        if (saved.manifest_sha256 == bundle.sha256) return state_of(file, bundle).adapter;
+        if (saved.manifest_sha256 == bundle.sha256) return state_of(file, bundle).trained();
         throw BadInput(path_.string(), "a run of another bundle (" + saved.bundle + ")",
                        "a run of " + bundle.folder.string(), "name the bundle that it trained");
     } catch (const Malformed& fault) {
@@ -200,7 +218,7 @@ Tensors RunFolder::adapter(const Bundle& bundle) const {
 void RunFolder::finish(const Bundle& bundle, const State& state) const {
     std::map<std::string, View> tensors;
     for (std::size_t i = 0; i < bundle.lora.size(); ++i)
-        tensors[bundle.lora[i].name] = state.adapter[i].view();
+        tensors[bundle.lora[i].name] = state.trained()[i].view();
     write_tensors(path_ / "adapter.safetensors", tensors, bundle.adapter().second);
 }
 

@@ -13,7 +13,13 @@ namespace edge_dit {
 /// What training changes: LoRA tensors and AdamW's moments, in the manifest's order.
 struct State {
     Tensors adapter, exp_avg, exp_avg_sq;
-    std::int64_t step = 0;  // updates done
+    Tensors average;          // of the adapter; empty where the plan wants none
+    Tensors sum;              // of gradients, within a group of draws; else empty
+    std::int64_t summed = 0;  // its draws
+    std::int64_t step = 0;    // updates done
+
+    /// What a run gives.
+    const Tensors& trained() const { return average.empty() ? adapter : average; }
 };
 
 class Trainer {

@@ -88,6 +88,7 @@ Run new_run(const Bundle& bundle, const Bank& bank, const std::string& target,
 State new_state(const Bundle& bundle) {
     State state;
     state.adapter = bundle.adapter().first;
+    if (bundle.ema > 0) state.average = state.adapter;
     for (const TensorSpec& spec : bundle.lora) {
         state.exp_avg.emplace_back(spec.shape);
         state.exp_avg_sq.emplace_back(spec.shape);
@@ -136,8 +137,7 @@ private:
         const double lr = learning_rate(done(), run_.steps, bundle_);
         double loss = trainer.backward(bank_.read(draw), state_.adapter, gradients_);
         if (std::isfinite(loss) && all_finite(gradients_)) {
-            trainer.update(static_cast<float>(lr), state_, gradients_);
-            ++state_.step;
+            learn(trainer, static_cast<float>(lr));
             skipped_ = 0;
         } else {
             loss = NAN;
@@ -152,6 +152,32 @@ private:
                                bank_.in_words(draw),
                            "numbers; the last checkpoint is kept",
                            "plan with a lower lr; if it is always the same draws, precompute again");
+    }
+
+    /// Count the gradients of a draw; if they are the last of a group, update (edge_dit_runtime's
+    /// sessions/smoothed.py).
+    void learn(Trainer& trainer, float lr) {
+        if (bundle_.accumulate > 1) {
+            for (std::size_t i = 0; i < state_.sum.size(); ++i)
+                for (std::size_t k = 0; k < gradients_[i].values.size(); ++k)
+                    gradients_[i].values[k] += state_.sum[i].values[k];
+            if (++state_.summed < bundle_.accumulate) {
+                state_.sum = gradients_;
+                return;
+            }
+            state_.sum.clear();
+            state_.summed = 0;
+            for (Tensor& gradient : gradients_)
+                for (float& value : gradient.values) value /= float(bundle_.accumulate);
+        }
+        trainer.update(lr, state_, gradients_);
+        const double updates = double(++state_.step);
+        const double decay = std::min(bundle_.ema, (1 + updates) / (10 + updates));
+        const float rest = float(1 - decay);
+        for (std::size_t i = 0; i < state_.average.size(); ++i) {
+            const float* now = state_.adapter[i].values.data();
+            for (float& mean : state_.average[i].values) mean += rest * (*now++ - mean);
+        }
     }
 
     const Bundle& bundle_;
@@ -178,6 +204,11 @@ Run train(const Options& options, const Hooks& hooks) {
     Run run = new_run(bundle, bank, target, layout);
     if (options.steps > 0) run.steps = options.steps;
     else if (previous) run.steps = previous->steps;
+    if (run.steps % bundle.accumulate)
+        throw BadInput("--steps", std::to_string(run.steps),
+                       "a multiple of " + std::to_string(bundle.accumulate) +
+                           ", the draws of an update",
+                       "name another number of steps");
     Training training(bundle, bank, folder, run);
     if (previous) training.restore();
     const auto trainer = target == "onnx" ? open_onnx(bundle, layout, options.runtime)

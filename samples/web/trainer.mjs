@@ -7,6 +7,10 @@ import { openOptimizer, openStep } from "./steps.mjs";
 const STATE = "state.safetensors";
 const MOMENTS = ["exp_avg.", "exp_avg_sq."];
 const DECAY_SHARE = 0.4;
+/** Of a run that is smoothed: the adapter's average, sums of gradients, number of their draws. */
+const AVERAGE = "ema.";
+const SUM = "sum.";
+const SUMMED = "summed";
 const MOST_SKIPPED = 10;
 const METADATA = "lora_adapter_metadata";
 /** Steps between two states. A tab can be closed at any moment. */
@@ -47,8 +51,19 @@ export class Training {
       lr: options.lr ?? bundle.manifest.optimizer.lr, saveEvery: options.saveEvery ?? SAVE_EVERY,
       run: runOf(bundle, draws, layout, options.steps ?? bundle.plan.steps),
     });
+    const { accumulate = 1 } = bundle.plan;
+    if (training.run.steps % accumulate) {
+      throw new Fault("steps", {
+        found: `${training.run.steps}`, expected: `a multiple of ${accumulate}, the draws of an update`,
+      });
+    }
     await training.#restore();
     return training;
+  }
+
+  /** What a run gives: the adapter's average if the plan wants one, else the adapter. */
+  get trained() {
+    return this.average ?? this.adapter;
   }
 
   get done() {
@@ -70,6 +85,24 @@ export class Training {
     const [loss, gradients] = await this.step({ ...draw, ...this.adapter });
     this.gradients = gradients;
     return loss.data[0];
+  }
+
+  /** Count the gradients of a draw; if they are the last of a group, update. See docs/bundle.md. */
+  async #learn(step) {
+    const { accumulate = 1, ema = 0 } = this.bundle.plan;
+    if (accumulate > 1) {
+      if (this.sum) this.gradients = combined(this.gradients, this.sum, (one, other) => one + other);
+      this.summed += 1;
+      this.sum = this.summed < accumulate ? this.gradients : null;
+      if (this.sum) return;
+      this.summed = 0;
+      this.gradients = combined(this.gradients, this.gradients, (total) => total / accumulate);
+    }
+    await this.#update(step);
+    if (!ema) return;
+    const rest = Math.fround(1 - Math.min(ema, (1 + this.updates) / (10 + this.updates)));
+    this.average = combined(this.average, this.adapter, (mean, now) =>
+      mean + Math.fround(rest * Math.fround(now - mean)));
   }
 
   async #update(step) {
@@ -96,7 +129,7 @@ export class Training {
       const step = this.done;
       const number = this.draws.number(step, this.bundle.plan.seed);
       let loss = await this.backward(number);
-      if (Number.isFinite(loss) && finite(this.gradients)) await this.#update(step);
+      if (Number.isFinite(loss) && finite(this.gradients)) await this.#learn(step);
       else loss = NaN;
       this.drawn.push(number);
       this.losses.push(loss);
@@ -124,7 +157,8 @@ export class Training {
   async save() {
     const tensors = {
       ...prefixed("adapter.", this.adapter), ...prefixed(MOMENTS[0], this.moments[0]),
-      ...prefixed(MOMENTS[1], this.moments[1]),
+      ...prefixed(MOMENTS[1], this.moments[1]), ...prefixed(AVERAGE, this.average ?? {}),
+      ...prefixed(SUM, this.sum ?? {}),
     };
     if (!finite(tensors)) {
       throw new Fault("training", {
@@ -134,6 +168,9 @@ export class Training {
     }
     const n = this.done;
     tensors.step = { type: "int64", dims: [1], data: BigInt64Array.of(BigInt(this.updates)) };
+    if (this.summed) {
+      tensors[SUMMED] = { type: "int64", dims: [1], data: BigInt64Array.of(BigInt(this.summed)) };
+    }
     tensors["run.draw"] = { type: "int64", dims: [n], data: BigInt64Array.from(this.drawn, BigInt) };
     tensors["run.loss"] = { type: "float64", dims: [n], data: Float64Array.from(this.losses) };
     const run = canonical({ ...this.run, done: n });
@@ -148,7 +185,8 @@ export class Training {
     const zeros = () => Object.fromEntries(Object.entries(this.adapter).map(
       ([name, { type, dims, data }]) => [name, { type, dims, data: new Float32Array(data.length) }]));
     this.moments = MOMENTS.map(zeros);
-    Object.assign(this, { updates: 0, drawn: [], losses: [] });
+    this.average = this.bundle.plan.ema ? this.adapter : null;
+    Object.assign(this, { updates: 0, drawn: [], losses: [], sum: null, summed: 0 });
   }
 
   async #take(file) {
@@ -164,6 +202,9 @@ export class Training {
     const read = await file.read();
     this.adapter = this.#taken(read, "adapter.");
     this.moments = MOMENTS.map((prefix) => this.#taken(read, prefix));
+    this.average = this.bundle.plan.ema ? this.#taken(read, AVERAGE) : null;
+    this.summed = SUMMED in read ? Number(read[SUMMED].data[0]) : 0;
+    this.sum = this.summed ? this.#taken(read, SUM) : null;
     this.updates = Number(read.step.data[0]);
     this.drawn = Array.from(read["run.draw"].data, Number);
     this.losses = Array.from(read["run.loss"].data);
@@ -190,17 +231,17 @@ export class Training {
     const { metadata } = await this.bundle.adapter();
     const entries = Object.entries(metadata).filter(([key]) => !key.startsWith("sha256"));
     const own = Object.fromEntries(entries);
-    const files = { "adapter.safetensors": await tensorPieces(this.adapter, own) };
+    const files = { "adapter.safetensors": await tensorPieces(this.trained, own) };
     if (this.bundle.manifest.family !== "pixart") {  // its pipeline loads no LoRA
       const { rank, alpha } = this.bundle.plan;
       files["pytorch_lora_weights.safetensors"] = await tensorPieces(
-        alpha === rank ? this.adapter : this.#scaled(alpha / rank), exportedHeader(own, rank, alpha));
+        alpha === rank ? this.trained : this.#scaled(alpha / rank), exportedHeader(own, rank, alpha));
     }
     return Object.fromEntries(Object.entries(files).map(([name, pieces]) => [name, new Blob(pieces)]));
   }
 
   #scaled(scale) {
-    return Object.fromEntries(Object.entries(this.adapter).map(([name, tensor]) => [name,
+    return Object.fromEntries(Object.entries(this.trained).map(([name, tensor]) => [name,
       name.includes(".lora_B.") ? { ...tensor, data: tensor.data.map((v) => v * scale) } : tensor]));
   }
 }
@@ -212,6 +253,12 @@ function exportedHeader(own, rank, alpha) {
   const note = `{"alpha": ${plain(alpha)}, "format": "diffusers", "rank": ${rank}}`;
   return { ...own, [METADATA]: config, edge_dit: note };
 }
+
+/** Tensors of the same names, value by value. */
+const combined = (one, other, how) => Object.fromEntries(Object.entries(one).map(
+  ([name, { type, dims, data }]) => [name, {
+    type, dims, data: Float32Array.from(data, (value, n) => how(value, other[name].data[n])),
+  }]));
 
 const prefixed = (prefix, named) =>
   Object.fromEntries(Object.entries(named).map(([name, value]) => [prefix + name, value]));

@@ -63,7 +63,7 @@ const methods = {
   async paint({ prompt, seed, adapted = true }) {
     stopped = false;
     await looped();
-    const adapter = adapted && draws ? (await opened()).adapter : await untrained();
+    const adapter = adapted && draws ? (await opened()).trained : await untrained();
     return paint(parts, { prompt: parts.prompt(prompt), seed }, adapter, (done, all) => {
       tell("paint", { done, all });
       return stopped;

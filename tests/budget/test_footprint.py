@@ -70,6 +70,16 @@ def footprints(config: str, trained: int, text: int = 300) -> Footprints:
     return Footprints(shapes, REFERENCE)
 
 
+def test_what_a_run_keeps_counts_once_each():
+    few = footprints("sana-0.6b", 4)
+    way, lora = TargetVariant("onnx", "streamed"), few.shapes.cost(range(4), 16).lora
+    plain = few.of(range(4), 16, way)
+    for kept in (1, 2):
+        more = Footprints(few.shapes, REFERENCE, kept=kept).of(range(4), 16, way)
+        assert more.anonymous - plain.anonymous == kept * 4 * lora
+        assert (more.file, more.bundle, more.draw) == (plain.file, plain.bundle, plain.draw)
+
+
 def test_streamed_hardly_depends_on_depth():
     streamed, fused = TargetVariant("onnx", "streamed"), TargetVariant("onnx")
     models = [(footprints("sana-0.6b", n), range(n)) for n in (14, 28)]

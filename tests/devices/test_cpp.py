@@ -150,6 +150,7 @@ class Small:
         weights, compute, recompute: of the export.
         dtype: of the bank.
         spoilt: draws without a finite target.
+        smoothed: whether updates take several draws, and the adapter is averaged.
     """
 
     variant: str
@@ -160,6 +161,7 @@ class Small:
     recompute: bool = False
     dtype: str = "float32"
     spoilt: tuple[int, ...] = ()
+    smoothed: bool = False
 
     def write(self, folder: Path) -> Path:
         """Write bundle/ and bank/."""
@@ -194,9 +196,12 @@ class Small:
 
     def _write_manifest(self, folder: Path, facts: dict[str, Any], batch, lora) -> None:
         roles: tuple[tuple[str, Mapping[str, Any]], ...] = (("batch", batch), ("lora", lora))
+        plan = {"model_name": "mödel", "rank": 2, "alpha": 3.0, "steps": STEPS, "seed": 2**40}
+        if self.smoothed:
+            plan |= {"schedule": "cosine", "warmup": 3, "accumulate": 5, "ema": 0.2}
         manifest = Manifest(
             family="sana",
-            plan={"model_name": "mödel", "rank": 2, "alpha": 3.0, "steps": STEPS, "seed": 2**40},
+            plan=plan,
             plan_hash="ab" * 32,
             tensors=[
                 TensorSpec(name=name, shape=tuple(value.shape), role=role)
@@ -271,6 +276,7 @@ CASES = {
     "joint attention, inner skips": (Small("flux-dev", "apart"), "onnx:streamed"),
     "joint attention, tail through": (Small("flux-schnell", "start", "through"), "onnx:streamed"),
     "weighted, tail fresh": (Small("sd3-medium", "start", "fresh"), "onnx:streamed"),
+    "smoothed": (replace(SANA, smoothed=True), "onnx:fused"),
     "a draw is skipped": (replace(SANA, spoilt=(1,)), "onnx:streamed"),
 }
 
@@ -331,7 +337,7 @@ def test_packed_matrices_in_a_file_give_the_same_bits(
         assert_same_run(tmp_path / run, tmp_path / "without")
 
 
-@pytest.mark.parametrize("case", ["fused", "streamed", "executorch"], indirect=True)
+@pytest.mark.parametrize("case", ["fused", "streamed", "smoothed", "executorch"], indirect=True)
 def test_each_goes_on_with_a_run_of_the_other(trainers: Trainers, case: Case, tmp_path: Path):
     runs = {(one, other): tmp_path / f"{one}-{other}" for one, other in ORDERS}
     for one, other in ORDERS:

@@ -28,6 +28,12 @@ def test_trains_like_torch(bundle):
     bundles.assert_trains_like_torch(OrtTrainingSession(opened), sub, batch)
 
 
+def test_smooths_like_torch(bundle):
+    _, _, _, opened = bundle
+    sub, batch = tiny.subgraph()
+    bundles.assert_smooths_like_torch(OrtTrainingSession(opened), sub, batch)
+
+
 def test_resumes_bit_for_bit(bundle):
     _, _, batch, opened = bundle
     bundles.assert_resumes_bit_for_bit(lambda: OrtTrainingSession(opened), batch)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bundles
 from edge_dit.contract.bundle import open_bundle
 from edge_dit.errors import BadInput
 from edge_dit.store.tensors import TensorFile
@@ -39,6 +40,13 @@ def test_a_device_learns_and_sends_what_is_averaged(road, how):
     again = learn(place(road), sent(base, how), Order(1, 3, how))
     for name, value in learned.arrays.items():
         np.testing.assert_array_equal(again.arrays[name], value)
+
+
+@pytest.mark.parametrize("keys", [{"accumulate": 2}, {"ema": 0.9}])
+def test_a_plan_that_smooths_is_refused(road, tmp_path, keys):
+    bundle = bundles.with_plan(road.bundle, tmp_path / "bundle", **keys)
+    with pytest.raises(BadInput, match="accumulate or ema"):
+        learn(Place(bundle, bank=road.bank, target="onnx"), {}, Order(1, 3, FIXED))
 
 
 def test_with_a_fixed_a_device_trains_b_alone(road):

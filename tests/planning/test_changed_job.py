@@ -46,6 +46,8 @@ OTHER = {
     "train.loraplus_lr_ratio": "4.0",
     "train.schedule": '"cosine"',
     "train.warmup": "3",
+    "train.accumulate": "2",
+    "train.ema": "0.9",
     "train.rank_stabilized": "true",
     "train.steps": "13",
     "train.draws": "11",

@@ -59,6 +59,8 @@ def test_missing_folders_are_named(job_file):
         (("alpha = 8", "alpha = -1"), "train.alpha"),
         (("head_skip = 1", "head_skip = -1"), "plan.head_skip"),
         (("lr = 1e-3", 'lr = "fast"'), "train.lr"),
+        (("lr = 1e-3", "accumulate = 5"), "accumulate = 5 with train.steps = 12"),
+        (("lr = 1e-3", "ema = 1.0"), "train.ema"),
         (("head_skip = 1", 'ram = "much"'), "plan.ram"),
     ],
 )

@@ -96,7 +96,15 @@ def learn(place: Place, mean: Mapping[str, np.ndarray], order: Order) -> Learned
         BadInput: bundle, pictures and mean do not fit together, or a step is not finite.
     """
     bundle = open_bundle(place.bundle)
-    seed = int(bundle.manifest.plan.get("seed", 0))
+    plan = bundle.manifest.plan
+    seed = int(plan.get("seed", 0))
+    if plan.get("accumulate", 1) > 1 or plan.get("ema", 0) > 0:
+        raise BadInput(
+            place.bundle,
+            found="a plan with [train] accumulate or ema",
+            expected="one without: a fleet averages adapters itself, after plain steps",
+            remedy="remove both from the job, plan and export again",
+        )
     session, draws = open_session(place.bundle, place.target), place.draws()
     base = received(mean, bundle.adapter(), order.how)
     session.load_adapter(base)

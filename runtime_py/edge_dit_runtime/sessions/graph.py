@@ -74,6 +74,10 @@ class GraphSession:
         """Copies of the last gradients by LoRA name, float32, before clipping."""
         return {name: value.copy() for name, value in self._gradients.items()}
 
+    def set_gradients(self, gradients: Mapping[str, np.ndarray]) -> None:
+        """Replace the gradients of the last `backward`."""
+        self._gradients = {name: gradients[name] for name in self._shapes}
+
     def adapter(self) -> Tensors:
         """Copies of the LoRA tensors by name, float32."""
         return {name: value.copy() for name, value in self._adapter.items()}

@@ -7,8 +7,10 @@ release.
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -129,6 +131,13 @@ class OrtTrainingSession:
     def gradients(self) -> Tensors:
         """Copies of the last gradients by LoRA name, float32, before clipping."""
         return {name: self._parameter(name).grad.numpy().copy() for name in self._shapes}
+
+    def set_gradients(self, gradients: Mapping[str, np.ndarray]) -> None:
+        """Replace the gradients of the last `backward`, where onnxruntime keeps them."""
+        for name, shape in self._shapes.items():
+            place = self._parameter(name).grad.data_ptr()
+            kept = np.ctypeslib.as_array((ctypes.c_float * prod(shape)).from_address(place))
+            kept[:] = gradients[name].reshape(-1)
 
     def _parameter(self, name: str) -> Any:
         return self._state.get_parameter(name)

@@ -62,12 +62,12 @@ def take(
     return taken
 
 
-def take_step(state: Mapping[str, np.ndarray]) -> int:
-    """Number of updates done, from a `Session.state_dict`.
+def take_step(state: Mapping[str, np.ndarray], name: str = STEP) -> int:
+    """Number of updates done, from a `Session.state_dict`; or another number by its name.
 
     Raises:
         BadInput: there is no such number.
     """
-    if STEP not in state or state[STEP].size != 1:
-        raise BadInput(STEP, found="not one number", expected="a session's state", remedy=REMEDY)
-    return int(state[STEP].reshape(-1)[0])
+    if name not in state or state[name].size != 1:
+        raise BadInput(name, found="not one number", expected="a session's state", remedy=REMEDY)
+    return int(state[name].reshape(-1)[0])

@@ -43,6 +43,14 @@ class Session(Protocol):
         """Gradients of the last `backward`, before clipping, by LoRA name. Valid until `update`."""
         ...
 
+    def set_gradients(self, gradients: Mapping[str, np.ndarray]) -> None:
+        """Replace the gradients of the last `backward`.
+
+        Args:
+            gradients: by LoRA name, float32; they belong to the session from now on.
+        """
+        ...
+
     def adapter(self) -> Tensors:
         """A copy of the LoRA tensors."""
         ...
