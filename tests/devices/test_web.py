@@ -215,6 +215,38 @@ def test_other_weights_and_tails(tmp_path, case):
     assert loss_difference(world.losses("streamed")[0], found) < LOSS
 
 
+SMOOTHED = in_page("""
+  await open();
+  await device.train({ layout: "fused" });
+  const found = { losses: [...losses] };
+  found.whole = await bytesOf((await device.adapter())["adapter.safetensors"]);
+  await device.startAgain();
+  await device.importState(fileOf(given.state, "state.safetensors"));
+  await device.train({ layout: "fused" });
+  found.resumed = await bytesOf((await device.adapter())["adapter.safetensors"]);
+  return found;
+""")
+
+
+def test_groups_of_draws_and_an_average(tmp_path):
+    """A whole run, and one that Python began and stopped within a group."""
+    world = make_world(tmp_path, "sana", 'targets = ["onnx"]\n', accumulate=5, ema=0.2)
+    given = (world.bundle.folder, world.bank.folder)
+    er.train(*given, tmp_path / "whole", target="onnx:fused")
+    er.train(*given, tmp_path / "run", target="onnx:fused", on_step=lambda done, _: done == 7)
+    state = (tmp_path / "run" / STATE).read_bytes()
+    assert "summed" in TensorFile(tmp_path / "run" / STATE).read()
+    with serving(*given) as url:
+        found = browse(url, SMOOTHED, {"state": encoded(state)})
+    whole = TensorFile(tmp_path / "whole" / STATE).read()
+    assert loss_difference(list(whole["run.loss"]), found["losses"]) < LOSS
+    wanted = TensorFile(tmp_path / "whole" / "adapter.safetensors").read()
+    for run in ("whole", "resumed"):
+        assert difference(wanted, tensors_of(found[run], tmp_path)) < ADAPTER
+    plain = {name: whole[f"adapter.{name}"] for name in wanted}
+    assert difference(wanted, plain) > 100 * ADAPTER
+
+
 COLLECTED = in_page("""
   await device.open({ url: "bundle/" }, { threads: 2 });
   const files = given.pictures.map(([name, text]) => [name, fileOf(text, name)]);
