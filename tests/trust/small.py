@@ -138,6 +138,9 @@ class SmallSession:
     def gradients(self) -> dict[str, np.ndarray]:
         return dict(self._gradients)
 
+    def set_gradients(self, gradients: Mapping[str, np.ndarray]) -> None:
+        self._gradients = dict(gradients)
+
     def adapter(self) -> dict[str, np.ndarray]:
         return dict(self._adapter)
 
