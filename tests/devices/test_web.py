@@ -244,7 +244,7 @@ def test_groups_of_draws_and_an_average(tmp_path):
     for run in ("whole", "resumed"):
         assert difference(wanted, tensors_of(found[run], tmp_path)) < ADAPTER
     plain = {name: whole[f"adapter.{name}"] for name in wanted}
-    assert difference(wanted, plain) > 100 * ADAPTER
+    assert difference(wanted, plain) > 10 * ADAPTER
 
 
 COLLECTED = in_page("""
