@@ -56,14 +56,15 @@ def record(
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(latents.shape, generator=generator)
     rows = side // family.multiple(pipeline.transformer.config, pipeline.vae.config)
+    handed = family.pipeline_latents(start, rows)
 
     def run(step: Step) -> list[float]:
         with (
             torch.no_grad(),
             family.without_blocks(pipeline.transformer),
-            _replaced(pipeline.scheduler, start, step) as timesteps,
+            _replaced(pipeline.scheduler, (start, handed), step) as timesteps,
         ):
-            pipeline(latents=family.pipeline_latents(start, rows), **options)
+            pipeline(latents=handed, **options)
             return timesteps
 
     try:
@@ -90,14 +91,19 @@ def _guidance(family: Family, pipeline: Any, options: dict[str, Any]) -> tuple[A
 
 
 @contextmanager
-def _replaced(scheduler: Any, start: Tensor, step: Step) -> Iterator[list[float]]:
+def _replaced(scheduler: Any, starts: tuple[Tensor, Tensor], step: Step) -> Iterator[list[float]]:
     """A context in which a scheduler's steps are ``step(original, number)`` and change nothing;
     yields a list that gets their timesteps.
+
+    Args:
+        scheduler: of the pipeline.
+        starts: noise as the transformer takes it, and as it is given to the pipeline.
+        step: see `Step`.
     """
     kind, timesteps = type(scheduler), []
 
     def recorded(_output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> tuple[Tensor]:
-        if not timesteps and not torch.equal(sample, start):
+        if not timesteps and not any(torch.equal(sample, start) for start in starts):
             raise NotLinear(f"{kind.__name__} changes the noise that it starts from")
         step(lambda o, s: kind.step(scheduler, o, timestep, s, **options)[0], len(timesteps))
         timesteps.append(float(timestep))

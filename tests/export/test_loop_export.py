@@ -269,7 +269,11 @@ class Predictions:
         self.variance = variance
         self.separately, self.timesteps, self.calls = separately, [], 0
 
-    def __call__(self, hidden_states: Any, timestep: Tensor, *_: Any, **__: Any) -> tuple[Any]:
+    def __call__(self, hidden_states: Any, timestep: Tensor, *_: Any, **told: Any) -> tuple[Any]:
+        if "img_mask" in told:  # Qwen-Image 2.1's, a token each
+            grid = told["img_shapes"][0][0][1:]
+            latents = hidden_states.transpose(1, 2).unflatten(-1, grid)
+            return (self.predict(latents, timestep).flatten(2).transpose(1, 2),)
         if isinstance(hidden_states, list):  # Z-Image's, of films of one frame, the prompt's first
             films = torch.stack(hidden_states).squeeze(2).flip(0)
             return (list(self.predict(films, timestep).flip(0).unsqueeze(2)),)
@@ -322,6 +326,8 @@ def stock_latents(made: Made, start: Tensor, monkeypatch: Any) -> tuple[Tensor, 
     ).images
     if made.facts.latents.of_tokens:  # FLUX.2's pipeline gives the autoencoder's
         found = torch.from_numpy(made.facts.latents.scaled(found.numpy()))
+    if made.family.name == "qwen_image21":  # its pipeline gives tokens
+        found = found.transpose(1, 2).reshape(start.shape)
     return found, predictions.timesteps
 
 

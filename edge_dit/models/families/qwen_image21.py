@@ -69,8 +69,7 @@ class QwenImage21(QwenVae, Joined):
     lora_targets = tuple(f"attn.{proj}" for proj in ("to_q", "to_k", "to_v", "to_out.0"))
     per_prompt = (TEXT_MASK, ROPE)
     text_widths: ClassVar[Mapping[str, tuple[str, ...]]] = {"context_in_dim": ("text_encoder",)}
-    guided_by = "true_cfg_scale"
-    negative_prompt = " "
+    guided_by = ""  # distilled: the pipeline guides only if it is told to
     switches: ClassVar[Rules] = {
         "patch_size": one_of(1, why="QwenImage21Pipeline makes a token of each latent"),
         "in_channels": whole(),
