@@ -1,8 +1,8 @@
 """Does [prior] keep what the base model does with other prompts, and what does it cost the subject?
 
-    python samples/reproduce/prior.py WORK docs/results
+    python samples/reproduce/prior.py WORK docs/results [MODEL ...]    # default both tiny models
 
-Four toys, two seeds, both tiny models; patches of half the side, 30 % of the blocks skipped. Every
+Four toys, two seeds; patches of half the side, 30 % of the blocks skipped. Every
 arm has `STEPS` steps on draws of the toy; an arm with a prior has prior draws besides. A toy's runs
 of one arm lie in WORK; what is there is not repeated. Writes prior.json, prints docs/method.md's
 table.
@@ -260,8 +260,8 @@ def verdict(without: list[dict[str, Any]], arm: list[dict[str, Any]]) -> dict[st
     }
 
 
-def main(work: Path, out: Path) -> None:
-    everything = {name: measured(name, work.resolve()) for name in JOBS}
+def main(work: Path, out: Path, models: list[str]) -> None:
+    everything = {name: measured(name, work.resolve()) for name in models or JOBS}
     rows = {
         name: {title: verdict(arms["without"], arm) for title, arm in arms.items()}
         for name, arms in everything.items()
@@ -269,8 +269,8 @@ def main(work: Path, out: Path) -> None:
     prompts = {title: arm.prompts for title, arm in ARMS.items()}
     write_json(out / "prior.json", {"rows": rows, "prompts": prompts, "runs": everything})
     cells = [[m, a, *map(str, row.values())] for m, arms in rows.items() for a, row in arms.items()]
-    print(table(["model", "prior", *next(iter(rows["tiny-sana"].values()))], cells))
+    print(table(["model", "prior", *next(iter(next(iter(rows.values())).values()))], cells))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
