@@ -9,6 +9,7 @@ lost its process is run again, by Ray; it must give the same result then.
 from __future__ import annotations
 
 import os
+import socket
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ KEPT = 2
 """Opened things that a process keeps."""
 AHEAD = 2
 """Tasks for every place that has one: as many results may wait in memory to be written."""
+PATIENCE = 20
+"""Seconds that the head node may take to answer."""
 T = TypeVar("T")
 A = TypeVar("A")
 R = TypeVar("R")
@@ -106,8 +109,9 @@ def connected(address: str, threads: int | None = None) -> Iterator[Pool]:
     ray = require("ray", "--ray")
     torch = require("torch", "--ray")
     try:
+        _check_answers(address)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(
             "--ray",
             found=f"no cluster at {address} ({str(error).splitlines()[0]})",
@@ -118,6 +122,17 @@ def connected(address: str, threads: int | None = None) -> Iterator[Pool]:
         yield Pool(ray, threads or torch.get_num_threads())
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Connect to a head node's port and hang up: Ray itself tries for minutes where nobody is.
+
+    Raises:
+        OSError: nothing answers at the address.
+    """
+    host, separator, port = address.rpartition("//")[2].rpartition(":")
+    if separator and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
 
 
 _opened: OrderedDict[bytes, Any] = OrderedDict()

@@ -23,6 +23,7 @@ from edge_dit.contract.names import COND, ENTRY, NEW, STATE
 from edge_dit.contract.targets import OnnxFacts
 from edge_dit.errors import BadInput
 from edge_dit.models.families.family import Family
+from edge_dit.models.families.parts.joined import PROMPT_MASK
 from edge_dit.models.families.sana import Sana
 from edge_dit.models.model import open_model
 from edge_dit.models.pipeline import load_pipeline
@@ -305,7 +306,7 @@ def asks_separately(made: Made) -> bool:
     """Whether the pipeline asks for the negative prompt in a call of its own."""
     guidance = made.facts.painting.guidance
     return guidance == "rescaled" or (
-        guidance != "none" and made.family.name in ("chroma", "flux2")
+        guidance != "none" and made.family.name in ("chroma", "flux2", "krea2")
     )
 
 
@@ -414,6 +415,10 @@ def negative_of_stock(made: Made, tokens: int) -> dict[str, Tensor]:
         made.model.forward = own
     names = made.family.blank(made.model, made.picture, tokens)[1]
     arguments = seen[-1]
+    if made.family.name == "krea2":  # padded between the prompt and what follows it
+        kept = arguments[PROMPT_MASK][0].bool()
+        for name in ("encoder_hidden_states", PROMPT_MASK):
+            arguments[name] = arguments[name][:, kept]
     found = {name: arguments.get(name) for name in names}
     length = found["encoder_hidden_states"].shape[1]
     padded = {}
