@@ -101,8 +101,10 @@ def write(folder: Path, *targets: str, made: Made | None = None) -> tuple[*Made,
 
 
 def with_plan(bundle: Path, folder: Path, **keys: Any) -> Path:
-    """A copy of a bundle in ``folder``, whose plan has other values; its other files are links."""
-    shutil.copytree(bundle, folder, copy_function=os.link)
+    """A copy of a bundle in ``folder``, whose plan has other values. No links: onnx's checker takes
+    no external data that has two names.
+    """
+    shutil.copytree(bundle, folder)
     manifest = open_bundle(bundle).manifest
     write_manifest(folder, manifest.model_copy(update={"plan": {**manifest.plan, **keys}}))
     return folder

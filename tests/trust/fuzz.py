@@ -222,7 +222,7 @@ def readers(folder: Path) -> list[Reader]:
         done=4,
     )
     (folder / "run").mkdir()
-    RunFolder(folder / "run").begin(run)
+    RunFolder(folder / "run").begin(run, {})
     state = {f"adapter.{name}": value for name, value in lora.items()}
     write_tensors(folder / "run" / "state.safetensors", state, {"run": json.dumps(asdict(run))})
     opened = open_bundle(bundle)
