@@ -640,7 +640,7 @@ def _other(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
-        return value + 1 if isinstance(value, int) else value * 1.05
+        return value + 1 if isinstance(value, int) else value * 1.05 or 0.5
     return None
 
 
