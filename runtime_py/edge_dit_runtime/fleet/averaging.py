@@ -81,7 +81,9 @@ def received(mean: Tensors, base: Tensors, how: How) -> dict[str, np.ndarray]:
     for module, product in mean.items():
         first, second = base[module + A], base[module + B]
         if product.any():
-            a, b = factors(product, len(first), float(np.linalg.norm(first)))
+            # float64: what float32 rounds here, the next round's training makes larger
+            wide = product.astype(np.float64)
+            a, b = factors(wide, len(first), float(np.linalg.norm(first)))
             adapter[module + A], adapter[module + B] = (
                 a.reshape(first.shape),
                 b.reshape(second.shape),
