@@ -624,6 +624,7 @@ def _relations(path: Path, text: str, raw: dict[str, Any]) -> list[BadInput]:
             )
         )
     faults += _uneven(_place(path, text, ["train", "accumulate"]), train)
+    faults += _undrawn(_place(path, text, ["prior", "images"]), section("prior"))
     budget = sorted({"ram", "flash", "step_time"} & section("plan").keys())
     fixed = sorted({"skip_ratio", "inner_skips"} & section("plan").keys())
     if budget and fixed:
@@ -669,6 +670,21 @@ def _uneven(place: str, train: dict[str, Any]) -> list[BadInput]:
             found=f"train.accumulate = {group} with train.steps = {steps}",
             expected="steps, which counts draws, as a multiple of accumulate",
             remedy=f"take steps = {steps + group - steps % group}",
+        )
+    ]
+
+
+def _undrawn(place: str, prior: dict[str, Any]) -> list[BadInput]:
+    """A fault if the base model would draw no picture of some of a prior's prompts."""
+    prompts, images = prior.get("prompt"), prior.get("images", 0)
+    if not (isinstance(prompts, list) and isinstance(images, int) and 0 < images < len(prompts)):
+        return []
+    return [
+        BadInput(
+            place,
+            found=f"prior.images = {images} with {len(prompts)} prompts in prior.prompt",
+            expected="a picture of each prompt at least",
+            remedy=f"take images = {len(prompts)}",
         )
     ]
 

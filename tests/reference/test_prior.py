@@ -12,6 +12,7 @@ from edge_dit.contract.bank import Bank
 from edge_dit.contract.names import TARGET, WEIGHT
 from edge_dit.contract.noise import NOISE
 from edge_dit.contract.objective import FlowMatching
+from edge_dit.errors import BadInput
 from edge_dit.models.pipeline import load_pipeline
 from edge_dit.pictures.dataset import read_folder, with_prior
 from edge_dit.planning.job import read_job
@@ -148,6 +149,12 @@ def test_pictures_of_prior_draws_are_those_of_the_subject(workplace):
     both = with_prior(pictures, [" a toy ", "a toy"], 1.0)
     assert [p.prior for p in both] == [False] * 3 + [True] * 3
     assert both[3].captions == ("a toy",)
+
+
+def test_fewer_pictures_than_prompts_are_refused(workplace):
+    keys = PRIOR_KEYS + "images = 1\n"
+    with pytest.raises(BadInput, match=r"prior\.images = 1 with 2 prompts"):
+        read_job(tiny.write_job(workplace, ("[plan]", keys + "[plan]")))
 
 
 def test_the_base_model_draws_the_priors_pictures_where_a_job_asks_for_some(

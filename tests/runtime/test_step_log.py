@@ -79,9 +79,8 @@ def test_every_step_has_its_rate_norm_and_time(road, whole):
     assert log.lrs[0] == bundle.manifest.optimizer.lr > log.lrs[-1] > 0
 
 
-def test_killed_and_resumed_it_is_as_if_it_never_stopped(road, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("edge_dit_runtime.training.SAVE_EVERY", 4)
-    run = tmp_path / "run"
+def killed_at_seven(road, run):
+    """Train into ``run`` until the process would be killed at its seventh step."""
 
     def die(done, _loss):
         if done == 7:
@@ -89,6 +88,12 @@ def test_killed_and_resumed_it_is_as_if_it_never_stopped(road, whole, tmp_path, 
 
     with pytest.raises(KeyboardInterrupt):
         train(road.bundle, road.bank, run, target="onnx", steps=LENGTH, on_step=die)
+
+
+def test_killed_and_resumed_it_is_as_if_it_never_stopped(road, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("edge_dit_runtime.training.SAVE_EVERY", 4)
+    run = tmp_path / "run"
+    killed_at_seven(road, run)
     assert "Stopped: 7 of 12 steps" in (run / PAGE).read_text()
     assert len(read_log(run)) == 4
     train(road.bundle, road.bank, run, target="onnx", resume=True)
@@ -145,13 +150,7 @@ def test_tensorboard_reads_every_step_once(road, whole, tmp_path, monkeypatch):
     monkeypatch.setattr("edge_dit_runtime.page.watch.SHARE", 1e9)
     monkeypatch.setattr("edge_dit_runtime.training.SAVE_EVERY", 4)
     run = tmp_path / "run"
-
-    def die(done, _loss):
-        if done == 7:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(road.bundle, road.bank, run, target="onnx", steps=LENGTH, on_step=die)
+    killed_at_seven(road, run)
     half = accumulator.EventAccumulator(str(run)).Reload()
     assert [event.step for event in half.Scalars("loss")] == list(range(7))
     train(road.bundle, road.bank, run, target="onnx", resume=True)
