@@ -32,7 +32,8 @@ R = TypeVar("R")
 
 
 class Pool:
-    """A cluster that this process is connected to.
+    """A cluster that this process is connected to. Its processes begin to import what tasks need
+    while this one reads what it was asked for.
 
     Args:
         ray: the module.
@@ -44,6 +45,8 @@ class Pool:
         self._ray, self.threads = ray, threads
         # -1: a process that was killed says nothing about its task.
         self._do = ray.remote(_do).options(num_cpus=threads, max_retries=-1)
+        warm_up = ray.remote(_warm_up).options(num_cpus=threads)
+        self._warming = [warm_up.remote() for _ in range(self.places)]
 
     @property
     def places(self) -> int:
@@ -137,6 +140,11 @@ def _check_answers(address: str) -> None:
 
 _opened: OrderedDict[bytes, Any] = OrderedDict()
 """What this process of a cluster opened, by key; the last ones."""
+
+
+def _warm_up() -> None:
+    """Import what takes seconds; nearly every task needs it."""
+    import diffusers.pipelines.pipeline_utils  # noqa: F401
 
 
 def _do(key: bytes, opener: Any, work: Any, threads: int, argument: Any) -> Any:
