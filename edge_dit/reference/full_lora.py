@@ -22,7 +22,7 @@ def train_full_lora(
     """Train LoRA on every block; the adapter by diffusers names.
 
     Args:
-        plan: its LoRA, optimizer and seed are used.
+        plan: its LoRA, optimizer, schedule and seed are used.
         model: of the plan.
         pipeline: of the model; the LoRA is removed from it at the end.
         images: encoded by `edge_dit.reference.evaluate.encode_whole`.
@@ -33,13 +33,14 @@ def train_full_lora(
     add_lora(transformer, modules, plan.rank, plan.alpha, plan.seed)
     parameters = {lora_name(n): p for n, p in transformer.named_parameters() if p.requires_grad}
     optimizer = ClippedAdamW(parameters, plan.optimizer)
+    course = plan.schedule, plan.warmup
     with bar("full LoRA (torch)", steps) as advance:
         for step in range(steps):
             turn, number = divmod(step, len(images))
             sigma = objective.level((turn * GOLDEN + number / len(images)) % 1.0)
             loss = whole_loss(model, transformer, images[number], sigma, seed=step)
             value = optimizer.backward(loss * (objective.weight(sigma) or 1.0))
-            optimizer.step(learning_rate(step, steps, plan.optimizer.lr))
+            optimizer.step(learning_rate(step, steps, plan.optimizer.lr, *course))
             advance(note=f"loss {value:.4f}")
     adapter = {name: copied(parameter) for name, parameter in parameters.items()}
     remove_lora(transformer)

@@ -146,6 +146,7 @@ def write_results(work: Path, facts: dict[str, Any]) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
     bars = axes.barh(list(losses)[::-1], list(losses.values())[::-1], color="#4477aa")
     axes.bar_label(bars, fmt="%.3f", padding=3)
+    axes.margins(x=0.12)  # room for the numbers
     axes.set_xlabel("held-out loss over the pictures of all toys")
     figure.savefig(work / "results.png", dpi=120)
     print(words)

@@ -33,11 +33,11 @@ def place(road) -> Place:
 @pytest.mark.parametrize("how", [FIXED, PRODUCT])
 def test_a_device_learns_and_sends_what_is_averaged(road, how):
     base = open_bundle(road.bundle).adapter()
-    learned = learn(place(road), sent(base, how), Order(1, 3, how))
+    learned = learn(place(road), sent(base, how), Order(1, 4, 3, how))
     assert learned.arrays.keys() == sent(base, how).keys()
     assert any(value.any() for value in learned.arrays.values()), "B was zero"
     assert np.isfinite(learned.loss)
-    again = learn(place(road), sent(base, how), Order(1, 3, how))
+    again = learn(place(road), sent(base, how), Order(1, 4, 3, how))
     for name, value in learned.arrays.items():
         np.testing.assert_array_equal(again.arrays[name], value)
 
@@ -46,13 +46,30 @@ def test_a_device_learns_and_sends_what_is_averaged(road, how):
 def test_a_plan_that_smooths_is_refused(road, tmp_path, keys):
     bundle = bundles.with_plan(road.bundle, tmp_path / "bundle", **keys)
     with pytest.raises(BadInput, match="accumulate or ema"):
-        learn(Place(bundle, bank=road.bank, target="onnx"), {}, Order(1, 3, FIXED))
+        learn(Place(bundle, bank=road.bank, target="onnx"), {}, Order(1, 4, 3, FIXED))
+
+
+def test_the_learning_rate_takes_its_course_over_all_rounds(road, tmp_path):
+    """The same draws, in the last round and in one of the first."""
+
+    def change(bundle, rounds):
+        base = open_bundle(bundle).adapter()
+        at = Place(bundle, bank=road.bank, target="onnx")
+        arrays = learn(at, sent(base, FIXED), Order(2, rounds, 3, FIXED)).arrays
+        return sum(float(np.abs(value - base[name]).sum()) for name, value in arrays.items())
+
+    even, falling = (
+        bundles.with_plan(road.bundle, tmp_path / name, schedule=name)
+        for name in ("constant", "linear")
+    )
+    assert change(even, 2) == change(even, 200)
+    assert change(falling, 2) < 0.7 * change(falling, 200)
 
 
 def test_with_a_fixed_a_device_trains_b_alone(road):
     """What B learned with the A of the bundle is all that a device learned."""
     base = open_bundle(road.bundle).adapter()
-    learned = learn(place(road), sent(base, FIXED), Order(1, 2, FIXED))
+    learned = learn(place(road), sent(base, FIXED), Order(1, 4, 2, FIXED))
     assert all(name.endswith(B) for name in learned.arrays)
     back = received(learned.arrays, base, FIXED)
     for name, value in base.items():
@@ -98,7 +115,7 @@ def test_eight_devices_learn_together_in_the_simulation_engine(road, tmp_path, h
     base = open_bundle(road.bundle).adapter()
     mean = sent(base, how)
     for number in range(1, 5):
-        parts = [learn(place(road), mean, Order(number, 3, how)).arrays] * 8
+        parts = [learn(place(road), mean, Order(number, 4, 3, how)).arrays] * 8
         mean = {name: sum(part[name] * np.float32(1 / 8) for part in parts) for name in mean}
     found, wanted = sent(adapter, PRODUCT), sent(received(mean, base, how), PRODUCT)
     assert found.keys() == wanted.keys()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_dit.contract.adamw import learning_rate
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import open_bundle
 from edge_dit.errors import BadInput, require
@@ -62,11 +63,13 @@ class Order:
 
     Attributes:
         round: from 1.
-        steps: AdamW steps.
+        rounds: of the whole run, over which the learning rate takes its course.
+        steps: AdamW steps of a round.
         how: what is sent, see `edge_dit_runtime.fleet.averaging`.
     """
 
     round: int
+    rounds: int
     steps: int
     how: How
 
@@ -109,8 +112,11 @@ def learn(place: Place, mean: Mapping[str, np.ndarray], order: Order) -> Learned
     base = received(mean, bundle.adapter(), order.how)
     session.load_adapter(base)
     losses = []
-    for step in range(order.steps):
-        number = draws.number((order.round - 1) * order.steps + step, seed)
+    first, total = (order.round - 1) * order.steps, order.rounds * order.steps
+    course = plan.get("schedule", "decay"), plan.get("warmup", 0)
+    for step in range(first, first + order.steps):
+        session.lr = learning_rate(step, total, bundle.manifest.optimizer.lr, *course)
+        number = draws.number(step, seed)
         losses.append(session.step(draws[number]))
         if order.how == FIXED:
             _put_back(session, base)
@@ -144,7 +150,10 @@ def client_app(place_of: Callable[[Mapping[str, Any]], Place] | None = None) -> 
         place = (place_of or configured)(context.node_config)
         config = message.content.config_records["config"]
         order = Order(
-            int(config["server-round"]), int(config["steps"]), check_how(str(config["how"]))
+            int(config["server-round"]),
+            int(config["rounds"]),
+            int(config["steps"]),
+            check_how(str(config["how"])),
         )
         record = message.content.array_records["arrays"]
         mean = {name: array.numpy() for name, array in record.items()}

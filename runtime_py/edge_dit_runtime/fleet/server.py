@@ -102,7 +102,9 @@ def lead(
         grid=grid,
         initial_arrays=first,
         num_rounds=asked.rounds,
-        train_config=flower.ConfigRecord({"steps": asked.steps, "how": asked.how}),
+        train_config=flower.ConfigRecord(
+            {"rounds": asked.rounds, "steps": asked.steps, "how": asked.how}
+        ),
         evaluate_fn=evaluate,
     )
     losses = [float(each["loss"]) for _, each in sorted(result.train_metrics_clientapp.items())]
