@@ -58,6 +58,7 @@ class Arm:
         emphasis: the loss is weighted by (1 + emphasis) sigma^emphasis, whose mean over even noise
             levels is 1.
         refresh: steps after which tail residuals are computed anew, by the adapted model; 0 never.
+        beta1: of AdamW; at 0 it keeps no first moment.
         family: the only one that it can be run on; empty for all.
         compute: how the blocks' frozen matrices are multiplied while it trains: "float32", "int8"
             as a device does with ``[export] compute = "int8"``, or "int4": rounded to four bits.
@@ -83,6 +84,7 @@ class Arm:
     by_rows: bool = False
     emphasis: float = 0.0
     refresh: int = 0
+    beta1: float = 0.9
     family: str = ""
     compute: str = "float32"
 
@@ -218,6 +220,15 @@ ARMS: dict[str, Arm] = {
     **{
         f"int8-{percent}": Arm(
             f"{percent} %, selected, int8", "", skipped=percent / 100, compute="int8"
+        )
+        for percent in (30, 50)
+    },
+    **{
+        f"lean-{percent}": Arm(
+            f"{percent} %, selected, no first moment",
+            "",
+            skipped=percent / 100,
+            beta1=0.0,
         )
         for percent in (30, 50)
     },

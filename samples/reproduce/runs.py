@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ def plan_for(run: Run) -> Plan:
         "seed": run.seed,
         "rank": rank,
         "alpha": plan.alpha * rank / plan.rank,
+        "optimizer": replace(plan.optimizer, beta1=arm.beta1),
     }
     return plan.model_copy(update=new)
 
