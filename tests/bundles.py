@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
@@ -39,6 +40,8 @@ from edge_dit.pictures.crop import CropRule
 
 ADAMW = AdamW(lr=1e-3, weight_decay=0.1, max_grad_norm=0.2, loraplus_lr_ratio=4.0)
 """Clips: the tiny sub-graph's gradient norms are above 0.2."""
+LEAN = replace(ADAMW, beta1=0.0)
+"""Keeps no first moment."""
 CROPS = CropRule(s_min=16, s_max=48, multiple=8)
 EXECUTORCH_CHILD = Path(__file__).with_name("executorch_child.py")
 MAX_IMAGE_SIDE = 4 * CROPS.s_max
@@ -72,17 +75,20 @@ def made_variant(variant: str, split: str, targets: str = "own", tail: Tail = ST
     return variants.subgraph(made, trained, weight, tail)
 
 
-def write(folder: Path, *targets: str, made: Made | None = None) -> tuple[*Made, Bundle]:
+def write(
+    folder: Path, *targets: str, made: Made | None = None, adamw: AdamW = ADAMW
+) -> tuple[*Made, Bundle]:
     """A bundle with some targets; also the sub-graph and draw it was made from.
 
     Args:
         folder: where it goes.
         targets: what to export; "executorch" in a process of its own only.
         made: what to export, by default `tiny.subgraph`.
+        adamw: hyper-parameters of the optimizer.
     """
     sub, batch = made or tiny.subgraph()
     lora = {name: p.detach().numpy() for name, p in sub.lora_parameters().items()}
-    facts = _export(folder, targets, (sub, batch))
+    facts = _export(folder, targets, (sub, batch), adamw)
     write_adapter(folder / ADAPTER, lora, rank=4, alpha=8.0)
     manifest = Manifest(
         family=sub.family.name,
@@ -92,7 +98,7 @@ def write(folder: Path, *targets: str, made: Made | None = None) -> tuple[*Made,
             *(TensorSpec(name=n, shape=tuple(t.shape), role="batch") for n, t in batch.items()),
             *(TensorSpec(name=n, shape=t.shape, role="lora") for n, t in lora.items()),
         ],
-        optimizer=ADAMW,
+        optimizer=adamw,
         targets=facts,
         tools={},
         files=[],
@@ -148,11 +154,13 @@ def streamed_gradients(folder: Path, made: Made, facts: dict[str, Any]) -> dict[
     return {"loss": torch.as_tensor(loss), **named}
 
 
-def _export(folder: Path, targets: tuple[str, ...], made: Made) -> dict[str, dict[str, Any]]:
+def _export(
+    folder: Path, targets: tuple[str, ...], made: Made, adamw: AdamW
+) -> dict[str, dict[str, Any]]:
     """Write each target into its folder; facts of each."""
     from edge_dit_export.targets.source import Source
 
-    source = Source(*made, ADAMW, CROPS, recompute=True)
+    source = Source(*made, adamw, CROPS, recompute=True)
     facts = {}
     for target in targets:
         directory = folder / target
@@ -217,17 +225,17 @@ def draws(batch: dict[str, Tensor], count: int) -> list[dict[str, np.ndarray]]:
 
 
 def train_eagerly(
-    sub: TrainableSubgraph, draws: list[dict[str, np.ndarray]]
+    sub: TrainableSubgraph, draws: list[dict[str, np.ndarray]], adamw: AdamW = ADAMW
 ) -> tuple[list[float], dict[str, np.ndarray]]:
-    """Losses and final adapter of PyTorch with `ADAMW`; the sub-graph is trained in place."""
+    """Losses and final adapter of PyTorch with ``adamw``; the sub-graph is trained in place."""
     parameters = sub.lora_parameters()
-    optimizer = _adamw(parameters)
+    optimizer = _optimizer(parameters, adamw)
     losses = []
     for draw in draws:
         optimizer.zero_grad()
         loss = sub({name: torch.from_numpy(value) for name, value in draw.items()})
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), ADAMW.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), adamw.max_grad_norm)
         optimizer.step()
         losses.append(loss.item())
     return losses, {name: p.detach().numpy().copy() for name, p in parameters.items()}
@@ -286,7 +294,7 @@ def assert_samples_like_interpolate(path: Path) -> None:
         torch.testing.assert_close(patch, want, rtol=0, atol=1e-5)
 
 
-def assert_trains_like_torch(session, sub, batch) -> None:
+def assert_trains_like_torch(session, sub, batch, adamw: AdamW = ADAMW) -> None:
     """Gradients of one draw, then losses and adapter of 20 steps, against PyTorch.
 
     ``sub`` is trained in place.
@@ -297,7 +305,7 @@ def assert_trains_like_torch(session, sub, batch) -> None:
     found |= {f"grad.{n}": torch.from_numpy(g) for n, g in session.gradients().items()}
     tiny.assert_close(eager, found, 1e-5)
 
-    want_losses, want_adapter = train_eagerly(sub, many)
+    want_losses, want_adapter = train_eagerly(sub, many, adamw)
     losses = [session.step(draw) for draw in many]
     np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
     adapter = {n: torch.from_numpy(v) for n, v in session.adapter().items()}
@@ -337,7 +345,7 @@ def _train_in_groups(
 ) -> tuple[list[float], list[dict[str, Tensor]]]:
     """Loss of every draw, and the adapter before and after every update with `ADAMW`."""
     parameters = sub.lora_parameters()
-    optimizer = _adamw(parameters)
+    optimizer = _optimizer(parameters, ADAMW)
     losses, adapters = [], [{name: p.detach().clone() for name, p in parameters.items()}]
     for group in groups:
         optimizer.zero_grad()
@@ -350,16 +358,31 @@ def _train_in_groups(
     return losses, adapters
 
 
-def _adamw(parameters: dict[str, torch.nn.Parameter]) -> torch.optim.AdamW:
-    """PyTorch's optimizer with `ADAMW`."""
+def _optimizer(parameters: dict[str, torch.nn.Parameter], adamw: AdamW) -> torch.optim.AdamW:
+    """PyTorch's optimizer; rates are those of `ADAMW`."""
     rates = {name: ADAMW.lr * (4 if "lora_B" in name else 1) for name in parameters}
     return torch.optim.AdamW(
         [{"params": [p], "lr": rates[name]} for name, p in parameters.items()],
         ADAMW.lr,
-        (ADAMW.beta1, ADAMW.beta2),
-        ADAMW.eps,
-        ADAMW.weight_decay,
+        (adamw.beta1, adamw.beta2),
+        adamw.eps,
+        adamw.weight_decay,
     )
+
+
+def assert_trains_without_a_first_moment(folder: Path, target: str) -> None:
+    """Of a bundle with `LEAN`: it learns what PyTorch does, and half of the state is enough to go
+    on.
+    """
+    from edge_dit_runtime.session import open_session
+
+    sub, batch, opened = write(folder, target, adamw=LEAN)
+    session = open_session(opened, target)
+    assert_trains_like_torch(session, sub, batch, LEAN)
+    state = session.state_dict()
+    assert len(state) == 2 * len(sub.lora_parameters()) + 1
+    assert not [name for name in state if name.startswith("exp_avg.")]
+    assert_resumes_bit_for_bit(lambda: open_session(opened, target), batch)
 
 
 def assert_resumes_bit_for_bit(open_session, batch) -> None:

@@ -85,6 +85,11 @@ def smoothing(bundle: Exported) -> None:
     bundles.assert_smooths_like_torch(bundle.session(), sub, batch)
 
 
+def lean(bundle: Exported) -> None:
+    """An optimizer that keeps no first moment."""
+    bundles.assert_trains_without_a_first_moment(bundle.folder / "lean", "executorch")
+
+
 def resume(bundle: Exported) -> None:
     """A run split in two is the run in one go."""
     _, batch = bundle.make()
@@ -380,6 +385,7 @@ CHECKS = (
     gradients,
     trajectory,
     smoothing,
+    lean,
     resume,
     adapter,
     optimizer,

@@ -239,7 +239,7 @@ def _footprints(
     """Footprints of those variants that an export of the plan has."""
     from edge_dit.budget.footprint import footprints_of
 
-    footprints = footprints_of(plan, model_of(plan, check=False), profile)
+    footprints = footprints_of(plan, profile)
     return {
         str(variant): footprints.of(tuple(plan.trained), plan.rank, variant, plan.tail)
         for variant in variants

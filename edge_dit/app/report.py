@@ -20,7 +20,7 @@ from edge_dit.contract.bank import Crop
 from edge_dit.errors import missing_extra, require
 from edge_dit.pictures.dataset import Captioned
 from edge_dit.pictures.draws import Drawn, DrawRule
-from edge_dit.planning.plan import Plan, model_of
+from edge_dit.planning.plan import Plan
 from edge_dit.planning.selection import Selection
 from edge_dit.planning.split import SplitRequest, choose_split
 from edge_dit.store.files import write_atomic
@@ -191,21 +191,13 @@ def memory_by_role(
         BadInput: the model folder is gone, or torch is not installed.
     """
     require("torch", "counting memory")
-    from edge_dit.budget.cost import Cost, Shapes
-    from edge_dit.models.checkpoint import meta_model
-
-    model = model_of(plan, check=False)
-    transformer = meta_model(model.family, model.config)
-
-    def shapes(side: int) -> Shapes:
-        grid = (side // plan.multiple, side // plan.multiple)
-        return Shapes(model.family, transformer, grid, plan.text_tokens, plan.lora_targets)
+    from edge_dit.budget.cost import Cost, shapes_of
 
     def by_role(cost: Cost) -> dict[str, int]:
         parts = (cost.frozen_bytes, cost.lora_bytes, cost.optimizer_bytes, cost.activation_bytes)
         return dict(zip(ROLES, (*parts, cost.bank_bytes), strict=True))
 
-    whole, patch = shapes(plan.s_max), shapes(plan.s_min)
+    whole, patch = shapes_of(plan)
     every = range(plan.layers)
     bars = [(f"full LoRA, {plan.s_max} px", by_role(whole.cost(every, plan.rank)))]
     for ratio in RATIOS:

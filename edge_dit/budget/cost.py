@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from edge_dit import text as plain
-from edge_dit.contract.names import AT_HEAD, FRESH, STATE, STORED, THROUGH, Tail, read_in
+from edge_dit.contract.names import AT_HEAD, FRESH, MOMENTS, STATE, STORED, THROUGH, Tail, read_in
 from edge_dit.models.checkpoint import meta_model
 from edge_dit.models.families.family import Conditioning, Family, Grid, State
 from edge_dit.models.public_configs import PublicConfig
@@ -50,7 +50,7 @@ class Cost:
         lora: LoRA parameters.
         frozen_bytes: bytes of the frozen parameters.
         lora_bytes: bytes of the LoRA parameters and their gradients.
-        optimizer_bytes: bytes of AdamW's two moments.
+        optimizer_bytes: bytes of the moments that AdamW keeps.
         activation_bytes: bytes that autograd saves for the backward pass.
         largest_activation_bytes: bytes of the largest of these tensors.
         transposed_bytes: bytes of the frozen weights that a gradient passes through. The backward
@@ -115,6 +115,7 @@ class Shapes:
         grid: token rows and columns of a patch.
         text: number of text tokens.
         targets: modules within a block that carry LoRA; default the family's.
+        moments: how many the optimizer keeps of each parameter.
     """
 
     def __init__(
@@ -124,8 +125,9 @@ class Shapes:
         grid: Grid,
         text: int,
         targets: Sequence[str] | None = None,
+        moments: int = len(MOMENTS),
     ) -> None:
-        self.family, self.grid = family, grid
+        self.family, self.grid, self.moments = family, grid, moments
         self.targets = tuple(targets or family.lora_targets)
         self.model: Any = model
         self.names, self.blocks = map(list, zip(*family.blocks(self.model).items(), strict=True))
@@ -162,7 +164,7 @@ class Shapes:
             lora=lora,
             frozen_bytes=FLOAT * frozen,
             lora_bytes=2 * FLOAT * lora,
-            optimizer_bytes=2 * FLOAT * lora,
+            optimizer_bytes=self.moments * FLOAT * lora,
             activation_bytes=step.saved,
             largest_activation_bytes=step.largest_saved,
             transposed_bytes=FLOAT * step.transposed,
@@ -309,18 +311,32 @@ def _kind(block: torch.nn.Module) -> tuple[Any, ...]:
     return type(block), *((name, tuple(p.shape)) for name, p in block.named_parameters())
 
 
-def cost_of_plan(plan: Plan) -> dict[str, Cost]:
-    """Costs of full LoRA at full resolution and of ``plan``, by their headings for `table`."""
+def shapes_of(plan: Plan) -> tuple[Shapes, Shapes]:
+    """The shapes of a plan's model at full resolution, and at the patch size.
+
+    Raises:
+        BadInput: the model folder is gone.
+    """
     model = model_of(plan, check=False)
     transformer = meta_model(model.family, model.config)
 
-    def shapes(side: int) -> Shapes:
-        tokens = side // plan.multiple
-        grid = (tokens, tokens)
-        return Shapes(model.family, transformer, grid, plan.text_tokens, plan.lora_targets)
+    def at(side: int) -> Shapes:
+        return Shapes(
+            model.family,
+            transformer,
+            (side // plan.multiple, side // plan.multiple),
+            plan.text_tokens,
+            plan.lora_targets,
+            len(plan.optimizer.moments),
+        )
 
-    patch = shapes(plan.s_min)
-    whole = patch if plan.s_max == plan.s_min else shapes(plan.s_max)
+    patch = at(plan.s_min)
+    return (patch if plan.s_max == plan.s_min else at(plan.s_max)), patch
+
+
+def cost_of_plan(plan: Plan) -> dict[str, Cost]:
+    """Costs of full LoRA at full resolution and of ``plan``, by their headings for `table`."""
+    whole, patch = shapes_of(plan)
     return _against_full_lora(whole, patch, plan.trained, plan.rank, plan.tail)
 
 

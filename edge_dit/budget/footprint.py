@@ -31,12 +31,10 @@ from typing import Annotated, NamedTuple
 import numpy as np
 from pydantic import Field, TypeAdapter
 
-from edge_dit.budget.cost import FLOAT, Cost, Shapes
-from edge_dit.contract.names import STORED, THROUGH, Tail
+from edge_dit.budget.cost import FLOAT, Cost, Shapes, shapes_of
+from edge_dit.contract.names import MOMENTS, STORED, THROUGH, Tail
 from edge_dit.contract.targets import INT8, PIECE, ROTATED, STREAMED, TARGETS, WIDE, TargetVariant
 from edge_dit.errors import BadInput
-from edge_dit.models.checkpoint import meta_model
-from edge_dit.models.model import Model
 from edge_dit.planning.plan import Plan
 from edge_dit.store.documents import STRICT, read_document, validated, write_document
 
@@ -404,6 +402,8 @@ class Footprints:
         )
         anonymous = runtime.anonymous + runtime.saved * held.activations + scratch + held.unmapped
         copies = runtime.lora_copies + self.kept
+        if variant.target != "ort-training":  # which keeps a first moment in any case
+            copies -= len(MOMENTS) - self.shapes.moments
         anonymous = int(anonymous + copies * lora + cost.bank_bytes)
         weights = _stored(cost.frozen_bytes, width)
         read = 0
@@ -443,16 +443,14 @@ class Footprints:
         return [self._alone[kind, rank] for kind in kinds]
 
 
-def footprints_of(plan: Plan, model: Model, profile: Profile) -> Footprints:
+def footprints_of(plan: Plan, profile: Profile) -> Footprints:
     """Footprints at a plan's patch size.
 
     Args:
         plan: its grid, text, LoRA modules, bank and what a run keeps are read.
-        model: the plan's, see `edge_dit.planning.plan.model_of`.
         profile: of the device.
     """
-    transformer = meta_model(model.family, model.config)
-    shapes = Shapes(model.family, transformer, plan.grid, plan.text_tokens, plan.lora_targets)
+    _, shapes = shapes_of(plan)
     return Footprints(shapes, profile, plan.bank_dtype, plan.kept)
 
 

@@ -45,7 +45,7 @@ from typing import Any
 from edge_dit.budget.cost import Shapes
 from edge_dit.budget.footprint import MEMORY_ERROR, TIME_ERROR, Footprint, Footprints, Profile
 from edge_dit.budget.limits import Limits
-from edge_dit.contract.names import FRESH, STORED, THROUGH, Tail
+from edge_dit.contract.names import FRESH, MOMENTS, STORED, THROUGH, Tail
 from edge_dit.contract.split import trained_blocks
 from edge_dit.contract.targets import (
     INT8,
@@ -96,6 +96,7 @@ class Bounds:
         tail: what takes their place, where the search must not choose it.
         token_step: sides of patches are multiples of so many tokens.
         kept: copies of the LoRA that a run keeps besides (`Plan.kept`).
+        moments: how many the optimizer keeps of each of its parameters.
     """
 
     s_min: int
@@ -111,6 +112,7 @@ class Bounds:
     tail: Tail | None = None
     token_step: int = 1
     kept: int = 0
+    moments: int = len(MOMENTS)
 
     def sides(self) -> list[int]:
         """Sides of the patches to compare, pixels, the largest first."""
@@ -151,6 +153,7 @@ def bounds_of(
         tail=tail,
         token_step=family_of(plan.family).token_step,
         kept=plan.kept,
+        moments=len(plan.optimizer.moments),
     )
 
 
@@ -485,7 +488,9 @@ def space_of(
     model, patches = meta_model(family, config), {}
     for side in bounds.sides():
         grid = (side // bounds.multiple, side // bounds.multiple)
-        shapes = Shapes(family, model, grid, bounds.text_tokens, bounds.lora_targets)
+        shapes = Shapes(
+            family, model, grid, bounds.text_tokens, bounds.lora_targets, bounds.moments
+        )
         patches[side] = Footprints(shapes, profile, bounds.bank_dtype, bounds.kept)
     layers = len(family.block_names(config))
     return Space(layers, bounds, patches, variants, selection)

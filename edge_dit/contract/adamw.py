@@ -11,6 +11,9 @@ In the last and the third line, lr is ``loraplus_lr_ratio`` times as large for L
 2402.12354, as peft's ``create_loraplus_optimizer``).
 
 This is ``torch.nn.utils.clip_grad_norm_`` followed by ``torch.optim.AdamW`` (arXiv 1711.05101).
+With beta1 = 0 the first moment m is the gradient itself, and nothing of it is kept between steps:
+half of the state. That is RMSprop with bias correction and decoupled decay; Adafactor leaves the
+first moment out by default too (arXiv 1804.04235 sec. 6).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from edge_dit.contract.names import is_b
+from edge_dit.contract.names import MOMENTS, is_b
 from edge_dit.store.documents import STRICT
 
 CLIP_EPS = 1e-6
@@ -81,6 +84,11 @@ class AdamW:
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     loraplus_lr_ratio: float = 1.0
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Those of `MOMENTS` that are kept from step to step."""
+        return MOMENTS if self.beta1 else MOMENTS[1:]
 
     def lr_factor(self, name: str) -> float:
         """Factor of the learning rate of a LoRA tensor, by its diffusers name."""

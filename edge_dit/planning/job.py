@@ -340,6 +340,15 @@ class Train(_Section):
             description="Learning rate of AdamW; `schedule` is its course.",
         ),
     ] = 1e-4
+    beta1: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="AdamW's beta1, the share of the past in its first moment. At 0 nothing of "
+            "it is kept: half of the optimizer's state (docs/method.md says what it costs).",
+        ),
+    ] = 0.9
     loraplus_lr_ratio: Annotated[
         float,
         Field(

@@ -124,7 +124,11 @@ def _plan(
         rank=job.train.rank,
         alpha=_alpha(job),
         lora_targets=list(dict.fromkeys(job.train.lora_targets or model.family.lora_targets)),
-        optimizer=AdamW(lr=job.train.lr, loraplus_lr_ratio=job.train.loraplus_lr_ratio),
+        optimizer=AdamW(
+            lr=job.train.lr,
+            beta1=job.train.beta1,
+            loraplus_lr_ratio=job.train.loraplus_lr_ratio,
+        ),
         steps=job.train.steps,
         draws=job.train.draws,
         seed=job.train.seed,

@@ -140,6 +140,7 @@ class EagerSession:
         self.subgraph = subgraph
         self.parameters = subgraph.lora_parameters()
         self.optimizer = ClippedAdamW(self.parameters, adamw)
+        self.moments = adamw.moments
         self.lr = adamw.lr
 
     def backward(self, draw: Mapping[str, np.ndarray]) -> float:
@@ -180,7 +181,7 @@ class EagerSession:
         kept = self.optimizer.optimizer.state
         state = {ADAPTED + name: value for name, value in self.adapter().items()}
         for name, parameter in self.parameters.items():
-            state |= {kind + name: copied(kept[parameter][kind[:-1]]) for kind in MOMENTS}
+            state |= {kind + name: copied(kept[parameter][kind[:-1]]) for kind in self.moments}
             state[STEP] = np.array([int(kept[parameter][STEP])], np.int64)
         return state
 
@@ -190,5 +191,7 @@ class EagerSession:
             parameter.data.copy_(torch.from_numpy(state[ADAPTED + name]))
             self.optimizer.optimizer.state[parameter] = {
                 STEP: torch.tensor(float(state[STEP][0])),
-                **{kind[:-1]: torch.from_numpy(state[kind + name].copy()) for kind in MOMENTS},
+                # torch keeps a first moment even where beta1 is 0
+                **{kind[:-1]: torch.zeros_like(parameter) for kind in MOMENTS},
+                **{kind[:-1]: torch.from_numpy(state[kind + name].copy()) for kind in self.moments},
             }

@@ -97,7 +97,7 @@ def export(
         quiet(),
         bar("export", len(targets)) as advance,
     ):
-        footprints = footprints_of(plan, model, REFERENCE)
+        footprints = footprints_of(plan, REFERENCE)
         lora = lora_tensors(source.subgraph)
         write_adapter(building / ADAPTER, lora, plan.rank, plan.alpha)
         facts: dict[str, dict[str, Any]] = {}

@@ -308,6 +308,7 @@ Bundle open_bundle(const Path& folder) {
         bundle.family = manifest.at("family").text();
         bundle.plan_hash = manifest.at("plan_hash").text();
         bundle.lr = manifest.at("optimizer").at("lr").real();
+        bundle.beta1 = manifest.at("optimizer").at("beta1").real();
         read_plan(manifest.at("plan"), bundle);
         read_tensors(manifest.at("tensors"), bundle);
         read_files(manifest.at("files"), bundle);

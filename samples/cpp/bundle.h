@@ -110,6 +110,7 @@ struct Bundle {
     std::string family, plan_hash;
     std::vector<TensorSpec> batch, lora;  // in the order of the graphs' arguments
     double lr = 0;
+    double beta1 = 0;  // of AdamW; at 0 a run keeps no first moment
     std::vector<std::string> targets;
     std::optional<OnnxFacts> onnx;
 

@@ -11,13 +11,14 @@ namespace {
 
 using Names = std::vector<TensorSpec>;
 
+// `tensors` is empty where a run does not keep them.
 void feed(Feeds& feeds, const std::string& prefix, const Names& names, const Tensors& tensors) {
-    for (std::size_t i = 0; i < names.size(); ++i)
+    for (std::size_t i = 0; i < tensors.size(); ++i)
         feeds[prefix + names[i].name] = tensors[i].view();
 }
 
 void collect(Results& results, const std::string& prefix, const Names& names, Tensors& tensors) {
-    for (std::size_t i = 0; i < names.size(); ++i) results[prefix + names[i].name] = &tensors[i];
+    for (std::size_t i = 0; i < tensors.size(); ++i) results[prefix + names[i].name] = &tensors[i];
 }
 
 void put(Feeds& feeds, const Feeds& more) {

@@ -16,6 +16,10 @@ const std::string kDraws = "run.draw", kLosses = "run.loss";
 /// Prefix in the file -> part of a state.
 const std::pair<const char*, Tensors State::*> kParts[] = {
     {"adapter.", &State::adapter}, {"exp_avg.", &State::exp_avg}, {"exp_avg_sq.", &State::exp_avg_sq}};
+/// Whether a run keeps a part: without beta1 there is no first moment.
+bool keeps(const Bundle& bundle, Tensors State::*part) {
+    return part != &State::exp_avg || bundle.beta1 > 0;
+}
 /// Of a run that is smoothed: the adapter's average, sums of gradients, number of their draws.
 const std::string kAverage = "ema.", kSum = "sum.", kSummed = "summed";
 
@@ -55,7 +59,8 @@ std::int64_t count_in(const TensorFile& file, const std::string& name) {
 
 State state_of(const TensorFile& file, const Bundle& bundle) {
     State state;
-    for (const auto& [prefix, part] : kParts) state.*part = lora_of(file, bundle, prefix);
+    for (const auto& [prefix, part] : kParts)
+        if (keeps(bundle, part)) state.*part = lora_of(file, bundle, prefix);
     if (bundle.ema > 0) state.average = lora_of(file, bundle, kAverage);
     state.step = count_in(file, "step");
     if (file.tensors().count(kSummed)) {

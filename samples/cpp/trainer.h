@@ -12,7 +12,7 @@ namespace edge_dit {
 
 /// What training changes: LoRA tensors and AdamW's moments, in the manifest's order.
 struct State {
-    Tensors adapter, exp_avg, exp_avg_sq;
+    Tensors adapter, exp_avg, exp_avg_sq;  // exp_avg is empty where beta1 is 0
     Tensors average;          // of the adapter; empty where the plan wants none
     Tensors sum;              // of gradients, within a group of draws; else empty
     std::int64_t summed = 0;  // its draws

@@ -90,7 +90,7 @@ State new_state(const Bundle& bundle) {
     state.adapter = bundle.adapter().first;
     if (bundle.ema > 0) state.average = state.adapter;
     for (const TensorSpec& spec : bundle.lora) {
-        state.exp_avg.emplace_back(spec.shape);
+        if (bundle.beta1 > 0) state.exp_avg.emplace_back(spec.shape);
         state.exp_avg_sq.emplace_back(spec.shape);
     }
     return state;

@@ -6,6 +6,8 @@ import { openOptimizer, openStep } from "./steps.mjs";
 
 const STATE = "state.safetensors";
 const MOMENTS = ["exp_avg.", "exp_avg_sq."];
+/** Those of `MOMENTS` that are kept: without beta1 the first one is the gradient itself. */
+const momentsOf = ({ beta1 }) => (beta1 ? MOMENTS : MOMENTS.slice(1));
 const DECAY_SHARE = 0.4;
 /** Of a run that is smoothed: the adapter's average, sums of gradients, number of their draws. */
 const AVERAGE = "ema.";
@@ -48,6 +50,7 @@ export class Training {
     }
     Object.assign(training, {
       engine, bundle, draws, folder, layout, batch: bundle.tensors("batch"),
+      kinds: momentsOf(bundle.manifest.optimizer),
       lr: options.lr ?? bundle.manifest.optimizer.lr, saveEvery: options.saveEvery ?? SAVE_EVERY,
       run: runOf(bundle, draws, layout, options.steps ?? bundle.plan.steps),
     });
@@ -111,12 +114,12 @@ export class Training {
       lr: { type: "float32", dims: [1], data: Float32Array.of(lr) },
       step: { type: "float32", dims: [1], data: Float32Array.of(this.updates) },
       ...this.adapter, ...prefixed("grad.", this.gradients),
-      ...prefixed(MOMENTS[0], this.moments[0]), ...prefixed(MOMENTS[1], this.moments[1]),
+      ...this.#namedMoments(),
     };
     this.optimize ??= await openOptimizer(this.engine, this.bundle);
     const found = await this.optimize(named);
     this.adapter = this.#taken(found, "");
-    this.moments = MOMENTS.map((prefix) => this.#taken(found, prefix));
+    this.moments = this.kinds.map((prefix) => this.#taken(found, prefix));
     this.updates += 1;
   }
 
@@ -156,8 +159,8 @@ export class Training {
   /** Write adapter, moments, losses and what they belong to; as edge-dit train's state.safetensors. */
   async save() {
     const tensors = {
-      ...prefixed("adapter.", this.adapter), ...prefixed(MOMENTS[0], this.moments[0]),
-      ...prefixed(MOMENTS[1], this.moments[1]), ...prefixed(AVERAGE, this.average ?? {}),
+      ...prefixed("adapter.", this.adapter), ...this.#namedMoments(),
+      ...prefixed(AVERAGE, this.average ?? {}),
       ...prefixed(SUM, this.sum ?? {}),
     };
     if (!finite(tensors)) {
@@ -184,7 +187,7 @@ export class Training {
     this.adapter = this.#taken(initial, "");
     const zeros = () => Object.fromEntries(Object.entries(this.adapter).map(
       ([name, { type, dims, data }]) => [name, { type, dims, data: new Float32Array(data.length) }]));
-    this.moments = MOMENTS.map(zeros);
+    this.moments = this.kinds.map(zeros);
     this.average = this.bundle.plan.ema ? this.adapter : null;
     Object.assign(this, { updates: 0, drawn: [], losses: [], sum: null, summed: 0 });
   }
@@ -201,13 +204,17 @@ export class Training {
     }
     const read = await file.read();
     this.adapter = this.#taken(read, "adapter.");
-    this.moments = MOMENTS.map((prefix) => this.#taken(read, prefix));
+    this.moments = this.kinds.map((prefix) => this.#taken(read, prefix));
     this.average = this.bundle.plan.ema ? this.#taken(read, AVERAGE) : null;
     this.summed = SUMMED in read ? Number(read[SUMMED].data[0]) : 0;
     this.sum = this.summed ? this.#taken(read, SUM) : null;
     this.updates = Number(read.step.data[0]);
     this.drawn = Array.from(read["run.draw"].data, Number);
     this.losses = Array.from(read["run.loss"].data);
+  }
+
+  #namedMoments() {
+    return Object.assign({}, ...this.kinds.map((kind, n) => prefixed(kind, this.moments[n])));
   }
 
   /** LoRA tensors by name, those of `tensors` after a prefix, checked. */

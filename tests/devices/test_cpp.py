@@ -27,6 +27,7 @@ import bundles
 import pipelines
 from edge_dit.app import api
 from edge_dit.contract import bank as banks
+from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.adapter import read_adapter, write_adapter
 from edge_dit.contract.bank import (
     Crop,
@@ -151,6 +152,7 @@ class Small:
         dtype: of the bank.
         spoilt: draws without a finite target.
         smoothed: whether updates take several draws, and the adapter is averaged.
+        lean: whether the optimizer keeps no first moment.
     """
 
     variant: str
@@ -162,6 +164,12 @@ class Small:
     dtype: str = "float32"
     spoilt: tuple[int, ...] = ()
     smoothed: bool = False
+    lean: bool = False
+
+    @property
+    def adamw(self) -> AdamW:
+        """The optimizer's hyper-parameters."""
+        return bundles.LEAN if self.lean else bundles.ADAMW
 
     def write(self, folder: Path) -> Path:
         """Write bundle/ and bank/."""
@@ -173,7 +181,7 @@ class Small:
         source = Source(
             sub,
             batch,
-            bundles.ADAMW,
+            self.adamw,
             bundles.CROPS,
             self.weights,
             recompute=self.recompute,
@@ -208,7 +216,7 @@ class Small:
                 for role, named in roles
                 for name, value in named.items()
             ],
-            optimizer=bundles.ADAMW,
+            optimizer=self.adamw,
             targets={"onnx": facts},
             tools={},
             files=listed(folder),
@@ -278,6 +286,7 @@ CASES = {
     "weighted, tail fresh": (Small("sd3-medium", "start", "fresh"), "onnx:streamed"),
     # After 4 steps and after 10, three and seven draws count: a group is begun.
     "smoothed": (replace(SANA, smoothed=True, spoilt=(1,)), "onnx:fused"),
+    "no first moment": (replace(SANA, lean=True), "onnx:fused"),
     "a draw is skipped": (replace(SANA, spoilt=(1,)), "onnx:streamed"),
 }
 

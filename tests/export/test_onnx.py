@@ -32,6 +32,10 @@ def test_trains_like_torch(bundle):
     bundles.assert_trains_like_torch(open_session(opened, "onnx"), sub, batch)
 
 
+def test_without_a_first_moment(tmp_path):
+    bundles.assert_trains_without_a_first_moment(tmp_path, "onnx")
+
+
 def test_smooths_like_torch(bundle):
     _, _, _, opened = bundle
     sub, batch = tiny.subgraph()

@@ -25,11 +25,12 @@ def gradients(generator: torch.Generator, update: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("together", [1, 150, optimizer.TOGETHER])
+@pytest.mark.parametrize("beta1", [0.9, 0.0])
 @pytest.mark.parametrize(("lr", "ratio"), [(1e-4, 1.0), (1e-2, 1.0), (1e-4, 16.0)])
-def test_equals_torch_adamw(lr, ratio, together, monkeypatch):
+def test_equals_torch_adamw(lr, ratio, beta1, together, monkeypatch):
     monkeypatch.setattr(optimizer, "TOGETHER", together)
     generator = torch.Generator().manual_seed(0)
-    hyper = AdamW(lr=lr, weight_decay=0.1, loraplus_lr_ratio=ratio)
+    hyper = AdamW(lr=lr, beta1=beta1, weight_decay=0.1, loraplus_lr_ratio=ratio)
     start = [torch.randn(shape, generator=generator) for shape in SHAPES.values()]
     reference = [torch.nn.Parameter(tensor.clone()) for tensor in start]
     rates = [lr * (ratio if "lora_B" in name else 1) for name in SHAPES]
@@ -38,7 +39,7 @@ def test_equals_torch_adamw(lr, ratio, together, monkeypatch):
     step = AdamWStep(hyper, SHAPES)
     count = len(SHAPES)
     zeros = [torch.zeros_like(tensor) for tensor in start]
-    state = [*start, *zeros, *zeros]
+    state = [*start, *(zeros * len(hyper.moments))]
     for update in range(50):
         grads = gradients(generator, update)
         for parameter, grad in zip(reference, grads, strict=True):
@@ -50,11 +51,8 @@ def test_equals_torch_adamw(lr, ratio, together, monkeypatch):
     expected = {
         **{f"{name}": p.detach() for name, p in zip(SHAPES, reference, strict=True)},
         **{
-            f"exp_avg.{n}": adamw.state[p]["exp_avg"]
-            for n, p in zip(SHAPES, reference, strict=True)
-        },
-        **{
-            f"exp_avg_sq.{n}": adamw.state[p]["exp_avg_sq"]
+            f"{kind}{n}": adamw.state[p][kind[:-1]]
+            for kind in hyper.moments
             for n, p in zip(SHAPES, reference, strict=True)
         },
     }

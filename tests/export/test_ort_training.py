@@ -28,6 +28,10 @@ def test_trains_like_torch(bundle):
     bundles.assert_trains_like_torch(OrtTrainingSession(opened), sub, batch)
 
 
+def test_without_a_first_moment(tmp_path):
+    bundles.assert_trains_without_a_first_moment(tmp_path, "ort-training")
+
+
 def test_smooths_like_torch(bundle):
     _, _, _, opened = bundle
     sub, batch = tiny.subgraph()

@@ -15,7 +15,6 @@ from edge_dit.budget.footprint import REFERENCE, footprints_of
 from edge_dit.contract.bundle import open_bundle, write_manifest
 from edge_dit.contract.targets import TargetVariant
 from edge_dit.errors import BadInput
-from edge_dit.planning.plan import model_of
 from edge_dit_runtime import room, session
 from edge_dit_runtime.sessions import mapped
 from edge_dit_runtime.training import train
@@ -113,8 +112,7 @@ def little(monkeypatch):
 def test_an_export_says_what_each_layout_takes(road):
     bundle = open_bundle(road.bundle)
     assert bundle.facts("onnx").memory.keys() == set(bundle.layouts("onnx"))
-    model = model_of(road.plan, check=False)
-    footprints = footprints_of(road.plan, model, REFERENCE)
+    footprints = footprints_of(road.plan, REFERENCE)
     trained = tuple(road.plan.trained)
     for layout, bytes_ in bundle.facts("onnx").memory.items():
         way = TargetVariant("onnx", layout)

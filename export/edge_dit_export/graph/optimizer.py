@@ -9,7 +9,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from edge_dit.contract.adamw import CLIP_EPS, AdamW
-from edge_dit.contract.names import GRAD, LEARNING_RATE, MOMENTS, NEW, STEP
+from edge_dit.contract.names import GRAD, LEARNING_RATE, NEW, STEP
 from edge_dit_export.graph.trace import TracedStep, trace
 
 ROW = 1024
@@ -45,17 +45,18 @@ class AdamWStep(nn.Module):
         Args:
             lr: learning rate, [1] float32.
             step: updates done so far (0 at first), [1] float32.
-            tensors: parameters, gradients, first moments, second moments; each list in LoRA order.
+            tensors: parameters, gradients, then each kind of moment that is kept; each list in
+                LoRA order.
 
         Returns:
-            New parameters, new first moments, new second moments; each list in LoRA order.
+            New parameters, then the new moments in the same order.
         """
         count = len(self.shapes)
-        kinds = [tensors[start : start + count] for start in range(0, 4 * count, count)]
+        kinds = [tensors[start : start + count] for start in range(0, len(tensors), count)]
         hyper = self.adamw
         now = step + 1
         clip = self._clip(kinds[1])
-        unbias = _bias_correction(hyper.beta1, now)
+        unbias = _bias_correction(hyper.beta1, now) if hyper.beta1 else 1
         correction = _bias_correction(hyper.beta2, now)
         # Of each rate once, so that groups of one rate share the nodes.
         rates = {
@@ -66,15 +67,16 @@ class AdamWStep(nn.Module):
         }
         new: dict[tuple[int, int], Tensor] = {}
         for group in self.groups:
-            parameter, gradient, mean, square = (_joined(kind, group) for kind in kinds)
-            gradient = gradient * clip
-            mean = mean * hyper.beta1 + gradient * (1 - hyper.beta1)
+            parameter, gradient, *means, square = (_joined(kind, group) for kind in kinds)
+            mean = gradient = gradient * clip
+            if means:
+                means = [mean] = [means[0] * hyper.beta1 + gradient * (1 - hyper.beta1)]
             square = square * hyper.beta2 + gradient * gradient * (1 - hyper.beta2)
             unbiased = torch.sqrt(square / correction)
             keep, step_size = sizes[self.factors[group[0]]]
             parameter = parameter * keep - step_size * mean / (unbiased + hyper.eps)
             rows = [self.shapes[index][0] for index in group]
-            for kind, joined in enumerate((parameter, mean, square)):
+            for kind, joined in enumerate((parameter, *means, square)):
                 for index, part in zip(group, torch.split(joined, rows), strict=True):
                     new[kind, index] = part
         return tuple(new[key] for key in sorted(new))
@@ -118,9 +120,9 @@ def trace_optimizer(step: AdamWStep) -> TracedStep:
     Returns:
         inputs: "lr", "step", then "<lora>", "grad.<lora>", "exp_avg.<lora>", "exp_avg_sq.<lora>",
         each for all LoRA tensors; outputs: "new.<lora>", "new.exp_avg.<lora>",
-        "new.exp_avg_sq.<lora>".
+        "new.exp_avg_sq.<lora>". Without "exp_avg." where it is not kept.
     """
-    kinds = ("", GRAD, *MOMENTS)
+    kinds = ("", GRAD, *step.adamw.moments)
     shapes = dict(zip(step.names, step.shapes, strict=True))
     inputs = {LEARNING_RATE: torch.ones(1), STEP: torch.ones(1)} | {
         kind + name: torch.zeros(shape) for kind in kinds for name, shape in shapes.items()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from edge_dit.contract.bundle import Bundle
-from edge_dit.contract.names import ADAPTED, MOMENTS, STEP
+from edge_dit.contract.names import ADAPTED, STEP
 from edge_dit_runtime.sessions.state import take, take_step
 from edge_dit_runtime.sessions.trainer import Tensors
 
@@ -21,7 +21,7 @@ class GraphSession:
     Args:
         bundle: opened; training starts from its adapter.
         train: batch tensors, LoRA tensors -> loss, gradients.
-        optimizer: lr, step, parameters, gradients, both moments -> parameters, both moments.
+        optimizer: lr, step, parameters, gradients, moments that are kept -> parameters, moments.
     """
 
     def __init__(self, bundle: Bundle, train: Program, optimizer: Program) -> None:
@@ -34,7 +34,7 @@ class GraphSession:
         self._adapter = take(bundle.adapter(), self._shapes)
         self._moments = {
             moment: {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
-            for moment in MOMENTS
+            for moment in bundle.manifest.optimizer.moments
         }
 
     def backward(self, draw: Mapping[str, np.ndarray]) -> float:
@@ -55,8 +55,8 @@ class GraphSession:
         count = len(self._shapes)
         self._adapter = self._named(new[:count])
         self._moments = {
-            moment: self._named(new[start : start + count])
-            for moment, start in zip(MOMENTS, (count, 2 * count), strict=True)
+            moment: self._named(new[place * count : (place + 1) * count])
+            for place, moment in enumerate(self._moments, 1)
         }
         self._step += 1
         self._gradients = {}  # as large as the adapter
@@ -96,5 +96,5 @@ class GraphSession:
         """Restore adapter, moments and step count from a `state_dict`."""
         step = take_step(state)
         adapter = take(state, self._shapes, ADAPTED)
-        self._moments = {moment: take(state, self._shapes, moment) for moment in MOMENTS}
+        self._moments = {moment: take(state, self._shapes, moment) for moment in self._moments}
         self._adapter, self._step = adapter, step

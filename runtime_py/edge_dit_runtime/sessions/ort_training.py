@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from edge_dit.contract.bundle import Bundle
-from edge_dit.contract.names import ADAPTED, MOMENTS
+from edge_dit.contract.names import ADAPTED
 from edge_dit.contract.targets import (
     CHECKPOINT,
     OPTIMIZER_MODEL,
@@ -54,7 +54,7 @@ class OrtTrainingSession:
 
     Adapter, gradients, moments and step count live in onnxruntime's own state. Its interface shows
     no moments, but its checkpoint file holds them: `state_dict` reads such a file, and
-    `load_state_dict` writes one.
+    `load_state_dict` writes one. onnxruntime keeps a first moment even where beta1 is 0.
 
     Args:
         bundle: opened.
@@ -73,6 +73,7 @@ class OrtTrainingSession:
         manifest = bundle.manifest
         self._folder = bundle.folder / TARGET
         self.lr = manifest.optimizer.lr
+        self._kinds = (ADAPTED, *manifest.optimizer.moments)
         self._batch = manifest.shapes("batch")
         self._shapes = manifest.shapes("lora")
         facts = cast(OrtTrainingFacts, bundle.facts(TARGET))
@@ -174,8 +175,8 @@ class OrtTrainingSession:
             self._open(path)
 
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
-        kinds = (ADAPTED, *MOMENTS)
-        return {kind + name: shape for kind in kinds for name, shape in self._shapes.items()}
+        shapes = self._shapes.items()
+        return {kind + name: shape for kind in self._kinds for name, shape in shapes}
 
     def _checkpoint(self) -> bytearray:
         """The bytes of onnxruntime's checkpoint of the current state, with its moments."""
