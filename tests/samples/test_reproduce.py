@@ -346,7 +346,7 @@ def test_every_arm_has_lora_where_it_says() -> None:
     selected = {30: everything[1:9], 40: everything[1:8], 50: everything[1:7]}  # one first block
     drawn = {30: everything[:8], 40: everything[:7], 50: everything[:6]}  # last ones only
     chosen = {"skip": selected, "bare": selected, "drawn": drawn, "drawn-bare": drawn}
-    chosen["int8"] = chosen["window"] = selected
+    chosen["int8"] = chosen["lean"] = chosen["window"] = selected
     past = {name for name, arm in ARMS.items() if name.endswith("-50") and arm.where == "selected"}
     past -= {f"{kind}-50" for kind in (*chosen, "partial")}
     wanted = {
