@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_dit.app import api
 from edge_dit.app.describe import plan_in_words
@@ -37,10 +37,14 @@ from edge_dit.pictures.dataset import Captioned
 from edge_dit.planning.job import Job, read_job
 from edge_dit.planning.make import changes, plan_of
 from edge_dit.planning.plan import LOOP_TARGET, Plan, write_plan
+from edge_dit.planning.prompts import loop_prompts
 from edge_dit.planning.use_on import model_used
 from edge_dit.store.documents import read_document, write_document
 from edge_dit.store.files import cannot_write
 from edge_dit_runtime.loop.measured import LOOP
+
+if TYPE_CHECKING:
+    from edge_dit_runtime.loop.previews import PreviewPainter
 
 Say = Callable[[Any], None]
 """Prints a line or a table to the user."""
@@ -181,7 +185,7 @@ def begin(
 
 def _for_one(plan: Plan, target: str) -> Plan:
     """A plan that exports one target only; the loop's parts are in `LOOP_TARGET` alone."""
-    looped = {} if target == LOOP_TARGET else {"loop": False, "preview_every": 0}
+    looped = {} if target == LOOP_TARGET else {"loop": False}
     return plan.model_copy(update={"targets": [target], **looped})
 
 
@@ -310,6 +314,16 @@ def on_device(say: Say, *arguments: str) -> None:
         )
 
 
+def _painter(road: Road) -> PreviewPainter | None:
+    """What paints a run's previews on this machine, if the job asks for some."""
+    if not road.plan.preview_every:
+        return None
+    from edge_dit.reference.previews import PipelinePainter
+
+    prompts = loop_prompts(road.job)
+    return PipelinePainter(road.plan, [prompts.texts[number] for number in prompts.previews])
+
+
 def train(road: Road, target: str, say: Say, any_memory: bool = False) -> Path:
     """Train one target, or continue its run; the folder of its LoRA.
 
@@ -328,7 +342,15 @@ def train(road: Road, target: str, say: Say, any_memory: bool = False) -> Path:
         places = ["--bank", str(road.bank), "-o", str(run)]
         on_device(say, "train", str(bundle), *places, "--target", name, *more)
     else:
-        done = er.train(bundle, road.bank, run, target=name, resume=resume, any_memory=any_memory)
+        done = er.train(
+            bundle,
+            road.bank,
+            run,
+            target=name,
+            resume=resume,
+            any_memory=any_memory,
+            painter=_painter(road),
+        )
         if done.done < done.steps:
             raise KeyboardInterrupt  # training stops at the first Ctrl-C, and so do later stages
     lora = road.lora(target)

@@ -400,8 +400,9 @@ class Train(_Section):
         int,
         Field(
             ge=0,
-            description="Steps between pictures that the device paints of `[export] prompts` while "
-            "it trains; 0 for none. Needs `[export] loop`.",
+            description="Steps between pictures of `[export] prompts` that are painted while it "
+            "trains; 0 for none. The device paints them with `[export] loop`; without, `edge-dit "
+            "run` does, with the base model.",
         ),
     ] = 0
     bank: Annotated[
@@ -453,8 +454,8 @@ class Export(_Section):
     prompts: Annotated[
         list[Annotated[str, Field(min_length=1)]],
         Field(
-            description="With `loop`: prompts to paint besides the pictures' captions. The bundle "
-            "holds them encoded."
+            description="Prompts to paint. With `loop` the bundle holds them encoded, besides the "
+            "pictures' captions."
         ),
     ] = []
     negative_prompt: Annotated[
@@ -486,6 +487,19 @@ class Job(_Section):
             f"{section}.{key}": value
             for section, keys in sections.items()
             for key, value in keys.items()
+        }
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Keys of `asked` that a job need not say, with what they are then."""
+        sections: dict[str, Any] = {
+            name: field.annotation for name, field in cls.model_fields.items()
+        }
+        return {
+            f"{section}.{key}": field.get_default(call_default_factory=True)
+            for section, kind in sections.items()
+            for key, field in kind.model_fields.items()
+            if not field.is_required()
         }
 
 

@@ -82,7 +82,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
         weighted |= any(found.counts(name, subject).weight != 1 for name in names)
         masked |= bool(found.masks) or subject.alpha_masks
     faults += compute_faults(job.export.weights, job.export.compute, job.export.targets)
-    faults += loop_faults(job.export.loop, job.export.targets, job.train.preview_every)
+    faults += loop_faults(job.export.loop, job.export.targets)
     raise_any("job", faults)
     encoded = set(job_prompts(job, captions))
     if job.export.loop:
@@ -197,7 +197,14 @@ def _located(job: Job, revision: str | None = None) -> Located:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Keys of a job that differ, with both values as text; a key that is absent is "nothing"."""
+    """Keys of a job that differ, with both values as text.
+
+    Args:
+        before: keys that were written down. One that is lacking had its default: an older edge-dit
+            did not know it.
+        now: all keys.
+    """
+    before = {**Job.defaults(), **before}
 
     def shown(keys: Mapping[str, Any], key: str) -> str:
         return "nothing" if keys.get(key) is None else repr(keys[key])

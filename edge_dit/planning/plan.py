@@ -216,28 +216,18 @@ class Plan(BaseModel):
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 
-def loop_faults(loop: bool, targets: Sequence[str], preview_every: int = 0) -> list[BadInput]:
-    """A fault if the loop's parts are wanted and no target has them, or previews without them."""
-    faults = []
-    if preview_every and not loop:
-        faults.append(
-            BadInput(
-                "train.preview_every",
-                found=f"{preview_every}, without the loop's parts",
-                expected="a device that can paint",
-                remedy="put loop = true under [export], or remove preview_every",
-            )
+def loop_faults(loop: bool, targets: Sequence[str]) -> list[BadInput]:
+    """A fault if the loop's parts are wanted and no target has them."""
+    if not loop or LOOP_TARGET in targets:
+        return []
+    return [
+        BadInput(
+            "export.loop",
+            found=f"the loop's parts with target {', '.join(targets)}",
+            expected=f"{LOOP_TARGET} among the targets: its streamed layout runs the loop",
+            remedy=f"add {LOOP_TARGET} to [export] targets, or remove loop",
         )
-    if loop and LOOP_TARGET not in targets:
-        faults.append(
-            BadInput(
-                "export.loop",
-                found=f"the loop's parts with target {', '.join(targets)}",
-                expected=f"{LOOP_TARGET} among the targets: its streamed layout runs the loop",
-                remedy=f"add {LOOP_TARGET} to [export] targets, or remove loop",
-            )
-        )
-    return faults
+    ]
 
 
 def read_plan(path: Path) -> Plan:

@@ -27,6 +27,7 @@ from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import Bundle, open_bundle
 from edge_dit.contract.certificate import why_uncertified
 from edge_dit.contract.integrity import check_bundle
+from edge_dit.contract.targets import OnnxFacts
 from edge_dit.errors import BadInput
 from edge_dit.progress import bar, warn
 from edge_dit.store.documents import validated
@@ -40,7 +41,7 @@ from edge_dit_runtime.sessions.trainer import Draws, Session
 from edge_dit_runtime.step_log import Step, StepLog, norm
 
 if TYPE_CHECKING:
-    from edge_dit_runtime.loop.previews import Previews
+    from edge_dit_runtime.loop.previews import PreviewPainter, Previews
 
 SAVE_EVERY = 100
 """Steps between checkpoints."""
@@ -139,6 +140,8 @@ class Options(TypedDict, total=False):
         on_step: asked before every step whether to go on, pause or stop; see `OnStep`.
         any_memory: train even if less memory is free than the layout is predicted to take; default
             false.
+        painter: paints the previews of a plan that asks for some, where the bundle lacks the loop's
+            parts; default nothing does.
     """
 
     target: str | None
@@ -146,6 +149,7 @@ class Options(TypedDict, total=False):
     resume: bool
     on_step: OnStep | None
     any_memory: bool
+    painter: PreviewPainter | None
 
 
 def train(
@@ -158,7 +162,7 @@ def train(
         bank: the bank precomputed with the same plan; or draws made of pictures just in time, from
             `edge_dit_runtime.live`.
         folder: the run folder: a new one, or with ``resume`` one that was stopped.
-        options: target, steps, resume, on_step and any_memory; see `Options`.
+        options: target, steps, resume, on_step, any_memory and painter; see `Options`.
 
     Raises:
         BadInput: bundle, bank or run do not fit together or are damaged; the run exists and
@@ -197,7 +201,8 @@ def train(
         if not log:
             session.load_adapter(opened.adapter())
             kept.begin(run, opened.manifest.plan)
-        previews = _previews(opened, kept.path, planned.preview_every, run.steps)
+        painter = _painter(opened, options.get("painter")) if planned.preview_every else None
+        previews = _previews(painter, kept.path, planned.preview_every, run.steps)
         watch = Watch(kept.path, run, log)
         training = _Training(session, opened, draws, kept, run, planned, log, watch, previews)
         try:
@@ -213,14 +218,28 @@ def train(
     return replace(run, done=len(log))
 
 
-def _previews(bundle: Bundle, folder: Path, every: int, steps: int) -> Previews | None:
-    """What paints previews; None if the plan asks for none."""
-    if not every:
+def _painter(bundle: Bundle, given: PreviewPainter | None) -> PreviewPainter | None:
+    """What paints previews: the bundle's loop, else what was given, else nothing, with a word."""
+    facts = bundle.facts("onnx") if "onnx" in bundle.manifest.targets else None
+    if isinstance(facts, OnnxFacts) and facts.loop:
+        from edge_dit_runtime.loop.parts import Parts
+        from edge_dit_runtime.loop.previews import LoopPainter
+
+        return LoopPainter(Parts(bundle))
+    if given is None:
+        warn("no previews: the bundle has no loop's parts; edge-dit run paints them without")
+    return given
+
+
+def _previews(
+    painter: PreviewPainter | None, folder: Path, every: int, steps: int
+) -> Previews | None:
+    """What writes previews; None if there is nothing that paints them."""
+    if painter is None:
         return None
-    from edge_dit_runtime.loop.parts import Parts
     from edge_dit_runtime.loop.previews import Previews
 
-    return Previews(Parts(bundle), folder, every, steps)
+    return Previews(painter, folder, every, steps)
 
 
 def _opened(bank: StrPath | Draws, bundle: Bundle) -> Draws:

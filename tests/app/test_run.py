@@ -4,21 +4,27 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import edge_dit_runtime as er
 from edge_dit.app.run import exported_as, run
 from edge_dit.errors import BadInput, CheckFailed
+from edge_dit.models.pipeline import load_pipeline
+from edge_dit.planning.plan import model_of
+from edge_dit.reference.evaluate import adapted
 
 
 @pytest.fixture(scope="module")
 def place(workplace, tmp_path_factory):
-    """A folder with a job of few steps, its pictures and its model."""
+    """A folder with a job of few steps and two previews, its pictures and its model."""
     folder = tmp_path_factory.mktemp("run")
     for name in ("model", "images"):
         os.symlink(workplace / name, folder / name)
     text = (workplace / "job.toml").read_text()
-    lines = [f"steps = {STEPS}" if line.startswith("steps") else line for line in text.split("\n")]
+    steps = f"steps = {STEPS}\npreview_every = {STEPS // 2}"
+    lines = [steps if line.startswith("steps") else line for line in text.split("\n")]
     (folder / "job.toml").write_text("\n".join(lines))
     return folder
 
@@ -46,6 +52,19 @@ def test_it_ends_with_an_adapter_and_says_how_to_load_it(walked):
     certificate = json.loads((road.bundle("onnx") / "parity.json").read_text())
     assert certificate["passed"]
     assert any("from their pictures" in line for line in certificate["bank"]["recomputed"])
+
+
+def test_previews_are_the_base_models_with_the_adapter(walked, place):
+    """The bundle has no loop's parts: its model's own pipeline paints."""
+    road, _ = walked
+    previews = road.run("onnx") / "previews"
+    assert sorted(p.name for p in previews.iterdir()) == [f"{n:06d}-0.png" for n in (0, 3, 6)]
+    (prompt,) = json.loads((previews.parent / "previews.json").read_text())["prompts"]
+    model = model_of(road.plan)
+    with adapted(load_pipeline(model.folder), road.lora("onnx")) as pipeline:
+        (expected,) = model.family.sample(pipeline, prompt, road.plan.s_max, [0])
+    found = np.asarray(Image.open(previews / "000006-0.png"))
+    np.testing.assert_array_equal(found, np.asarray(expected))
 
 
 def test_nothing_is_done_twice(walked, place):

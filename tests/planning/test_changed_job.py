@@ -114,6 +114,20 @@ def test_a_changed_key_is_named_with_both_values(planned, key):
     assert "plan again" in fault.value.remedy
 
 
+@pytest.mark.parametrize("key", [*OTHER, *BUDGETS])
+def test_a_key_that_an_older_plan_does_not_know_had_its_default(planned, tmp_path, key):
+    plan = read_plan(planned / "plan.json")
+    asked = {name: value for name, value in plan.asked.items() if name != key}
+    write_plan(plan.model_copy(update={"asked": asked}), tmp_path / "plan.json")
+    given = f"{key.split('.')[1]} = " in tiny.JOB
+    if not given:
+        plan_of(read_job(planned / "job.toml"), tmp_path / "plan.json")
+    job = planned / f"{key}.toml"
+    job.write_text(changed(key, (OTHER | BUDGETS)[key]))
+    with pytest.raises(BadInput, match=re.escape(key)):
+        plan_of(read_job(job), tmp_path / "plan.json")
+
+
 def test_the_same_job_written_otherwise_is_the_same(planned):
     text = tiny.JOB.replace("alpha = 8", "alpha = 8.0  # as a float") + "\n\n# the end\n"
     assert tomllib.loads(text) == tomllib.loads(tiny.JOB)
