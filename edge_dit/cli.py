@@ -305,6 +305,10 @@ def precompute(
     plan_file: PlanFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the bank goes.")],
     ray: Cluster = None,
+    prior: Annotated[
+        bool,
+        typer.Option("--prior", help="The prior's draws alone, of nobody's pictures, to ship."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Store the entry state and tail residual of every draw. Goes on where it stopped."""
@@ -316,7 +320,8 @@ def precompute(
     read = api.read_job(job)
     made = plan_of(read, plan_file)
     with asked(ray) as pool:
-        index = api.precompute(made, api.read_pictures(read, made), output, pool=pool).index
+        pictures = api.read_prior(read, made) if prior else api.read_pictures(read, made)
+        index = api.precompute(made, pictures, output, pool=pool).index
     facts = {"draws": len(index.draws), "images": len(index.images), "prompts": index.prompts}
     report(as_json, facts, *bank_in_words(output))
 
@@ -439,13 +444,17 @@ def collect(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the bank goes.")],
     prompt: Caption = None,
     recursive: Recursive = False,
+    prior: Annotated[
+        Path | None,
+        typer.Option(help="A prior's bank, made by precompute --prior."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a bank of pictures on the device, without torch. Goes on where it stopped."""
     import edge_dit_runtime as er
     from edge_dit.app.describe import bank_in_words
 
-    index = er.collect(bundle, images, output, prompt=prompt, recursive=recursive)
+    index = er.collect(bundle, images, output, prompt=prompt, recursive=recursive, prior=prior)
     facts = {"draws": len(index.draws), "images": len(index.images), "prompts": index.prompts}
     report(as_json, facts, *bank_in_words(output))
 

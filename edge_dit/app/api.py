@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from edge_dit.contract.bank import Bank
 from edge_dit.contract.targets import check_targets
-from edge_dit.errors import require
+from edge_dit.errors import BadInput, require
 from edge_dit.planning.job import Job
 from edge_dit.planning.job import read_job as _read_job
 from edge_dit.planning.plan import Plan
@@ -101,7 +101,7 @@ def read_pictures(job: Job, plan: Plan) -> list[Captioned]:
         >>> len(pictures), pictures[0].pixels.shape
         (3, (3, 64, 64))
     """
-    from edge_dit.pictures.dataset import LISTED, read_folder, read_folders, with_prior
+    from edge_dit.pictures.dataset import LISTED, read_folders, with_prior
     from edge_dit.planning.make import check_unchanged
 
     check_unchanged(job, plan, "plan")
@@ -111,17 +111,46 @@ def read_pictures(job: Job, plan: Plan) -> list[Captioned]:
         warn(f"{name} is smaller than {plan.s_max} px and was enlarged")
     if len(small) > LISTED:
         warn(f"and {len(small) - LISTED} more pictures are")
-    prior, drawn = job.prior, []
-    if not prior.prompt:
+    if not job.prior.prompt:
         return pictures
-    if prior.images:
-        require("torch", "drawing pictures for the prior")
-        from edge_dit.planning.plan import model_of
-        from edge_dit.reference.prior import base_pictures
+    drawn = _drawn_for_prior(job, plan) if job.prior.images else []
+    return with_prior(pictures, job.prior.prompt, job.prior.weight, drawn)
 
-        folder = base_pictures(model_of(plan), prior.prompt, prior.images, plan.s_max)
-        drawn = read_folder(folder, None, plan.s_max)
-    return with_prior(pictures, prior.prompt, prior.weight, drawn)
+
+def read_prior(job: Job, plan: Plan) -> list[Captioned]:
+    """The base model's own pictures for a job's prior draws. A bank of them alone has nobody's
+    pictures: it can be shipped with the bundle, for ``er.collect(..., prior=...)``.
+
+    Raises:
+        BadInput: the job asks for no such pictures, or changed since its plan.
+
+    Example:
+        >>> api.precompute(plan, api.read_prior(job, plan), "prior")
+    """
+    from edge_dit.pictures.dataset import with_prior
+    from edge_dit.planning.make import check_unchanged
+
+    check_unchanged(job, plan, "plan")
+    if not job.prior.images:
+        raise BadInput(
+            "prior.images",
+            found="none",
+            expected="pictures that the base model draws: those of a subject are not shipped",
+            remedy="put images = 16 under [prior] and plan again",
+        )
+    return with_prior([], job.prior.prompt, job.prior.weight, _drawn_for_prior(job, plan))
+
+
+def _drawn_for_prior(job: Job, plan: Plan) -> list[Captioned]:
+    """Pictures that the base model draws for a prior, unless it has drawn them before."""
+    require("torch", "drawing pictures for the prior")
+    from edge_dit.pictures.dataset import read_folder
+    from edge_dit.planning.plan import model_of
+    from edge_dit.reference.prior import base_pictures
+
+    prior = job.prior
+    folder = base_pictures(model_of(plan), prior.prompt, prior.images, plan.s_max)
+    return read_folder(folder, None, plan.s_max)
 
 
 def precompute(

@@ -164,8 +164,7 @@ class DrawRule:
         density. Crop position and noise are pseudo-random, by `edge_dit.contract.noise`. Prior
         draws are spread evenly among the others, and are a sequence of their own.
         """
-        before = int(number * self.prior_share)
-        prior = int((number + 1) * self.prior_share) > before
+        before, prior = int(number * self.prior_share), self._is_prior(number)
         turns, count = self._turns[prior], before if prior else number - before
         # The draws of each single image must cover the noise levels too.
         turn, place = divmod(count, len(turns))
@@ -177,9 +176,15 @@ class DrawRule:
         crop = self.crops.crop(sigma, u, v, *image.size)
         return Draw(seed, turns[place], image.prompt(seed), sigma, u, v, crop)
 
+    def _is_prior(self, number: int) -> bool:
+        return int((number + 1) * self.prior_share) > int(number * self.prior_share)
+
     def draws(self, count: int) -> list[Draw]:
-        """The first draws."""
-        return [self.draw(number) for number in range(count)]
+        """The first draws. Where all pictures are the prior's, those of them that are prior draws:
+        they are the same beside any subject.
+        """
+        own, _ = self._turns
+        return [self.draw(number) for number in range(count) if own or self._is_prior(number)]
 
     def again(self, draw: Draw, use: int) -> Draw:
         """The same crop, and so the same clean latents, at another noise level with other noise.

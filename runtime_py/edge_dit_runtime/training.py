@@ -244,9 +244,17 @@ def _previews(
 
 def _opened(bank: StrPath | Draws, bundle: Bundle) -> Draws:
     """The draws of a bank, which must be of the bundle's plan; or those that were given."""
-    if isinstance(bank, (str, os.PathLike)):
-        return Bank(Path(bank), bundle.manifest.plan_hash)
-    return bank
+    if not isinstance(bank, (str, os.PathLike)):
+        return bank
+    opened = Bank(Path(bank), bundle.manifest.plan_hash)
+    if all(image.prior for image in opened.index.images):
+        raise BadInput(
+            bank,
+            found="a prior's bank: it teaches no subject",
+            expected="a bank of pictures",
+            remedy="make one with it: edge-dit collect, with --prior",
+        )
+    return opened
 
 
 def _target_and_layout(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from edge_dit.pictures.draws import BankRequest, bank_index, prompts_of
 from edge_dit.pictures.filling import fill
 from edge_dit.store.files import StrPath
 from edge_dit_runtime.loop.parts import TARGET, Parts
+from edge_dit_runtime.loop.shipped import REMEDY, ShippedPrior
 from edge_dit_runtime.loop.starts import Starts, planned_of
 
 
@@ -28,6 +30,7 @@ def collect(
     *,
     prompt: str | None = None,
     recursive: bool = False,
+    prior: StrPath | None = None,
 ) -> bank.Index:
     """Make the bank of a bundle from pictures, or finish one that was stopped.
 
@@ -37,13 +40,15 @@ def collect(
         folder: where the bank goes.
         prompt: caption of pictures without one of their own; default the job's.
         recursive: read sub-folders too.
+        prior: a prior's bank, where the bundle's plan has one: its draws are copied.
 
     Returns:
         The bank's index.
 
     Raises:
         BadInput: the bundle lacks the loop's parts or a caption, or is damaged; ``folder`` holds
-            another bank; pictures cannot be read.
+            another bank; pictures cannot be read; or the plan's prior draws are
+            not in ``prior``.
 
     Example:
         >>> index = er.collect("loop_bundle", "images", "device_bank")
@@ -52,8 +57,9 @@ def collect(
     """
     opened = open_bundle(Path(bundle))
     parts = open_parts(opened)
+    plan, shipped = planned_of(opened), _shipped(opened, prior)
     pictures = read_pictures(parts, Path(images), prompt, recursive)
-    plan = planned_of(opened)
+    pictures += shipped.pictures(plan.s_max) if shipped else []
     sizes = opened.manifest.shapes("batch").values()
     asked = BankRequest(
         opened.manifest.plan_hash,
@@ -62,11 +68,40 @@ def collect(
         plan.crop_rule,
         plan.bank_dtype,
         sum(4 * prod(shape) for shape in sizes),
+        plan.prior_share,
     )
     index = bank_index(asked, pictures, parts.objective.level)
     starts = Starts(parts, pictures, dict(enumerate(map(parts.prompt, index.prompts))))
-    fill(Path(folder), index, pictures, starts.shared, lambda: _Maker(starts, index))
+    places = shipped.places(index) if shipped else {}
+    maker = partial(_Maker, starts, index, shipped, places)
+    fill(Path(folder), index, pictures, starts.shared, maker)
     return index
+
+
+def _shipped(bundle: Bundle, folder: StrPath | None) -> ShippedPrior | None:
+    """The prior draws of a bundle's plan; None if it has none.
+
+    Raises:
+        BadInput: they are not given, or given for nothing.
+    """
+    wanted = bool(planned_of(bundle).prior_share)
+    if wanted and folder is None:
+        raise BadInput(
+            bundle.folder,
+            found="a plan with [prior], whose draws need the whole model on a patch",
+            expected="a prior's bank beside the pictures: --prior",
+            remedy=REMEDY,
+        )
+    if folder is None:
+        return None
+    if not wanted:
+        raise BadInput(
+            folder,
+            found="a prior's bank",
+            expected=f"none: the plan of {bundle.folder} has no [prior]",
+            remedy="leave it out, or plan with [prior] and export again",
+        )
+    return ShippedPrior(Path(folder), bundle.manifest.plan_hash)
 
 
 def open_parts(bundle: Bundle) -> Parts:
@@ -95,13 +130,6 @@ def read_pictures(
         BadInput: pictures cannot be read or have no caption; the bundle lacks captions, all named.
     """
     plan = planned_of(parts.bundle)
-    if plan.prior_share:
-        raise BadInput(
-            parts.bundle.folder,
-            found="a plan with [prior], whose draws need the whole model on a patch",
-            expected="a bank",
-            remedy="make it on the host: edge-dit precompute JOB --plan plan.json -o bank/",
-        )
     caption = parts.facts.caption if prompt is None else prompt
     subject = SubjectFolder(folder, caption, recursive, **parts.facts.draws.model_dump())
     pictures = read_folders([subject], plan.s_max)
@@ -125,10 +153,14 @@ def read_pictures(
 
 @dataclass(frozen=True)
 class _Maker:
-    """Makes draws with the bundle's graphs, see `edge_dit.pictures.filling.Maker`."""
+    """Makes draws with the bundle's graphs, see `edge_dit.pictures.filling.Maker`. Prior draws are
+    copied, from their ``places`` in the shipped bank.
+    """
 
     starts: Starts
     index: bank.Index
+    shipped: ShippedPrior | None
+    places: Mapping[int, int]
 
     def per_prompt(self) -> Sequence[Mapping[str, np.ndarray]]:
         return self.starts.per_prompt()
@@ -136,6 +168,13 @@ class _Maker:
     def draws(
         self, numbers: Sequence[int], advance: Callable[..., None]
     ) -> Iterator[Mapping[str, np.ndarray]]:
-        drawn = [self.index.draws[number] for number in numbers]
+        own = [number for number in numbers if number not in self.places]
+        drawn = [self.index.draws[number] for number in own]
         begun = [self.starts.enter(draw, self.starts.encode(draw)) for draw in drawn]
-        return iter(self.starts.tensors(begun, advance))
+        made = dict(zip(own, self.starts.tensors(begun, advance), strict=True))
+        advance(len(numbers) - len(own))
+        return (made[number] if number in made else self._copied(number) for number in numbers)
+
+    def _copied(self, number: int) -> Mapping[str, np.ndarray]:
+        assert self.shipped is not None
+        return self.shipped[self.places[number]]

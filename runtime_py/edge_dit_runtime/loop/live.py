@@ -12,12 +12,13 @@ import numpy as np
 
 from edge_dit.contract.bank import Draw
 from edge_dit.contract.bundle import open_bundle
+from edge_dit.errors import BadInput
 from edge_dit.pictures.dataset import Captioned, check_readable
 from edge_dit.pictures.draws import DrawRule, drawn_of, prompts_of
 from edge_dit.store.files import StrPath
 from edge_dit_runtime.loop.collect import open_parts, read_pictures
 from edge_dit_runtime.loop.parts import Parts
-from edge_dit_runtime.loop.starts import Starts
+from edge_dit_runtime.loop.starts import Starts, planned_of
 from edge_dit_runtime.sessions.trainer import Tensors
 
 RING = 8
@@ -111,8 +112,8 @@ def live(
         recursive: read sub-folders too.
 
     Raises:
-        BadInput: the bundle lacks the loop's parts or a caption, or is damaged; pictures cannot be
-            read.
+        BadInput: the bundle lacks the loop's parts or a caption, or is damaged; the plan has a
+            prior; pictures cannot be read.
 
     Example:
         >>> run = er.train("loop_bundle", er.live("loop_bundle", "images"), "live_run", steps=2)
@@ -120,6 +121,13 @@ def live(
         2
     """
     parts = open_parts(open_bundle(Path(bundle)))
+    if planned_of(parts.bundle).prior_share:
+        raise BadInput(
+            parts.bundle.folder,
+            found="a plan with [prior], whose draws need the whole model on a patch",
+            expected="a bank",
+            remedy="make one first: edge-dit collect, with --prior",
+        )
     pictures = read_pictures(parts, Path(images), prompt, recursive)
     check_readable(pictures)
     return LiveDraws(parts, pictures, Path(images).resolve().name)
