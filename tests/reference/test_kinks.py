@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,6 +40,7 @@ def nearest(sub, batch):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([1e-5, 1e-4, 1e-3, 5e-3]))
+@example(17310, 5e-3)
 def test_no_value_is_left_close_to_zero(seed, margin):
     sub, batch = subgraph()
     generator = torch.Generator().manual_seed(seed)
@@ -48,8 +49,13 @@ def test_no_value_is_left_close_to_zero(seed, margin):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kinks, "MARGIN", margin)
         rows = nudge_from_kinks(sub, arrays(batch))
-    assert nearest(sub, batch) >= 0.99 * margin
     after = lora_tensors(sub)
+    if rows is None:  # so far from zero, 250 times as far as verify asks for, not always
+        assert margin == 5e-3
+        for name, value in after.items():
+            assert np.array_equal(value, before[name])
+        return
+    assert nearest(sub, batch) >= 0.99 * margin
     for name, value in after.items():
         numbers, values = rows.get(name, (np.array([], np.int64), value[:0]))
         assert np.array_equal(value[numbers], values)
