@@ -126,9 +126,12 @@ path = {model}
 images = {images}
 prompt = {subject}              # {captions}
 
-# To keep what the model does with other prompts (takes a quarter of the draws, so raise steps):
+# To keep what the model does with other prompts: name many of those that matter to you, here 32. It
+# takes a third of the draws, so raise steps by half (docs/method.md, "Prior preservation"):
 # [prior]
-# prompt = {kept}
+# prompt = [{kept}, "..."]
+# images = 32                   # the base model draws them
+# share = 0.33
 
 [plan]
 {plan}
