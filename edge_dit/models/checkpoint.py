@@ -67,16 +67,46 @@ class Checkpoint:
         self.names = family.block_names(config)
         self._blocks = family.blocks(self._meta)
 
-    def skeleton(self) -> nn.Module:
-        """The model in float32 with its blocks on the meta device; embeddings and head work."""
+    def skeleton(self, outside: bool = True) -> nn.Module:
+        """The model in float32 with its blocks on the meta device; embeddings and head work.
+
+        Args:
+            outside: whether they do; if not, only in `outside`.
+        """
         # Buffers that no file holds are computed as it is built; some depend on the blocks' number.
-        blocks = tuple(f"{name}." for name in self.names)
         with _on_meta(nn.Linear, *{type(block) for block in self._blocks.values()}):
             model = build(self.family, self.config)
-        outside = [name for name in model.state_dict() if not name.startswith(blocks)]
-        tensors = self._read({name: name for name in outside})
-        model.load_state_dict(tensors, strict=False, assign=True)
+        if outside:
+            self._load_outside(model)
+        else:
+            self._free_outside(model)
         return model.eval().requires_grad_(False)
+
+    @contextmanager
+    def outside(self, skeleton: nn.Module) -> Iterator[None]:
+        """A context in which embeddings and head of a skeleton work; after it they take no memory,
+        which is more than a block in FLUX.2, whose blocks share their modulations.
+        """
+        self._load_outside(skeleton)
+        try:
+            yield
+        finally:
+            self._free_outside(skeleton)
+
+    def _outside(self, model: nn.Module) -> list[str]:
+        blocks = tuple(f"{name}." for name in self.names)
+        return [name for name in model.state_dict() if not name.startswith(blocks)]
+
+    def _load_outside(self, model: nn.Module) -> None:
+        tensors = self._read({name: name for name in self._outside(model)})
+        model.load_state_dict(tensors, strict=False, assign=True)
+        model.requires_grad_(False)
+
+    def _free_outside(self, model: nn.Module) -> None:
+        held = model.state_dict()
+        freed = {name: held[name].to("meta") for name in self._outside(model)}
+        model.load_state_dict(freed, strict=False, assign=True)
+        model.requires_grad_(False)
 
     def model(self, numbers: Iterable[int]) -> nn.Module:
         """The `skeleton`, with the weights of the blocks ``numbers`` loaded."""

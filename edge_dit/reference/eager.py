@@ -45,18 +45,24 @@ def adapted_subgraph(plan: Plan, model: Model) -> tuple[TrainableSubgraph, dict[
     modules = lora_modules(family, transformer, trained, plan.lora_targets, plan.tail)
     add_lora(transformer, modules, plan.rank, plan.alpha, plan.seed)
     subgraph = TrainableSubgraph(transformer, family, trained, plan.grid, plan.tail)
-    return subgraph, blank_batch(plan, model, transformer)
+    return subgraph, blank_batch(plan, model)
 
 
-def blank_batch(plan: Plan, model: Model, transformer: nn.Module) -> dict[str, torch.Tensor]:
-    """A draw with the names, shapes and dtypes of the plan's bank; its values mean nothing.
+def blank_batch(plan: Plan, model: Model) -> dict[str, torch.Tensor]:
+    """A draw with the names, shapes and dtypes of the plan's bank, of zeros. No weight is read.
 
     Args:
         plan: of the bank.
         model: of the plan.
-        transformer: of the model; its blocks may lie on the meta device.
     """
-    family, objective = model.family, model.objective
+    with torch.device("meta"), model.family.traceable():
+        batch = _blank(plan, model)
+    return {name: torch.zeros_like(tensor, device="cpu") for name, tensor in batch.items()}
+
+
+def _blank(plan: Plan, model: Model) -> dict[str, torch.Tensor]:
+    """`blank_batch` on the meta device."""
+    family, objective, transformer = model.family, model.objective, model.meta()
     latents, prompt = family.blank(transformer, plan.grid, plan.text_tokens)
     inputs = family.inputs(transformer, latents, objective.timestep(0.5), prompt, plan.grid)
     entry, cond = family.begin(transformer, inputs)

@@ -98,7 +98,7 @@ def examine(plan: Plan, model: Model, bank: Bank, images: Sequence[Captioned] = 
     """
     checkpoint = model.checkpoint(plan.held)
     skeleton = checkpoint.skeleton()
-    _check_form(bank, blank_batch(plan, model, skeleton))
+    _check_form(bank, blank_batch(plan, model))
     numbers = sampled(bank.index)
     pictures = _pictures(bank, numbers, images)
     sizes = {number: picture.pixels.shape[1:] for number, picture in pictures.items()}

@@ -54,32 +54,26 @@ def precompute(
             that are drawn cannot be decoded, which is found before any draw is computed.
     """
     model = model_of(plan)
-    checkpoint = model.checkpoint(plan.held)
-    skeleton = checkpoint.skeleton()
-    index = plan_index(plan, model, images, blank_batch(plan, model, skeleton))
-    if pool is None:
-        maker = partial(_maker, plan, index, images, checkpoint, skeleton)
-    else:
-        maker = partial(_ClusterMaker, pool, partial(_opened, plan, index, images), index, folder)
+    index = plan_index(plan, model, images, blank_batch(plan, model))
+    maker: Any = partial(_maker, plan, index, images)
+    if pool is not None:
+        maker = partial(_ClusterMaker, pool, partial(maker, check=True), index, folder)
     fill(folder, index, images, {COND + name for name in model.family.per_prompt}, maker)
     return index
 
 
-def _opened(plan: Plan, index: bank.Index, images: list[Captioned]) -> _Maker:
-    """What makes draws, in a process that has nothing yet."""
-    checkpoint = model_of(plan).checkpoint(plan.held)
-    return _maker(plan, index, images, checkpoint, checkpoint.skeleton())
+def _maker(plan: Plan, index: bank.Index, images: list[Captioned], check: bool = False) -> _Maker:
+    """What makes draws: encoders are loaded, prompts encoded.
 
-
-def _maker(
-    plan: Plan,
-    index: bank.Index,
-    images: list[Captioned],
-    checkpoint: Checkpoint,
-    skeleton: nn.Module,
-) -> _Maker:
-    """What makes draws: encoders are loaded, prompts encoded."""
-    model = model_of(plan, check=False)
+    Args:
+        plan: of the bank.
+        index: of the bank.
+        images: by number.
+        check: whether the model is the plan's: another process may have found another one.
+    """
+    model = model_of(plan, check)
+    checkpoint = model.checkpoint(plan.held)
+    skeleton = checkpoint.skeleton(outside=False)
     prompts, numbered = dict(enumerate(index.prompts)), dict(enumerate(images))
     source = source_of(plan, model, encoders_of(model, skeleton), prompts, numbered)
     return _Maker(plan, index, checkpoint, replace(source, listed=index.images))
@@ -95,16 +89,21 @@ class _Maker:
     source: Source
 
     def per_prompt(self) -> list[Mapping[str, np.ndarray]]:
-        return self.source.per_prompt(self.plan.text_tokens)
+        with self.checkpoint.outside(self.source.skeleton):
+            return self.source.per_prompt(self.plan.text_tokens)
 
     def draws(
         self, numbers: Sequence[int], advance: Callable[..., None]
     ) -> Iterator[dict[str, np.ndarray]]:
-        starts = [self.source.start(self.index.draws[number]) for number in numbers]
+        with self.checkpoint.outside(self.source.skeleton):
+            starts = [self.source.start(self.index.draws[number]) for number in numbers]
         borders, grid = borders_of(self.plan, starts), self.plan.grid
         kept = states_at(borders, self.checkpoint, starts, grid, advance)
         tensors = partial(tensors_of, self.plan, self.source, self.checkpoint.names)
-        return map(tensors, starts, kept)
+        if not any(start.prior for start in starts):
+            return map(tensors, starts, kept)
+        with self.checkpoint.outside(self.source.skeleton):  # a prior draw's target is predicted
+            return iter([*map(tensors, starts, kept)])
 
 
 @dataclass
