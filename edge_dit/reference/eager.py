@@ -14,7 +14,7 @@ from torch import nn
 
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.names import ADAPTED, MOMENTS, STEP, STORED
-from edge_dit.contract.objective import weight_of
+from edge_dit.contract.objective import Objective, weight_of
 from edge_dit.models.model import Model
 from edge_dit.models.subgraph import (
     TrainableSubgraph,
@@ -55,14 +55,15 @@ def blank_batch(plan: Plan, model: Model) -> dict[str, torch.Tensor]:
         plan: of the bank.
         model: of the plan.
     """
+    objective = model.objective  # here: its scheduler computes with numbers
     with torch.device("meta"), model.family.traceable():
-        batch = _blank(plan, model)
+        batch = _blank(plan, model, objective)
     return {name: torch.zeros_like(tensor, device="cpu") for name, tensor in batch.items()}
 
 
-def _blank(plan: Plan, model: Model) -> dict[str, torch.Tensor]:
+def _blank(plan: Plan, model: Model, objective: Objective) -> dict[str, torch.Tensor]:
     """`blank_batch` on the meta device."""
-    family, objective, transformer = model.family, model.objective, model.meta()
+    family, transformer = model.family, model.meta()
     latents, prompt = family.blank(transformer, plan.grid, plan.text_tokens)
     inputs = family.inputs(transformer, latents, objective.timestep(0.5), prompt, plan.grid)
     entry, cond = family.begin(transformer, inputs)

@@ -44,7 +44,7 @@ from edge_dit.pictures.dataset import Captioned, read_folder
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan, model_of
-from edge_dit.reference.eager import adapted_subgraph
+from edge_dit.reference.eager import adapted_subgraph, blank_batch
 from edge_dit.reference.evaluate import adapted, encode_whole, heldout_loss
 from edge_dit.reference.precompute import normal_of, precompute
 from pipelines import LONG, PIPELINES, SHORT, SIZE
@@ -723,6 +723,18 @@ def test_precompute_again_gives_the_same_bytes(road, tmp_path):
         precompute(made.plan, made.images, tmp_path / name)
         for path in sorted(made.bank.iterdir()):
             assert path.read_bytes() == (tmp_path / name / path.name).read_bytes(), path.name
+
+
+def test_a_blank_draw_has_the_form_of_the_banks(road):
+    """No weight is read for it, and what a bank's draws hold is there, in the same shapes."""
+    for name in ONE_EACH:
+        made = road(name)
+        blank = blank_batch(made.plan, open_model(made.plan.model))
+        stored = Bank(made.bank)[0]
+        assert {n: tuple(t.shape) for n, t in blank.items()} == {
+            n: value.shape for n, value in stored.items()
+        }, name
+        assert all(t.device.type == "cpu" and not t.any() for t in blank.values() if t.ndim > 1)
 
 
 @pytest.mark.parametrize("name", ONE_SEQUENCE)
