@@ -46,7 +46,8 @@ class Pool:
         # -1: a process that was killed says nothing about its task.
         self._do = ray.remote(_do).options(num_cpus=threads, max_retries=-1)
         warm_up = ray.remote(_warm_up).options(num_cpus=threads)
-        self._warming = [warm_up.remote() for _ in range(self.places)]
+        for _ in range(self.places):
+            warm_up.remote()
 
     @property
     def places(self) -> int:

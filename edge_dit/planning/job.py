@@ -462,7 +462,7 @@ class Export(_Section):
         str | None,
         Field(
             description="With `loop`: what paintings are guided away from; default: the pipeline's "
-            "own, nothing."
+            "own, nothing. Previews that the base model's pipeline paints do not take it."
         ),
     ] = None
 

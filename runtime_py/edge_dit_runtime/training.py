@@ -201,8 +201,9 @@ def train(
         if not log:
             session.load_adapter(opened.adapter())
             kept.begin(run, opened.manifest.plan)
-        painter = _painter(opened, options.get("painter")) if planned.preview_every else None
-        previews = _previews(painter, kept.path, planned.preview_every, run.steps)
+        every = planned.preview_every
+        painter = _painter(opened, options.get("painter")) if every else None
+        previews = _previews(painter, kept.path, every, run.steps)
         watch = Watch(kept.path, run, log)
         training = _Training(session, opened, draws, kept, run, planned, log, watch, previews)
         try:

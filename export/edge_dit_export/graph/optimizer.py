@@ -68,12 +68,12 @@ class AdamWStep(nn.Module):
         new: dict[tuple[int, int], Tensor] = {}
         for group in self.groups:
             parameter, gradient, *means, square = (_joined(kind, group) for kind in kinds)
-            mean = gradient = gradient * clip
-            if means:
-                means = [mean] = [means[0] * hyper.beta1 + gradient * (1 - hyper.beta1)]
+            gradient = gradient * clip
+            means = [mean * hyper.beta1 + gradient * (1 - hyper.beta1) for mean in means]
             square = square * hyper.beta2 + gradient * gradient * (1 - hyper.beta2)
             unbiased = torch.sqrt(square / correction)
             keep, step_size = sizes[self.factors[group[0]]]
+            mean = means[0] if means else gradient
             parameter = parameter * keep - step_size * mean / (unbiased + hyper.eps)
             rows = [self.shapes[index][0] for index in group]
             for kind, joined in enumerate((parameter, *means, square)):

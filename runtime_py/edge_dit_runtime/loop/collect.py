@@ -19,7 +19,7 @@ from edge_dit.pictures.draws import BankRequest, bank_index, prompts_of
 from edge_dit.pictures.filling import fill
 from edge_dit.store.files import StrPath
 from edge_dit_runtime.loop.parts import TARGET, Parts
-from edge_dit_runtime.loop.shipped import REMEDY, ShippedPrior
+from edge_dit_runtime.loop.shipped import NEEDED, REMEDY, ShippedPrior
 from edge_dit_runtime.loop.starts import Starts, planned_of
 
 
@@ -88,7 +88,7 @@ def _shipped(bundle: Bundle, folder: StrPath | None) -> ShippedPrior | None:
     if wanted and folder is None:
         raise BadInput(
             bundle.folder,
-            found="a plan with [prior], whose draws need the whole model on a patch",
+            found=NEEDED,
             expected="a prior's bank beside the pictures: --prior",
             remedy=REMEDY,
         )

@@ -18,6 +18,7 @@ from edge_dit.pictures.draws import DrawRule, drawn_of, prompts_of
 from edge_dit.store.files import StrPath
 from edge_dit_runtime.loop.collect import open_parts, read_pictures
 from edge_dit_runtime.loop.parts import Parts
+from edge_dit_runtime.loop.shipped import NEEDED
 from edge_dit_runtime.loop.starts import Starts, planned_of
 from edge_dit_runtime.sessions.trainer import Tensors
 
@@ -124,7 +125,7 @@ def live(
     if planned_of(parts.bundle).prior_share:
         raise BadInput(
             parts.bundle.folder,
-            found="a plan with [prior], whose draws need the whole model on a patch",
+            found=NEEDED,
             expected="a bank",
             remedy="make one first: edge-dit collect, with --prior",
         )

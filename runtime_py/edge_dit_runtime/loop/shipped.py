@@ -12,6 +12,8 @@ from edge_dit.errors import BadInput
 from edge_dit.pictures.dataset import Captioned
 from edge_dit_runtime.sessions.trainer import Tensors
 
+NEEDED = "a plan with [prior], whose draws need the whole model on a patch"
+"""What a device cannot make by itself."""
 REMEDY = "make it on the host: edge-dit precompute JOB --plan plan.json --prior -o prior/"
 
 
