@@ -43,8 +43,10 @@ class Arm:
         small: patch at noise levels below one half, as a share of s_max; 0 for ``patch``.
         draws: how many a step has, whose mean loss it lowers. They pass one after the other, so
             that a step needs no more memory; and as many times more are in the bank.
-        context: whether attention and convolutions of trained blocks hear, beside a window's
-            tokens, the base model's tokens around it (`context.py`).
+        context: what of trained blocks hears, beside a window's tokens, the base model's tokens
+            around it (`context.py`): nothing, its "convolutions", or "all": these and attention.
+        margin: tokens from a window's edge, where that is not the picture's, whose loss does not
+            count: there blocks miss most of what is around.
         told: whether positions say where in the picture, and how large, the crop is.
         order: of the draws: as they come, or by noise level over the whole run. High noise is
             easier (arXiv 2403.10348).
@@ -75,7 +77,8 @@ class Arm:
     tail: Tail = STORED
     small: float = 0.0
     draws: int = 1
-    context: bool = False
+    context: Literal["", "convolutions", "all"] = ""
+    margin: int = 0
     told: bool = False
     order: Literal["mixed", "easy first", "hard first"] = "mixed"
     start: Literal["gaussian", "orthogonal", "srr", "odlri"] = "gaussian"
@@ -199,13 +202,32 @@ ARMS: dict[str, Arm] = {
                 "context",
                 "a window that hears the rest",
                 "",
-                {"crop": "window", "context": True, "family": "sana"},
+                {"crop": "window", "context": "all", "family": "sana"},
             ),
             (
                 "context-four",
                 "four windows a step that hear the rest",
                 "",
-                {"crop": "window", "context": True, "draws": 4, "family": "sana"},
+                {"crop": "window", "context": "all", "draws": 4, "family": "sana"},
+            ),
+            (
+                "ring",
+                "a window whose convolutions hear the rest",
+                "",
+                {"crop": "window", "context": "convolutions", "family": "sana"},
+            ),
+            (
+                "ring-four",
+                "four windows a step whose convolutions hear the rest",
+                "",
+                {"crop": "window", "context": "convolutions", "draws": 4, "family": "sana"},
+            ),
+            ("margin", "a window but for its edge", "", {"crop": "window", "margin": 1}),
+            (
+                "margin-four",
+                "four windows a step but for their edges",
+                "",
+                {"crop": "window", "margin": 1, "draws": 4},
             ),
             ("told", "positions told", "", {"told": True, "family": "flux"}),
             ("mixed", "smaller patches at low noise", "", {"small": 0.375}),

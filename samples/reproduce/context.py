@@ -117,13 +117,19 @@ class _Convolution(nn.Module):
 
 
 @contextmanager
-def hearing(blocks: Sequence[Any]) -> Iterator[list[tuple[_Attention, _Convolution]]]:
-    """Let blocks hear what `set_heard` says, until the end."""
+def hearing(
+    blocks: Sequence[Any], attention_too: bool
+) -> Iterator[list[tuple[_Attention, _Convolution]]]:
+    """Let blocks' convolutions hear what `set_heard` says, and their attention if that is to, until
+    the end.
+    """
     before = [(block.attn1.processor, block.ff.conv_depth) for block in blocks]
     made = [(_Attention(), _Convolution(convolution)) for _, convolution in before]
     try:
         for block, (attention, convolution) in zip(blocks, made, strict=True):
-            block.attn1.processor, block.ff.conv_depth = attention, convolution
+            block.ff.conv_depth = convolution
+            if attention_too:
+                block.attn1.processor = attention
         yield made
     finally:
         for block, (attention, convolution) in zip(blocks, before, strict=True):

@@ -23,6 +23,7 @@ from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.subgraph import as_batch, difference, inner_runs
 from edge_dit.pictures.crop import CropRule
 from edge_dit.pictures.draws import Drawn, DrawRule
+from edge_dit.pictures.masks import of_tokens
 from edge_dit.planning.plan import Plan
 from edge_dit.reference.precompute import normal_of
 
@@ -36,7 +37,7 @@ class Through:
     states: list[State]
     cond: dict[str, Tensor]
     target: Tensor
-    weight: float | None
+    weight: float | Tensor | None
     sigma: float = 0.5
     heard: dict[int, Heard] = field(default_factory=dict)
 
@@ -118,7 +119,7 @@ def bank_of(run: Run, hears: Sequence[int] = ()) -> list[Through]:
     """
 
     def decides(arm: Arm) -> tuple:
-        return arm.crop, arm.patch, arm.small, arm.told, arm.emphasis, arm.draws
+        return arm.crop, arm.patch, arm.small, arm.told, arm.emphasis, arm.draws, arm.margin
 
     mine = decides(ARMS[run.arm])
     like = next(name for name, arm in ARMS.items() if arm.banked and decides(arm) == mine)
@@ -171,7 +172,10 @@ def _passed(run: Run, drawn: Sequence[Draw], grid: Grid, hears: tuple[int, ...])
                 place = place_of(draw, grid, plan.grid)
                 through.heard[number] = heard_by(block, seen, place, grid, row)
     if windowed:
-        return [window(one, draw, grid, plan.grid) for one, draw in zip(draws, drawn, strict=True)]
+        return [
+            window(one, draw, grid, plan.grid, arm.margin)
+            for one, draw in zip(draws, drawn, strict=True)
+        ]
     return draws
 
 
@@ -186,7 +190,7 @@ def place_of(draw: Draw, whole: Grid, patch: Grid) -> Crop:
     return CropRule(patch[0], whole[0], 1).crop(0.0, draw.u, draw.v, *whole)
 
 
-def window(through: Through, draw: Draw, whole: Grid, patch: Grid) -> Through:
+def window(through: Through, draw: Draw, whole: Grid, patch: Grid, margin: int = 0) -> Through:
     """What a window of a whole picture's tokens holds of a draw, at the draw's place.
 
     Args:
@@ -194,6 +198,7 @@ def window(through: Through, draw: Draw, whole: Grid, patch: Grid) -> Through:
         draw: its u and v say where the window is.
         whole: token rows and columns of the picture, a square.
         patch: those of the window, a square.
+        margin: tokens from its edge, where that is not the picture's, whose loss does not count.
     """
     place = place_of(draw, whole, patch)
     rows, columns = (slice(first, first + place.side) for first in (place.top, place.left))
@@ -216,7 +221,25 @@ def window(through: Through, draw: Draw, whole: Grid, patch: Grid) -> Through:
         target = target[:, :, rows, :, columns].flatten(4, 5).flatten(2, 3)
     else:
         target = cut(target)
-    return replace(through, states=states, cond=cond, target=target)
+    weight = through.weight
+    if margin:
+        inner = of_tokens(inside(place, whole, margin), patch, target.shape)
+        weight = torch.from_numpy(inner) * (1.0 if weight is None else weight)
+    return replace(through, states=states, cond=cond, target=target, weight=weight)
+
+
+def inside(place: Crop, whole: Grid, margin: int) -> np.ndarray:
+    """1 for the tokens of a window that are further than a margin from its edge, or near one that
+    is the picture's; 0 for the others: [side, side] float32.
+    """
+
+    def along(start: int, size: int) -> np.ndarray:
+        at = np.arange(place.side)
+        far = (at >= margin) | (start == 0)
+        return far & ((at < place.side - margin) | (start + place.side == size))
+
+    rows, columns = along(place.top, whole[0]), along(place.left, whole[1])
+    return (rows[:, None] & columns).astype(np.float32)
 
 
 def stored(

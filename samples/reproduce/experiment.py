@@ -172,7 +172,7 @@ class Trainer:
         """Train; the losses by step."""
         arm, plan = self.arm, self.plan
         progress, losses = Progress(arm.title, 0, plan.steps), []
-        with hearing(self.hearers) as ears, self._computing():
+        with hearing(self.hearers, arm.context == "all") as ears, self._computing():
             for step in range(plan.steps):
                 first = step * arm.draws
                 if arm.refresh and step % arm.refresh == 0:

@@ -41,7 +41,7 @@ import measures
 import tables
 from arms import ARMS, CLAIMS, CROPS, NO_LORA, Claim, Skips, lora_blocks
 from context import heard_by, hearing, listening, set_heard
-from draws import Through, place_of, stored, told, window
+from draws import Through, inside, place_of, stored, told, window
 from experiment import how_selected, settings
 from four_bits import (
     GROUP,
@@ -173,6 +173,22 @@ def test_a_window_is_the_same_place_of_states_positions_and_target(u: float, v: 
     assert found[1].target.flatten().tolist() == kept
 
 
+def test_the_margin_is_on_edges_that_are_not_the_pictures() -> None:
+    corner, middle = Crop(0, 0, 3), Crop(2, 3, 3)
+    assert inside(corner, (6, 6), 1).tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert inside(middle, (6, 6), 1).tolist() == [[0, 0, 0], [0, 1, 1], [0, 0, 0]]
+    assert inside(Crop(0, 0, 6), (6, 6), 2).all()
+
+
+def test_a_windows_margin_does_not_count() -> None:
+    latents = torch.zeros(1, 1, 12, 12)
+    through = Through([State(torch.zeros(1, 36, 1))], {}, latents, 0.5)
+    where = (Draw(0, 0, 0, 0.5, 0.0, 0.0, Crop(0, 0, 8)), (6, 6), (2, 2))
+    weight = window(through, *where, 1).weight
+    assert weight[0, 0].tolist() == [[0.5, 0.5, 0, 0]] * 2 + [[0, 0, 0, 0]] * 2
+    assert window(through, *where).weight == 0.5
+
+
 def sana_block() -> SanaTransformerBlock:
     torch.manual_seed(3)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_cross_attention_heads": 2}
@@ -198,14 +214,20 @@ def test_a_window_that_hears_the_rest_is_the_whole_pictures(u: float, v: float) 
         heard = [[heard_by(block, seen, place, grid, row)] for row in range(2)]
         small = {"height": 3, "width": 3, **given}
         deaf = block(image[:, inside.flatten()], **small)
-        with hearing([block]) as ears:
+        with hearing([block], True) as ears:
             set_heard(ears, heard)
             found = block(image[:, inside.flatten()], **small)
+        with hearing([block], False) as ears:
+            set_heard(ears, heard)
+            halfway = block(image[:, inside.flatten()], **small)
         again = block(image[:, inside.flatten()], **small)
     assert torch.equal(again, deaf)
     assert (deaf - whole).abs().max() > 0.05
     # rings are stored in float16
     assert (found - whole).abs().max() < 2e-3
+    # convolutions alone are not enough, and are not nothing
+    assert (halfway - whole).abs().max() > 2e-3
+    assert (halfway - deaf).abs().max() > 2e-3
 
 
 def test_positions_of_a_whole_picture_and_of_a_corner() -> None:
