@@ -128,7 +128,8 @@ def loop_claims(facts: LoopFacts, source: LoopSource) -> list[str]:
     said = {
         "latents": (facts.latents, family.latents(source.vae)),
         "timestep_factor": (facts.timestep_factor, family.timestep_factor(config)),
-        "per_prompt": (facts.per_prompt, list(family.per_prompt)),
+        "per_prompt": (facts.per_prompt, list(source.per_prompt)),
+        "placed": (facts.placed, list(source.placed)),
         "levels": (facts.levels, source.levels),
         "negatives": (facts.negatives, source.negatives),
         "negative": (facts.negative, source.negative),

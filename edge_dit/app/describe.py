@@ -68,7 +68,12 @@ def plan_in_words(plan: Plan) -> list[str]:
         f"{plan.family}, {plan.layers} blocks ({plan.model_name})",
         f"  train blocks {in_runs(plan.trained)}; skip {plan.head_skip} before, "
         f"{plan.tail_skip} after" + (f" ({plan.tail})" if plan.tail_skip else ""),
-        f"  patches {plan.s_min} px ({rows * columns} tokens), cut {plan.s_min}..{plan.s_max} px",
+        f"  patches {plan.s_min} px ({rows * columns} tokens), "
+        + (
+            f"windows of pictures of {plan.s_max} px"
+            if plan.window
+            else f"cut {plan.s_min}..{plan.s_max} px"
+        ),
         f"  text {plan.text_tokens} tokens; LoRA rank {plan.rank}, alpha {plan.alpha:g}",
         f"  {plan.steps} steps, lr {plan.optimizer.lr:g}, {plan.draws} draws, seed {plan.seed}",
         f"  targets {', '.join(plan.targets)}",

@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_dit.app.describe import in_runs
 from edge_dit.budget.limits import NO_LIMITS, Limits
-from edge_dit.contract.bank import Crop
+from edge_dit.contract.bank import Crop, Draw
 from edge_dit.errors import missing_extra, require
 from edge_dit.pictures.dataset import Captioned
 from edge_dit.pictures.draws import Drawn, DrawRule
@@ -172,9 +172,26 @@ def sample_patches(
         patches = []
         for draw in draws:
             patch = sampler(pixels, torch.tensor([draw.sigma]), torch.tensor([draw.u, draw.v]))
-            patches.append(Patch(draw.sigma, draw.crop, _rgb(patch[0].numpy())))
+            patches.append(_patch(plan, draw, patch.numpy()))
         samples.append(Sampled(image.name, _rgb(whole), patches))
     return samples
+
+
+def _patch(plan: Plan, draw: Draw, sampled: np.ndarray) -> Patch:
+    """What a step sees of a draw.
+
+    Args:
+        plan: of the draw.
+        draw: that was sampled.
+        sampled: its resized crop, [1, 3, side, side] in [-1, 1].
+    """
+    rule, crop = plan.window_rule, draw.crop
+    if rule is None:
+        return Patch(draw.sigma, crop, _rgb(sampled[0]))
+    window = rule.window(draw)
+    top, left = (plan.multiple * start for start in (window.place.top, window.place.left))
+    place = Crop(crop.top + top, crop.left + left, plan.s_min)
+    return Patch(draw.sigma, place, _rgb(window.latents(sampled)[0]))
 
 
 def memory_by_role(

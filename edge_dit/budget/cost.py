@@ -116,6 +116,7 @@ class Shapes:
         text: number of text tokens.
         targets: modules within a block that carry LoRA; default the family's.
         moments: how many the optimizer keeps of each parameter.
+        windows: whether patches are windows, whose positions are stored with each draw.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Shapes:
         text: int,
         targets: Sequence[str] | None = None,
         moments: int = len(MOMENTS),
+        windows: bool = False,
     ) -> None:
         self.family, self.grid, self.moments = family, grid, moments
         self.targets = tuple(targets or family.lora_targets)
@@ -135,6 +137,8 @@ class Shapes:
             self.latents, prompt = family.blank(self.model, grid, text)
             inputs = family.inputs(self.model, self.latents, 500.0, prompt, grid)
             self.entry, self.cond = family.begin(self.model, inputs)
+        placed = (family.placed or ()) if windows else ()
+        self._per_prompt = [name for name in family.per_prompt if name not in placed]
         kinds: dict[Any, int] = {}
         self.kinds = [kinds.setdefault(_kind(block), len(kinds)) for block in self.blocks]
         """The kind of each block, by block number. Blocks of one kind have the same shapes."""
@@ -190,7 +194,7 @@ class Shapes:
             running: numbers of the blocks that run.
         """
         read = read_in([*(self.names[number] for number in running), AT_HEAD], self.cond)
-        each = (value for name, value in read.items() if name not in self.family.per_prompt)
+        each = (value for name, value in read.items() if name not in self._per_prompt)
         return self._states_and_target + sum(value.numel() for value in each)
 
     @cached_property
@@ -328,6 +332,7 @@ def shapes_of(plan: Plan) -> tuple[Shapes, Shapes]:
             plan.text_tokens,
             plan.lora_targets,
             len(plan.optimizer.moments),
+            plan.window,
         )
 
     patch = at(plan.s_min)

@@ -97,6 +97,7 @@ class Bounds:
         token_step: sides of patches are multiples of so many tokens.
         kept: copies of the LoRA that a run keeps besides (`Plan.kept`).
         moments: how many the optimizer keeps of each of its parameters.
+        windows: whether patches are windows.
     """
 
     s_min: int
@@ -113,6 +114,7 @@ class Bounds:
     token_step: int = 1
     kept: int = 0
     moments: int = len(MOMENTS)
+    windows: bool = False
 
     def sides(self) -> list[int]:
         """Sides of the patches to compare, pixels, the largest first."""
@@ -154,6 +156,7 @@ def bounds_of(
         token_step=family_of(plan.family).token_step,
         kept=plan.kept,
         moments=len(plan.optimizer.moments),
+        windows=plan.window,
     )
 
 
@@ -488,9 +491,8 @@ def space_of(
     model, patches = meta_model(family, config), {}
     for side in bounds.sides():
         grid = (side // bounds.multiple, side // bounds.multiple)
-        shapes = Shapes(
-            family, model, grid, bounds.text_tokens, bounds.lora_targets, bounds.moments
-        )
+        own = bounds.lora_targets, bounds.moments, bounds.windows
+        shapes = Shapes(family, model, grid, bounds.text_tokens, *own)
         patches[side] = Footprints(shapes, profile, bounds.bank_dtype, bounds.kept)
     layers = len(family.block_names(config))
     return Space(layers, bounds, patches, variants, selection)

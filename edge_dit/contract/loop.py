@@ -201,6 +201,7 @@ class LoopFacts(BaseModel):
         blocks: every block of the model in order, without LoRA: kind of `base_file`.
         paint_blocks: the same for `paint_file`; the trained ones with LoRA.
         per_prompt: conditioning that depends on the prompt alone.
+        placed: conditioning with a row for each token, which windows cut with the states.
         latents: of the autoencoder.
         levels: of the objective.
         timestep_factor: of the scheduler's timestep; the product is `TIMESTEP`.
@@ -220,6 +221,7 @@ class LoopFacts(BaseModel):
     blocks: list[StreamedBlock]
     paint_blocks: list[StreamedBlock]
     per_prompt: list[str]
+    placed: list[str] = []
     latents: Latents
     levels: Levels
     timestep_factor: float

@@ -321,6 +321,15 @@ class Train(_Section):
             "both are multiples of the pixels on a token's side."
         ),
     ]
+    window: Annotated[
+        bool,
+        Field(
+            description="Patches are windows: whole pictures pass the frozen blocks, and the "
+            "trained ones see `patch` of their states, at its own scale and place. Otherwise they "
+            "are the crops of Eq. 1, resized. A step costs the same, and the bank takes longer to "
+            "make. [docs/method.md](method.md#windows) compares both."
+        ),
+    ] = False
     rank: Annotated[Positive, Field(description="Rank r of the LoRA.")] = 16
     alpha: Annotated[
         float | None, Field(gt=0, description="The LoRA's scale is alpha / rank; default: rank.")

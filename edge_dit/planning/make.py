@@ -12,6 +12,7 @@ from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.names import STORED, Tail
 from edge_dit.contract.targets import compute_faults, tail_faults
 from edge_dit.errors import BadInput, raise_any
+from edge_dit.models.families import FAMILIES, family_of
 from edge_dit.models.model import Model, open_model
 from edge_dit.models.source import Located, locate
 from edge_dit.models.whereabouts import remember
@@ -65,6 +66,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
     sizes = {"train.patch": job.train.patch, "train.resolution": job.train.resolution}
     faults = [*split.faults, *size_faults(sizes, model.size_step)]
     faults += model.family.grid_faults(model.config, sizes, model.multiple)
+    faults += window_faults(job.train.window, model)
     faults += lora_faults(model, split, job.train.lora_targets, tail)
     faults += tail_faults(tail, dict.fromkeys(job.export.targets)) if split.tail_skip else []
     faults += use_faults(job, model)
@@ -90,6 +92,21 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
     remember(model.folder, model.hash)
     plan = _plan(job, source, model, split, tail, encoded)
     return Made(plan.model_copy(update={"weighted": weighted, "masked": masked}), pictures)
+
+
+def window_faults(window: bool, model: Model) -> list[BadInput]:
+    """A fault if patches are to be windows and cannot be."""
+    if not window or model.family.placed is not None:
+        return []
+    able = [name for name in FAMILIES if family_of(name).placed is not None]
+    return [
+        BadInput(
+            "train.window",
+            found=f"windows of a {model.family.name} model",
+            expected=f"a model of {', '.join(able)}: others' positions cannot be cut yet",
+            remedy="remove window: patches are then crops of the pictures",
+        )
+    ]
 
 
 def _plan(
@@ -118,6 +135,7 @@ def _plan(
         inner_skips=list(split.inner_skips),
         tail=tail if split.tail_skip else STORED,
         s_min=job.train.patch,
+        window=job.train.window,
         s_max=job.train.resolution,
         multiple=model.multiple,
         text_tokens=model.family.text_tokens(model.folder, sorted(prompts)),

@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from edge_dit.contract.adamw import AdamW, Schedule
 from edge_dit.contract.bank import Dtype as BankDtype
@@ -20,9 +20,12 @@ from edge_dit.contract.targets import WIDE, Compute, Dtype, stored_as
 from edge_dit.errors import BadInput
 from edge_dit.models.model import Model, open_model
 from edge_dit.models.whereabouts import known_folders, remember
-from edge_dit.pictures.crop import CropRule
+from edge_dit.pictures.sizes import PatchSizes
 from edge_dit.store.documents import parse_json, read_whole
 from edge_dit.store.files import write_atomic
+
+if TYPE_CHECKING:
+    from edge_dit.models.families.family import Family
 
 SCHEMA = 1
 LOOP_TARGET = "onnx"
@@ -31,8 +34,8 @@ Natural = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 
 
-class Plan(BaseModel):
-    """Everything that the later stages agree on.
+class Plan(PatchSizes):
+    """Everything that the later stages agree on, with its sizes.
 
     Attributes:
         family: name of the model's family ("sana").
@@ -47,10 +50,6 @@ class Plan(BaseModel):
         tail_skip: number of trailing blocks that are not trained (m).
         inner_skips: runs [first, end) of blocks between trained ones that are not trained either.
         tail: what takes the place of the trailing blocks that are not trained.
-        s_min: side of a patch and smallest crop side, pixels.
-        s_max: largest crop side, and shorter side of every image, pixels.
-        multiple: pixels per side of a token: the autoencoder's downsampling factor times the
-            transformer's patch size.
         text_tokens: length of encoded text: that of the job's longest prompt.
         rank, alpha: of the LoRA; W' = W + alpha / rank B A.
         lora_targets: modules within a block that carry LoRA.
@@ -86,11 +85,8 @@ class Plan(BaseModel):
     layers: Positive
     head_skip: Natural
     tail_skip: Natural
-    inner_skips: list[tuple[Natural, Natural]] = []
+    inner_skips: list[tuple[Natural, Natural]] = Field(default_factory=list)
     tail: Tail = STORED
-    s_min: Positive
-    s_max: Positive
-    multiple: Positive
     text_tokens: Positive
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
@@ -114,7 +110,7 @@ class Plan(BaseModel):
     recompute: bool = False
     bank_dtype: BankDtype = "float32"
     loop: bool = False
-    asked: dict[str, Any] = {}
+    asked: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def kept(self) -> int:
@@ -145,23 +141,21 @@ class Plan(BaseModel):
         """
         return read_in([*(blocks[number] for number in self.running), AT_HEAD], cond)
 
-    @property
-    def crop_rule(self) -> CropRule:
-        """Size and place of the crops that patches are made of."""
-        return CropRule(self.s_min, self.s_max, self.multiple)
+    def placed(self, family: Family) -> tuple[str, ...]:
+        """Conditioning with a row for each token, which differs from window to window."""
+        return (family.placed or ()) if self.window else ()
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Token rows and columns of a patch."""
-        side = self.s_min // self.multiple
-        return side, side
+    def per_prompt(self, family: Family) -> tuple[str, ...]:
+        """Conditioning that a bank stores once per prompt."""
+        placed = self.placed(family)
+        return tuple(name for name in family.per_prompt if name not in placed)
 
     @property
     def tile(self) -> int | None:
-        """Side in pixels of the tiles that a patch is encoded in; None if it is encoded whole. A
+        """Side in pixels of the tiles that a crop is encoded in; None if it is encoded whole. A
         device encodes in tiles, so the host does where the device may too.
         """
-        return TILE if self.loop and self.s_min > TILE else None
+        return TILE if self.loop and self.passing > TILE else None
 
     @property
     def held(self) -> str:
@@ -211,7 +205,13 @@ class Plan(BaseModel):
         if self.tile:  # the pictures of a bank went through the autoencoder in another way
             shared["tile"] = self.tile
         # Plans from before there were such choices keep their identity.
-        plain = {"tail": STORED, "prior_share": 0.0, "weighted": False, "masked": False}
+        plain = {
+            "tail": STORED,
+            "prior_share": 0.0,
+            "weighted": False,
+            "masked": False,
+            "window": False,
+        }
         shared = {k: v for k, v in shared.items() if k not in plain or v != plain[k]}
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 

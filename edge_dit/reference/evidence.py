@@ -10,6 +10,8 @@ from what is at hand:
   whose parts do not belong together; not one that was made of another picture.
 - Where the target says nothing of the picture (PixArt's is the noise alone), or the text encoder
   is missing in a joint family, residuals are recomputed from the stored entry state.
+- A window is part of a picture that passed the frozen blocks whole. Without the picture only its
+  conditioning is recomputed.
 
 What index.json says of all draws is compared with the plan (`edge_dit.reference.index_claims`).
 """
@@ -180,9 +182,10 @@ def _source(
     except BadInput as fault:
         if pictures:
             raise
-        blank = model.family.blank(skeleton, plan.grid, plan.text_tokens)[1]
+        grid, windows = plan.passing_grid, plan.window_rule
+        blank = model.family.blank(skeleton, grid, plan.text_tokens)[1]
         prompts, sampler = dict.fromkeys(numbers, blank), PatchSampler(plan.crop_rule)
-        source = Source(model, skeleton, None, sampler, plan.grid, {}, prompts)
+        source = Source(model, skeleton, None, sampler, grid, {}, prompts, windows=windows)
         part = Path(fault.where).name  # not its folder: certificates are shared
         return source, f"the prompts: {part} of the model cannot be loaded"
     prompts = {number: bank.index.prompts[number] for number in numbers}
@@ -234,7 +237,14 @@ class _Work:
         if family.joint:  # pooled text is part of the timestep's embedding there
             stored = self.stored[self.numbers[0]]
             return [name.removeprefix(COND) for name in stored if name.startswith(COND)]
-        return list(family.per_prompt)
+        return list(self.plan.per_prompt(family))
+
+    @cached_property
+    def _latents(self) -> tuple[int, ...]:
+        """Shape of the latents that pass the frozen blocks."""
+        source = self.source
+        blank, _ = source.model.family.blank(source.skeleton, source.grid, self.plan.text_tokens)
+        return tuple(blank.shape)
 
     @property
     def unmasked(self) -> list[int]:
@@ -260,7 +270,7 @@ class _Work:
         family, objective = self.source.model.family, self.source.model.objective
         blank = torch.zeros(1)
         known = objective.clean(blank, blank) is not None and (self.text or not family.joint)
-        if not known:
+        if self.plan.window or not known:
             return self.pictured
         return [n for n in self.numbers if n in self.pictured or not self._prior(n)]
 
@@ -280,6 +290,8 @@ class _Work:
         found = {number: self._early(number) for number in self.numbers}
         later = self._later(self.whole)
         again = [n for n in self.numbers if n not in later or self._in_doubt(n, later[n])]
+        if self.plan.window:
+            again = []
         for number, follow in self._later(again, from_entry=True).items():
             if number not in later:
                 later[number] = follow
@@ -288,7 +300,7 @@ class _Work:
                 later[number] = {f"{TARGET} to {n}": row for n, row in states.items()} | follow
         named: dict[str, Difference] = {}
         for number, early in found.items():
-            for name, row in {**early, **later[number]}.items():
+            for name, row in {**early, **later.get(number, {})}.items():
                 title = self._titled(number, name)
                 named[title] = replace(row, name=title)
         return sorted(named.values(), key=lambda row: not row.name.startswith(f"{KIND}.prompt"))
@@ -305,8 +317,9 @@ class _Work:
             return self.source.start(draw)
         model = self.source.model
         target = _nudged(torch.from_numpy(stored[TARGET]), nudge)
-        noise = normal_of(draw.seed, NOISE, tuple(target.shape))
-        clean = None if self._prior(number) else model.objective.clean(target, noise)
+        noise = normal_of(draw.seed, NOISE, self._latents)
+        told = not (self.plan.window or self._prior(number))
+        clean = model.objective.clean(target, noise) if told else None
         start = self.source.enter(draw, noise if clean is None else clean)
         kept = {name: torch.from_numpy(stored[COND + name]) for name in self.unknown}
         return start._replace(cond={**start.cond, **kept})
@@ -370,7 +383,7 @@ class _Work:
             return []
         first = self.plan.head_skip if from_entry else 0
         order, borders = list(begun), borders_of(self.plan, begun)
-        kept = states_at(borders, self.checkpoint, order, self.plan.grid, _quiet, first)
+        kept = states_at(borders, self.checkpoint, order, self.plan.passing_grid, _quiet, first)
         tensors = partial(tensors_of, self.plan, self.source, self.checkpoint.names)
         return list(map(tensors, order, kept))
 
@@ -385,8 +398,11 @@ class _Work:
         state = start.state
         cond = self.plan.reads(self.checkpoint.names, start.cond)
         batch = as_batch(state, state.image, cond, start.target, start.weight)
+        arrays = {name: value.numpy() for name, value in batch.items()}
+        if start.window:
+            arrays = start.window.cut(arrays, self.plan.placed(self.source.model.family))
         unknown = {COND + name for name in self.unknown}
-        known = {name: value.numpy() for name, value in batch.items() if name not in unknown}
+        known = {name: value for name, value in arrays.items() if name not in unknown}
         return self._rows(number, known, names)
 
     def _rows(
@@ -411,7 +427,7 @@ class _Work:
 
     def _titled(self, number: int, name: str) -> str:
         """A tensor's name in a certificate: "bank.draw 3.entry"."""
-        if name.removeprefix(COND) in self.source.model.family.per_prompt:
+        if name.removeprefix(COND) in self.plan.per_prompt(self.source.model.family):
             return f"{KIND}.prompt {self.bank.index.draws[number].prompt}.{name}"
         return f"{KIND}.draw {number}.{name}"
 
@@ -424,7 +440,9 @@ class _Work:
             "from seed and target, conditioning, entry state and residuals of": [
                 n for n in self.whole if n not in self.pictured
             ],
-            "from the stored entry state, residuals of": [
+            "from their seeds, conditioning of"
+            if self.plan.window
+            else "from the stored entry state, residuals of": [
                 n for n in self.numbers if n not in self.whole
             ],
         }
@@ -450,7 +468,9 @@ class _Work:
             lines.append(
                 f"whether the entry states of draws {_listed(rest)} follow from their seed"
             )
-        tail = self.plan.tail_skip and self.plan.tail == STORED
+        if self.plan.window and rest:
+            lines.append(f"the targets and residuals of draws {_listed(rest)}, which are windows")
+        tail = self.plan.window or (self.plan.tail_skip and self.plan.tail == STORED)
         if rest and not tail and not self.plan.inner_skips:
             lines.append("those entry states at all: no residual is stored that follows from them")
         return lines

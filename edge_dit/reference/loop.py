@@ -54,15 +54,16 @@ class WholeModel:
             self.skeleton,
             self.vae,
             sampler,
-            plan.grid,
+            plan.passing_grid,
             {0: image},
             {0: prompt},
             plan.tile,
             plan.weighted,
             plan.masked,
+            windows=plan.window_rule,
         )
         starts = [source.start(draw) for draw in draws]
-        kept = states_at(borders_of(plan), self.checkpoint, starts, plan.grid, _silent)
+        kept = states_at(borders_of(plan), self.checkpoint, starts, plan.passing_grid, _silent)
         return [
             tensors_of(plan, source, self.checkpoint.names, *pair)
             for pair in zip(starts, kept, strict=True)

@@ -29,6 +29,7 @@ from edge_dit.pictures.dataset import Captioned
 from edge_dit.pictures.draws import BankRequest, bank_index
 from edge_dit.pictures.filling import fill
 from edge_dit.pictures.masks import of_tokens
+from edge_dit.pictures.window import Window, WindowRule
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.reference.eager import blank_batch
 
@@ -58,7 +59,7 @@ def precompute(
     maker: Any = partial(_maker, plan, index, images)
     if pool is not None:
         maker = partial(_ClusterMaker, pool, partial(maker, check=True), index, folder)
-    fill(folder, index, images, {COND + name for name in model.family.per_prompt}, maker)
+    fill(folder, index, images, {COND + name for name in plan.per_prompt(model.family)}, maker)
     return index
 
 
@@ -90,14 +91,16 @@ class _Maker:
 
     def per_prompt(self) -> list[Mapping[str, np.ndarray]]:
         with self.checkpoint.outside(self.source.skeleton):
-            return self.source.per_prompt(self.plan.text_tokens)
+            return self.source.per_prompt(
+                self.plan.per_prompt(self.source.model.family), self.plan.text_tokens
+            )
 
     def draws(
         self, numbers: Sequence[int], advance: Callable[..., None]
     ) -> Iterator[dict[str, np.ndarray]]:
         with self.checkpoint.outside(self.source.skeleton):
             starts = [self.source.start(self.index.draws[number]) for number in numbers]
-        borders, grid = borders_of(self.plan, starts), self.plan.grid
+        borders, grid = borders_of(self.plan, starts), self.plan.passing_grid
         kept = states_at(borders, self.checkpoint, starts, grid, advance)
         tensors = partial(tensors_of, self.plan, self.source, self.checkpoint.names)
         if not any(start.prior for start in starts):
@@ -144,7 +147,7 @@ def _prompts_of(maker: _Maker, _: None) -> list[Mapping[str, np.ndarray]]:
 
 def _stored_draws(maker: _Maker, numbers: Sequence[int]) -> list[dict[str, np.ndarray]]:
     """Draws as a bank stores them: what the prompt alone decides stays where it was computed."""
-    once = {COND + name for name in maker.source.model.family.per_prompt}
+    once = {COND + name for name in maker.plan.per_prompt(maker.source.model.family)}
     draws = maker.draws(numbers, lambda *_: None)
     return [
         bank.narrowed({n: v for n, v in draw.items() if n not in once}, maker.index.dtype)
@@ -163,7 +166,7 @@ def plan_index(
         images: from `edge_dit.pictures.dataset.read_folder`.
         blank: a draw of the plan's shapes.
     """
-    bytes_each = sum(4 * value.numel() for value in blank.values())
+    bytes_each = sum(4 * value.numel() for value in blank.values()) * plan.passing_factor
     asked = BankRequest(
         plan.identity(),
         plan.draws,
@@ -185,7 +188,8 @@ UNLISTED = bank.Listed("", "")
 
 class Start(NamedTuple):
     """A draw before the first block, or before a later one: state, conditioning, target, weight of
-    its loss or of each token's, and whether the base model's prediction takes the target's place.
+    its loss or of each token's, whether the base model's prediction takes the target's place, and
+    the window that is kept of it, if patches are windows.
     """
 
     state: State
@@ -193,6 +197,7 @@ class Start(NamedTuple):
     target: Tensor
     weight: float | Tensor | None
     prior: bool = False
+    window: Window | None = None
 
 
 @dataclass(frozen=True)
@@ -204,13 +209,14 @@ class Source:
         skeleton: its transformer, blocks on the meta device.
         vae: the autoencoder; None where no image is encoded.
         sampler: cuts patches out of images.
-        grid: token rows and columns of a patch.
+        grid: token rows and columns of what passes the frozen blocks.
         images: as read, by number.
         prompts: encoded, by number in the bank's index.
         tile: side of the tiles that patches are encoded in, pixels; None for whole patches.
         weighted: whether losses are weighed by the pictures' weights.
         masked: whether they are by the pictures' masks too.
         listed: the pictures in the bank's index, by number.
+        windows: size and place of windows, if patches are windows.
     """
 
     model: Model
@@ -224,6 +230,7 @@ class Source:
     weighted: bool = False
     masked: bool = False
     listed: Sequence[bank.Listed] = ()
+    windows: WindowRule | None = None
 
     @torch.no_grad()
     def start(self, draw: bank.Draw) -> Start:
@@ -252,10 +259,11 @@ class Source:
         if self.masked:
             mask = of_tokens(self._mask(draw, listed), self.grid, target.shape)
             weight = torch.from_numpy(mask) * (1.0 if weight is None else weight)
-        return Start(state, cond, target, weight, listed.prior)
+        window = self.windows.window(draw) if self.windows else None
+        return Start(state, cond, target, weight, listed.prior, window)
 
     def _mask(self, draw: bank.Draw, listed: bank.Listed) -> np.ndarray:
-        """The mask of a draw's patch, [s_min, s_min] float32 in [0, 1]."""
+        """The mask of a draw's crop, of its resized side, float32 in [0, 1]."""
         side = self.sampler.rule.s_min
         picture = self.images.get(draw.image)
         if not listed.mask or picture is None or picture.mask is None:
@@ -275,15 +283,17 @@ class Source:
         family = self.model.family
         return family.learned(family.head(self.skeleton, image, cond, self.grid))
 
-    def per_prompt(self, tokens: int) -> list[Mapping[str, np.ndarray]]:
-        """Conditioning that depends on the prompt alone, of each prompt of ``tokens`` tokens."""
+    def per_prompt(self, names: Sequence[str], tokens: int) -> list[Mapping[str, np.ndarray]]:
+        """Conditioning ``names``, that depends on the prompt alone, of each prompt of ``tokens``
+        tokens.
+        """
         family = self.model.family
         latents, _ = family.blank(self.skeleton, self.grid, tokens)
         stored: list[Mapping[str, np.ndarray]] = []
         for prompt in self.prompts.values():
             inputs = family.inputs(self.skeleton, latents, 0.0, prompt, self.grid)
             _, cond = family.begin(self.skeleton, inputs)
-            stored.append({COND + name: cond[name].float().numpy() for name in family.per_prompt})
+            stored.append({COND + name: cond[name].float().numpy() for name in names})
         return stored
 
 
@@ -335,12 +345,13 @@ def source_of(
         pipeline.transformer,
         pipeline.vae.eval() if images else None,
         PatchSampler(plan.crop_rule),
-        plan.grid,
+        plan.passing_grid,
         images,
         dict(zip(prompts, encoded, strict=True)),
         plan.tile,
         plan.weighted,
         plan.masked,
+        windows=plan.window_rule,
     )
 
 
@@ -377,7 +388,7 @@ def states_at(
         borders: numbers of blocks.
         checkpoint: of the model.
         starts: the draws.
-        grid: token rows and columns of a patch.
+        grid: token rows and columns of the draws.
         advance: of a progress bar that counts draws.
         first: number of the block that the draws start at.
     """
@@ -426,4 +437,5 @@ def tensors_of(
     if start.prior:
         target = source.prediction(states[plan.layers].image, start.cond)
     batch = as_batch(entry, tail, cond, target, start.weight, inner)
-    return {name: value.numpy() for name, value in batch.items()}
+    arrays = {name: value.numpy() for name, value in batch.items()}
+    return start.window.cut(arrays, plan.placed(source.model.family)) if start.window else arrays

@@ -24,6 +24,7 @@ from edge_dit.contract.bank import Bank
 from edge_dit.contract.bundle import open_bundle
 from edge_dit.contract.integrity import check_confined
 from edge_dit.errors import BadInput
+from edge_dit.pictures.sizes import PatchSizes
 from edge_dit.store.tensors import TensorFile, write_tensors
 from edge_dit_runtime.loop.measured import LOOP, measure_loop
 from edge_dit_runtime.loop.parts import Parts
@@ -169,10 +170,10 @@ def patches(sampler: Callable[..., np.ndarray], plan: Mapping[str, Any]) -> Tens
         sampler: as `edge_dit_runtime.session.open_sampler` opens it.
         plan: of the bundle's manifest.
     """
-    sizes = (plan[name] for name in ("s_min", "s_max", "multiple"))
+    rule = PatchSizes.model_validate(plan).crop_rule
     return {
         f"patch.{number}": np.asarray(sampler(*inputs))
-        for number, inputs in enumerate(sampler_inputs(*sizes))
+        for number, inputs in enumerate(sampler_inputs(rule))
     }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_dit.contract.names import ADAPTED, MOMENTS, STEP, TARGET
+from edge_dit.pictures.crop import CropRule
 from edge_dit_runtime.sessions.trainer import Tensors
 
 VARIATIONS = 2
@@ -111,14 +112,13 @@ def varied(draw: Mapping[str, np.ndarray], seed: int) -> Tensors:
     return changed
 
 
-def sampler_inputs(
-    s_min: int, s_max: int, multiple: int
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def sampler_inputs(rule: CropRule) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Image [1, 3, H, W], sigma [1] and uv [2], float32, of every patch that is compared.
 
     Args:
-        s_min, s_max, multiple: of the plan, pixels; see `edge_dit.pictures.crop.CropRule`.
+        rule: of the plan's crops.
     """
+    s_min, s_max, multiple = rule.s_min, rule.s_max, rule.multiple
     rng = np.random.default_rng(0)
     sides = np.arange(s_min, s_max, multiple)[[0, -1]] if s_max > s_min else np.empty(0)
     levels = (sides - s_min + (0.5 - BELOW) * multiple) / max(s_max - s_min, 1)

@@ -21,9 +21,9 @@ from edge_dit.contract.noise import NOISE, POSTERIOR
 from edge_dit.models.families.family import Grid, State
 from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.subgraph import as_batch, difference, inner_runs
-from edge_dit.pictures.crop import CropRule
 from edge_dit.pictures.draws import Drawn, DrawRule
 from edge_dit.pictures.masks import of_tokens
+from edge_dit.pictures.window import Window, WindowRule
 from edge_dit.planning.plan import Plan
 from edge_dit.reference.precompute import normal_of
 
@@ -149,7 +149,7 @@ def _passed(run: Run, drawn: Sequence[Draw], grid: Grid, hears: tuple[int, ...])
     arm, plan, family = ARMS[run.arm], plan_for(run), model_for(run.job).family
     draws = [begin(run, draw) for draw in drawn]
     cond = None if arm.told else joined([through.cond for through in draws])
-    windowed = arm.crop == "window"
+    rule = WindowRule(plan.grid[0], grid[0])
     blocks = family.blocks(pipeline_of(run.job).transformer)
     for number, (name, block) in enumerate(blocks.items()):
         with ExitStack() as stack:
@@ -169,76 +169,48 @@ def _passed(run: Run, drawn: Sequence[Draw], grid: Grid, hears: tuple[int, ...])
         for row, (through, draw, state) in enumerate(zip(draws, drawn, after, strict=True)):
             through.states.append(state)
             if seen is not None:
-                place = place_of(draw, grid, plan.grid)
+                place = rule.window(draw).place
                 through.heard[number] = heard_by(block, seen, place, grid, row)
-    if windowed:
-        return [
-            window(one, draw, grid, plan.grid, arm.margin)
-            for one, draw in zip(draws, drawn, strict=True)
-        ]
+    if arm.crop == "window":
+        return [window(one, draw, rule, arm.margin) for one, draw in zip(draws, drawn, strict=True)]
     return draws
 
 
-def place_of(draw: Draw, whole: Grid, patch: Grid) -> Crop:
-    """Where the window of a draw is, in tokens; its u and v say where.
-
-    Args:
-        draw: whose.
-        whole: token rows and columns of the picture, a square.
-        patch: those of the window, a square.
-    """
-    return CropRule(patch[0], whole[0], 1).crop(0.0, draw.u, draw.v, *whole)
-
-
-def window(through: Through, draw: Draw, whole: Grid, patch: Grid, margin: int = 0) -> Through:
+def window(through: Through, draw: Draw, rule: WindowRule, margin: int = 0) -> Through:
     """What a window of a whole picture's tokens holds of a draw, at the draw's place.
 
     Args:
         through: of the whole picture.
         draw: its u and v say where the window is.
-        whole: token rows and columns of the picture, a square.
-        patch: those of the window, a square.
+        rule: of the windows.
         margin: tokens from its edge, where that is not the picture's, whose loss does not count.
     """
-    place = place_of(draw, whole, patch)
-    rows, columns = (slice(first, first + place.side) for first in (place.top, place.left))
-
-    def cut(value: Tensor) -> Tensor:
-        """Tokens [1, text + image, ...]: all of the text's, and the image's that are inside."""
-        count = whole[0] * whole[1]
-        text, image = value.split([value.shape[1] - count, count], 1)
-        return torch.cat([text, image.unflatten(1, whole)[:, rows, columns].flatten(1, 2)], 1)
-
-    states = [State(cut(state.image), state.text) for state in through.states]
+    kept, weight = rule.window(draw), through.weight
+    states = [State(kept.tokens(state.image), state.text) for state in through.states]
     cond = {
-        name: cut(value[None])[0] if name.startswith("rope_") else value
+        name: kept.tokens(value, 0) if name.startswith("rope_") else value
         for name, value in through.cond.items()
     }
-    target = through.target
-    if target.dim() == 4:  # latents [1, C, h, w], not tokens
-        latents = target.shape[2] // whole[0]
-        target = target.unflatten(3, (-1, latents)).unflatten(2, (-1, latents))
-        target = target[:, :, rows, :, columns].flatten(4, 5).flatten(2, 3)
-    else:
-        target = cut(target)
-    weight = through.weight
+    tokens = through.target.dim() == 3
+    target = kept.tokens(through.target) if tokens else kept.latents(through.target)
     if margin:
-        inner = of_tokens(inside(place, whole, margin), patch, target.shape)
+        inner = of_tokens(inside(kept, margin), (rule.patch,) * 2, target.shape)
         weight = torch.from_numpy(inner) * (1.0 if weight is None else weight)
     return replace(through, states=states, cond=cond, target=target, weight=weight)
 
 
-def inside(place: Crop, whole: Grid, margin: int) -> np.ndarray:
+def inside(kept: Window, margin: int) -> np.ndarray:
     """1 for the tokens of a window that are further than a margin from its edge, or near one that
     is the picture's; 0 for the others: [side, side] float32.
     """
 
-    def along(start: int, size: int) -> np.ndarray:
-        at = np.arange(place.side)
+    def along(start: int) -> np.ndarray:
+        side = kept.place.side
+        at = np.arange(side)
         far = (at >= margin) | (start == 0)
-        return far & ((at < place.side - margin) | (start + place.side == size))
+        return far & ((at < side - margin) | (start + side == kept.side))
 
-    rows, columns = along(place.top, whole[0]), along(place.left, whole[1])
+    rows, columns = along(kept.place.top), along(kept.place.left)
     return (rows[:, None] & columns).astype(np.float32)
 
 

@@ -5,7 +5,7 @@ import { Fault, digestOf, float, pythonJson, sha256, storedFolder } from "./file
 import { count, shapeOf, tensor } from "./levels.mjs";
 import { clean } from "./loop.mjs";
 import { CROP, NOISE, normal, seedOf, uniform } from "./noise.mjs";
-import { asTensor, cropOf, readPicture } from "./pictures.mjs";
+import { asTensor, cropOf, passing, readPicture } from "./pictures.mjs";
 import { tensorPieces } from "./safetensors.mjs";
 import { picked } from "./steps.mjs";
 
@@ -95,7 +95,8 @@ async function indexOf(parts, pictures) {
     const { caption, height, width } = pictures[image];
     return { seed, image, prompt: prompts.indexOf(caption), sigma, u, v, crop: cropOf(plan, sigma, u, v, height, width) };
   });
-  const bytes = parts.bundle.tensors("batch").reduce((sum, { shape }) => sum + 4 * count(shape), 0);
+  const each = parts.bundle.tensors("batch").reduce((sum, { shape }) => sum + 4 * count(shape), 0);
+  const bytes = each * Math.ceil(passing(plan) ** 2 / plan.s_min ** 2);
   const index = {
     plan_hash: manifest.plan_hash,
     images: pictures.map(({ name, sha256: digest }) => ({ name, sha256: digest })),
@@ -119,7 +120,7 @@ function narrowed(name, value, dtype) {
 
 async function perPrompt(parts, numbers) {
   const { latents, per_prompt: names } = parts.facts;
-  const dims = shapeOf(latents, parts.bundle.plan.s_min / latents.factor);
+  const dims = shapeOf(latents, passing(parts.bundle.plan) / latents.factor);
   const found = {};
   for (const [n, number] of numbers.entries()) {
     const { cond } = await parts.begin(tensor(dims, new Float32Array(count(dims))), 0, number);
@@ -168,8 +169,42 @@ async function makeDraws(parts, pictures, drawn, numbers, say) {
     if (stored) batch.tail_residual = difference(kept[plan.layers][d].entry, kept[end][d].entry);
     if (weight !== null) batch.weight = tensor([1], Float32Array.of(weight));
     for (const name of parts.facts.per_prompt) delete batch[`cond.${name}`];
-    return batch;
+    return plan.window ? windowed(plan, parts.facts.placed ?? [], drawn[d], batch) : batch;
   });
+}
+
+/** What a window holds of a whole picture's batch: edge_dit/pictures/window.py. */
+function windowed(plan, placed, { u, v }, batch) {
+  const [patch, side] = [plan.s_min / plan.multiple, plan.s_max / plan.multiple];
+  const place = cropOf({ s_min: patch, s_max: side, multiple: 1 }, 0, u, v, side, side);
+  const rows = Array.from({ length: patch }, (_, n) => n);
+  const inside = rows.flatMap((row) => rows.map((column) => (place.top + row) * side + place.left + column));
+  /** Rows of ``width`` values, those of text before the picture's. */
+  const tokens = ({ type, dims, data }, axis) => {
+    const width = count(dims.slice(axis + 1));
+    const text = dims[axis] - side ** 2;
+    const kept = [...Array.from({ length: text }, (_, n) => n), ...inside.map((n) => text + n)];
+    const out = new data.constructor(kept.length * width);
+    kept.forEach((from, n) => out.set(data.subarray(from * width, (from + 1) * width), n * width));
+    return { type, dims: dims.with(axis, kept.length), data: out };
+  };
+  const latents = ({ type, dims: [one, channels, height, width], data }) => {
+    const each = height / side;
+    const [high, wide] = [patch * each, patch * each];
+    const out = new data.constructor(channels * high * wide);
+    for (let row = 0; row < channels * high; row++) {
+      const [channel, y] = [Math.floor(row / high), row % high];
+      const from = (channel * height + place.top * each + y) * width + place.left * each;
+      out.set(data.subarray(from, from + wide), row * wide);
+    }
+    return { type, dims: [one, channels, high, wide], data: out };
+  };
+  const named = new Set(placed.map((name) => `cond.${name}`));
+  return Object.fromEntries(Object.entries(batch).map(([name, value]) => {
+    if (name === "target") return [name, value.dims.length === 4 ? latents(value) : tokens(value, 1)];
+    if (["entry", "tail_residual"].includes(name) || name.startsWith("residual.")) return [name, tokens(value, 1)];
+    return [name, named.has(name) ? tokens(value, 0) : value];
+  }));
 }
 
 function trainedBlocks({ layers, head_skip: head, tail_skip: tail, inner_skips: inner = [] }) {

@@ -97,8 +97,12 @@ export function asTensor({ height, width, pixels }) {
   return { type: "float32", dims: [1, 3, height, width], data };
 }
 
+/** Side in pixels of what passes the frozen blocks: a patch, or the whole picture of a window. */
+export const passing = (plan) => (plan.window ? plan.s_max : plan.s_min);
+
 /** The square that a draw cuts of a picture, in pixels: Eq. 1, in float32. */
-export function cropOf({ s_min: least, s_max: most, multiple }, sigma, u, v, height, width) {
+export function cropOf(plan, sigma, u, v, height, width) {
+  const [least, most, multiple] = [passing(plan), plan.s_max, plan.multiple];
   const wanted = f32(least + f32(f32(sigma) * (most - least)));
   const side = roundEven(f32(wanted / multiple)) * multiple;
   const start = (share, size) => Math.min(Math.floor(f32(f32(share) * (size - side + 1))), size - side);

@@ -14,6 +14,7 @@ from edge_dit.contract.bundle import open_bundle
 from edge_dit.contract.certificate import Draws, TargetResult, read_certificate
 from edge_dit.contract.targets import TARGETS
 from edge_dit.errors import CheckFailed
+from edge_dit.pictures.crop import CropRule
 from edge_dit_runtime.measure import Point, read_points, write_points
 from edge_dit_runtime.probes import PROBES, VARIATIONS, sampler_inputs
 
@@ -46,7 +47,7 @@ def test_every_target_passes_and_the_certificate_says_so(road, bundle):
                 for kind in ("adapter", "exp_avg", "exp_avg_sq")
                 for name in lora
             ),
-            *(f"patch.{number}" for number in range(len(sampler_inputs(32, 64, 32)))),
+            *(f"patch.{number}" for number in range(len(sampler_inputs(CropRule(32, 64, 32))))),
         }
         tolerances = TARGETS[target.partition(" ")[0]].tolerances
         assert all(row.tolerance == tolerances[row.kind] for row in result.tensors)

@@ -269,9 +269,18 @@ COLLECTED = in_page("""
 """)
 
 
-def test_a_bank_of_the_page_with_text_and_an_inner_skip(tmp_path):
-    """FLUX: packed latents, the autoencoder's samples, text tokens; a run is skipped in between."""
-    world = make_world(tmp_path, "flux-dev", EXPORT, head_skip=0, inner_skips=[(1, 2)])
+INNER = {"head_skip": 0, "inner_skips": [(1, 2)]}
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [("flux-dev", INNER), ("flux-dev", {**INNER, "window": True}), ("sana", {"window": True})],
+)
+def test_a_bank_of_the_page(tmp_path, name, plan):
+    """FLUX: packed latents, the autoencoder's samples, text tokens; a run is skipped in between.
+    Windows have positions of their own in FLUX.
+    """
+    world = make_world(tmp_path, name, EXPORT, **plan)
     given = {
         "bundle": world.bundle.manifest_sha256,
         "pictures": [
@@ -283,11 +292,11 @@ def test_a_bank_of_the_page_with_text_and_an_inner_skip(tmp_path):
         found = browse(url, COLLECTED, given)
     assert loss_difference(world.losses("streamed")[0], found["losses"]) < LOSS
     (tmp_path / "made").mkdir()
-    for name, text in found["files"].items():
-        (tmp_path / "made" / name).write_bytes(decoded(text))
+    for file, text in found["files"].items():
+        (tmp_path / "made" / file).write_bytes(decoded(text))
     made = Bank(tmp_path / "made", world.bundle.manifest.plan_hash)
     assert made.identity == world.bank.identity
-    assert "residual_text.1" in made[0]
+    assert ("residual_text.1" in made[0]) == (name == "flux-dev")
     for wanted, draw in zip(world.bank, made, strict=True):
         assert difference(wanted, draw) < LOSS
 

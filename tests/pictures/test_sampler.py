@@ -48,7 +48,7 @@ def test_verify_sees_crops_that_grow_a_little_too_fast(sizes):
     """Rounding hides a span of sides that is 5 % too large, but at noise levels below a step."""
     sampler = PatchSampler(CropRule(*sizes))
     seen = 0
-    for image, sigma, uv in sampler_inputs(*sizes):
+    for image, sigma, uv in sampler_inputs(CropRule(*sizes)):
         if image.shape[2] > sizes[1]:
             continue  # one size of images is enough, and 1024 px take their time
         given = [torch.from_numpy(value) for value in (image, sigma, uv)]

@@ -31,6 +31,7 @@ from edge_dit.models.subgraph import (
     lora_name,
     residual_names,
 )
+from edge_dit.pictures.window import Window, WindowRule
 from edge_dit.reference.eager import EagerSession
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "samples"))
@@ -41,7 +42,7 @@ import measures
 import tables
 from arms import ARMS, CLAIMS, CROPS, NO_LORA, Claim, Skips, lora_blocks
 from context import heard_by, hearing, listening, set_heard
-from draws import Through, inside, place_of, stored, told, window
+from draws import Through, inside, stored, told, window
 from experiment import how_selected, settings
 from four_bits import (
     GROUP,
@@ -158,7 +159,7 @@ def test_a_window_is_the_same_place_of_states_positions_and_target(u: float, v: 
     found = [
         window(Through([State(image), State(both)], {"rope_cos": both[0]}, target, None), *where)
         for target in (latents, image)
-        for where in [(draw, (6, 6), (2, 2))]
+        for where in [(draw, WindowRule(2, 6))]
     ]
     kept = found[0].states[0].image.flatten().tolist()
     first = int(kept[0])
@@ -174,16 +175,16 @@ def test_a_window_is_the_same_place_of_states_positions_and_target(u: float, v: 
 
 
 def test_the_margin_is_on_edges_that_are_not_the_pictures() -> None:
-    corner, middle = Crop(0, 0, 3), Crop(2, 3, 3)
-    assert inside(corner, (6, 6), 1).tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
-    assert inside(middle, (6, 6), 1).tolist() == [[0, 0, 0], [0, 1, 1], [0, 0, 0]]
-    assert inside(Crop(0, 0, 6), (6, 6), 2).all()
+    corner, middle = Window(Crop(0, 0, 3), 6), Window(Crop(2, 3, 3), 6)
+    assert inside(corner, 1).tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert inside(middle, 1).tolist() == [[0, 0, 0], [0, 1, 1], [0, 0, 0]]
+    assert inside(Window(Crop(0, 0, 6), 6), 2).all()
 
 
 def test_a_windows_margin_does_not_count() -> None:
     latents = torch.zeros(1, 1, 12, 12)
     through = Through([State(torch.zeros(1, 36, 1))], {}, latents, 0.5)
-    where = (Draw(0, 0, 0, 0.5, 0.0, 0.0, Crop(0, 0, 8)), (6, 6), (2, 2))
+    where = (Draw(0, 0, 0, 0.5, 0.0, 0.0, Crop(0, 0, 8)), WindowRule(2, 6))
     weight = window(through, *where, 1).weight
     assert weight[0, 0].tolist() == [[0.5, 0.5, 0, 0]] * 2 + [[0, 0, 0, 0]] * 2
     assert window(through, *where).weight == 0.5
@@ -199,13 +200,13 @@ def sana_block() -> SanaTransformerBlock:
 
 @pytest.mark.parametrize(("u", "v"), [(0.0, 0.0), (0.5, 0.3), (1.0, 1.0)])
 def test_a_window_that_hears_the_rest_is_the_whole_pictures(u: float, v: float) -> None:
-    block, grid, patch = sana_block(), (6, 6), (3, 3)
+    block, grid = sana_block(), (6, 6)
     generator = torch.Generator().manual_seed(1)
     image, text, modulation = (
         torch.randn(shape, generator=generator) for shape in ((2, 36, 16), (2, 4, 16), (2, 96))
     )
     given = {"encoder_hidden_states": text, "timestep": modulation}
-    place = place_of(Draw(0, 0, 0, 0.5, u, v, Crop(0, 0, 8)), grid, patch)
+    place = WindowRule(3, 6).window(Draw(0, 0, 0, 0.5, u, v, Crop(0, 0, 8))).place
     inside = torch.zeros(grid, dtype=torch.bool)
     inside[place.top : place.top + 3, place.left : place.left + 3] = True
     with torch.no_grad():

@@ -73,9 +73,8 @@ def random_source(plan: Plan, model: Model) -> LoopSource:
 
     checkpoint = model.checkpoint()
     skeleton: Any = checkpoint.skeleton()
-    side = plan.s_min // plan.multiple
     torch.manual_seed(0)
-    _, prompt = model.family.blank(skeleton, (side, side), plan.text_tokens)
+    _, prompt = model.family.blank(skeleton, plan.passing_grid, plan.text_tokens)
     encoded = {
         name: value if name.endswith("mask") else torch.randn(value.shape)
         for name, value in prompt.items()
@@ -86,8 +85,10 @@ def random_source(plan: Plan, model: Model) -> LoopSource:
         skeleton=skeleton,
         vae=_random_autoencoder(),
         text_tokens=plan.text_tokens,
-        patch=plan.s_min,
+        patch=plan.passing,
         side=plan.s_max,
+        per_prompt=plan.per_prompt(model.family),
+        placed=plan.placed(model.family),
         prompts=LoopPrompts([PROMPT], [0], PROMPT),
         texts=[PROMPT],
         negatives=[],

@@ -136,6 +136,10 @@ class Family:
     """Names in `conditioning` whose tensors differ from block to block."""
     per_prompt: ClassVar[tuple[str, ...]]
     """Conditioning that depends on the prompt alone: a bank stores it once per prompt."""
+    placed: ClassVar[tuple[str, ...] | None] = None
+    """Conditioning with a row for each token, text first, which a window cuts with the states; None
+    where patches cannot be windows.
+    """
     aliases: ClassVar[tuple[str, ...]] = ()
     """Other classes that published configurations name; diffusers builds `transformer` for them."""
     needs: ClassVar[tuple[str, ...]] = ()

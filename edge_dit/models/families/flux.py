@@ -49,6 +49,7 @@ class Flux(Family):
     lora_targets = packing.LORA_TARGETS
     text_output = packing.TEXT_OUTPUT
     per_prompt = ("rope_cos", "rope_sin")
+    placed = ("rope_cos", "rope_sin")
     needs = ("text_encoder_2", "tokenizer_2")
     text_widths: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "pooled_projection_dim": ("text_encoder",),

@@ -80,6 +80,7 @@ class PixArt(Family):
         "ff.net.2",
     )
     per_prompt = ("encoder_hidden_states", "encoder_attention_mask")
+    placed = ()
     # Published checkpoints; diffusers loads them as PixArtTransformer2DModel
     # (models/modeling_utils.py, LegacyModelMixin).
     aliases = ("Transformer2DModel",)

@@ -88,6 +88,7 @@ class Sana(Family):
     )
     before_relu = ("attn1.to_q", "attn1.to_k")
     per_prompt = ("encoder_hidden_states", "encoder_attention_mask")
+    placed = ()
     samples_posterior = False
     text_widths: ClassVar[Mapping[str, tuple[str, ...]]] = {"caption_channels": ("text_encoder",)}
     switches: ClassVar[Rules] = {

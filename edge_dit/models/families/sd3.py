@@ -73,6 +73,7 @@ class SD3(Family):
         "ff_context.net.2",
     )
     per_prompt = ()
+    placed = ()
     needs = ("text_encoder_2", "tokenizer_2")  # it works without its T5
     text_widths: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "pooled_projection_dim": ("text_encoder", "text_encoder_2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,10 @@ class LoopSource:
         skeleton: its transformer, blocks on the meta device.
         vae: its autoencoder.
         text_tokens: length of an encoded prompt.
-        patch, side: pixels per side of a patch, and of a picture.
+        patch, side: pixels per side of what passes the frozen blocks when a bank is made, and of a
+            picture.
+        per_prompt: conditioning that a bank stores once per prompt.
+        placed: conditioning that windows cut with the states.
         prompts: that were asked for.
         texts: all prompts.
         negatives: numbers of those that are encoded as negative ones.
@@ -46,6 +50,8 @@ class LoopSource:
     text_tokens: int
     patch: int
     side: int
+    per_prompt: Sequence[str]
+    placed: Sequence[str]
     prompts: LoopPrompts
     texts: list[str]
     negatives: list[int]
@@ -83,7 +89,7 @@ class LoopSource:
 
     @property
     def grid(self) -> Grid:
-        """Token rows and columns of a patch."""
+        """Token rows and columns of what passes the frozen blocks."""
         return self._grid(self.patch)
 
     @property
@@ -140,8 +146,10 @@ def loop_source(plan: Plan, model: Model, prompts: LoopPrompts) -> LoopSource:
         skeleton=skeleton,
         vae=pipeline.vae.eval().requires_grad_(False),
         text_tokens=plan.text_tokens,
-        patch=plan.s_min,
+        patch=plan.passing,
         side=plan.s_max,
+        per_prompt=plan.per_prompt(family),
+        placed=plan.placed(family),
         prompts=prompts,
         texts=texts + [text] * len(negative),
         negatives=[len(texts)] * len(negative),

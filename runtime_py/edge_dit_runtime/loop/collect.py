@@ -67,7 +67,7 @@ def collect(
         plan.seed,
         plan.crop_rule,
         plan.bank_dtype,
-        sum(4 * prod(shape) for shape in sizes),
+        sum(4 * prod(shape) for shape in sizes) * plan.passing_factor,
         plan.prior_share,
     )
     index = bank_index(asked, pictures, parts.objective.level)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from edge_dit.contract import bank
 from edge_dit.contract.bundle import REMEDY, Bundle
@@ -26,9 +26,10 @@ from edge_dit.contract.names import (
 from edge_dit.contract.noise import NOISE, normal
 from edge_dit.contract.objective import weight_of
 from edge_dit.contract.split import borders, inner_runs, trained_blocks
-from edge_dit.pictures.crop import CropRule
 from edge_dit.pictures.dataset import Captioned
 from edge_dit.pictures.masks import of_tokens
+from edge_dit.pictures.sizes import PatchSizes
+from edge_dit.pictures.window import Window
 from edge_dit.store.documents import validated
 from edge_dit_runtime.loop.parts import TARGET as ONNX
 from edge_dit_runtime.loop.parts import Parts
@@ -36,17 +37,14 @@ from edge_dit_runtime.session import open_sampler
 from edge_dit_runtime.sessions.trainer import Tensors
 
 
-class Planned(BaseModel):
+class Planned(PatchSizes):
     """The part of a manifest's plan that draws are made by."""
 
     layers: int
     head_skip: int
     tail_skip: int
-    inner_skips: list[tuple[int, int]] = []
+    inner_skips: list[tuple[int, int]] = Field(default_factory=list)
     tail: Tail = STORED
-    s_min: int
-    s_max: int
-    multiple: int
     draws: int
     seed: int
     bank_dtype: Literal["float32", "float16"] = "float32"
@@ -58,11 +56,6 @@ class Planned(BaseModel):
     def trained(self) -> list[int]:
         """Numbers of the trained blocks, ascending."""
         return trained_blocks(self.layers, self.head_skip, self.tail_skip, self.inner_skips)
-
-    @property
-    def crop_rule(self) -> CropRule:
-        """Of the crops that patches are made of."""
-        return CropRule(self.s_min, self.s_max, self.multiple)
 
 
 def planned_of(bundle: Bundle) -> Planned:
@@ -76,14 +69,15 @@ def planned_of(bundle: Bundle) -> Planned:
 
 @dataclass(frozen=True)
 class Start:
-    """A draw before the first block: state by `STATE`, conditioning by batch names, target, and
-    weight of its loss.
+    """A draw before the first block: state by `STATE`, conditioning by batch names, target, weight
+    of its loss, and the window that is kept of it, if patches are windows.
     """
 
     state: Tensors
     cond: Tensors
     target: np.ndarray
     weight: float | np.ndarray | None
+    window: Window | None = None
 
 
 class Starts:
@@ -101,7 +95,7 @@ class Starts:
         self.parts, self.images, self.prompts = parts, images, prompts
         self.plan = planned_of(parts.bundle)
         self._sampler = open_sampler(parts.bundle, ONNX)
-        self.shape = parts.facts.latents.shape(self.plan.s_min // parts.facts.latents.factor)
+        self.shape = parts.facts.latents.shape(self.plan.passing // parts.facts.latents.factor)
 
     def encode(self, draw: bank.Draw) -> np.ndarray:
         """Clean latents of a draw's patch."""
@@ -115,7 +109,9 @@ class Starts:
         timestep = objective.timestep(draw.sigma)
         state, cond = self.parts.begin(noised, timestep, self.prompts[draw.prompt])
         target = np.asarray(objective.target(clean, noise), np.float32)
-        return Start(state, cond, target, self._weight(draw, target.shape))
+        rule = self.plan.window_rule
+        window = rule.window(draw) if rule else None
+        return Start(state, cond, target, self._weight(draw, target.shape), window)
 
     def _weight(self, draw: bank.Draw, target: tuple[int, ...]) -> float | np.ndarray | None:
         """Weight of a draw's loss, or of each token's where draws have masks.
@@ -128,16 +124,15 @@ class Starts:
         weight = weight_of(self.parts.objective.weight(draw.sigma), picture.weight, plan.weighted)
         if not plan.masked:
             return weight
-        patch = np.ones((plan.s_min, plan.s_min), np.float32)
+        patch = np.ones((plan.passing, plan.passing), np.float32)
         if picture.mask is not None:
             whole = np.repeat(picture.mask()[None, None], 3, axis=1)
             patch = self._patch(whole, draw)[0, 0]
-        tokens = plan.s_min // plan.multiple
-        mask = of_tokens(patch, (tokens, tokens), target)
+        mask = of_tokens(patch, plan.passing_grid, target)
         return mask * np.float32(1.0 if weight is None else weight)
 
     def _patch(self, pixels: np.ndarray, draw: bank.Draw) -> np.ndarray:
-        """The patch of a draw, [1, 3, s_min, s_min], of a picture [1, 3, H, W]."""
+        """The crop of a draw, [1, 3, passing, passing], of a picture [1, 3, H, W]."""
         sigma, place = np.array([draw.sigma], np.float32), np.array([draw.u, draw.v], np.float32)
         return self._sampler(pixels, sigma, place)
 
@@ -192,4 +187,4 @@ class Starts:
             batch[WEIGHT_MASK] = start.weight
         elif start.weight is not None:
             batch[WEIGHT] = np.array([start.weight], np.float32)
-        return batch
+        return start.window.cut(batch, self.parts.facts.placed) if start.window else batch
