@@ -18,8 +18,8 @@ About three hours on one core. Needs the extra `host` and scikit-image. The seed
 everything, but not to the bit across machines. The folder in the repository differs a little from a
 fresh run, because steps were added: the autoencoder's first 1,800 had a learning rate of up to
 1.5e-3, planned for 1,800; the transformer's was planned for 2,800 steps until step 2,400, and for
-3,000 until step 3,000. It has not been through the stage `sizes` yet; `--begin
-samples/tiny-flux` goes on from it.
+3,000 until step 3,000. It went through the stage `sizes` later, and once more through `guidance`:
+--begin takes a folder's models for the stages before these.
 """
 
 from __future__ import annotations
@@ -273,6 +273,18 @@ def make_latents(work: Path, pipe: FluxPipeline) -> dict:
 
 
 @torch.no_grad()
+def latents_of(folder: Path, pipe: FluxPipeline) -> dict:
+    """Of what `make_latents` makes, what the stages after `transformer` need, where those before
+    are a pipeline folder's: shift, scale, empty, empty_pooled.
+    """
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    empty, empty_pooled = encode_captions(pipe, [""])
+    shift, scale = config["shift_factor"], 1 / config["scaling_factor"]
+    data = {"empty": empty, "empty_pooled": empty_pooled}
+    return {**data, "shift": torch.tensor(shift), "scale": torch.tensor(scale)}
+
+
+@torch.no_grad()
 def make_sized_latents(work: Path, pipe: FluxPipeline, data: dict) -> dict:
     """Scenes of the last stages, by "<height>x<width>" of `SIZES`: latents [SIZED_SCENES, 4, h, w],
     "<size>.text" [SIZED_SCENES, TOKENS, 96] and "<size>.pooled"; the empty prompt as in ``data``.
@@ -446,7 +458,7 @@ def main() -> None:
         tokenizer_2,
         make_transformer(),
     )
-    data = make_latents(work, pipe)
+    data = latents_of(arguments.begin, pipe) if arguments.begin else make_latents(work, pipe)
     pipe.vae.register_to_config(
         shift_factor=data["shift"].item(), scaling_factor=1 / data["scale"].item()
     )

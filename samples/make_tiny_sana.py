@@ -13,8 +13,8 @@ Stages, each kept in DIR and skipped when already there; a stopped training resu
 About two hours on two idle cores. Needs the extra `host` and scikit-image. The seed fixes
 everything, but not to the bit across machines. The folder in the repository differs a little from a
 fresh run: its autoencoder was resumed twice, with latent noise 0.08 for the first 2,000 steps and
-the learning rate planned for 3,600, then 5,400, finally 4,700 steps. It has not been through the
-stage `sizes` yet; `--begin samples/tiny-sana` goes on from it.
+the learning rate planned for 3,600, then 5,400, finally 4,700 steps. It went through the stage
+`sizes` later, on one thread: --begin takes a folder's models for the stages before that.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def encode_told_and_plain(pipe: SanaPipeline, captions: list[str]) -> tuple:
 
 
 @torch.no_grad()
-def make_latents(work: Path, vae: AutoencoderDC, tokenizer, text_encoder) -> dict:
+def make_latents(work: Path, pipe: SanaPipeline) -> dict:
     """Scenes as the transformer is trained on them; N scenes:
 
     whole     [N, 8, 16, 16] at 128 px      small  [N, 8, 8, 8] the same scene at 64 px
@@ -232,12 +232,11 @@ def make_latents(work: Path, vae: AutoencoderDC, tokenizer, text_encoder) -> dic
     if done.exists():
         return load_file(done)
 
-    captions, data = encoded_scenes(SCENES, lambda pixels: vae.encode(pixels).latent)
+    captions, data = encoded_scenes(SCENES, lambda pixels: pipe.vae.encode(pixels).latent)
     scale = data["whole"].std()
     for name in LATENTS:
         data[name] = (data[name] / scale).half()
 
-    pipe = SanaPipeline(tokenizer, text_encoder, vae, make_transformer(), make_scheduler())
     text, text_mask = encode_told_and_plain(pipe, captions)
     empty, empty_mask = encode_captions(pipe, [""], None)
     data |= {
@@ -249,6 +248,17 @@ def make_latents(work: Path, vae: AutoencoderDC, tokenizer, text_encoder) -> dic
     }
     save_latents(data, done)
     return data
+
+
+@torch.no_grad()
+def latents_of(folder: Path, pipe: SanaPipeline) -> dict:
+    """Of what `make_latents` makes, what the stage `sizes` needs, where the stages before it are a
+    pipeline folder's: scale, empty, empty_mask.
+    """
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    empty, empty_mask = encode_captions(pipe, [""], None)
+    scale = torch.tensor(1 / config["scaling_factor"])
+    return {"empty": empty, "empty_mask": empty_mask, "scale": scale}
 
 
 def text_of(data: dict, name: str, rows: torch.Tensor, dropped: torch.Tensor) -> tuple:
@@ -344,10 +354,10 @@ def main() -> None:
     tokenizer = make_tokenizer(vocabulary_captions())
     text_encoder = make_text_encoder(len(tokenizer))
     vae = train_autoencoder(work)
-    data = make_latents(work, vae, tokenizer, text_encoder)
+    pipe = SanaPipeline(tokenizer, text_encoder, vae, make_transformer(), make_scheduler())
+    data = latents_of(arguments.begin, pipe) if arguments.begin else make_latents(work, pipe)
     vae.register_to_config(scaling_factor=1 / data["scale"].item())
     transformer = train_transformer(work, data)
-    pipe = SanaPipeline(tokenizer, text_encoder, vae, transformer, make_scheduler())
     transformer = train_sizes(work, make_sized_latents(work, pipe, data), transformer)
     pipe.transformer = transformer.to(memory_format=torch.contiguous_format)
     save_pipeline(pipe, arguments.out)

@@ -1,6 +1,6 @@
-"""Measure which blocks of tiny-sana may be skipped, and write samples/tiny-sana/selection.json.
+"""Measure which blocks of a sample checkpoint may be skipped, and write its selection.json.
 
-    python samples/select_blocks.py WORK    # an hour on two cores; goes on where it stopped
+    python samples/select_blocks.py WORK [tiny-flux]    # minutes; goes on where it stopped
 
 It measures by loss with the ends frozen, on the quickstart's toy and one of samples/reproduce. What
 the paper's selector and the one by loss with masked text find goes to samples/reproduce/selections,
@@ -30,6 +30,7 @@ from subjects import write_subjects  # noqa: E402
 
 TOYS = ("owl",)  # of the half that is not for the ablations
 STEPS, PROMPTS, SEEDS = 300, 2, (1,)
+JOBS = {"tiny-sana": "sana.toml", "tiny-flux": "flux.toml"}
 
 
 def subject(plan: Plan, name: str, folder: Path) -> Subject:
@@ -69,20 +70,21 @@ def agreement(one: Selection, other: Selection) -> list[str]:
     return lines
 
 
-def main(work: Path) -> None:
-    plan = make_plan(read_job(ROOT / "sana.toml"))
+def main(work: Path, model: str = "tiny-sana") -> None:
+    plan = make_plan(read_job(ROOT / JOBS[model]))
     write_subjects(work / "subjects", TOYS)
     folders = {"toy": ROOT / "subject", **{toy: work / "subjects" / toy for toy in TOYS}}
     subjects = [subject(plan, name, folder) for name, folder in folders.items()]
     drawn = select_by_generation(
         plan, subjects, work, steps=STEPS, drawn=Drawn(prompts=PROMPTS, seeds=tuple(SEEDS))
     )
-    write_selection(drawn, ROOT / "reproduce" / "selections" / "tiny-sana.json")
+    kept = ROOT / "reproduce" / "selections"
+    write_selection(drawn, kept / f"{model}.json")
     by_loss = []
     for frozen in (False, True):
         found = select_by_loss(plan, subjects, work, frozen=frozen, steps=STEPS)
-        others = ROOT / "reproduce" / "selections" / f"{found.method}.json"
-        write_selection(found, ROOT / "tiny-sana" / NAME if frozen else others)
+        others = kept / f"{model}-{found.method}.json"
+        write_selection(found, ROOT / model / NAME if frozen else others)
         by_loss.append(found)
     for found in (drawn, *by_loss):
         print(found.method, f"{found.seconds:.0f} s")
@@ -93,4 +95,4 @@ def main(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:2]), *sys.argv[2:3])

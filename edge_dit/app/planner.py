@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_dit.budget.limits import NO_LIMITS, Limits
+from edge_dit.budget.quality import Terms, quality, terms_of
 from edge_dit.contract.targets import RECOMPUTE, TARGETS, WIDE, TargetVariant, tail_faults
 from edge_dit.errors import BadInput
 from edge_dit.pictures.dataset import Survey, read_folders
@@ -64,14 +65,21 @@ class Planned:
         better = self.selection.proposed(skipped) if self.selection else None
         if better and self.plan.inner_skips == [better.run]:
             lines.append(better.in_words())
+        terms = self.terms
+        kept = [] if terms is None else [quality().in_words(terms)]
         if self.choice is not None:
-            return [*lines, *self.choice.in_words(), *self.pictures_in_words()]
+            return [*lines, *self.choice.in_words(), *kept, *self.pictures_in_words()]
         for name, takes in self.footprints.items():
             lines.append(
                 f"{name}: about {size(takes.anonymous)} anonymous and {size(takes.file)} of files, "
                 f"{takes.seconds:.2g} s a step, bundle {size(takes.bundle)}"
             )
-        return [*lines, *self.pictures_in_words()]
+        return [*lines, *kept, *self.pictures_in_words()]
+
+    @property
+    def terms(self) -> Terms | None:
+        """What the plan gives up, if skipping its blocks was measured."""
+        return self.selection and terms_of(self.plan, self.selection)
 
     def pictures_in_words(self) -> list[str]:
         """What was found in each folder of pictures, as lines for people."""
@@ -284,6 +292,8 @@ def report_on(job: Job, planned: Planned, path: Path) -> None:
         measured=measured,
         machine=machine,
         samples=report.sample_patches(plan, images),
+        quality=quality(),
+        kept=None if planned.terms is None else quality().kept(planned.terms),
     )
     report.write_report(path, page)
 

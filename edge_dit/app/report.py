@@ -16,6 +16,7 @@ import numpy as np
 
 from edge_dit.app.describe import in_runs
 from edge_dit.budget.limits import NO_LIMITS, Limits
+from edge_dit.budget.quality import Quality
 from edge_dit.contract.bank import Crop, Draw
 from edge_dit.errors import missing_extra, require
 from edge_dit.pictures.dataset import Captioned
@@ -120,6 +121,9 @@ class Page:
         measured: predictions that were compared with measurements; may be empty.
         machine: the machine of these measurements.
         samples: from `sample_patches`; may be empty.
+        quality: the calibration that ``kept`` is by.
+        kept: share of full LoRA's gain that the plan is expected to keep; None if the blocks of
+            its model were not measured.
     """
 
     model: str
@@ -136,6 +140,8 @@ class Page:
     measured: Sequence[Measured] = ()
     machine: str = ""
     samples: Sequence[Sampled] = ()
+    quality: Quality | None = None
+    kept: float | None = None
 
 
 def sample_patches(
@@ -269,6 +275,7 @@ def render(page: Page) -> str:
         letters=LETTERS,
         bars=_bars(page.memory),
         samples=[_sample(sample) for sample in page.samples],
+        scatter=None if page.quality is None else _scatter(page.quality, page.kept),
     )
 
 
@@ -367,6 +374,55 @@ def _heat(selection: Selection, plan: Plan) -> Heat:
     ]
     step = next(step for step in (1, 2, 5, 10, 20, 50, layers) if layers <= 15 * step)
     return Heat(cells, 320 / layers, range(0, layers, step), low, high, unit, best)
+
+
+class Dot(NamedTuple):
+    """A point of the calibration: where it is in the drawing, its model's number, and its title."""
+
+    x: float
+    y: float
+    model: int
+    title: str
+
+
+class Scatter(NamedTuple):
+    """Measured against predicted shares of full LoRA's gain.
+
+    Attributes:
+        dots: one for each measured plan.
+        models: their models.
+        ticks: percents that label both axes, and where they are on the horizontal one.
+        own: where the plan's prediction is on it; None without one.
+    """
+
+    dots: list[Dot]
+    models: list[str]
+    ticks: list[tuple[int, float]]
+    own: float | None
+
+
+def _scatter(quality: Quality, kept: float | None) -> Scatter:
+    models = sorted({point.model for point in quality.points})
+    shares = [share for p in quality.points for share in (p.kept, p.predicted)]
+    lowest = floor(10 * min([*shares, 1.0 if kept is None else kept])) / 10
+    highest = max(1.0, *shares)
+
+    def along(share: float) -> float:
+        """Place on the horizontal axis; the vertical one is 360 less it."""
+        return 40 + 300 * (share - lowest) / (highest - lowest)
+
+    dots = [
+        Dot(
+            along(p.predicted),
+            360 - along(p.kept),
+            models.index(p.model),
+            f"{p.model}, {p.arm}: {100 * p.kept:.1f} % measured, "
+            f"{100 * p.predicted:.1f} % predicted",
+        )
+        for p in quality.points
+    ]
+    ticks = [(10 * n, along(n / 10)) for n in range(round(10 * lowest), 11)]
+    return Scatter(dots, models, ticks, None if kept is None else along(kept))
 
 
 class Segment(NamedTuple):

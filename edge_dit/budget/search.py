@@ -7,32 +7,15 @@ blocks at full resolution:
 
     score = -(skipped + patch + rank + weights)
 
-    skipped   with a selection measured on the model (`edge_dit.planning.selection`):
-              (head[n] + tail[m]) / head[L], less the gain of a run between trained blocks;
-              without one: 1.47 (n / L)^4 + 5.49 (m / L)^4. At 50 % this meets the paper's ablation
-              of FLUX, which lost 9.2 % of DINO with the first half skipped and 34.4 % with the last
-              (docs/method.md, Table 2).
-              That is with a stored tail. Where the gradient goes through, tail[m] is the
-              selection's tail_run[m], else THROUGH_SHARE of it; a fresh tail lies FRESH_SHARE of
-              the way from there to the stored one
-    patch     PATCH_PENALTY (1 - s_min / s_max)
-    rank      RANK_PENALTY for every halving of the rank in `Bounds`: assumed, never measured
+    skipped, patch, rank
+              `edge_dit.budget.quality`: shares of full LoRA's gain, calibrated on two small models.
+              Without a selection measured on the model, skipped is 1.47 (n / L)^4 + 5.49 (m / L)^4.
+              At 50 % this meets the paper's ablation of FLUX, which lost 9.2 % of DINO with the
+              first half skipped and 34.4 % with the last (docs/method.md, Table 2)
     weights   WEIGHTS_PENALTY by dtype: assumed, never measured
 
-The shares are from docs/results/tails.json. FRESH_SHARE is the mean of both models with 50 % of the
-blocks skipped, 0.06 and 0.42. THROUGH_SHARE is a guess on the safe side: by its own split and that
-of its head alone (`skip-30` in samples/reproduce/results/tiny-sana) it is 0.03 in tiny-sana.
-
-PATCH_PENALTY is calibrated on samples/reproduce/results/{tiny-sana,tiny-flux}/results.json. There
-the arm `low-to-high` (s_min / s_max = 0.5, LoRA in all blocks) reaches, of the improvement in
-held-out loss that the arm `full` makes over the arm `base`, 75.4 ± 0.5 % with tiny-sana and
-83.0 ± 0.6 % with tiny-flux (mean ± standard error of 4 subjects times 2 seeds). The penalty is what
-is missing from the mean of both, divided by 1 - 0.5. The arm `low-to-high-large` (0.875, tiny-sana)
-was left out of it and agrees: 94.3 ± 0.8 % measured, 94.8 % by the formula. The paper reports far
-less for FLUX: DINO 0.7253 of 0.7324 at half the side.
-
-The score orders plans. It is not a share of anything: its terms come from different measures,
-models and assumptions. So it is never printed.
+So the score orders plans; what is printed as a share of full LoRA's gain is without the weights'
+term, and only where the model's blocks were measured.
 """
 
 from __future__ import annotations
@@ -45,7 +28,8 @@ from typing import Any
 from edge_dit.budget.cost import Shapes
 from edge_dit.budget.footprint import MEMORY_ERROR, TIME_ERROR, Footprint, Footprints, Profile
 from edge_dit.budget.limits import Limits
-from edge_dit.contract.names import FRESH, MOMENTS, STORED, THROUGH, Tail
+from edge_dit.budget.quality import THROUGH_SHARE, Terms, quality, skip_cost, tail_cost
+from edge_dit.contract.names import MOMENTS, STORED, Tail
 from edge_dit.contract.split import trained_blocks
 from edge_dit.contract.targets import (
     INT8,
@@ -65,10 +49,7 @@ from edge_dit.planning.selection import Selection
 from edge_dit.text import size
 
 GIB = 2**30
-PATCH_PENALTY = 0.42
-RANK_PENALTY = 0.005
 WEIGHTS_PENALTY = {"float32": 0.0, "float16": 0.001, "int8": 0.005}
-THROUGH_SHARE, FRESH_SHARE = 0.1, 0.25
 MARGIN, TIME_MARGIN = 1 / (1 - MEMORY_ERROR), 1 / (1 - TIME_ERROR)
 """A plan fits if its predicted memory (time) times this margin is within the limit. So a prediction
 that is too low by the largest error seen still keeps to the limit."""
@@ -208,8 +189,7 @@ class Candidate:
     Attributes:
         option: the point of the search space.
         footprint: what training it takes.
-        score: 0 for a plan that gives nothing up, less for others. Only the order of scores means
-            anything; see the module.
+        score: 0 for a plan that gives nothing up, less for others; see the module.
     """
 
     option: Option
@@ -273,35 +253,33 @@ class Space:
         tail: Tail = STORED,
     ) -> float:
         """The term "skipped" of the score; see the module."""
-        measured = self.selection
-        if measured is None:
-            stored = 5.49 * (tail_skip / self.layers) ** 4
-            whole = 1.47 * (head_skip / self.layers) ** 4 + stored
-            through = THROUGH_SHARE * stored
-        else:
-            unit = measured.head[self.layers]
-            stored = measured.tail[tail_skip] / unit
-            whole = measured.score(head_skip, tail_skip, inner_skips) / unit
-            run = measured.tail_run
-            through = run[tail_skip] / unit if run else THROUGH_SHARE * stored
-        fresh = through + FRESH_SHARE * (stored - through)
-        own = {STORED: stored, FRESH: fresh, THROUGH: through}[tail]
-        return max(0.0, whole - stored + own)
+        if self.selection is not None:
+            split = head_skip, tail_skip, inner_skips
+            return quality().factors.skipped * skip_cost(self.selection, split, tail)
+        stored = 5.49 * (tail_skip / self.layers) ** 4
+        own = tail_cost(stored, THROUGH_SHARE * stored, tail)
+        return 1.47 * (head_skip / self.layers) ** 4 + own
+
+    def missing(self, option: Option) -> float:
+        """The share of full LoRA's gain that an option is predicted to miss; see the module."""
+        less = 1 - option.s_min / self.bounds.s_max
+        crop, window = (0.0, less) if self.bounds.windows else (less, 0.0)
+        halvings = log2(self.bounds.rank / option.rank)
+        skipped = self.skip_penalty(
+            option.head_skip, option.tail_skip, option.inner_skips, option.tail
+        )
+        return skipped + quality().missing(Terms(crop=crop, window=window, rank=halvings))
 
     def score(self, option: Option) -> float:
         """Score of an option; see the module."""
-        split = option.head_skip, option.tail_skip, option.inner_skips
-        skipped = self.skip_penalty(*split, option.tail)
-        patch = PATCH_PENALTY * (1 - option.s_min / self.bounds.s_max)
-        rank = RANK_PENALTY * log2(self.bounds.rank / option.rank)
-        return -(skipped + patch + rank + WEIGHTS_PENALTY[option.variant.dtype])
+        return -(self.missing(option) + WEIGHTS_PENALTY[option.variant.dtype])
 
     def ranked_by(self) -> str:
         """Where the terms of the score come from, for people."""
         source = "measured on this model" if self.selection else "from the paper's ablation of FLUX"
         return (
-            f"blocks skipped ({source}), patch (measured on two small models), "
-            "rank and weights (assumed)"
+            f"blocks skipped ({source}), patch and rank (measured on two small models), "
+            "weights (assumed)"
         )
 
     def options(self) -> Iterator[Option]:

@@ -199,6 +199,18 @@ ARMS: dict[str, Arm] = {
             ("four", "four draws a step", "", {"draws": 4}),
             ("window-four", "four windows a step", "", {"crop": "window", "draws": 4}),
             (
+                "window-fresh",
+                "a window, tail fresh",
+                "",
+                {"crop": "window", "tail": FRESH},
+            ),
+            (
+                "window-four-fresh",
+                "four windows a step, tail fresh",
+                "",
+                {"crop": "window", "draws": 4, "tail": FRESH},
+            ),
+            (
                 "context",
                 "a window that hears the rest",
                 "",
@@ -368,5 +380,23 @@ CLAIMS = (
         0.0,
     ),
 )
+PAST = {
+    **dict.fromkeys(
+        (
+            *(f"{name}-50" for name in ("window", "ring", "context", "margin")),
+            *(f"{name}-50" for name in ("four", "window-four", "ring-four", "context-four")),
+            *(f"{name}-50" for name in ("window-fresh", "window-four-fresh")),
+            *(f"{name}-50" for name in ("margin-four", "told", "mixed", "refreshed")),
+            *(f"{name}-50" for name in ("easy-first", "hard-first", "by-rows", "orthogonal")),
+            *(f"{name}-50" for name in ("emphasis", "int4", "int4-srr", "int4-odlri", "nested16")),
+        ),
+        "skip-50",
+    ),
+    "nested4-50": "rank4-50",
+    "nested8-50": "rank8-50",
+    "fresh-50": "stored-50",
+    "through-50": "stored-50",
+}
+"""Arms past the paper -> the arm that each is compared with, pair by pair."""
 SHARE_CLAIM = ("skip-30", "full", 0.98)
 """The first arm improves on the base model by at least this share of what the second does."""

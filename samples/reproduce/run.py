@@ -1,11 +1,14 @@
 """Re-make the paper's ablations on a tiny checkpoint: train every arm, measure, tabulate.
 
     python samples/reproduce/run.py --work DIR [--model tiny-sana|tiny-flux] [--subjects 4]
-        [--seeds 2] [--steps 200] [--only ARM ...] [--jobs 2 | --ray [ADDRESS]]
+        [--seeds 2] [--steps 200] [--only ARM ...] [--known RESULTS] [--jobs 2 | --ray [ADDRESS]]
 
 Every run - an arm, a subject, a seed - leaves DIR/MODEL/runs/<name>.json and .png; one that is
 there with the same settings is not repeated, so a stopped command goes on. In the end DIR/MODEL
 holds results.json, results.md and the figures (see tables.py), from all runs with these settings.
+
+With --known runs whose numbers are in a results.json, with the same settings, are taken from it,
+without their pictures: to add arms to results/.
 
 With --ray the arms are tasks of a Ray cluster, whose machines see samples/ and DIR at the same
 paths. An arm's subjects and seeds train side by side, in one batch: an arm is the least that a task
@@ -32,7 +35,7 @@ from arms import ARMS
 from experiment import execute, how_selected, settings
 from runs import Run, plan_of
 from subjects import subjects, write_subject
-from tables import collect, write_results
+from tables import collect, shared, write_results
 
 from edge_dit.cluster.pool import LOCAL, connected
 from edge_dit.progress import bar
@@ -65,6 +68,19 @@ def is_done(run: Run, out: Path) -> bool:
         return json.loads((out / f"{run.name}.json").read_text())["settings"] == settings(run)
     except (OSError, ValueError, KeyError):
         return False
+
+
+def take_known(runs: list[Run], known: Path, out: Path) -> None:
+    """Write files of the runs whose numbers are in a results.json, if they are not there."""
+    results = json.loads(known.read_text())
+    numbers = {(run["arm"], run["subject"], run["seed"]): run for run in results["runs"]}
+    for run in runs:
+        of = numbers.get((run.arm, run.subject.name, run.seed))
+        if of is None or is_done(run, out):
+            continue
+        now = settings(run)
+        if results["arms"][run.arm] == shared(now):
+            write_json(out / f"{run.name}.json", {**of, "settings": now})
 
 
 def perform(runs: list[Run], out: Path) -> list[str]:
@@ -145,6 +161,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    parser.add_argument("--known", type=Path, help="a results.json: its runs are not repeated")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--ray", nargs="?", const=LOCAL, metavar="ADDRESS", help="a Ray cluster")
     asked = parser.parse_args()
@@ -152,6 +169,8 @@ def main() -> None:
     job = SAMPLES / JOBS[asked.model]
     runs = all_runs(job, work, asked.subjects, asked.seeds, asked.steps, ARMS)
     wanted = [run for run in runs if run.arm in asked.only]
+    if asked.known:
+        take_known(runs, asked.known, work / "runs")
     if asked.ray:
         perform_on_cluster(wanted, work / "runs", asked.ray)
     else:

@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
-from arms import ARMS, CLAIMS, NO_LORA, SHARE_CLAIM, Claim
+from arms import ARMS, CLAIMS, NO_LORA, PAST, SHARE_CLAIM, Claim
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -188,6 +188,34 @@ def claims_table(results: Results) -> str:
     return table(["claim", "paper", *gains, "pairs", ""], rows)
 
 
+def wins(results: Results, arm: str, other: str) -> str:
+    """Whether an arm past the paper wins: its loss is lower by more than two standard errors, and
+    its similarity not lower by more than two.
+    """
+    loss, similar = (gain(results, arm, other, measure) for measure in (LOSS, "similarity"))
+    if loss is None or similar is None or loss.error is None or similar.error is None:
+        return OPEN
+    better = loss.mean > 2 * loss.error and similar.mean >= -2 * similar.error
+    return "wins" if better else "does not win"
+
+
+def past_table(results: Results) -> str:
+    """The arms past the paper that were run, against those that they are compared with."""
+    rows = [
+        [
+            f"`{arm}`",
+            f"`{other}`",
+            *(shown(gain(results, arm, other, measure)) for measure in (LOSS, "similarity")),
+            wins(results, arm, other),
+            percent(share_of_full(results, arm)),
+        ]
+        for arm, other in PAST.items()
+        if arm in results and other in results
+    ]
+    head = ["arm", "against", "held-out loss gained", "similarity gained", "", "share of full LoRA"]
+    return table(head, rows)
+
+
 def share_sentence(results: Results) -> str:
     arm, full, least = SHARE_CLAIM
     share = share_of_full(results, arm)
@@ -218,6 +246,10 @@ def report(results: Results, name: str, selected: str) -> str:
         "the same subject and seed. Verdicts are by held-out loss alone.\n",
         claims_table(results),
         share_sentence(results),
+        "## Past the paper\n",
+        "An arm wins if its held-out loss is lower by more than two standard errors, and its "
+        "similarity not lower by more than two.\n",
+        past_table(results),
         "## Arms\n",
         arms_table(results),
     ]
@@ -232,12 +264,19 @@ def as_json(results: Results) -> dict[str, Any]:
     return {
         "claims": {claim.says: judge(results, claim) for claim in CLAIMS},
         "share": {**_share_json(results), "verdict": judge_share(results)},
-        "arms": {
-            arm: {key: value for key, value in setting.items() if key not in ("images", "seed")}
-            for arm, setting in settings.items()
+        "past": {
+            arm: wins(results, arm, other)
+            for arm, other in PAST.items()
+            if arm in results and other in results
         },
+        "arms": {arm: shared(setting) for arm, setting in settings.items()},
         "runs": [{key: run[key] for key in kept} for run in runs],
     }
+
+
+def shared(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's settings those that all runs of its arm have."""
+    return {key: value for key, value in settings.items() if key not in ("images", "seed")}
 
 
 def _share_json(results: Results) -> dict[str, Any]:
@@ -355,7 +394,7 @@ def draw_pictures(results: Results, folder: Path) -> Figure:
     pictures = {
         f"{ARMS[name].title} ({name})": folder / "runs" / f"{name}-{toy}-{seed}.png"
         for name, runs in results.items()
-        if (toy, seed) in runs
+        if (toy, seed) in runs and (folder / "runs" / f"{name}-{toy}-{seed}.png").is_file()
     }
     real = sorted((folder / "subjects" / toy / "heldout").glob("*.png"))
     strips = {

@@ -44,6 +44,7 @@ OTHER = {
     "train.lora_targets": '["attn1.to_k"]',
     "train.lr": "2e-3",
     "train.beta1": "0.0",
+    "train.window": "true",
     "train.loraplus_lr_ratio": "4.0",
     "train.schedule": '"cosine"',
     "train.warmup": "3",

@@ -54,7 +54,7 @@ from four_bits import (
     measuring,
     rounded,
 )
-from run import SAMPLES, Run, all_runs, is_done, perform
+from run import SAMPLES, Run, all_runs, is_done, perform, take_known
 from side_by_side import ManyLora, ManySessions, add_many_lora, joined, remove_many_lora
 
 RANK, ALPHA = 4, 8.0
@@ -440,6 +440,23 @@ def results(losses: dict[str, list[float]]) -> tables.Results:
     }
 
 
+def test_past_arms_and_what_they_are_compared_with_exist() -> None:
+    assert {*tables.PAST, *tables.PAST.values()} <= set(ARMS)
+
+
+def test_a_win_is_by_loss_and_not_at_the_cost_of_similarity() -> None:
+    made = results({"skip-50": [0.5, 0.6, 0.7], "window-50": [0.3, 0.41, 0.5]})
+    assert tables.wins(made, "window-50", "skip-50") == "wins"
+    assert tables.wins(made, "skip-50", "window-50") == "does not win"
+    for run in made["window-50"].values():
+        run["similarity"] -= 1.0
+    assert tables.wins(made, "window-50", "skip-50") == "does not win"
+    noise = results({"skip-50": [0.5, 0.6, 0.7], "window-50": [0.3, 0.9, 0.5]})
+    assert tables.wins(noise, "window-50", "skip-50") == "does not win"
+    assert tables.wins({}, "window-50", "skip-50") == tables.OPEN
+    assert "| `window-50` | `skip-50` |" in tables.past_table(noise)
+
+
 def test_gain_is_paired_and_positive_when_better() -> None:
     made = results({"full": [0.1, 0.2, 0.6], "resize": [0.2, 0.4, 0.9, 5.0]})
     gain = tables.gain(made, "full", "resize", "heldout_loss")
@@ -548,6 +565,19 @@ def test_arms_are_trained_measured_and_not_repeated(work: Path, runs: list[Run])
     ]
     for name in ("losses", "tradeoff", "pictures"):
         assert (work / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+
+    # its numbers stand for these runs, not for others
+    again = work / "again"
+    again.mkdir()
+    take_known([*runs, replace(runs[1], steps=3)], work / "results.json", again)
+    assert [is_done(run, again) for run in runs] == [True, True]
+    known = json.loads((again / f"{runs[1].name}.json").read_text())
+    assert known["heldout_loss"] == trained["heldout_loss"]
+    written["arms"]["skip-50"]["rank"] += 1
+    (work / "results.json").write_text(json.dumps(written))
+    (again / f"{runs[1].name}.json").unlink()
+    take_known(runs, work / "results.json", again)
+    assert [is_done(run, again) for run in runs] == [True, False]
 
 
 def test_runs_with_other_settings_are_not_done(tmp_path: Path, runs: list[Run]) -> None:
