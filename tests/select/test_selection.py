@@ -104,12 +104,13 @@ def test_runs_between_are_written_and_read(tmp_path):
     assert read_selection(write_selection(found, tmp_path / NAME)) == found
 
 
-@pytest.mark.parametrize("path", ["tiny-sana/selection.json", "reproduce/selections/*.json"])
-def test_the_shipped_selections_are_read(path):
-    found = [read_selection(file) for file in SAMPLES.glob(path)]
-    assert found
+@pytest.mark.parametrize("model", ["tiny-sana", "tiny-flux"])
+def test_the_shipped_selections_are_read(model):
+    files = [SAMPLES / model / NAME, *SAMPLES.glob(f"reproduce/selections/{model}*.json")]
+    found = [read_selection(file) for file in files]
+    assert {one.method for one in found} == {"loss-frozen", "loss-masked", "generation"}
     assert {(one.layers, one.model_hash) for one in found} == {
-        (12, open_model(SAMPLES / "tiny-sana").hash)
+        (12, open_model(SAMPLES / model).hash)
     }
 
 

@@ -473,22 +473,22 @@ def test_another_order_of_sums_is_no_alarm(make, threads):
 
 
 def test_what_a_model_makes_of_float16_is_measured(tmp_path):
-    """Draw 6 of tiny-flux at seed 492 has so little noise that a rounded target moves its tail by
+    """Draw 10 of tiny-flux at seed 116 has so little noise that a rounded target moves its tail by
     more than the tolerance. That is no alarm, and a wrong tail there still is one.
     """
     job = read_job(Path(pipelines.__file__).parent.parent / "samples" / "flux.toml")
-    plan = make_plan(job).model_copy(update={"draws": 15, "seed": 492, "bank_dtype": "float16"})
+    plan = make_plan(job).model_copy(update={"draws": 15, "seed": 116, "bank_dtype": "float16"})
     images = read_folder(job.data.images, job.data.prompt, plan.s_max)
     precompute(plan, images, tmp_path / "right")
     made = Made(plan, images, tmp_path / "right")
     found = made.examined()
     assert found.passed
-    (row,) = [row for row in found.tensors if row.name == "bank.draw 6.tail_residual"]
+    (row,) = [row for row in found.tensors if row.name == "bank.draw 10.tail_residual"]
     assert TOLERANCES["float16"] < row.relative < row.tolerance < 0.1
     wrong = content(tmp_path / "right")
-    wrong.draws[6]["tail_residual"] = wrong.draws[5]["tail_residual"]
+    wrong.draws[10]["tail_residual"] = wrong.draws[9]["tail_residual"]
     failed = made.examined(write(wrong, tmp_path / "wrong")).failed
-    assert [row.name for row in failed] == ["bank.draw 6.tail_residual"]
+    assert [row.name for row in failed] == ["bank.draw 10.tail_residual"]
 
 
 # Banks that were made wrongly, not changed afterwards
