@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -43,6 +44,7 @@ import tables
 from arms import ARMS, CLAIMS, CROPS, NO_LORA, Claim, Skips, lora_blocks
 from context import heard_by, hearing, listening, set_heard
 from draws import Through, inside, stored, told, window
+from everything import stages
 from experiment import how_selected, settings
 from four_bits import (
     GROUP,
@@ -578,6 +580,15 @@ def test_arms_are_trained_measured_and_not_repeated(work: Path, runs: list[Run])
     (again / f"{runs[1].name}.json").unlink()
     take_known(runs, work / "results.json", again)
     assert [is_done(run, again) for run in runs] == [True, False]
+
+
+def test_everything_is_made_of_scripts_that_exist(tmp_path: Path) -> None:
+    planned = stages(tmp_path)
+    scripts = {Path(command[0]).stem for command in planned.values()}
+    assert scripts == {"fair", "run", "tails", "cheaper", "diagnose", "prior", "masks", "gap"}
+    for command in planned.values():
+        assert Path(command[0]).is_file(), command
+        subprocess.run([sys.executable, "-m", "py_compile", command[0]], check=True)
 
 
 def test_runs_with_other_settings_are_not_done(tmp_path: Path, runs: list[Run]) -> None:
