@@ -4,7 +4,7 @@
 
 Stage by stage, each a command of its own that can be stopped and goes on; a stage that is finished
 is skipped. In the end samples/reproduce/results, docs/results and edge_dit/budget/quality.json hold
-what was measured, and DIR/seconds.json how long each stage took. About four hours on two cores.
+what was measured, and DIR/seconds.json how long each stage took. The whole was not timed yet.
 """
 
 from __future__ import annotations
