@@ -54,7 +54,7 @@ class Photograph:
     load: Callable[[], np.ndarray]
 
 
-def photographs() -> list[Photograph]:
+def captioned_photographs() -> list[Photograph]:
     """Of scikit-image and scikit-learn."""
     from skimage import data
     from sklearn.datasets import load_sample_image
@@ -90,7 +90,7 @@ def make_latents(work: Path, folder: Path, pipe: SanaPipeline) -> dict:
         return load_file(done)
     rng = np.random.default_rng([SEED, 3])
     captions, pictures = [], []
-    for photograph in photographs():
+    for photograph in captioned_photographs():
         whole = np.asarray(photograph.load())
         for _ in range(EACH):
             captions.append(photograph.caption)

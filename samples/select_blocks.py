@@ -10,6 +10,7 @@ scipy (`pip install scipy`, or the extra "test").
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def agreement(one: Selection, other: Selection) -> list[str]:
     return lines
 
 
-def main(work: Path, model: str = "tiny-sana") -> None:
+def main(work: Path, model: str) -> None:
     plan = make_plan(read_job(ROOT / JOBS[model]))
     write_subjects(work / "subjects", TOYS)
     folders = {"toy": ROOT / "subject", **{toy: work / "subjects" / toy for toy in TOYS}}
@@ -95,4 +96,8 @@ def main(work: Path, model: str = "tiny-sana") -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]), *sys.argv[2:3])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path, help="folder for what is finished")
+    parser.add_argument("model", nargs="?", choices=JOBS, default="tiny-sana")
+    asked = parser.parse_args()
+    main(asked.work, asked.model)

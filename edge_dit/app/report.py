@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_dit.app.describe import in_runs
 from edge_dit.budget.limits import NO_LIMITS, Limits
-from edge_dit.budget.quality import Quality
+from edge_dit.budget.quality import STEPS, Quality
 from edge_dit.contract.bank import Crop, Draw
 from edge_dit.errors import missing_extra, require
 from edge_dit.pictures.dataset import Captioned
@@ -275,6 +275,7 @@ def render(page: Page) -> str:
         letters=LETTERS,
         bars=_bars(page.memory),
         samples=[_sample(sample) for sample in page.samples],
+        steps=STEPS,
         scatter=None if page.quality is None else _scatter(page.quality, page.kept),
     )
 

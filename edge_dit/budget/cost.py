@@ -137,8 +137,7 @@ class Shapes:
             self.latents, prompt = family.blank(self.model, grid, text)
             inputs = family.inputs(self.model, self.latents, 500.0, prompt, grid)
             self.entry, self.cond = family.begin(self.model, inputs)
-        placed = (family.placed or ()) if windows else ()
-        self._per_prompt = [name for name in family.per_prompt if name not in placed]
+        self._per_prompt = family.by_prompt(windows)
         kinds: dict[Any, int] = {}
         self.kinds = [kinds.setdefault(_kind(block), len(kinds)) for block in self.blocks]
         """The kind of each block, by block number. Blocks of one kind have the same shapes."""

@@ -28,7 +28,7 @@ from typing import Any
 from edge_dit.budget.cost import Shapes
 from edge_dit.budget.footprint import MEMORY_ERROR, TIME_ERROR, Footprint, Footprints, Profile
 from edge_dit.budget.limits import Limits
-from edge_dit.budget.quality import THROUGH_SHARE, Terms, quality, skip_cost, tail_cost
+from edge_dit.budget.quality import THROUGH_SHARE, quality, skip_cost, tail_cost, terms_of_patch
 from edge_dit.contract.names import MOMENTS, STORED, Tail
 from edge_dit.contract.split import trained_blocks
 from edge_dit.contract.targets import (
@@ -262,13 +262,12 @@ class Space:
 
     def missing(self, option: Option) -> float:
         """The share of full LoRA's gain that an option is predicted to miss; see the module."""
-        less = 1 - option.s_min / self.bounds.s_max
-        crop, window = (0.0, less) if self.bounds.windows else (less, 0.0)
+        patch = terms_of_patch(option.s_min / self.bounds.s_max, self.bounds.windows)
         halvings = log2(self.bounds.rank / option.rank)
         skipped = self.skip_penalty(
             option.head_skip, option.tail_skip, option.inner_skips, option.tail
         )
-        return skipped + quality().missing(Terms(crop=crop, window=window, rank=halvings))
+        return skipped + quality().missing(replace(patch, rank=halvings))
 
     def score(self, option: Option) -> float:
         """Score of an option; see the module."""

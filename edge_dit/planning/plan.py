@@ -147,8 +147,7 @@ class Plan(PatchSizes):
 
     def per_prompt(self, family: Family) -> tuple[str, ...]:
         """Conditioning that a bank stores once per prompt."""
-        placed = self.placed(family)
-        return tuple(name for name in family.per_prompt if name not in placed)
+        return family.by_prompt(self.window)
 
     @property
     def tile(self) -> int | None:

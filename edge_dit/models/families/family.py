@@ -515,6 +515,15 @@ class Family:
         """
         raise NotImplementedError
 
+    def by_prompt(self, windows: bool) -> tuple[str, ...]:
+        """Conditioning that a bank stores once per prompt; positions differ from window to window.
+
+        Args:
+            windows: whether patches are windows.
+        """
+        placed = (self.placed or ()) if windows else ()
+        return tuple(name for name in self.per_prompt if name not in placed)
+
     # ---------------------------------------------------------------- pipeline
 
     @torch.no_grad()
