@@ -20,7 +20,12 @@ CROPS: dict[str, Callable[[float, float], float]] = {
 }
 """(noise level, chance), both in [0, 1] -> (crop side - s_min) / (s_max - s_min). Eq. 1 is
 "low-to-high"; every crop is resized to s_min. A crop named "whole" is the whole image at s_max. One
-named "window" is too, on its way through the skipped blocks; the trained ones see s_min of it."""
+named "window" is too, on its way through the skipped blocks; the trained ones see s_min of it: a
+square of tokens, or with "spread" one token of each cell of as many as the patch has."""
+
+
+CUT = ("window", "spread")
+"""Crops of the states of whole pictures."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Arm:
     Attributes:
         title: its row in the tables.
         source: where the paper has it.
-        crop: "whole", "window" or one of `CROPS`.
+        crop: "whole", "window", "spread" or one of `CROPS`.
         skipped: share of the blocks without LoRA.
         where: which blocks those are: "selected" (n*, m*) of the model's own selection, "drawn"
             (n*, m*) of the paper's selector, "proposed" with a run between trained blocks that the
@@ -47,12 +52,16 @@ class Arm:
             around it (`context.py`): nothing, its "convolutions", or "all": these and attention.
         margin: tokens from a window's edge, where that is not the picture's, whose loss does not
             count: there blocks miss most of what is around.
+        counted: whether attention counts each token of a "spread" patch as often as its cell has
+            tokens (FLUX).
         told: whether positions say where in the picture, and how large, the crop is.
         order: of the draws: as they come, or by noise level over the whole run. High noise is
             easier (arXiv 2403.10348).
         start: of LoRA's A: normal numbers, or orthogonal rows of the same length; "srr" and "odlri"
             start A and B as what rounding loses (`four_bits.py`).
         rank: of the LoRA; 0 for the job's.
+        by_block: whether blocks differ in rank, the sum being the same, by what the model's
+            selection measured of each (`ranks_by_block`).
         nested: whether each step trains the first quarter, the first half or all of the job's
             ranks, so that each is an adapter (ordered dropout, arXiv 2308.14929); ``rank`` is then
             what is measured.
@@ -79,10 +88,12 @@ class Arm:
     draws: int = 1
     context: Literal["", "convolutions", "all"] = ""
     margin: int = 0
+    counted: bool = False
     told: bool = False
     order: Literal["mixed", "easy first", "hard first"] = "mixed"
     start: Literal["gaussian", "orthogonal", "srr", "odlri"] = "gaussian"
     rank: int = 0
+    by_block: bool = False
     nested: bool = False
     by_rows: bool = False
     emphasis: float = 0.0
@@ -94,7 +105,7 @@ class Arm:
     @property
     def whole(self) -> bool:
         """Whether whole pictures pass the first blocks, at s_max."""
-        return self.crop in ("whole", "window")
+        return self.crop in ("whole", *CUT)
 
     @property
     def banked(self) -> bool:
@@ -104,7 +115,7 @@ class Arm:
     @property
     def by_seed(self) -> bool:
         """Whether seeds differ in sizes or positions, so that they cannot be one batch."""
-        return self.crop == "window" or self.told or self.small > 0
+        return self.crop in CUT or self.told or self.small > 0
 
 
 LARGE = 0.875
@@ -165,7 +176,7 @@ ARMS: dict[str, Arm] = {
     "low-to-high-large": Arm("low to high, larger patch", "", patch=LARGE),
     **{
         name: arm
-        for blocks in (8, 9, 10)
+        for blocks in (6, 8, 9, 10)
         for name, arm in {
             f"ends-{blocks}": Arm(f"{blocks} of 12 blocks, selected", "", skipped=blocks / 12),
             f"between-{blocks}": Arm(
@@ -177,12 +188,12 @@ ARMS: dict[str, Arm] = {
         }.items()
     },
     **{
-        f"{tail}{name}-{percent}": Arm(
-            f"{percent} %, {words}, tail {tail}", "", skipped=percent / 100, where=where, tail=tail
-        )
-        for name, words, where in (
-            ("", "first and last", "split"),
-            ("-last", "last blocks", "last"),
+        f"{tail}-{percent}": Arm(
+            f"{percent} %, first and last, tail {tail}",
+            "",
+            skipped=percent / 100,
+            where="split",
+            tail=tail,
         )
         for percent in (50, 40, 30)
         for tail in TAILS
@@ -241,6 +252,30 @@ ARMS: dict[str, Arm] = {
                 "",
                 {"crop": "window", "margin": 1, "draws": 4},
             ),
+            (
+                "spread",
+                "tokens spread over the picture",
+                "",
+                {"crop": "spread", "family": "flux"},
+            ),
+            (
+                "spread-counted",
+                "tokens spread over the picture, each counted four times",
+                "",
+                {"crop": "spread", "counted": True, "family": "flux"},
+            ),
+            (
+                "spread-four",
+                "four draws a step, tokens spread",
+                "",
+                {"crop": "spread", "draws": 4, "family": "flux"},
+            ),
+            (
+                "spread-four-fresh",
+                "four draws a step, tokens spread, tail fresh",
+                "",
+                {"crop": "spread", "draws": 4, "tail": FRESH, "family": "flux"},
+            ),
             ("told", "positions told", "", {"told": True, "family": "flux"}),
             ("mixed", "smaller patches at low noise", "", {"small": 0.375}),
             ("refreshed", "residuals anew every 50 steps", "", {"refresh": 50}),
@@ -248,6 +283,7 @@ ARMS: dict[str, Arm] = {
             ("hard-first", "hard draws first", "", {"order": "hard first"}),
             ("by-rows", "updates by row norm", "arXiv 2410.09692", {"by_rows": True}),
             ("orthogonal", "orthogonal start", "", {"start": "orthogonal"}),
+            ("by-block", "rank by block", "", {"by_block": True}),
             ("emphasis", "loss weighted by noise level", "", {"emphasis": 1.0}),
         )
     },
@@ -313,6 +349,38 @@ def lora_blocks(arm: Arm, layers: int, select: Callable[[int, str], Skips]) -> l
     return trained_blocks(layers, *(fixed.get(arm.where) or select(k, arm.where)))
 
 
+def ranks_by_block(
+    worth: Sequence[float], rank: int, least: float = 0.25, most: float = 2.0
+) -> list[int]:
+    """Ranks in proportion to what blocks are worth, whose sum is at most that of ``rank`` each.
+
+    Args:
+        worth: of each block; what is below 0 counts as 0.
+        rank: mean of the ranks.
+        least, most: limits of a rank, as shares of ``rank``.
+
+    Example:
+        >>> ranks_by_block([0.0, 1.0, 3.0], 8)
+        [2, 6, 16]
+    """
+    positive = [max(value, 0.0) for value in worth]
+    low, high = (round(share * rank) for share in (least, most))
+
+    def at(scale: float) -> list[int]:
+        return [min(max(round(scale * value), low), high) for value in positive]
+
+    asked = rank * len(worth)
+    below, above = 0.0, asked / max(min((v for v in positive if v), default=1.0), 1e-9)
+    for _ in range(64):
+        middle = (below + above) / 2
+        below, above = (middle, above) if sum(at(middle)) < asked else (below, middle)
+    ranks = at(above)
+    # Rounding leaves a few over: they are taken from the largest.
+    for _ in range(sum(ranks) - asked):
+        ranks[ranks.index(max(ranks))] -= 1
+    return ranks
+
+
 @dataclass(frozen=True)
 class Claim:
     """A statement about paired differences, same subject and seed: ``better`` less ``worse``.
@@ -364,7 +432,7 @@ CLAIMS = (
     Claim(
         "a run skipped between trained blocks beats the selected ends where it is proposed",
         "",
-        tuple((f"between-{blocks}", f"ends-{blocks}") for blocks in (8, 9, 10)),
+        tuple((f"between-{blocks}", f"ends-{blocks}") for blocks in (6, 8, 9, 10)),
         2.0,
     ),
     Claim(
@@ -386,9 +454,13 @@ PAST = {
             *(f"{name}-50" for name in ("window", "ring", "context", "margin")),
             *(f"{name}-50" for name in ("four", "window-four", "ring-four", "context-four")),
             *(f"{name}-50" for name in ("window-fresh", "window-four-fresh")),
+            *(f"spread{name}-50" for name in ("", "-counted", "-four", "-four-fresh")),
             *(f"{name}-50" for name in ("margin-four", "told", "mixed", "refreshed")),
             *(f"{name}-50" for name in ("easy-first", "hard-first", "by-rows", "orthogonal")),
-            *(f"{name}-50" for name in ("emphasis", "int4", "int4-srr", "int4-odlri", "nested16")),
+            *(
+                f"{name}-50"
+                for name in ("by-block", "emphasis", "int4", "int4-srr", "int4-odlri", "nested16")
+            ),
         ),
         "skip-50",
     ),

@@ -1,14 +1,18 @@
-"""What a window of a picture misses in SANA's blocks, and how trained blocks hear it.
+"""What a part of a picture's tokens misses of the rest, and how trained blocks hear it.
 
-A trained block that sees a window of a picture's tokens lacks two things of the others. Its linear
+A block of SANA that sees a window of a picture's tokens lacks two things of the others. Its linear
 attention sums relu(k)^T [v, 1] over all tokens (diffusers' SanaLinearAttnProcessor2_0): the tokens
 around the window have a sum too, heads x (d + 1) x d numbers however many they are. And the 3 x 3
 depthwise convolution of its feed-forward reads one token beyond the window: a ring. Both are the
 base model's, computed once where whole pictures pass its blocks; LoRA's part in them is left out.
+
+A block of FLUX that sees one token of each cell of a picture hears the others through it: as often
+as the cell has tokens, if its logits are raised by the logarithm of that.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 from edge_dit.contract.bank import Crop
@@ -148,3 +153,42 @@ def set_heard(
     for (attention, convolution), rows in zip(ears, zip(*heard, strict=True), strict=True):
         attention.sums = torch.cat([row.sums for row in rows])
         convolution.ring = torch.cat([row.ring for row in rows]).float()
+
+
+class _Counted(FluxAttnProcessor):
+    """FLUX's attention, in which image tokens count several times.
+
+    Args:
+        tokens: of the image, behind the text's.
+        times: how often each counts.
+    """
+
+    def __init__(self, tokens: int, times: float) -> None:
+        super().__init__()
+        self.tokens, self.raised = tokens, math.log(times)
+
+    def __call__(
+        self, attn: Any, image: Tensor, text: Tensor | None, mask: None, rotary: Any
+    ) -> Any:
+        mask = torch.zeros(1, 1, 1, rotary[0].shape[0])
+        mask[..., -self.tokens :] = self.raised
+        return super().__call__(attn, image, text, mask, rotary)
+
+
+@contextmanager
+def counting(blocks: Sequence[Any], tokens: int, times: float) -> Iterator[None]:
+    """Let image tokens count several times in FLUX's blocks, until the end.
+
+    Args:
+        blocks: which.
+        tokens: of the image.
+        times: how often each counts.
+    """
+    before = [block.attn.processor for block in blocks]
+    try:
+        for block in blocks:
+            block.attn.processor = _Counted(tokens, times)
+        yield
+    finally:
+        for block, processor in zip(blocks, before, strict=True):
+            block.attn.processor = processor

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,6 +106,8 @@ def grid_of(side: int, plan: Plan) -> Grid:
     return (side // plan.multiple,) * 2
 
 
+SPREAD = 4
+"""Stream of a draw's seed that says which tokens of a spread patch are kept."""
 TOGETHER = 16
 """Draws that pass the blocks in one batch."""
 
@@ -172,28 +175,67 @@ def _passed(run: Run, drawn: Sequence[Draw], grid: Grid, hears: tuple[int, ...])
                 place = rule.window(draw).place
                 through.heard[number] = heard_by(block, seen, place, grid, row)
     if arm.crop == "window":
-        return [window(one, draw, rule, arm.margin) for one, draw in zip(draws, drawn, strict=True)]
-    return draws
+        cuts: list[Window | Spread] = [rule.window(draw) for draw in drawn]
+    elif arm.crop == "spread":
+        cuts = [spread(draw, rule) for draw in drawn]
+    else:
+        return draws
+    return [cut(one, kept, rule, arm.margin) for one, kept in zip(draws, cuts, strict=True)]
 
 
-def window(through: Through, draw: Draw, rule: WindowRule, margin: int = 0) -> Through:
-    """What a window of a whole picture's tokens holds of a draw, at the draw's place.
+@dataclass(frozen=True)
+class Spread:
+    """Tokens of a picture that are not neighbours.
+
+    Attributes:
+        numbers: which, ascending, row by row of the cells that they are from.
+        side: token rows, and columns, of the picture.
+    """
+
+    numbers: np.ndarray
+    side: int
+
+    def tokens(self, value: Any, axis: int = 1) -> Any:
+        """As `Window.tokens`."""
+        text = value.shape[axis] - self.side**2
+        return value[
+            (slice(None),) * axis + (np.concatenate([np.arange(text), text + self.numbers]),)
+        ]
+
+
+def spread(draw: Draw, rule: WindowRule) -> Spread:
+    """One token of each of the ``rule.patch``^2 cells of a picture, by the draw's seed."""
+    each = rule.side // rule.patch
+    offsets = np.random.default_rng([draw.seed, SPREAD]).integers(
+        each, size=(2, rule.patch, rule.patch)
+    )
+    starts = np.arange(rule.patch) * each
+    rows, columns = starts[:, None] + offsets[0], starts + offsets[1]
+    return Spread((rows * rule.side + columns).ravel(), rule.side)
+
+
+def cut(through: Through, kept: Window | Spread, rule: WindowRule, margin: int = 0) -> Through:
+    """What a draw of a whole picture has of some of its tokens.
 
     Args:
         through: of the whole picture.
-        draw: its u and v say where the window is.
+        kept: the tokens.
         rule: of the windows.
-        margin: tokens from its edge, where that is not the picture's, whose loss does not count.
+        margin: tokens from a window's edge, where that is not the picture's, whose loss does not
+            count.
     """
-    kept, weight = rule.window(draw), through.weight
+    weight = through.weight
     states = [State(kept.tokens(state.image), state.text) for state in through.states]
     cond = {
         name: kept.tokens(value, 0) if name.startswith("rope_") else value
         for name, value in through.cond.items()
     }
     tokens = through.target.dim() == 3
-    target = kept.tokens(through.target) if tokens else kept.latents(through.target)
-    if margin:
+    if tokens or isinstance(kept, Spread):
+        target = kept.tokens(through.target)
+    else:
+        target = kept.latents(through.target)
+    if margin and isinstance(kept, Window):
         inner = of_tokens(inside(kept, margin), (rule.patch,) * 2, target.shape)
         weight = torch.from_numpy(inner) * (1.0 if weight is None else weight)
     return replace(through, states=states, cond=cond, target=target, weight=weight)

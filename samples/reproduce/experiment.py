@@ -11,15 +11,15 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from arms import ARMS, INT4, NO_LORA, Skips, lora_blocks
-from context import hearing, set_heard
+from arms import ARMS, INT4, NO_LORA, Skips, lora_blocks, ranks_by_block
+from context import counting, hearing, set_heard
 from draws import Through, bank_of, begin, draws_of, stored
 from four_bits import begin_in_four_bits, end_in_four_bits, measuring
 from measures import adherence, similarity
@@ -76,6 +76,23 @@ def blocks_of(run: Run) -> list[int]:
         return *(chosen.best(k) if chosen else split_by_ratio(plan.layers, k / plan.layers)), []
 
     return lora_blocks(ARMS[run.arm], plan.layers, select)
+
+
+def ranks_of(run: Run, modules: list[str]) -> list[int]:
+    """Rank of each LoRA module: of its block, by what the model's selection measured of that.
+
+    A block's worth is the mean of what the loss grows by when it is the last of a head without
+    LoRA, and the first of a tail.
+    """
+    plan, chosen = plan_of(run.job), blocks_of(run)
+    selection = selection_of(plan)
+    if selection is None:
+        return [plan.rank] * len(modules)
+    head, tail = (np.diff(of) for of in (selection.head, selection.tail_run or selection.tail))
+    ranks = ranks_by_block(((head + tail[::-1]) / 2)[chosen].tolist(), plan.rank)
+    blocks = model_for(run.job).family.blocks(pipeline_of(run.job).transformer)
+    of = {list(blocks)[number]: rank for number, rank in zip(chosen, ranks, strict=True)}
+    return [next(r for block, r in of.items() if name.startswith(f"{block}.")) for name in modules]
 
 
 def how_selected(job: Path) -> str:
@@ -156,13 +173,15 @@ class Trainer:
         modules = lora_modules(self.family, transformer, chosen, plan.lora_targets, arm.tail)
         seeds, orthogonal = [run.seed for run in runs], arm.start == "orthogonal"
         transformer.requires_grad_(False)
-        lora = add_many_lora(transformer, modules, plan.rank, plan.alpha, seeds, orthogonal)
+        ranks = ranks_of(runs[0], modules) if arm.by_block else []
+        lora = add_many_lora(transformer, modules, plan.rank, plan.alpha, seeds, orthogonal, ranks)
         self.subgraph = TrainableSubgraph(
             transformer, self.family, self.running, plan.grid, arm.tail
         )
         self.sessions = ManySessions(self.subgraph, lora, plan.optimizer, arm.by_rows)
         blocks = list(self.family.blocks(transformer).items())
         self.hearers = [blocks[number][1] for number in chosen] if arm.context else []
+        self.blocks = [block for _, block in blocks]
         self.chosen, self.after = chosen, blocks[chosen[-1] + 1 :]
         self.lora, self.frozen = lora, frozen_layers(self.subgraph.blocks())
         self.prefixes = np.random.default_rng(NESTED)
@@ -172,7 +191,11 @@ class Trainer:
         """Train; the losses by step."""
         arm, plan = self.arm, self.plan
         progress, losses = Progress(arm.title, 0, plan.steps), []
-        with hearing(self.hearers, arm.context == "all") as ears, self._computing():
+        with (
+            hearing(self.hearers, arm.context == "all") as ears,
+            self._counting(),
+            self._computing(),
+        ):
             for step in range(plan.steps):
                 first = step * arm.draws
                 if arm.refresh and step % arm.refresh == 0:
@@ -197,6 +220,13 @@ class Trainer:
         """Let the first of the ranks count."""
         for layer in self.lora:
             layer.used = ranks
+
+    def _counting(self) -> AbstractContextManager[None]:
+        """A context in which image tokens count as the arm has them."""
+        if not self.arm.counted:
+            return nullcontext()
+        shown, whole = math.prod(self.plan.grid), (self.plan.s_max // self.plan.multiple) ** 2
+        return counting(self.blocks, shown, whole / shown)
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

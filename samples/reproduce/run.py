@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,14 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from arms import ARMS
-from experiment import execute, how_selected, settings
+from arms import ARMS, Arm
+from experiment import execute, how_selected, selection_of, settings
 from runs import Run, plan_of
 from subjects import subjects, write_subject
 from tables import collect, shared, write_results
 
 from edge_dit.cluster.pool import LOCAL, connected
+from edge_dit.planning.plan import Plan
 from edge_dit.progress import bar
 from edge_dit.store.files import write_atomic, write_json
 
@@ -48,18 +50,27 @@ JOBS = {"tiny-sana": "sana.toml", "tiny-flux": "flux.toml"}
 def all_runs(
     job: Path, work: Path, toys: int, seeds: int, steps: int, arms: Iterable[str]
 ) -> list[Run]:
-    """Arm by arm, of those that the family can be; subjects are written to ``work``/subjects."""
-    family = plan_of(job).family
+    """Arm by arm, of those that the family can be and the model's selection proposes; subjects are
+    written to ``work``/subjects.
+    """
+    plan = plan_of(job)
     folders = [work / "subjects" / name for name in list(subjects())[:toys]]
     for folder in folders:
         write_subject(folder.name, folder)
     return [
         Run(job, arm, folder, seed, steps)
         for arm in arms
-        if ARMS[arm].family in ("", family)
+        if ARMS[arm].family in ("", plan.family) and is_proposed(ARMS[arm], plan)
         for folder in folders
         for seed in range(seeds)
     ]
+
+
+def is_proposed(arm: Arm, plan: Plan) -> bool:
+    """Whether an arm that is for proposed splits has one."""
+    selection = selection_of(plan)
+    k = round(arm.skipped * plan.layers)
+    return arm.where != "proposed" or (selection is not None and selection.proposed(k) is not None)
 
 
 def is_done(run: Run, out: Path) -> bool:
@@ -78,8 +89,9 @@ def take_known(runs: list[Run], known: Path, out: Path) -> None:
         of = numbers.get((run.arm, run.subject.name, run.seed))
         if of is None or is_done(run, out):
             continue
-        now = settings(run)
-        if results["arms"][run.arm] == shared(now):
+        now, its = settings(run), results["arms"][run.arm]
+        # An arm of before has what was added to arms since as it is by default.
+        if {**its, "arm": {**asdict(Arm("", "")), **its["arm"]}} == shared(now):
             write_json(out / f"{run.name}.json", {**of, "settings": now})
 
 
@@ -105,10 +117,13 @@ Outcome = tuple[dict[str, Any], bytes]
 
 
 def executed(_: None, runs: list[Run]) -> list[Outcome]:
-    """`execute` runs of one arm."""
+    """`execute` runs of one arm; ``seconds`` is what each took of the time of all."""
+    begun = time.monotonic()
+    outcomes = execute(runs)
+    seconds = (time.monotonic() - begun) / len(runs)
     return [
-        ({**measured, "settings": settings(run)}, pictures)
-        for run, (measured, pictures) in zip(runs, execute(runs), strict=True)
+        ({**measured, "seconds": seconds, "settings": settings(run)}, pictures)
+        for run, (measured, pictures) in zip(runs, outcomes, strict=True)
     ]
 
 

@@ -62,29 +62,40 @@ def add_many_lora(
     alpha: float,
     seeds: Sequence[int],
     orthogonal: bool = False,
+    ranks: Sequence[int] = (),
 ) -> list[ManyLora]:
-    """Put adapters on ``modules``, run r's begun as `add_lora` does with ``seeds[r]``; with
-    ``orthogonal`` A's rows are turned to be orthogonal, and keep their lengths.
+    """Put adapters on ``modules``, run r's begun as `add_lora` does with ``seeds[r]``.
+
+    Args:
+        model: gets them.
+        modules: names of linear layers and 1x1 convolutions.
+        rank, alpha: as `add_lora` has them.
+        seeds: of each run.
+        orthogonal: whether A's rows are turned to be orthogonal, and keep their lengths.
+        ranks: of each module, where they differ; scale and length of A's rows are those of
+            ``rank``.
     """
+    most = max(ranks, default=rank)
     begun: dict[int, dict[str, Tensor]] = {}
     for seed in set(seeds):
-        add_lora(model, list(modules), rank, alpha, seed)
+        add_lora(model, list(modules), most, alpha, seed)
         begun[seed] = {k: v.clone() for k, v in model.named_parameters() if ".lora_" in k}
         remove_lora(model)
         # PEFT would warn of it the next time
         vars(model).pop("peft_config", None)
     layers = []
-    for name in modules:
+    for name, own in zip(modules, ranks or [rank] * len(modules), strict=True):
 
         def stacked(part: str, name: str = name) -> Tensor:
             tensors = [begun[seed][f"{name}.lora_{part}.default.weight"] for seed in seeds]
             return torch.stack([tensor.flatten(1) for tensor in tensors])
 
-        a = stacked("A")
+        # N(0, 1 / rank), though more were drawn
+        a = stacked("A")[:, :own] * (most / rank)
         if orthogonal:
             turned = torch.linalg.qr(a.transpose(1, 2)).Q.transpose(1, 2)
             a = turned * a.norm(dim=2, keepdim=True)
-        layer = ManyLora(model.get_submodule(name), a, stacked("B"), alpha / rank)
+        layer = ManyLora(model.get_submodule(name), a, stacked("B")[:, :, :own], alpha / rank)
         model.set_submodule(name, layer)
         layers.append(layer)
     return layers

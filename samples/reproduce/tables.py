@@ -111,7 +111,10 @@ def all_of(verdicts: Sequence[str]) -> str:
 
 
 def judge(results: Results, claim: Claim) -> str:
-    return all_of([beats(gain(results, *pair, LOSS), claim.margin) for pair in claim.pairs])
+    """By the pairs of a claim; by those that were run, of arms that not every model proposes."""
+    pairs = [p for p in claim.pairs if ARMS[p[0]].where != "proposed" or p[0] in results]
+    verdicts = [beats(gain(results, *pair, LOSS), claim.margin) for pair in pairs]
+    return all_of(verdicts) if verdicts else OPEN
 
 
 def judge_share(results: Results) -> str:
@@ -260,7 +263,7 @@ def as_json(results: Results) -> dict[str, Any]:
     """Every run's numbers, and once an arm's settings."""
     runs = [run for arm in results.values() for run in arm.values()]
     settings = {arm: next(iter(runs.values()))["settings"] for arm, runs in results.items()}
-    kept = ("arm", "subject", "seed", *MEASURES, "train_loss")
+    kept = ("arm", "subject", "seed", *MEASURES, "train_loss", "seconds")
     return {
         "claims": {claim.says: judge(results, claim) for claim in CLAIMS},
         "share": {**_share_json(results), "verdict": judge_share(results)},
@@ -270,7 +273,7 @@ def as_json(results: Results) -> dict[str, Any]:
             if arm in results and other in results
         },
         "arms": {arm: shared(setting) for arm, setting in settings.items()},
-        "runs": [{key: run[key] for key in kept} for run in runs],
+        "runs": [{key: run.get(key) for key in kept} for run in runs],
     }
 
 
