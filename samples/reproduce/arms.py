@@ -87,6 +87,7 @@ class Arm:
     small: float = 0.0
     draws: int = 1
     context: Literal["", "convolutions", "all"] = ""
+    cell: int = 1
     margin: int = 0
     counted: bool = False
     told: bool = False
@@ -225,13 +226,25 @@ ARMS: dict[str, Arm] = {
                 "context",
                 "a window that hears the rest",
                 "",
-                {"crop": "window", "context": "all", "family": "sana"},
+                {"crop": "window", "context": "all"},
+            ),
+            (
+                "context-cells",
+                "a window that hears cells of the rest",
+                "",
+                {"crop": "window", "context": "all", "cell": 2, "family": "flux"},
             ),
             (
                 "context-four",
                 "four windows a step that hear the rest",
                 "",
-                {"crop": "window", "context": "all", "draws": 4, "family": "sana"},
+                {"crop": "window", "context": "all", "draws": 4},
+            ),
+            (
+                "context-four-fresh",
+                "four windows a step that hear the rest, tail fresh",
+                "",
+                {"crop": "window", "context": "all", "draws": 4, "tail": FRESH, "family": "flux"},
             ),
             (
                 "ring",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from arms import ARMS, CROPS, Arm
-from context import Heard, heard_by, listening
+from context import Heard, Place, ear_of, listening
 from runs import Run, model_for, pipeline_of, plan_for, subject_of
 from side_by_side import joined
 from torch import Tensor
@@ -122,7 +122,16 @@ def bank_of(run: Run, hears: Sequence[int] = ()) -> list[Through]:
     """
 
     def decides(arm: Arm) -> tuple:
-        return arm.crop, arm.patch, arm.small, arm.told, arm.emphasis, arm.draws, arm.margin
+        return (
+            arm.crop,
+            arm.patch,
+            arm.small,
+            arm.told,
+            arm.emphasis,
+            arm.draws,
+            arm.margin,
+            arm.cell,
+        )
 
     mine = decides(ARMS[run.arm])
     like = next(name for name, arm in ARMS.items() if arm.banked and decides(arm) == mine)
@@ -172,8 +181,10 @@ def _passed(run: Run, drawn: Sequence[Draw], grid: Grid, hears: tuple[int, ...])
         for row, (through, draw, state) in enumerate(zip(draws, drawn, after, strict=True)):
             through.states.append(state)
             if seen is not None:
-                place = rule.window(draw).place
-                through.heard[number] = heard_by(block, seen, place, grid, row)
+                place = Place(rule.window(draw).place, grid)
+                through.heard[number] = ear_of(block).of(
+                    block, seen, place, row, through.cond, arm.cell
+                )
     if arm.crop == "window":
         cuts: list[Window | Spread] = [rule.window(draw) for draw in drawn]
     elif arm.crop == "spread":

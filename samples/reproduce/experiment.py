@@ -31,7 +31,7 @@ from torch import Tensor
 
 from edge_dit.contract.adamw import learning_rate
 from edge_dit.contract.bank import draw_order
-from edge_dit.contract.names import TAIL_RESIDUAL
+from edge_dit.contract.names import STORED, TAIL_RESIDUAL
 from edge_dit.contract.targets import WIDE
 from edge_dit.models.int8_products import computing_in_int8
 from edge_dit.models.subgraph import TrainableSubgraph, conditioning_of, frozen_layers, lora_modules
@@ -123,6 +123,15 @@ def settings(run: Run) -> dict[str, Any]:
     }
 
 
+def hearing_blocks(run: Run) -> list[int]:
+    """Numbers of the blocks that hear what is around a window: the trained ones, and the tail where
+    it runs.
+    """
+    arm, chosen = ARMS[run.arm], blocks_of(run)
+    tail = range(chosen[-1] + 1, plan_of(run.job).layers) if arm.tail != STORED else []
+    return [*chosen, *tail] if arm.context else []
+
+
 class Feed:
     """Which draw each run has in each turn; a step has as many turns as the arm has draws a step.
 
@@ -137,8 +146,7 @@ class Feed:
         if not self.arm.banked:
             self.fresh = [draws_of(run, turns) for run in runs]
             return
-        hears = blocks_of(runs[0]) if self.arm.context else []
-        self.banks = [bank_of(run, hears) for run in runs]
+        self.banks = [bank_of(run, hearing_blocks(runs[0])) for run in runs]
         self.orders = []
         for run, bank in zip(runs, self.banks, strict=True):
             order = [draw_order(turn, plan.draws, run.seed) for turn in range(turns)]
@@ -180,9 +188,9 @@ class Trainer:
         )
         self.sessions = ManySessions(self.subgraph, lora, plan.optimizer, arm.by_rows)
         blocks = list(self.family.blocks(transformer).items())
-        self.hearers = [blocks[number][1] for number in chosen] if arm.context else []
+        self.hears = hearing_blocks(runs[0])
         self.blocks = [block for _, block in blocks]
-        self.chosen, self.after = chosen, blocks[chosen[-1] + 1 :]
+        self.after = blocks[chosen[-1] + 1 :]
         self.lora, self.frozen = lora, frozen_layers(self.subgraph.blocks())
         self.prefixes = np.random.default_rng(NESTED)
         self.tails: dict[int, list[Tensor]] = {}
@@ -192,7 +200,7 @@ class Trainer:
         arm, plan = self.arm, self.plan
         progress, losses = Progress(arm.title, 0, plan.steps), []
         with (
-            hearing(self.hearers, arm.context == "all") as ears,
+            hearing([self.blocks[n] for n in self.hears], arm.context == "all") as ears,
             self._counting(),
             self._computing(),
         ):
@@ -205,7 +213,7 @@ class Trainer:
 
                 def hear(turn: int, first: int = first) -> None:
                     draws = self.feed.at(first + turn)
-                    set_heard(ears, [[d.heard[n] for n in self.chosen] for d in draws])
+                    set_heard(ears, [[d.heard[n] for n in self.hears] for d in draws])
 
                 if arm.nested:
                     self._use(plan.rank // int(self.prefixes.choice([1, 2, 4])))

@@ -46,7 +46,7 @@ import experiment
 import measures
 import tables
 from arms import ARMS, CLAIMS, CROPS, NO_LORA, Claim, Skips, lora_blocks, ranks_by_block
-from context import counting, heard_by, hearing, listening, set_heard
+from context import Place, counting, ear_of, hearing, listening, set_heard
 from draws import Through, cut, inside, spread, stored, told
 from everything import stages
 from experiment import how_selected, settings
@@ -273,6 +273,12 @@ def test_modules_of_other_ranks_begin_as_those_of_one() -> None:
     assert float(layers[1].a.detach().std()) == pytest.approx(size, rel=0.3)
 
 
+def place_at(u: float, v: float, grid: tuple[int, int]) -> Place:
+    """A window of 3 x 3 tokens."""
+    draw = Draw(0, 0, 0, 0.5, u, v, Crop(0, 0, 8))
+    return Place(WindowRule(3, grid[0]).window(draw).place, grid)
+
+
 def sana_block() -> SanaTransformerBlock:
     torch.manual_seed(3)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_cross_attention_heads": 2}
@@ -289,13 +295,12 @@ def test_a_window_that_hears_the_rest_is_the_whole_pictures(u: float, v: float) 
         torch.randn(shape, generator=generator) for shape in ((2, 36, 16), (2, 4, 16), (2, 96))
     )
     given = {"encoder_hidden_states": text, "timestep": modulation}
-    place = WindowRule(3, 6).window(Draw(0, 0, 0, 0.5, u, v, Crop(0, 0, 8))).place
-    inside = torch.zeros(grid, dtype=torch.bool)
-    inside[place.top : place.top + 3, place.left : place.left + 3] = True
+    place = place_at(u, v, grid)
+    inside = ~place.outside
     with torch.no_grad():
         with listening(block) as seen:
             whole = block(image, height=6, width=6, **given)[:, inside.flatten()]
-        heard = [[heard_by(block, seen, place, grid, row)] for row in range(2)]
+        heard = [[ear_of(block).of(block, seen, place, row, {}, 1)] for row in range(2)]
         small = {"height": 3, "width": 3, **given}
         deaf = block(image[:, inside.flatten()], **small)
         with hearing([block], True) as ears:
@@ -312,6 +317,63 @@ def test_a_window_that_hears_the_rest_is_the_whole_pictures(u: float, v: float) 
     # convolutions alone are not enough, and are not nothing
     assert (halfway - whole).abs().max() > 2e-3
     assert (halfway - deaf).abs().max() > 2e-3
+
+
+def flux_block(single: bool) -> Any:
+    torch.manual_seed(2)
+    return (FluxSingleTransformerBlock if single else FluxTransformerBlock)(16, 2, 8)
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize(("u", "v"), [(0.0, 0.0), (0.5, 0.3), (1.0, 1.0)])
+def test_a_flux_window_that_hears_the_rest_is_the_whole_pictures(
+    u: float, v: float, single: bool
+) -> None:
+    block, grid = flux_block(single), (6, 6)
+    text, image, temb = torch.randn(2, 4, 16), torch.randn(2, 36, 16), torch.randn(2, 16)
+    angles = torch.rand(40, 4).repeat_interleave(2, 1)
+    place = place_at(u, v, grid)
+    inside = ~place.outside.flatten()
+    kept = torch.cat([torch.ones(4, dtype=torch.bool), inside])
+
+    def run(image: Tensor, at: Tensor) -> Tensor:
+        return block(image, text, temb, image_rotary_emb=(at.cos(), at.sin()))[1]
+
+    cond = {"rope_cos": angles.cos(), "rope_sin": angles.sin()}
+    found: dict[int, Tensor] = {}
+    with torch.no_grad():
+        with listening(block) as seen:
+            whole = run(image, angles)[:, inside]
+        deaf = run(image[:, inside], angles[kept])
+        for cell in (1, 2):
+            heard = [[ear_of(block).of(block, seen, place, row, cond, cell)] for row in range(2)]
+            with hearing([block], True) as ears:
+                set_heard(ears, heard)
+                found[cell] = run(image[:, inside], angles[kept])
+        again = run(image[:, inside], angles[kept])
+    assert torch.equal(again, deaf)
+    assert (deaf - whole).abs().max() > 0.01
+    # keys and values are stored in float16
+    assert (found[1] - whole).abs().max() < 2e-3
+    assert (found[2] - deaf).abs().max() > 1e-3
+
+
+def test_cells_that_are_all_alike_are_their_tokens() -> None:
+    block, grid = flux_block(True), (6, 6)
+    text, temb = torch.randn(1, 4, 16), torch.randn(1, 16)
+    image = torch.randn(1, 3, 1, 3, 1, 16).expand(1, 3, 2, 3, 2, 16).reshape(1, 36, 16)
+    place = Place(Crop(2, 2, 2), grid)
+    still = (torch.ones(40, 8), torch.zeros(40, 8))  # no positions
+    cond = dict(zip(("rope_cos", "rope_sin"), still, strict=True))
+    here = torch.cat([torch.ones(4, dtype=torch.bool), ~place.outside.flatten()])
+    with torch.no_grad():
+        with listening(block) as seen:
+            whole = block(image, text, temb, image_rotary_emb=still)[1][:, here[4:]]
+        with hearing([block], True) as ears:
+            set_heard(ears, [[ear_of(block).of(block, seen, place, 0, cond, 2)]])
+            rotary = tuple(each[here] for each in still)
+            found = block(image[:, here[4:]], text, temb, image_rotary_emb=rotary)[1]
+    assert (found - whole).abs().max() < 2e-3
 
 
 def test_positions_of_a_whole_picture_and_of_a_corner() -> None:
