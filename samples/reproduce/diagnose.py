@@ -4,8 +4,8 @@
     python samples/reproduce/diagnose.py --work DIR [--model tiny-sana|tiny-flux] [--subjects 4]
         [--seeds 2] [--jobs 2]
 
-Trains `full`, `low-to-high`, `resize` and `skip-30` for 200 and 800 steps and measures each run in
-four ways, so that each suspect has a number of its own:
+Trains `full`, `low-to-high`, `resize` and `skip-30` for 200 and 800 steps, `RECIPES` for 200, and
+measures each run in four ways, so that each suspect has a number of its own:
 
     steps     the share of full LoRA's gain after 800 steps, both trained as long, against 200
     scale     the share at the patch's own size: held-out views resized to it, where `resize`, whole
@@ -40,7 +40,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from arms import ARMS, NO_LORA
 from experiment import generate, losses_by_level, settings, train
 from measures import cut_out
-from run import JOBS, SAMPLES, all_runs
+from run import JOBS, SAMPLES, all_runs, batches
 from runs import Run, model_for, pipeline_of, plan_for, plan_of, subject_of
 from side_by_side import remove_many_lora
 from tables import mean_of, table
@@ -51,6 +51,7 @@ from edge_dit.store.files import write_atomic, write_json
 
 STEPS = (200, 800)
 NAMES = (NO_LORA, "full", "resize", "low-to-high", "skip-30")
+RECIPES = ("skip-50", "window-50", "window-four-50")
 REFERENCE = {"full": "full", "patch": "resize"}
 """Size that is measured -> the arm whose gain counts as all of it."""
 INPUT = 224
@@ -135,8 +136,9 @@ def outcome_of(run: Run, out: Path) -> dict[str, Any] | None:
 def perform(runs: list[Run], out: Path) -> int:
     """Measure what is missing; how many."""
     missing = [run for run in runs if outcome_of(run, out) is None]
-    for run, outcome in zip(missing, measure(missing) if missing else [], strict=True):
-        write_json(path_of(run, out), outcome)
+    for group in batches(missing):
+        for run, outcome in zip(group, measure(group), strict=True):
+            write_json(path_of(run, out), outcome)
     return len(missing)
 
 
@@ -200,18 +202,18 @@ def summary(found: Outcomes) -> dict[str, Any]:
     """Every share with its standard error, as JSON has it."""
     rows: dict[str, Any] = {}
     levels = len(found[NO_LORA, STEPS[0]][0]["losses"]["full"])
-    for steps in STEPS:
-        for arm in NAMES[2:]:
-            rows[f"{arm}, {steps} steps"] = {
-                "share": shares(found, arm, steps, "full", None),
-                "share at the patch's size": shares(found, arm, steps, "patch", None),
-                "share of similarity": shares_of_similarity(found, arm, steps),
-                "share by level": [
-                    float(np.mean(shares(found, arm, steps, "full", level)))
-                    for level in range(levels)
-                ],
-                "missing by level": missing_by_level(found, arm, steps),
-            }
+    for arm, steps in found:
+        if arm in NAMES[:2]:
+            continue
+        rows[f"{arm}, {steps} steps"] = {
+            "share": shares(found, arm, steps, "full", None),
+            "share at the patch's size": shares(found, arm, steps, "patch", None),
+            "share of similarity": shares_of_similarity(found, arm, steps),
+            "share by level": [
+                float(np.mean(shares(found, arm, steps, "full", level))) for level in range(levels)
+            ],
+            "missing by level": missing_by_level(found, arm, steps),
+        }
     return rows
 
 
@@ -239,7 +241,7 @@ def main() -> None:
     groups = []
     for steps in STEPS:
         runs = all_runs(job, work, asked.subjects, asked.seeds, steps, ARMS)
-        names = NAMES if steps == STEPS[0] else NAMES[1:]
+        names = (*NAMES, *RECIPES) if steps == STEPS[0] else NAMES[1:]
         groups += [[run for run in runs if run.arm == name] for name in names]
     perform_all(groups, work / "diagnosis", asked.jobs)
     found: Outcomes = {}
