@@ -247,6 +247,19 @@ ARMS: dict[str, Arm] = {
                 {"crop": "window", "context": "all", "draws": 4, "tail": FRESH, "family": "flux"},
             ),
             (
+                "best",
+                "eight windows a step that hear the rest, tail fresh, int8",
+                "",
+                {
+                    "crop": "window",
+                    "context": "all",
+                    "cell": 2,
+                    "draws": 8,
+                    "tail": FRESH,
+                    "compute": "int8",
+                },
+            ),
+            (
                 "ring",
                 "a window whose convolutions hear the rest",
                 "",
@@ -466,6 +479,7 @@ PAST = {
         (
             *(f"{name}-50" for name in ("window", "ring", "context", "margin")),
             *(f"{name}-50" for name in ("four", "window-four", "ring-four", "context-four")),
+            *(f"{name}-50" for name in ("context-cells", "context-four-fresh", "best")),
             *(f"{name}-50" for name in ("window-fresh", "window-four-fresh")),
             *(f"spread{name}-50" for name in ("", "-counted", "-four", "-four-fresh")),
             *(f"{name}-50" for name in ("margin-four", "told", "mixed", "refreshed")),

@@ -48,6 +48,16 @@ def collect(names: Sequence[str], folder: Path) -> Results:
     return found
 
 
+def read_results(path: Path) -> Results:
+    """The runs of a results.json, each with its arm's settings."""
+    kept = json.loads(path.read_text())
+    found: Results = {}
+    for run in kept["runs"]:
+        whole = {**run, "settings": kept["arms"][run["arm"]]}
+        found.setdefault(run["arm"], {})[run["subject"], run["seed"]] = whole
+    return found
+
+
 # ---------------------------------------------------------------- numbers
 
 
