@@ -43,7 +43,7 @@ from measures import cut_out
 from run import JOBS, SAMPLES, all_runs, batches
 from runs import Run, model_for, pipeline_of, plan_for, plan_of, subject_of
 from side_by_side import remove_many_lora
-from tables import mean_of, table
+from tables import mean_of, percent, table
 
 from edge_dit.pictures.dataset import read_folder
 from edge_dit.reference.evaluate import Whole, encode_whole
@@ -221,10 +221,10 @@ def in_words(rows: dict[str, Any]) -> str:
     columns = ("share", "share at the patch's size", "share of similarity")
     lines = []
     for name, row in rows.items():
-        means = [mean_of([100 * share for share in row[column]]) for column in columns]
+        means = [percent(mean_of(row[column])) for column in columns]
         levels = " ".join(f"{100 * share:.0f}" for share in row["share by level"])
         lines.append([name, *means, levels])
-    return table(["arm", *(f"{c}, %" for c in columns), "by noise level, low to high, %"], lines)
+    return table(["arm", *columns, "by noise level, low to high, %"], lines)
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
     python samples/reproduce/everything.py --work DIR
 
 Stage by stage, each a command of its own that can be stopped and goes on; a stage that is finished
-is skipped. In the end samples/reproduce/results, docs/results and edge_dit/budget/quality.json hold
-what was measured, and DIR/seconds.json how long each stage took.
+is skipped. In the end samples/reproduce/results, docs/results, edge_dit/budget/quality.json and the
+tables of the documents hold what was measured, and DIR/seconds.json how long each stage took.
 """
 
 from __future__ import annotations
@@ -49,10 +49,7 @@ def stages(work: Path) -> list[dict[str, list[str]]]:
             "masks": script("masks", str(work / "masks"), found),
             "gap": script("gap", "--subjects", "2", "--seeds", "1"),
         },
-        {"priors": script("prior", priors, found)},
-        {"tails": script("tails", runs, found)},
-        {"int8": script("cheaper", "int8", runs, found)},
-        {"half an optimizer": script("cheaper", "lean", runs, found)},
+        {"priors": script("prior", priors, found), "memory": script("memory")},
     ]
 
 
@@ -85,7 +82,8 @@ def main() -> None:
                 write_atomic(HERE / "results" / model / file.name, file.read_bytes())
     diagnosis = work / "diagnosis" / MODELS[0] / "diagnosis.json"
     write_atomic(HERE / "results" / MODELS[0] / diagnosis.name, diagnosis.read_bytes())
-    subprocess.run([sys.executable, str(HERE / "calibrate.py")], check=True)
+    for script in ("calibrate", "pages"):
+        subprocess.run([sys.executable, str(HERE / f"{script}.py")], check=True)
     for name, took in seconds.items():
         print(f"{name}: {took / 60:.0f} min")
     rounds_took = sum(max(seconds[name] for name in together) for together in rounds)

@@ -13,13 +13,14 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from arms import ARMS, INT4, NO_LORA, Skips, lora_blocks, ranks_by_block
-from context import counting, hearing, set_heard
+from context import Ear, counting, hearing, set_heard
 from draws import Through, bank_of, begin, draws_of, stored
 from four_bits import begin_in_four_bits, end_in_four_bits, measuring
 from measures import adherence, similarity
@@ -199,30 +200,33 @@ class Trainer:
         """Train; the losses by step."""
         arm, plan = self.arm, self.plan
         progress, losses = Progress(arm.title, 0, plan.steps), []
-        with (
-            hearing([self.blocks[n] for n in self.hears], arm.context == "all") as ears,
-            self._counting(),
-            self._computing(),
-        ):
+        with self.hearing() as ears, self._counting(), self._computing():
             for step in range(plan.steps):
                 first = step * arm.draws
                 if arm.refresh and step % arm.refresh == 0:
                     ahead = range(first, min(first + arm.refresh, plan.steps))
                     self.tails = {turn: self._tail(turn) for turn in ahead}
-                turns = [self._batch(first + turn) for turn in range(arm.draws)]
-
-                def hear(turn: int, first: int = first) -> None:
-                    draws = self.feed.at(first + turn)
-                    set_heard(ears, [[d.heard[n] for n in self.hears] for d in draws])
-
+                turns = [self.batch(first + turn) for turn in range(arm.draws)]
                 if arm.nested:
                     self._use(plan.rank // int(self.prefixes.choice([1, 2, 4])))
                 lr = learning_rate(step, plan.steps, plan.optimizer.lr)
-                before = hear if arm.context else (lambda _turn: None)
-                losses.append(self.sessions.step_of_several(turns, lr, before))
+                hear = partial(self._hear, ears, first)
+                losses.append(self.sessions.step_of_several(turns, lr, hear))
                 progress.add(step + 1, float(np.mean(losses[-1])))
         self._use(arm.rank or plan.rank)
         return losses
+
+    def hearing(self) -> AbstractContextManager[list[Ear]]:
+        """A context in which blocks hear what `hear` says, if the arm's do."""
+        return hearing([self.blocks[n] for n in self.hears], self.arm.context == "all")
+
+    def hear(self, ears: list[Ear], turn: int) -> None:
+        """Let blocks hear what is around the windows of a turn."""
+        set_heard(ears, [[draw.heard[n] for n in self.hears] for draw in self.feed.at(turn)])
+
+    def _hear(self, ears: list[Ear], first: int, turn: int) -> None:
+        if ears:
+            self.hear(ears, first + turn)
 
     def _use(self, ranks: int) -> None:
         """Let the first of the ranks count."""
@@ -242,7 +246,7 @@ class Trainer:
         if self.arm.compute == INT4:
             with measuring(self.lora) as sizes, torch.no_grad():
                 for turn in range(min(CALIBRATION, self.plan.steps)):
-                    self.sessions.trained(joined(self._batch(turn)))
+                    self.sessions.trained(joined(self.batch(turn)))
             before = begin_in_four_bits(self.lora, self.frozen, sizes, self.arm.start)
             yield
             end_in_four_bits(self.lora, self.frozen, before)
@@ -252,7 +256,7 @@ class Trainer:
             with computing_in_int8(self.subgraph.blocks()):
                 yield
 
-    def _batch(self, turn: int) -> list[dict[str, Tensor]]:
+    def batch(self, turn: int) -> list[dict[str, Tensor]]:
         """A draw for each run as it is trained on."""
         draws = self.feed.at(turn)
         tokens = draws[0].states[0].image.shape[1]
@@ -266,7 +270,7 @@ class Trainer:
     @torch.no_grad()
     def _tail(self, turn: int) -> list[Tensor]:
         """Tail residuals of a turn's draws by the model as it is now, one for each run."""
-        batch = joined(self._batch(turn))
+        batch = joined(self.batch(turn))
         last = state = self.sessions.trained(batch)
         for block in self.after:
             last = self.family.run_block(*block, last, conditioning_of(batch), self.subgraph.grid)

@@ -3,8 +3,8 @@
     python samples/reproduce/pages.py
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is one of `TABLES`. All are of
-results/*/results.json, of diagnosis.json beside it, and of docs/results/prior.json. What a model
-was not run on is "-" where its family cannot be, and "not run" else.
+results/*/results.json, of memory.json and diagnosis.json beside it, and of docs/results/prior.json.
+What a model was not run on is "-" where its family cannot be, and "not run" else.
 """
 
 from __future__ import annotations
@@ -161,12 +161,27 @@ def diagnosis(_: Everything) -> str:
     return in_words(found)
 
 
+def memory(all_of: Everything) -> str:
+    """Bytes of a step by arm, and what they come to of the paper's recipe's."""
+    files = {model: HERE / "results" / model / "memory.json" for model in all_of}
+    found = {model: json.loads(file.read_text()) for model, file in files.items()}
+    rows = []
+    for arm in dict.fromkeys(name for of_model in found.values() for name in of_model):
+        cells = []
+        for of_model in found.values():
+            total, usual = (sum(of_model.get(name, {}).values()) for name in (arm, "skip-50"))
+            cells.append(f"{total:,} ({100 * total / usual:.0f} %)" if total else "-")
+        rows.append([f"`{arm}`", *cells])
+    return table(["arm", *all_of], rows)
+
+
 def prior(_: Everything) -> str:
     rows = []
     for model, arms in json.loads((DOCS / "results" / "prior.json").read_text())["rows"].items():
         for title, row in arms.items():
             shares = [f"{100 * row[f'of the {name} without']:.1f} %" for name in ("gain", "drift")]
-            rows.append([model, title, row["gain"], row["drift"], *shares, row["criterion"]])
+            verdict = "" if title == "without" else row["criterion"]
+            rows.append([model, title, row["gain"], row["drift"], *shares, verdict])
     return table(["model", "prior", "gain", "drift", "of the gain", "of the drift", ""], rows)
 
 
@@ -177,6 +192,7 @@ TABLES: dict[str, Callable[[Everything], str]] = {
     "tails": tails,
     **{kind: cheaper(kind) for kind in CHEAPER},
     "diagnosis": diagnosis,
+    "memory": memory,
     "prior": prior,
 }
 

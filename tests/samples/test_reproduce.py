@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tiny
+from edge_dit.budget.cost import shapes_of
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.bank import Crop, Draw
 from edge_dit.contract.names import TAILS
@@ -44,6 +45,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "samples" / "reproduce
 
 import experiment
 import measures
+import pages
 import tables
 from arms import ARMS, CLAIMS, CROPS, NO_LORA, Claim, Skips, lora_blocks, ranks_by_block
 from context import Place, counting, ear_of, hearing, listening, set_heard
@@ -60,7 +62,8 @@ from four_bits import (
     measuring,
     rounded,
 )
-from run import SAMPLES, Run, all_runs, is_done, perform, take_known
+from run import JOBS, SAMPLES, Run, all_runs, is_done, perform, take_known
+from runs import plan_of
 from side_by_side import ManyLora, ManySessions, add_many_lora, joined, remove_many_lora
 
 RANK, ALPHA = 4, 8.0
@@ -720,10 +723,41 @@ def test_arms_are_trained_measured_and_not_repeated(work: Path, runs: list[Run])
     assert [is_done(run, again) for run in runs] == [True, False]
 
 
+def test_tables_of_the_documents_are_what_was_measured() -> None:
+    found = pages.everything()
+    seen: set[str] = set()
+    for page in pages.PAGES:
+        written = page.read_text()
+        assert pages.rendered(written, found) == written, "run: python samples/reproduce/pages.py"
+        seen |= {name for _, name, _, _ in pages.MARKED.findall(written)}
+    assert seen == set(pages.TABLES)
+
+
+@pytest.mark.parametrize("model", ["tiny-sana", "tiny-flux"])
+def test_what_a_step_keeps_is_what_the_planner_counts(model: str) -> None:
+    file = SAMPLES / "reproduce" / "results" / model / "memory.json"
+    found, results = json.loads(file.read_text()), pages.everything()[model]
+    settings = next(iter(results["skip-50"].values()))["settings"]
+    plan = plan_of(SAMPLES / JOBS[model]).model_copy(update={"s_min": settings["s_min"]})
+    _, patch = shapes_of(plan)
+    cost, paper = patch.cost(settings["blocks"], settings["rank"]), found["skip-50"]
+    assert paper["frozen"] == cost.frozen_bytes
+    assert paper["LoRA and gradients"] == cost.lora_bytes
+    assert paper["moments"] == cost.optimizer_bytes
+    # real modules save a few small tensors more than those on the meta device
+    assert paper["activations"] == pytest.approx(cost.activation_bytes, rel=0.01)
+    assert found["window-50"] == paper
+    four = found["window-four-50"]
+    assert four == {**paper, "sum of gradients": cost.lora_bytes // 2}
+    best = found["best-50"]
+    assert 4 * best["frozen"] < 1.2 * found.get("context-four-fresh-50", four)["frozen"]
+    assert sum(best.values()) < sum(paper.values())
+
+
 def test_everything_is_made_of_scripts_that_exist(tmp_path: Path) -> None:
     planned = [command for together in stages(tmp_path) for command in together.values()]
     scripts = {Path(command[0]).stem for command in planned}
-    assert scripts == {"fair", "run", "tails", "cheaper", "diagnose", "prior", "masks", "gap"}
+    assert scripts == {"fair", "run", "diagnose", "prior", "masks", "gap", "memory"}
     for command in planned:
         assert Path(command[0]).is_file(), command
         subprocess.run([sys.executable, "-m", "py_compile", command[0]], check=True)
