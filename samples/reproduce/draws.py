@@ -135,7 +135,9 @@ def bank_of(run: Run, hears: Sequence[int] = ()) -> list[Through]:
 
     mine = decides(ARMS[run.arm])
     like = next(name for name, arm in ARMS.items() if arm.banked and decides(arm) == mine)
-    return _bank(replace(run, arm=like), tuple(hears))
+    # Banks of several draws a step are large, and no two arms share one.
+    make = _bank if ARMS[run.arm].draws == 1 else _bank.__wrapped__
+    return make(replace(run, arm=like), tuple(hears))
 
 
 @functools.lru_cache(maxsize=16)
