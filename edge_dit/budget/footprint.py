@@ -33,8 +33,18 @@ from pydantic import Field, TypeAdapter
 
 from edge_dit.budget.cost import FLOAT, Cost, Shapes, shapes_of
 from edge_dit.contract.names import MOMENTS, STORED, THROUGH, Tail
-from edge_dit.contract.targets import INT8, PIECE, ROTATED, STREAMED, TARGETS, WIDE, TargetVariant
+from edge_dit.contract.targets import (
+    INT4,
+    INT8,
+    PIECE,
+    ROTATED,
+    STREAMED,
+    TARGETS,
+    WIDE,
+    TargetVariant,
+)
 from edge_dit.errors import BadInput
+from edge_dit.models.quantize import GROUP
 from edge_dit.planning.plan import Plan
 from edge_dit.store.documents import STRICT, read_document, validated, write_document
 
@@ -45,7 +55,7 @@ backward pass, which computes each block again."""
 MEMORY_ERROR, TIME_ERROR = 0.10, 0.20
 """Largest |predicted / measured - 1| over the rows of measured.json. Memory: anonymous memory and
 file pages, each on its own. Time: of a step."""
-BYTES_OF = {"float32": 4, "float16": 2, "int8": 1}
+BYTES_OF = {"float32": 4, "float16": 2, "int8": 1, INT4: 1 / 2 + FLOAT / GROUP}
 """Bytes of a stored element of a frozen matrix, by dtype."""
 WIDENED = 1.2
 """How many copies of a block's largest matrix lie in memory as float32 at once, where weights are
@@ -304,8 +314,8 @@ def _slowed(variant: TargetVariant) -> float:
     return ROTATED_TIME if variant.compute == ROTATED else 1.0
 
 
-def _stored(float_bytes: int, width: int) -> int:
-    return float_bytes * width // FLOAT
+def _stored(float_bytes: int, width: float) -> int:
+    return int(float_bytes * width / FLOAT)
 
 
 LAYOUTS: dict[str, Callable[[Sizes, int], Held]] = {

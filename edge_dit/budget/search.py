@@ -49,7 +49,7 @@ from edge_dit.planning.selection import Selection
 from edge_dit.text import size
 
 GIB = 2**30
-WEIGHTS_PENALTY = {"float32": 0.0, "float16": 0.001, "int8": 0.005}
+WEIGHTS_PENALTY = {"float32": 0.0, "float16": 0.001, "int8": 0.005, "int4": 0.01}
 MARGIN, TIME_MARGIN = 1 / (1 - MEMORY_ERROR), 1 / (1 - TIME_ERROR)
 """A plan fits if its predicted memory (time) times this margin is within the limit. So a prediction
 that is too low by the largest error seen still keeps to the limit."""

@@ -162,7 +162,7 @@ class Bundle:
         return target if layout == self.layouts(target)[0] else f"{target} ({layout})"
 
     def dtype(self, target: str) -> str:
-        """How a target stores frozen matrices: "float32", "float16" or "int8"."""
+        """How a target stores frozen matrices: "float32", "float16", "int8" or "int4"."""
         return str(getattr(self.facts(target), "weights", WIDE))
 
     def compute(self, target: str) -> str:

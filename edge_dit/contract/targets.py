@@ -18,14 +18,18 @@ from edge_dit.contract.loop import LoopFacts
 from edge_dit.contract.names import STORED, TAILS, THROUGH, PlainName, Tail
 from edge_dit.errors import BadInput
 
-Dtype = Literal["float32", "float16", "int8"]
-DTYPES: tuple[Dtype, ...] = ("float32", "float16", "int8")
-"""How frozen matrices can be stored; int8 has one float32 scale per output channel."""
+Dtype = Literal["float32", "float16", "int8", "int4"]
+DTYPES: tuple[Dtype, ...] = ("float32", "float16", "int8", "int4")
+"""How frozen matrices can be stored. int8 has one float32 scale per output channel; int4, for
+blocks' matrices, one per group of inputs (`edge_dit.models.quantize.to_int4`).
+"""
 WIDE: Literal["float32"] = "float32"
 Compute = Literal["float32", "int8", "int8-rotated"]
 """How products with frozen matrices are computed."""
 INT8: Literal["int8"] = "int8"
 """In int8 both ways, see `edge_dit.models.int8_products`; frozen matrices are stored as int8."""
+INT4: Literal["int4"] = "int4"
+"""Two elements of a matrix in a byte; products are computed in float32."""
 ROTATED: Literal["int8-rotated"] = "int8-rotated"
 """The same, with matrices and their inputs rotated first, see `edge_dit.models.rotation`."""
 

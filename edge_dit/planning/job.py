@@ -428,11 +428,12 @@ class Export(_Section):
         list[str], Field(min_length=1, description=f"Some of {', '.join(TARGETS)}.")
     ] = list(TARGETS)
     weights: Annotated[
-        Literal["float32", "float16", "int8"],
+        Literal["float32", "float16", "int8", "int4"],
         Field(
             description="How the onnx target stores frozen matrices: float32 for all its layouts; "
-            "float16, or int8 with a scale per output channel, for the streamed one only, unless "
-            "`compute` is int8."
+            "float16, int8 with a scale per output channel, or int4 with one per 32 inputs, for "
+            "the streamed one only, unless `compute` is int8. In int4 are only the blocks' "
+            "matrices; the others are in int8."
         ),
     ] = "float32"
     compute: Annotated[

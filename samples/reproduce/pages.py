@@ -185,12 +185,30 @@ def prior(_: Everything) -> str:
     return table(["model", "prior", "gain", "drift", "of the gain", "of the drift", ""], rows)
 
 
+FOUR_BITS = {"int4": "plain", "int4-srr": "SRR", "int4-odlri": "ODLRI"}
+"""Arms in four bits -> how their adapters start."""
+
+
+def four_bits(all_of: Everything) -> str:
+    rows = []
+    for model, results in all_of.items():
+        for name, start in FOUR_BITS.items():
+            arm = f"{name}-50"
+            if arm not in results:
+                continue
+            exact, found = (measured(results, n, LOSS) for n in ("skip-50", arm))
+            paired = shown(gain(results, arm, "skip-50", LOSS))
+            rows.append([model, start, exact, found, paired])
+    return table(["model", "start", "float32", "int4", "gained"], rows)
+
+
 TABLES: dict[str, Callable[[Everything], str]] = {
     "verdicts": verdicts,
     "kept": kept,
     "past": past,
     "tails": tails,
     **{kind: cheaper(kind) for kind in CHEAPER},
+    "int4": four_bits,
     "diagnosis": diagnosis,
     "memory": memory,
     "prior": prior,

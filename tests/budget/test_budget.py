@@ -142,7 +142,7 @@ def brute_force(space: Space, limits: Limits) -> float | None:
             continue
         score = -factors.skipped * lost - factors.crop * (1024 - s_min) / 1024
         score -= factors.rank * np.log2(16 / rank)
-        score -= {"float32": 0, "float16": 0.001, "int8": 0.005}[variant.dtype]
+        score -= {"float32": 0, "float16": 0.001, "int8": 0.005, "int4": 0.01}[variant.dtype]
         best = score if best is None else max(best, score)
     return best
 
@@ -344,7 +344,7 @@ def test_without_a_selection_the_papers_ablation_speaks(space):
 
 
 def test_variants_of_targets():
-    assert len(variants_of(["onnx"])) == 5
+    assert len(variants_of(["onnx"])) == 6
     assert variants_of(["onnx:streamed", "onnx"])[0] == TargetVariant("onnx", "streamed")
     with pytest.raises(BadInput, match="onnx:streamed:int8"):
         variants_of(["coreml"])

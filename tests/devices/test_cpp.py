@@ -277,6 +277,7 @@ CASES = {
     "recompute": (SANA, "onnx:recompute"),
     "streamed, float16": (Small("sana", weights="float16"), "onnx:streamed"),
     "streamed, int8": (ROUNDED, "onnx:streamed"),
+    "streamed, int4": (Small("sana", weights="int4"), "onnx:streamed"),
     "fused, int8 products": (IN_INT8, "onnx:fused"),
     "streamed, int8 products": (IN_INT8, "onnx:streamed"),
     "fused, rotated int8 products": (replace(ROUNDED, compute="int8-rotated"), "onnx:fused"),

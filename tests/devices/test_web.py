@@ -197,6 +197,7 @@ def test_a_step_on_webgpu(world, trained):
 CASES = {
     "float16, through": ("float16", "through"),
     "int8, fresh": ("int8", "fresh"),
+    "int4, stored": ("int4", "stored"),
 }
 FEW = in_page("""
   await open();

@@ -51,7 +51,7 @@ def test_streamed_gradients_are_eagers(case, tail, tmp_path):
 
 
 @TAILS
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
 def test_the_tails_weights_are_rounded_like_the_others(dtype, tail, tmp_path):
     sub, batch = bundles.made_variant("sana-1.5", "start", tail=tail)
     facts = bundles.streamed(tmp_path, (sub, batch), dtype)

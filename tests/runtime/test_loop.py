@@ -164,7 +164,12 @@ def test_tails_that_run_need_no_tail_in_the_bank(make, name, tail):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "compute"),
-    [("int8", "float32"), ("float16", "float32"), ("int8", "int8-rotated")],
+    [
+        ("int8", "float32"),
+        ("float16", "float32"),
+        ("int4", "float32"),
+        ("int8", "int8-rotated"),
+    ],
 )
 def test_a_bank_is_made_with_the_weights_that_the_device_holds(make, weights, compute):
     made = make("sana", weights=weights, compute=compute)

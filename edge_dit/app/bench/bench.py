@@ -44,7 +44,7 @@ from edge_dit.text import columns
 SAMPLE_SECONDS = 0.03
 """Pause between two samples of a process's memory."""
 DEFAULT_VARIANTS = (
-    *(v for v in VARIANTS if v.dtype != "float16"),
+    *(v for v in VARIANTS if v.dtype in (WIDE, INT8)),
     *(v for v in INT8_VARIANTS if v.compute == INT8),
 )
 """What is measured when nothing is named."""

@@ -3,7 +3,7 @@
 For the plain ONNX target:
 
     transposes_to_gemm       transposed factors of a product
-    weights_in_fewer_bytes   weights as float16 or int8 inputs
+    weights_in_fewer_bytes   weights as float16, int8 or int4 inputs
 
 For onnxruntime-training:
 

@@ -1,7 +1,8 @@
-"""Give a graph its weights in float16 or int8; it widens them to float32 where they are used.
+"""Give a graph its weights in fewer bytes; it widens them to float32 where they are used.
 
     MatMul(x, W)  -> MatMul(x, Cast(W))                        W in float16
     MatMul(x, W)  -> MatMul(x, DequantizeLinear(W, scale))     W in int8
+    MatMul(x, W)  -> MatMul(x, (nibbles(W) - 8) * scale)       W in int4, two elements in a byte
 
 onnxruntime 1.19.2 runs every DequantizeLinear and Cast of weights before the first product, so that
 a whole block would lie in float32. Here each reader widens its own weight, and only once the other
@@ -11,47 +12,54 @@ factor is computed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import math
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
-from edge_dit.contract.targets import PIECE
+from edge_dit.contract.targets import INT4, INT8, PIECE
+from edge_dit.models.quantize import MIDDLE, group_of
 from edge_dit_export.passes_onnx._graph import constant, shaped_after
 from edge_dit_export.passes_onnx.products_in_int8 import is_frozen_product, product_in_int8
 
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
+STORED_TYPES = {
+    "float16": ir.DataType.FLOAT16,
+    INT8: ir.DataType.INT8,
+    INT4: ir.DataType.UINT8,
+}
 
 
-def weights_in_fewer_bytes(model: ir.Model, names: Iterable[str], dtype: str) -> int:
+def weights_in_fewer_bytes(model: ir.Model, kinds: Mapping[str, str]) -> int:
     """Store inputs in fewer bytes and widen them in the graph, in place.
 
     Products in int8 (`products_in_int8`) read int8 values as they are. Otherwise float16 goes
-    through Cast; int8 through DequantizeLinear with one scale per output channel, which becomes the
-    input "<name>.scale" after all others. A product with a large weight is computed in pieces of
-    its output channels, one after the other: FLUX.1-dev's largest weight has 189 MB in float32.
+    through Cast; int8 through DequantizeLinear with one scale per output channel; int4 as
+    `edge_dit.models.quantize.from_int4` has it. Scales become the input "<name>.scale" after all
+    others. A product with a large weight is computed in pieces of its output channels, one after
+    the other: FLUX.1-dev's largest weight has 189 MB in float32.
 
     Args:
-        model: its inputs ``names`` are float32.
-        names: of the inputs.
-        dtype: "float16" or "int8".
+        model: its inputs of ``kinds`` are float32.
+        kinds: name of an input -> "float16", "int8" or "int4".
 
     Returns:
         Number of inputs rewritten.
     """
-    chosen = set(names)
     graph = model.graph
     beside_products = any(map(is_frozen_product, graph))
     count = 0
     for value in list(graph.inputs):
-        if value.name not in chosen:
+        kind = kinds.get(str(value.name))
+        if kind is None:
             continue
         count += 1
-        weight = _Weight(graph, value, dtype, beside_products)
+        weight = _Weight(graph, value, kind, beside_products)
         for number, (reader, place) in enumerate(list(value.uses())):
             if _reads_int8(reader, weight):
                 continue
-            pieces = -(-4 * int(np.prod(value.shape.numpy())) // PIECE)  # type: ignore[union-attr]
+            pieces = -(-4 * math.prod(weight.sides) // PIECE)
             if pieces > 1 and _is_product(reader):
                 _product_in_pieces(weight, reader, place, min(pieces, weight.outputs), number)
             else:
@@ -80,14 +88,16 @@ class _Weight:
 
     def __init__(self, graph: ir.Graph, value: ir.Value, dtype: str, beside_products: bool) -> None:
         assert value.shape is not None
-        self.graph, self.value, self.int8 = graph, value, dtype == "int8"
+        self.graph, self.value, self.kind = graph, value, dtype
         self.sides = [int(side) for side in value.shape.numpy()]
-        self.outputs = self.sides[0]
-        value.dtype = ir.DataType.INT8 if self.int8 else ir.DataType.FLOAT16
-        self.scale = ir.Value(
-            name=f"{value.name}.scale", shape=ir.Shape([self.outputs]), type=FLOAT
-        )
-        if self.int8:
+        self.outputs, scales = self.sides[0], [self.sides[0]]
+        value.dtype = STORED_TYPES[dtype]
+        if dtype == INT4:
+            inputs = math.prod(self.sides[1:])
+            value.shape = ir.Shape([self.outputs, inputs // 2])
+            scales.append(inputs // group_of(inputs))
+        self.scale = ir.Value(name=f"{value.name}.scale", shape=ir.Shape(scales), type=FLOAT)
+        if dtype in (INT8, INT4):
             graph.inputs.append(self.scale)
         # In a graph with a DequantizeLinear onnxruntime 1.19.2 keeps a turned copy of every int8
         # weight that a Transpose reads, whatever is switched off.
@@ -113,7 +123,11 @@ class _Weight:
         if part is not None:
             stored = _slice(stored, 0, part, before)
         wide = ir.Value(name=name, shape=ir.Shape([end - start, *self.sides[1:]]), type=FLOAT)
-        if not self.int8:
+        if self.kind == INT4:
+            scale = scale if part is None else _slice(scale, 0, part, before)
+            self._unpack(shaped_after(known, stored, before), scale, wide, before)
+            return wide
+        if self.kind != INT8:
             stored = shaped_after(known, stored, before)
             to = ir.AttrInt64("to", ir.DataType.FLOAT.value)
             self.graph.insert_before(before, ir.Node("", "Cast", [stored], [to], outputs=[wide]))
@@ -134,6 +148,35 @@ class _Weight:
         node = ir.Node("", "DequantizeLinear", [stored, late], [axis], outputs=[wide])
         self.graph.insert_before(before, node)
         return wide
+
+    def _unpack(self, stored: ir.Value, scale: ir.Value, wide: ir.Value, before: ir.Node) -> None:
+        """Let ``wide`` be rows in four bits times their scales."""
+        assert wide.shape is not None
+        graph, rows = self.graph, int(wide.shape.numpy()[0])
+        inputs = math.prod(self.sides[1:])
+        group = group_of(inputs)
+
+        def byte(value: int) -> ir.Value:
+            return constant(graph, np.array(value, np.uint8))
+
+        # one after the other, at one byte an element, before anything is widened
+        low = ir.Node("", "Mod", [stored, byte(16)])
+        right = ir.AttrString("direction", "RIGHT")
+        high = ir.Node("", "BitShift", [stored, byte(4)], [right])
+        halves = [low.outputs[0], high.outputs[0]]
+        both = ir.Node("", "Concat", halves, [ir.AttrInt64("axis", 1)])
+        shape = constant(graph, [rows, inputs // group, group])
+        grouped = ir.Node("", "Reshape", [both.outputs[0], shape])
+        to = ir.AttrInt64("to", ir.DataType.FLOAT.value)
+        cast = ir.Node("", "Cast", [grouped.outputs[0]], [to])
+        middle = constant(graph, np.array(MIDDLE, np.float32))
+        centred = ir.Node("", "Sub", [cast.outputs[0], middle])
+        column = ir.Node("", "Reshape", [scale, constant(graph, [rows, inputs // group, 1])])
+        scaled = ir.Node("", "Mul", [centred.outputs[0], column.outputs[0]])
+        sides = constant(graph, [rows, *self.sides[1:]])
+        last = ir.Node("", "Reshape", [scaled.outputs[0], sides], outputs=[wide])
+        for node in (low, high, both, grouped, cast, centred, column, scaled, last):
+            graph.insert_before(before, node)
 
 
 def _is_product(reader: ir.Node) -> bool:

@@ -16,12 +16,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from edge_dit.contract.targets import FILE_BYTES, INT8, ROTATED, WIDE, frozen_file
-from edge_dit.models.quantize import to_int8
+from edge_dit.contract.targets import FILE_BYTES, INT4, INT8, ROTATED, WIDE, frozen_file
+from edge_dit.models.quantize import group_of, to_int4, to_int8
 from edge_dit.models.rotation import rotated_matrix
 
-DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), INT8: ("I8", 1), ROTATED: ("I8", 1)}
-"""Name in safetensors and bytes of an element."""
+DTYPES = {
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    INT8: ("I8", 1),
+    ROTATED: ("I8", 1),
+    INT4: ("U8", 1),
+}
+"""Name in safetensors and bytes of an element; of int4 two make one."""
+SCALED = (INT8, ROTATED, INT4)
+"""Kinds that have scales."""
 ALIGNMENT = 64
 HEADER_BYTES = 192
 """Most bytes that a header takes for itself, and for each tensor besides its name."""
@@ -73,12 +81,9 @@ class FrozenStore:
 
     Args:
         tensors: float32 by name; a memory-mapped one is read only when it is written.
-        kinds: name -> how it is stored, where that is not as float32: one of `DTYPES`. int8 adds
-            the tensor "<name>.scale".
+        kinds: name -> how it is stored, where that is not as float32: one of `DTYPES`. int8 and
+            int4 add the tensor "<name>.scale".
         limit: most bytes of a file that has more than one tensor.
-
-    Attributes:
-        dtype: what graphs read for those of ``kinds``: "float32", "float16" or "int8".
     """
 
     def __init__(
@@ -89,8 +94,6 @@ class FrozenStore:
     ) -> None:
         self.tensors, self.limit = dict(tensors), limit
         self._dtypes = dict(kinds)
-        read = {INT8 if kind == ROTATED else kind for kind in kinds.values()}
-        self.dtype = min(read, default=WIDE)
 
     def add(self, name: str, tensor: Tensor | Later, dtype: str = "float32") -> None:
         """Add a tensor that is stored as ``dtype``, unless there is one of that name. Only before
@@ -114,9 +117,19 @@ class FrozenStore:
         """The dtype ``name`` is stored as."""
         return self._dtypes.get(name, "float32")
 
+    def read_as(self, name: str) -> str:
+        """What graphs read ``name`` as: "float32", "float16", "int8" or "int4"."""
+        kind = self.stored_as(name)
+        return INT8 if kind == ROTATED else kind
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is stored in fewer bytes than float32."""
+        return any(kind != WIDE for kind in self._dtypes.values())
+
     def keys(self, name: str) -> list[str]:
-        """Keys in the files that make up ``name``: itself, and its scales in int8."""
-        return [name, f"{name}.scale"] if self.stored_as(name) in (INT8, ROTATED) else [name]
+        """Keys in the files that make up ``name``: itself, and its scales if it has them."""
+        return [name, f"{name}.scale"] if self.stored_as(name) in SCALED else [name]
 
     def inputs(self, names: Mapping[str, str]) -> dict[str, str]:
         """Inputs of a graph that takes stored tensors -> keys in the files.
@@ -149,8 +162,9 @@ class FrozenStore:
         stored = self.tensors[entry.name]
         tensor = stored.read() if isinstance(stored, Later) else stored.detach()
         kind = self.stored_as(entry.name)
-        if kind in (INT8, ROTATED):
-            values, scale = to_int8(rotated_matrix(tensor) if kind == ROTATED else tensor)
+        if kind in SCALED:
+            split = to_int4 if kind == INT4 else to_int8
+            values, scale = split(rotated_matrix(tensor) if kind == ROTATED else tensor)
             return scale if entry.is_scale else values
         return tensor.half() if kind == "float16" else tensor
 
@@ -159,9 +173,13 @@ class FrozenStore:
         entries = []
         for name, tensor in self.tensors.items():
             kind = self.stored_as(name)
-            entries.append(_Entry(name, False, *DTYPES[kind], list(tensor.shape)))
-            if kind in (INT8, ROTATED):
-                entries.append(_Entry(name, True, *DTYPES["float32"], [tensor.shape[0]]))
+            shape, scales = list(tensor.shape), [tensor.shape[0]]
+            if kind == INT4:
+                inputs = math.prod(shape[1:])
+                shape, scales = [shape[0], inputs // 2], [shape[0], inputs // group_of(inputs)]
+            entries.append(_Entry(name, False, *DTYPES[kind], shape))
+            if kind in SCALED:
+                entries.append(_Entry(name, True, *DTYPES["float32"], scales))
         return sorted(entries, key=lambda entry: -entry.width)
 
 

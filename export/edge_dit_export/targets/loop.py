@@ -28,9 +28,9 @@ from edge_dit.contract.loop import (
 )
 from edge_dit.contract.names import NEW, STATE
 from edge_dit.contract.objective import FlowMatching
-from edge_dit.contract.targets import ROTATED, WIDE
+from edge_dit.contract.targets import INT8, ROTATED, WIDE
 from edge_dit.errors import BadInput
-from edge_dit.models.quantize import matrices
+from edge_dit.models.quantize import kind_in_block, matrices
 from edge_dit.models.rotation import taken_for_rotated
 from edge_dit.models.subgraph import TrainableSubgraph, lora_name
 from edge_dit.store.tensors import write_tensors
@@ -40,7 +40,7 @@ from edge_dit_export.graph.parts import Part, begin_part, decoder_part, encoder_
 from edge_dit_export.graph.trace import trace
 from edge_dit_export.targets.frozen import FrozenStore, Later
 from edge_dit_export.targets.loop_source import LoopSource
-from edge_dit_export.targets.streamed import new_kind, write_graph
+from edge_dit_export.targets.streamed import fewer_bytes, new_kind, write_graph
 
 VAE = "vae."
 """Prefix of the autoencoder's weights in the files of frozen weights."""
@@ -113,7 +113,8 @@ def _add_blocks(source: LoopSource, store: FrozenStore, dtype: str) -> None:
         for local, tensor in block.state_dict().items():
             full = f"{name}.{local}"
             later = Later(tuple(tensor.shape), partial(source.checkpoint.tensor, full))
-            store.add(full, later, dtype if full in small else WIDE)
+            kind = kind_in_block(later.shape, dtype) if full in small else WIDE
+            store.add(full, later, kind)
 
 
 def _export_painting(writer: _Writer, whole: TrainableSubgraph) -> list[dict[str, Any]]:
@@ -156,7 +157,7 @@ class _Writer:
             part: to write.
             prefix: of its weights in the files of frozen weights.
         """
-        store, half = self.store, bool(prefix) and self.store.dtype != WIDE
+        store, half = self.store, bool(prefix) and self.store.rounds
         with _naming(file):
             step, weights, constants = part.trace()
             keys = {name: prefix + name for name in weights}
@@ -167,11 +168,10 @@ class _Writer:
             }
             stored = store.tensors.keys() & keys.values()
             dtypes |= {n: store.stored_as(key) for n, key in keys.items() if key in stored}
-            small = {name for name, dtype in dtypes.items() if dtype != WIDE}
-            dtype = "float16" if half else store.dtype
+            small = {n: INT8 if d == ROTATED else d for n, d in dtypes.items() if d != WIDE}
             path = self.directory / file
             names = write_graph(
-                step.module, step.inputs, step.outputs, small, dtype, path, passes.FOR_FORWARD
+                step.module, step.inputs, step.outputs, small, path, passes.FOR_FORWARD
             )
             read = {name: keys[name] for name in names["inputs"] if name in keys}
             for name, key in read.items():
@@ -216,10 +216,10 @@ class _Writer:
         given = {n: t for n, t in batch.items() if n in STATE}
         given |= {local: batch[name] for local, name in block.cond(batch).items()}
         after = [NEW + name for name in block.states]
-        small = {n for n in block.weights if self.store.stored_as(f"{block.name}.{n}") != WIDE}
+        small = fewer_bytes(self.store, {n: f"{block.name}.{n}" for n in block.weights})
         inputs = {**given, **own}
         module = trace(block.forward, inputs, self.source.family)
-        return write_graph(module, inputs, after, small, self.store.dtype, self.directory / file)
+        return write_graph(module, inputs, after, small, self.directory / file)
 
 
 def _examples(module: Any, names: list[str]) -> dict[str, Tensor]:

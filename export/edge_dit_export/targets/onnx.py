@@ -58,8 +58,8 @@ from edge_dit_export.targets.streamed import export_streamed
 def write(source: Source, directory: Path) -> dict[str, Any]:
     """Write the plain ONNX target into ``directory``, an existing folder.
 
-    With frozen matrices in float16, or in int8 without int8 products, only the streamed layout is
-    written.
+    With frozen matrices in float16 or int4, or in int8 without int8 products, only the streamed
+    layout is written.
 
     Returns:
         The target's facts: opset, IR, and those of `edge_dit.contract.targets.OnnxFacts`.
@@ -181,7 +181,7 @@ def _in_fewer_bytes(
         del graph.initializers[str(value.name)]
         graph.inputs.append(value)
     names = {str(value.name): name for value, name in small.items()}
-    weights_in_fewer_bytes(model, names, store.dtype)
+    weights_in_fewer_bytes(model, {local: store.read_as(name) for local, name in names.items()})
     share_quantised(model)
     RemoveUnusedNodesPass()(model)
     for value in list(graph.inputs):

@@ -18,7 +18,7 @@ are kept; the backward graph computes its block again.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from edge_dit.contract.names import (
     WEIGHT_MASK,
     residual_names,
 )
-from edge_dit.contract.targets import DIRECTIONS, HEAD, block_file
+from edge_dit.contract.targets import DIRECTIONS, HEAD, WIDE, block_file
 from edge_dit.models.subgraph import TrainableSubgraph, lora_name
 from edge_dit_export import passes
 from edge_dit_export.graph.blocks import Block, Head
@@ -120,9 +120,20 @@ def _export_block(
         inputs |= {GRAD + name: state[name] for name in block.graded}
         function = block.backward
         outputs = [NEW + GRAD + n for n in state] + [GRAD + n for n in block.lora]
-    small = {n for n in block.weights if store.stored_as(f"{block.name}.{n}") != "float32"}
+    small = fewer_bytes(store, {n: f"{block.name}.{n}" for n in block.weights})
     module = trace(function, inputs, block.subgraph.family)
-    return write_graph(module, inputs, outputs, small, store.dtype, path)
+    return write_graph(module, inputs, outputs, small, path)
+
+
+def fewer_bytes(store: FrozenStore, names: Mapping[str, str]) -> dict[str, str]:
+    """Of inputs of a graph those that are stored in fewer bytes than float32 -> how they are read.
+
+    Args:
+        store: of the bundle.
+        names: input -> name in the store.
+    """
+    kinds = {local: store.read_as(name) for local, name in names.items()}
+    return {local: kind for local, kind in kinds.items() if kind != WIDE}
 
 
 def _export_head(
@@ -135,18 +146,17 @@ def _export_head(
         **{n: v for n, v in batch.items() if n in names or n.startswith(COND)},
         **head.weights,
     }
-    small = {n for n in head.weights if store.stored_as(n) != "float32"}
+    small = fewer_bytes(store, {name: name for name in head.weights})
     module = trace(head.backward, inputs, subgraph.family)
     outputs = [LOSS, NEW + GRAD + ENTRY]
-    return write_graph(module, inputs, outputs, small, store.dtype, directory / HEAD)
+    return write_graph(module, inputs, outputs, small, directory / HEAD)
 
 
 def write_graph(
     module: Any,
     inputs: dict[str, Tensor],
     outputs: list[str],
-    small: set[str],
-    dtype: str,
+    small: Mapping[str, str],
     path: Path,
     rewrites: Sequence[passes.Pass] = passes.FOR_ONNX,
 ) -> dict[str, list[str | None]]:
@@ -156,8 +166,7 @@ def write_graph(
         module: the graph; it is rewritten.
         inputs: an example of each, in order.
         outputs: names, in order.
-        small: inputs that are stored as ``dtype``.
-        dtype: "float16" or "int8", where there are such inputs.
+        small: inputs that are stored in fewer bytes -> "float16", "int8" or "int4".
         path: of the .onnx file.
         rewrites: of the traced graph.
     """
@@ -167,7 +176,7 @@ def write_graph(
     read = [v for v in model.graph.inputs if v.uses() or v.is_graph_output()]
     model.graph.inputs[:] = read
     if small:
-        weights_in_fewer_bytes(model, small, dtype)
+        weights_in_fewer_bytes(model, small)
         share_quantised(model)
     RemoveUnusedNodesPass()(model)
     ir.save(model, path, size_threshold_bytes=INLINE_BYTES)

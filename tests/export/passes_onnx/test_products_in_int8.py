@@ -21,7 +21,7 @@ def exported(function, **inputs):
     """The model of a function of named tensors; its input "w" is stored as int8."""
     module = trace(lambda tensors: function(**tensors), inputs)
     model = onnx_model(module, inputs, ["y"])
-    weights_in_fewer_bytes(model, ["w"], "int8")
+    weights_in_fewer_bytes(model, {"w": "int8"})
     share_quantised(model)
     return model
 
@@ -71,7 +71,7 @@ def test_no_weight_is_dequantised_beside_products():
     inputs = {"x": x, "w": w, "v": v}
     module = trace(lambda t: frozen_product(t["x"], t["w"], False) @ t["v"].T, inputs)
     model = onnx_model(module, inputs, ["y"])
-    weights_in_fewer_bytes(model, ["w", "v"], "int8")
+    weights_in_fewer_bytes(model, {"w": "int8", "v": "int8"})
     share_quantised(model)
     assert "DequantizeLinear" not in kinds(model)
     values, scale = to_int8(v)

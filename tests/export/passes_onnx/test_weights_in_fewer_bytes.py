@@ -2,12 +2,14 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from onnx_graphs import kinds, parsed, run
 
+from edge_dit.models.quantize import from_int4, to_int4
 from edge_dit_export.passes_onnx import weights_in_fewer_bytes as module
 
 RNG = np.random.default_rng(0)
-N, K, M = 12, 5, 7
+N, K, M = 12, 16, 7
 
 
 def made(place, turned, other_turned, addend):
@@ -40,7 +42,7 @@ def quantised(weight):
     return np.round(weight / scale[:, None]).astype(np.int8), scale.astype(np.float32)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float16"])
+@pytest.mark.parametrize("dtype", ["int8", "float16", "int4"])
 @pytest.mark.parametrize(
     ("place", "turned", "other_turned", "addend"),
     [*product((0, 1), (0, 1), (0, 1), ("", "row", "column", "all"))],
@@ -54,14 +56,20 @@ def test_a_product_in_pieces_is_the_product(
     if dtype == "int8":
         small["weight"], small["weight.scale"] = quantised(feeds["weight"])
         stored = small["weight"] * small["weight.scale"][:, None]
+    elif dtype == "int4":
+        packed, scale = to_int4(torch.from_numpy(feeds["weight"]))
+        assert packed.shape == (N, K // 2)
+        small["weight"], small["weight.scale"] = packed.numpy(), scale.numpy()
+        stored = from_int4(packed, scale).numpy()
     else:
         small["weight"] = feeds["weight"].astype(np.float16)
         stored = small["weight"].astype(np.float32)
     want = run(model, {**feeds, "weight": stored})[0]
     assert kinds(model) == ["Neg", "Gemm"]
-    assert module.weights_in_fewer_bytes(model, ["weight"], dtype) == 1
+    assert module.weights_in_fewer_bytes(model, {"weight": dtype}) == 1
     assert kinds(model).count("Gemm") == 3
-    assert kinds(model).count("Concat") == (1 if turned == place else 0)
+    halves = 3 if dtype == "int4" else 0  # of bytes, put together
+    assert kinds(model).count("Concat") - halves == (1 if turned == place else 0)
     np.testing.assert_allclose(run(model, small)[0], want, rtol=1e-5, atol=1e-6)
 
 
@@ -69,7 +77,7 @@ def test_small_weights_stay_whole():
     model, feeds = made(1, 1, 0, "row")
     weight, scale = quantised(feeds["weight"])
     want = run(model, {**feeds, "weight": weight * scale[:, None]})[0]
-    module.weights_in_fewer_bytes(model, ["weight"], "int8")
+    module.weights_in_fewer_bytes(model, {"weight": "int8"})
     assert kinds(model).count("Gemm") == 1
     have = run(model, {**feeds, "weight": weight, "weight.scale": scale})[0]
     np.testing.assert_allclose(have, want, rtol=1e-6)
