@@ -27,10 +27,11 @@ from edge_dit.planning.selection import Selection
 NAME = "quality.json"
 STEPS = 200
 """Of the runs that it is fitted to."""
-THROUGH_SHARE, FRESH_SHARE = 0.1, 0.25
+THROUGH_SHARE, FRESH_SHARE = 0.1, 0.2
 """What a tail costs that runs, where a selection did not measure it. Through: this share of what a
 stored one costs; a guess on the safe side. Fresh: so far on the way from there to a stored one, the
-mean of both models with 50 % of the blocks skipped (docs/results/tails.json: 0.06 and 0.42).
+mean of both models with 50 % of the blocks skipped (docs/method.md, "Three ways to skip a tail
+block": 0.20 and 0.21).
 """
 Split = tuple[int, int, Sequence[tuple[int, int]]]
 """Skipped leading blocks, trailing ones, and runs [first, end) between trained ones."""

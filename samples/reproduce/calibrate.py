@@ -97,7 +97,10 @@ def main() -> None:
         for arm, settings in results["arms"].items():
             if arm in ("base", "full") or not is_plain(settings["arm"]):
                 continue
-            terms = terms_of(settings, selection, highest)
+            try:
+                terms = terms_of(settings, selection, highest)
+            except ValueError:
+                continue  # skips a run that the selection did not measure
             at = {"model": model, "terms": asdict(terms)}
             if any(at.items() <= point.items() for point in points):
                 continue  # of the same blocks as one before: it would predict itself
