@@ -52,6 +52,7 @@ KEPT = {
     "skip-50": "50 % skipped, the same patches",
     "window-50": "50 % skipped, windows of the same size",
     "window-four-50": "the same, four draws a step",
+    "best-50": "eight that hear the rest of the picture, a tail that runs, int8",
     "skip-30-large": "30 % skipped, patches of 7/8",
     "partial-50": "LoRA on half of the blocks, none skipped, full resolution",
 }

@@ -360,45 +360,10 @@ def draw_losses(axes: Axes, results: Results) -> None:
         ]
         axes.plot(means, [row] * len(toys), ".", color=colour, alpha=0.35)
         axes.errorbar(loss.mean, row, xerr=loss.error, fmt="o", color=colour, capsize=3)
-    axes.set_yticks(range(len(names)), [f"{ARMS[name].title}  ({name})" for name in names])
-    axes.set_xlabel("held-out flow-matching loss: mean ± standard error; dots: runs")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-1, len(names))
+    axes.set_xlabel("held-out flow-matching loss: mean ± standard error; dots: toys")
     legend(axes, names, loc="upper right")
-
-
-def draw_tradeoff(axes: Axes, results: Results) -> None:
-    """Similarity against adherence."""
-    labels: dict[tuple[float, float], list[str]] = {}
-    for name in results:
-        x, y = (measured(results, name, measure) for measure in ("similarity", "adherence"))
-        colour = COLOURS[kind(name)]
-        axes.errorbar(x.mean, y.mean, y.error, x.error, "o", color=colour, alpha=0.7, lw=0.6)
-        labels.setdefault((x.mean, y.mean), []).append(name)
-    axes.margins(0.08, 0.25)
-    best = max(y for _, y in labels)
-    for up in (True, False):
-        some = {(x, y): names for (x, y), names in labels.items() if (y == best) == up}
-        put_labels(axes, some, up)
-    axes.set_xlabel("subject similarity: mean ± standard error")
-    axes.set_ylabel("prompt adherence: mean ± standard error")
-    legend(axes, results, loc="lower right")
-
-
-def put_labels(axes: Axes, labels: dict[tuple[float, float], list[str]], up: bool) -> None:
-    """Slanted names above or below points, moved to the right where they would overlap."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    last = left
-    for (x, y), names in sorted(labels.items()):
-        last = max(x, last + (right - left) / 35)
-        axes.annotate(
-            " = ".join(names),
-            (x, y),
-            (last, y + (top - bottom) * (0.03 if up else -0.03)),
-            size=8,
-            rotation=50 if up else -50,
-            rotation_mode="anchor",
-            va="bottom" if up else "top",
-            arrowprops={"arrowstyle": "-", "lw": 0.4},
-        )
 
 
 def draw_pictures(results: Results, folder: Path) -> Figure:
@@ -432,7 +397,6 @@ def write_results(results: Results, folder: Path, selected: str) -> None:
     """
     write_json(folder / "results.json", as_json(results))
     write_atomic(folder / "results.md", report(results, folder.name, selected))
-    height = 1.5 + 0.3 * len(results)
-    figure(folder / "losses.png", 10, height, lambda axes: draw_losses(axes, results))
-    figure(folder / "tradeoff.png", 8, 6, lambda axes: draw_tradeoff(axes, results))
+    height = 1.5 + 0.22 * len(results)
+    figure(folder / "losses.png", 9, height, lambda axes: draw_losses(axes, results))
     save(draw_pictures(results, folder), folder / "pictures.png")

@@ -706,7 +706,7 @@ def test_arms_are_trained_measured_and_not_repeated(work: Path, runs: list[Run])
         base["heldout_loss"],
         trained["heldout_loss"],
     ]
-    for name in ("losses", "tradeoff", "pictures"):
+    for name in ("losses", "pictures"):
         assert (work / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
 
     # its numbers stand for these runs, not for others
