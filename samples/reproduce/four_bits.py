@@ -1,7 +1,7 @@
 """Frozen matrices in four bits, and adapters that start as what rounding to four bits loses.
 
-A matrix W [out, in] is held as Q, groups of `GROUP` inputs with one scale. An adapter of rank r may
-start as L R, so that training begins close to W = Q + L R. Two ways to part W:
+A matrix W [out, in] is held as Q, as `edge_dit.models.quantize.to_int4` has it. An adapter of rank
+r may start as L R, so that training begins close to W = Q + L R. Two ways to part W:
 
     srr     arXiv 2602.02001: the leading k directions of W S are kept out of rounding, the other
             r - k are those of what rounding the rest lost. S has the sizes of the inputs on its
@@ -23,7 +23,9 @@ import torch
 from side_by_side import ManyLora
 from torch import Tensor, nn
 
-GROUP = 32
+from edge_dit.contract.targets import INT4
+from edge_dit.models.quantize import kind_in_block, rounded
+
 TURNS = 4
 """Of L R and Q, in odlri."""
 OUTLIERS = 0.1
@@ -38,15 +40,9 @@ class Parts(NamedTuple):
     right: Tensor
 
 
-def rounded(weight: Tensor) -> Tensor:
-    """A matrix [out, in] after rounding to four bits, -8 to 7, in groups along the input."""
-    groups = weight.split(GROUP, dim=1)
-    return torch.cat([_rounded_group(group) for group in groups], dim=1)
-
-
-def _rounded_group(group: Tensor) -> Tensor:
-    scale = group.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 7
-    return (group / scale).round().clamp(-8, 7) * scale
+def in_four_bits(weight: Tensor) -> Tensor:
+    """A matrix [out, in] after it was stored in four bits and read back."""
+    return rounded(weight, kind_in_block(weight.shape, INT4))
 
 
 def leading(matrix: Tensor, sizes: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -63,7 +59,7 @@ def srr(weight: Tensor, sizes: Tensor, rank: int) -> Parts:
     found: list[tuple[float, Parts]] = []
     for kept in range(0, rank + 1, 2):
         left, right = leading(weight, sizes, kept)
-        low = rounded(weight - left @ right)
+        low = in_four_bits(weight - left @ right)
         more, other = leading(weight - left @ right - low, sizes, rank - kept)
         parts = Parts(low, torch.cat([left, more], 1), torch.cat([right, other], 0))
         found.append((error(weight, sizes, parts), parts))
@@ -76,7 +72,7 @@ def odlri(weight: Tensor, sizes: Tensor, rank: int) -> Parts:
     large[sizes.topk(max(1, round(OUTLIERS * len(sizes)))).indices] = 1
     left, right = leading(weight * large, sizes, rank)
     for _ in range(TURNS):
-        low = rounded(weight - left @ right)
+        low = in_four_bits(weight - left @ right)
         left, right = leading(weight - low, sizes, rank)
     return Parts(low, left, right)
 
@@ -127,7 +123,7 @@ def begin_in_four_bits(
     """
     before = [module.weight.clone() for module in frozen]
     for module in frozen:
-        module.weight.copy_(rounded(module.weight.flatten(1)).reshape(module.weight.shape))
+        module.weight.copy_(in_four_bits(module.weight.flatten(1)).reshape(module.weight.shape))
     if how in STARTS:
         wide = {id(module): weight for module, weight in zip(frozen, before, strict=True)}
         for layer, size in zip(layers, sizes, strict=True):
