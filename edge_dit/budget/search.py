@@ -12,7 +12,8 @@ blocks at full resolution:
               Without a selection measured on the model, skipped is 1.47 (n / L)^4 + 5.49 (m / L)^4.
               At 50 % this meets the paper's ablation of FLUX, which lost 9.2 % of DINO with the
               first half skipped and 34.4 % with the last (docs/method.md, Table 2)
-    weights   WEIGHTS_PENALTY by dtype: assumed, never measured
+    weights   WEIGHTS_PENALTY by dtype, on the safe side: on the two small models int8 and int4 lost
+              nothing beyond errors of 0.1 % (docs/method.md, "Four bits")
 
 So the score orders plans; what is printed as a share of full LoRA's gain is without the weights'
 term, and only where the model's blocks were measured.
@@ -278,7 +279,7 @@ class Space:
         source = "measured on this model" if self.selection else "from the paper's ablation of FLUX"
         return (
             f"blocks skipped ({source}), patch and rank (measured on two small models), "
-            "weights (assumed)"
+            "weights (a guess on the safe side)"
         )
 
     def options(self) -> Iterator[Option]:

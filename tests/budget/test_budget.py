@@ -241,7 +241,7 @@ def test_no_share_is_printed(space, gib, measured):
     words = "\n".join(choose(chosen, Limits(ram=gib * GIB)).in_words())
     assert "%" not in words
     assert ("measured on this model" in words) == measured
-    assert "weights (assumed)" in words
+    assert "weights (a guess on the safe side)" in words
 
 
 def test_facts_of_a_public_checkpoint_hold_no_score():
