@@ -370,7 +370,7 @@ def draw_pictures(results: Results, folder: Path) -> Figure:
     """What each arm draws of the first subject with its first seed, and the real pictures."""
     toy, seed = min(key for runs in results.values() for key in runs)
     pictures = {
-        f"{ARMS[name].title} ({name})": folder / "runs" / f"{name}-{toy}-{seed}.png"
+        name: folder / "runs" / f"{name}-{toy}-{seed}.png"
         for name, runs in results.items()
         if (toy, seed) in runs and (folder / "runs" / f"{name}-{toy}-{seed}.png").is_file()
     }
