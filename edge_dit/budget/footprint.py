@@ -266,18 +266,18 @@ class Held(NamedTuple):
     unmapped: float = 0
 
 
-def fused(sizes: Sizes, width: int) -> Held:
+def fused(sizes: Sizes, width: float) -> Held:
     """One graph computes the step: activations of all blocks are saved, all weights are mapped."""
     return Held(sizes.cost.activation_bytes, _stored(sizes.cost.frozen_bytes, width))
 
 
-def recompute(sizes: Sizes, width: int) -> Held:
+def recompute(sizes: Sizes, width: float) -> Held:
     """One graph saves the states between blocks and computes each block again on its way back."""
     activations = sizes.borders + sizes.block_activations
     return Held(activations, _stored(sizes.cost.frozen_bytes, width))
 
 
-def streamed(sizes: Sizes, width: int) -> Held:
+def streamed(sizes: Sizes, width: float) -> Held:
     """One block is loaded at a time, and the next while it runs. Weights in a narrower dtype are
     widened for each product.
     """
@@ -287,12 +287,12 @@ def streamed(sizes: Sizes, width: int) -> Held:
     return Held(activations, _stored(two, width), widened)
 
 
-def streamed_in_int8(sizes: Sizes, width: int) -> Held:
+def streamed_in_int8(sizes: Sizes, width: float) -> Held:
     """As streamed; products read the weights as they are stored."""
     return streamed(sizes, width)._replace(unmapped=0)
 
 
-def packed(sizes: Sizes, width: int) -> Held:
+def packed(sizes: Sizes, width: float) -> Held:
     """All weights are copied into packed form, and those of the backward pass a second time,
     transposed. The largest is mapped while it is packed.
     """
@@ -301,7 +301,7 @@ def packed(sizes: Sizes, width: int) -> Held:
     return Held(cost.activation_bytes, cost.largest_weight_bytes, copies)
 
 
-def packed_in_int8(sizes: Sizes, width: int) -> Held:
+def packed_in_int8(sizes: Sizes, width: float) -> Held:
     """As packed, both copies in int8; each block is computed again in the backward pass."""
     cost = sizes.cost
     copies = _stored(cost.frozen_bytes + cost.transposed_bytes, width)
@@ -318,7 +318,7 @@ def _stored(float_bytes: int, width: float) -> int:
     return int(float_bytes * width / FLOAT)
 
 
-LAYOUTS: dict[str, Callable[[Sizes, int], Held]] = {
+LAYOUTS: dict[str, Callable[[Sizes, float], Held]] = {
     "onnx": fused,
     "onnx:recompute": recompute,
     "onnx:streamed": streamed,
