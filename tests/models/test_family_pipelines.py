@@ -368,10 +368,6 @@ def test_encoding_an_image_is_undone_by_the_pipelines_own_decoding(stock, name):
         else:
             sampled = raw.latent_dist.sample(torch.Generator().manual_seed(4))
             raw = sampled if made.family.samples_posterior else raw.latent_dist.mode()
-        expected = vae.decode(raw, return_dict=False)[0]
-    if filmed:
-        expected = expected[:, :, 0]
-    expected = pipeline.image_processor.postprocess(expected, output_type="pt")
 
     decoded = []
     decode = type(vae).decode
@@ -395,6 +391,13 @@ def test_encoding_an_image_is_undone_by_the_pipelines_own_decoding(stock, name):
         ).images
     assert decoded[0].shape == raw.shape
     torch.testing.assert_close(decoded[0], raw, atol=1e-6, rtol=1e-5)
+    # Of what was decoded, not of ``raw``: a decoder makes last bits larger, on some processors too
+    # much for the tolerance.
+    with torch.no_grad():
+        expected = vae.decode(decoded[0], return_dict=False)[0]
+    if filmed:
+        expected = expected[:, :, 0]
+    expected = pipeline.image_processor.postprocess(expected, output_type="pt")
     torch.testing.assert_close(picture, expected, atol=1e-6, rtol=1e-5)
     assert expected.std() > 1e-3
     assert (latents.flatten()[:8] - raw.flatten()[:8]).abs().max() > 1e-3  # they are scaled
