@@ -57,9 +57,10 @@ MEMORY_ERROR, TIME_ERROR = 0.10, 0.20
 file pages, each on its own. Time: of a step."""
 BYTES_OF = {"float32": 4, "float16": 2, "int8": 1, INT4: 1 / 2 + FLOAT / GROUP}
 """Bytes of a stored element of a frozen matrix, by dtype."""
-WIDENED = 1.2
+WIDENED, UNPACKED = 1.2, 2.3
 """How many copies of a block's largest matrix lie in memory as float32 at once, where weights are
-stored in a narrower dtype. Of a matrix above `PIECE` bytes only a piece of that size is widened."""
+stored in a narrower dtype; and in int4, where bytes are unpacked too (SANA-0.6B, 4 blocks: 30 MB
+more than in int8). Of a matrix above `PIECE` bytes only a piece of that size is widened."""
 
 ROTATED_TIME = 1.1
 """Step time of rotated int8 products over that of plain ones."""
@@ -281,7 +282,8 @@ def streamed(sizes: Sizes, width: float) -> Held:
     """One block is loaded at a time, and the next while it runs. Weights in a narrower dtype are
     widened for each product.
     """
-    widened = WIDENED * min(sizes.cost.largest_transposed_bytes, PIECE) if width < FLOAT else 0
+    copies = 0.0 if width == FLOAT else WIDENED if width >= 1 else UNPACKED
+    widened = copies * min(sizes.cost.largest_transposed_bytes, PIECE)
     activations = sizes.borders + sizes.block_activations
     two = min(2 * sizes.block_weights, sizes.cost.frozen_bytes)
     return Held(activations, _stored(two, width), widened)

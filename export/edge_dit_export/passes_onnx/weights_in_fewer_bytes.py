@@ -159,23 +159,21 @@ class _Weight:
         def byte(value: int) -> ir.Value:
             return constant(graph, np.array(value, np.uint8))
 
-        # one after the other, at one byte an element, before anything is widened
+        # Of one byte an element until DequantizeLinear, which widens groups as rows.
         low = ir.Node("", "Mod", [stored, byte(16)])
         right = ir.AttrString("direction", "RIGHT")
         high = ir.Node("", "BitShift", [stored, byte(4)], [right])
         halves = [low.outputs[0], high.outputs[0]]
         both = ir.Node("", "Concat", halves, [ir.AttrInt64("axis", 1)])
-        shape = constant(graph, [rows, inputs // group, group])
-        grouped = ir.Node("", "Reshape", [both.outputs[0], shape])
-        to = ir.AttrInt64("to", ir.DataType.FLOAT.value)
-        cast = ir.Node("", "Cast", [grouped.outputs[0]], [to])
-        middle = constant(graph, np.array(MIDDLE, np.float32))
-        centred = ir.Node("", "Sub", [cast.outputs[0], middle])
-        column = ir.Node("", "Reshape", [scale, constant(graph, [rows, inputs // group, 1])])
-        scaled = ir.Node("", "Mul", [centred.outputs[0], column.outputs[0]])
+        groups = rows * inputs // group
+        grouped = ir.Node("", "Reshape", [both.outputs[0], constant(graph, [groups, group])])
+        scales = ir.Node("", "Reshape", [scale, constant(graph, [groups])])
+        middles = ir.Node("", "Expand", [byte(MIDDLE), constant(graph, [groups])])
+        factors = [node.outputs[0] for node in (grouped, scales, middles)]
+        floats = ir.Node("", "DequantizeLinear", factors, [ir.AttrInt64("axis", 0)])
         sides = constant(graph, [rows, *self.sides[1:]])
-        last = ir.Node("", "Reshape", [scaled.outputs[0], sides], outputs=[wide])
-        for node in (low, high, both, grouped, cast, centred, column, scaled, last):
+        last = ir.Node("", "Reshape", [floats.outputs[0], sides], outputs=[wide])
+        for node in (low, high, both, grouped, scales, middles, floats, last):
             graph.insert_before(before, node)
 
 
