@@ -48,10 +48,8 @@ class Window:
         rows, columns = (
             np.arange(start, start + self.place.side) for start in (self.place.top, self.place.left)
         )
-        text = value.shape[axis] - self.side**2
-        inside = text + (rows[:, None] * self.side + columns).ravel()
-        kept = np.concatenate([np.arange(text), inside])
-        return value[(slice(None),) * axis + (kept,)]
+        inside = (rows[:, None] * self.side + columns).ravel()
+        return with_text(value, inside, self.side**2, axis)
 
     def latents(self, value: Any) -> Any:
         """Those of the square, of latents [1, C, h, w]."""
@@ -81,6 +79,20 @@ class Window:
 
         # ExecuTorch refuses other strides than those that it traced.
         return {name: np.ascontiguousarray(of(name, value)) for name, value in batch.items()}
+
+
+def with_text(value: Any, numbers: np.ndarray, tokens: int, axis: int = 1) -> Any:
+    """Some of a picture's tokens, and all of the text before them.
+
+    Args:
+        value: of text, if there is any, and all tokens of a picture along ``axis``.
+        numbers: of the picture's tokens that are kept, int.
+        tokens: that the picture has.
+        axis: of the tokens.
+    """
+    text = value.shape[axis] - tokens
+    kept = np.concatenate([np.arange(text), text + numbers])
+    return value[(slice(None),) * axis + (kept,)]
 
 
 @dataclass(frozen=True)

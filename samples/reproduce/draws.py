@@ -24,7 +24,7 @@ from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.subgraph import as_batch, difference, inner_runs
 from edge_dit.pictures.draws import Drawn, DrawRule
 from edge_dit.pictures.masks import of_tokens
-from edge_dit.pictures.window import Window, WindowRule
+from edge_dit.pictures.window import Window, WindowRule, with_text
 from edge_dit.planning.plan import Plan
 from edge_dit.reference.precompute import normal_of
 
@@ -210,10 +210,7 @@ class Spread:
 
     def tokens(self, value: Any, axis: int = 1) -> Any:
         """As `Window.tokens`."""
-        text = value.shape[axis] - self.side**2
-        return value[
-            (slice(None),) * axis + (np.concatenate([np.arange(text), text + self.numbers]),)
-        ]
+        return with_text(value, self.numbers, self.side**2, axis)
 
 
 def spread(draw: Draw, rule: WindowRule) -> Spread:

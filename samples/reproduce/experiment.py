@@ -210,7 +210,7 @@ class Trainer:
                 if arm.nested:
                     self._use(plan.rank // int(self.prefixes.choice([1, 2, 4])))
                 lr = learning_rate(step, plan.steps, plan.optimizer.lr)
-                hear = partial(self._hear, ears, first)
+                hear = partial(self.hear, ears, first)
                 losses.append(self.sessions.step_of_several(turns, lr, hear))
                 progress.add(step + 1, float(np.mean(losses[-1])))
         self._use(arm.rank or plan.rank)
@@ -220,13 +220,11 @@ class Trainer:
         """A context in which blocks hear what `hear` says, if the arm's do."""
         return hearing([self.blocks[n] for n in self.hears], self.arm.context == "all")
 
-    def hear(self, ears: list[Ear], turn: int) -> None:
-        """Let blocks hear what is around the windows of a turn."""
-        set_heard(ears, [[draw.heard[n] for n in self.hears] for draw in self.feed.at(turn)])
-
-    def _hear(self, ears: list[Ear], first: int, turn: int) -> None:
+    def hear(self, ears: list[Ear], first: int, turn: int) -> None:
+        """Let blocks that hear do so of the windows of a turn, counted from ``first``."""
         if ears:
-            self.hear(ears, first + turn)
+            draws = self.feed.at(first + turn)
+            set_heard(ears, [[draw.heard[n] for n in self.hears] for draw in draws])
 
     def _use(self, ranks: int) -> None:
         """Let the first of the ranks count."""

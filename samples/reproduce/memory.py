@@ -59,8 +59,7 @@ def bytes_of(run: Run) -> dict[str, int]:
         sdpa_kernel(SDPBackend.MATH),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        if ears:
-            trainer.hear(ears, 0)
+        trainer.hear(ears, 0, 0)
         trainer.sessions.losses(trainer.batch(0)).sum().backward()
     weights = {p.untyped_storage()._cdata for p in trainer.subgraph.parameters()}
     kept = [t for storage, t in saved.items() if storage not in weights]
