@@ -113,10 +113,11 @@ class Arm:
         """Whether blocks are left out, so that it trains on stored draws."""
         return self.skipped > 0 and self.stand_in != "blocks"
 
-    @property
-    def by_seed(self) -> bool:
-        """Whether seeds differ in sizes or positions, so that they cannot be one batch."""
-        return self.crop in CUT or self.told or self.small > 0
+    def by_seed(self, family: str) -> bool:
+        """Whether seeds differ in sizes, or in positions that a family's blocks know, so that they
+        cannot be one batch. SANA's blocks know none.
+        """
+        return self.told or self.small > 0 or (self.crop in CUT and family != "sana")
 
 
 LARGE = 0.875

@@ -43,7 +43,7 @@ from edge_dit.reference.evaluate import LEVELS, Whole
 from training import Progress
 
 GENERATION: dict[str, dict[str, Any]] = {
-    "sana": {"guidance_scale": 2.0, "use_resolution_binning": False},
+    "sana": {"guidance_scale": 2.0, "max_sequence_length": 32, "use_resolution_binning": False},
     "flux": {"guidance_scale": 3.5, "max_sequence_length": 32},
 }
 """How pictures are drawn, by family."""
@@ -170,7 +170,7 @@ class Trainer:
     """Trains the pipeline's own blocks in place, run r on rows r.
 
     Args:
-        runs: of one arm; those of all seeds only where `Arm.by_seed` is false.
+        runs: of one arm; those of all seeds only where `Arm.by_seed` allows it.
     """
 
     def __init__(self, runs: list[Run]) -> None:
@@ -319,21 +319,26 @@ def losses_by_level(runs: list[Run], unseen: list[list[Whole]]) -> list[list[flo
 
 
 def generate(runs: list[Run]) -> list[list[Image.Image]]:
-    """A picture of every held-out caption for each run."""
+    """A picture of every held-out caption for each run.
+
+    Caption by caption: all at once, memory for what passes the blocks takes longer than the blocks.
+    """
     plan, views = plan_for(runs[0]), len(HELD_OUT)
-    pictures = pipeline_of(runs[0].job)(
-        [caption(*view) for view in HELD_OUT for _ in runs],
+    draw = partial(
+        pipeline_of(runs[0].job),
         height=plan.s_max,
         width=plan.s_max,
-        generator=[
-            torch.Generator().manual_seed(views * run.seed + n)
-            for n in range(views)
-            for run in runs
-        ],
         num_inference_steps=GENERATION_STEPS,
         **GENERATION[plan.family],
-    ).images
-    return [pictures[row :: len(runs)] for row in range(len(runs))]
+    )
+    by_view = [
+        draw(
+            [caption(*view)] * len(runs),
+            generator=[torch.Generator().manual_seed(views * run.seed + n) for run in runs],
+        ).images
+        for n, view in enumerate(HELD_OUT)
+    ]
+    return [list(pictures) for pictures in zip(*by_view, strict=True)]
 
 
 def execute(runs: list[Run]) -> list[tuple[dict[str, Any], bytes]]:

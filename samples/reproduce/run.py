@@ -105,7 +105,9 @@ def perform(runs: list[Run], out: Path) -> list[str]:
 
 def batches(runs: list[Run]) -> list[list[Run]]:
     """Runs in groups that train side by side: those of an arm, or of an arm and a seed."""
-    keys = [(run.arm, run.seed if ARMS[run.arm].by_seed else 0) for run in runs]
+    keys = [
+        (run.arm, run.seed if ARMS[run.arm].by_seed(plan_of(run.job).family) else 0) for run in runs
+    ]
     return [
         [run for run, its in zip(runs, keys, strict=True) if its == key]
         for key in dict.fromkeys(keys)
