@@ -71,6 +71,7 @@ def plan_in_words(plan: Plan) -> list[str]:
         f"  patches {plan.s_min} px ({rows * columns} tokens), "
         + (
             f"windows of pictures of {plan.s_max} px"
+            + (", given what is around them" if plan.surroundings else "")
             if plan.window
             else f"cut {plan.s_min}..{plan.s_max} px"
         ),

@@ -117,6 +117,7 @@ class Shapes:
         targets: modules within a block that carry LoRA; default the family's.
         moments: how many the optimizer keeps of each parameter.
         windows: whether patches are windows, whose positions are stored with each draw.
+        whole: tokens of the picture's side, where blocks are given what is around a window.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Shapes:
         targets: Sequence[str] | None = None,
         moments: int = len(MOMENTS),
         windows: bool = False,
+        whole: int | None = None,
     ) -> None:
         self.family, self.grid, self.moments = family, grid, moments
         self.targets = tuple(targets or family.lora_targets)
@@ -137,6 +139,9 @@ class Shapes:
             self.latents, prompt = family.blank(self.model, grid, text)
             inputs = family.inputs(self.model, self.latents, 500.0, prompt, grid)
             self.entry, self.cond = family.begin(self.model, inputs)
+            if whole is not None:
+                outside = family.blank_surroundings(self.model, self.names, grid[0], whole)
+                self.cond = {**self.cond, **outside}
         self._per_prompt = family.by_prompt(windows)
         kinds: dict[Any, int] = {}
         self.kinds = [kinds.setdefault(_kind(block), len(kinds)) for block in self.blocks]
@@ -332,6 +337,7 @@ def shapes_of(plan: Plan) -> tuple[Shapes, Shapes]:
             plan.lora_targets,
             len(plan.optimizer.moments),
             plan.window,
+            plan.passing_grid[0] if plan.surroundings and side == plan.s_min else None,
         )
 
     patch = at(plan.s_min)

@@ -80,6 +80,7 @@ class Bounds:
         kept: copies of the LoRA that a run keeps besides (`Plan.kept`).
         moments: how many the optimizer keeps of each of its parameters.
         windows: whether patches are windows.
+        surroundings: whether blocks are given what is around them.
     """
 
     s_min: int
@@ -97,6 +98,7 @@ class Bounds:
     kept: int = 0
     moments: int = len(MOMENTS)
     windows: bool = False
+    surroundings: bool = False
 
     def sides(self) -> list[int]:
         """Sides of the patches to compare, pixels, the largest first."""
@@ -139,6 +141,7 @@ def bounds_of(
         kept=plan.kept,
         moments=len(plan.optimizer.moments),
         windows=plan.window,
+        surroundings=plan.surroundings,
     )
 
 
@@ -467,9 +470,10 @@ def space_of(
         selection: measured on the model, if there is one.
     """
     model, patches = meta_model(family, config), {}
+    whole = bounds.s_max // bounds.multiple if bounds.surroundings else None
     for side in bounds.sides():
         grid = (side // bounds.multiple, side // bounds.multiple)
-        own = bounds.lora_targets, bounds.moments, bounds.windows
+        own = bounds.lora_targets, bounds.moments, bounds.windows, whole
         shapes = Shapes(family, model, grid, bounds.text_tokens, *own)
         patches[side] = Footprints(shapes, profile, bounds.bank_dtype, bounds.kept)
     layers = len(family.block_names(config))

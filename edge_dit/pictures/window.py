@@ -51,6 +51,14 @@ class Window:
         inside = (rows[:, None] * self.side + columns).ravel()
         return with_text(value, inside, self.side**2, axis)
 
+    @property
+    def outside(self) -> np.ndarray:
+        """Whether each token of the picture is around the square, [side, side] bool."""
+        outside = np.ones((self.side, self.side), bool)
+        top, left, side = self.place.top, self.place.left, self.place.side
+        outside[top : top + side, left : left + side] = False
+        return outside
+
     def latents(self, value: Any) -> Any:
         """Those of the square, of latents [1, C, h, w]."""
         each = value.shape[2] // self.side

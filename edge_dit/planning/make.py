@@ -67,6 +67,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
     faults = [*split.faults, *size_faults(sizes, model.size_step)]
     faults += model.family.grid_faults(model.config, sizes, model.multiple)
     faults += window_faults(job.train.window, model)
+    faults += surroundings_faults(job, model) if job.train.surroundings else []
     faults += lora_faults(model, split, job.train.lora_targets, tail)
     faults += tail_faults(tail, dict.fromkeys(job.export.targets)) if split.tail_skip else []
     faults += use_faults(job, model)
@@ -109,6 +110,38 @@ def window_faults(window: bool, model: Model) -> list[BadInput]:
     ]
 
 
+def surroundings_faults(job: Job, model: Model) -> list[BadInput]:
+    """Why blocks cannot be given what is around a window, if they cannot."""
+    able = [name for name in FAMILIES if family_of(name).surroundings is not None]
+    faults = [
+        (
+            model.family.surroundings is None,
+            f"surroundings with a {model.family.name} model",
+            f"a model of {' or '.join(able)}: others' blocks cannot be given them yet",
+        ),
+        (
+            not job.train.window,
+            "surroundings of crops",
+            "window = true: around a crop the model saw nothing",
+        ),
+        (
+            job.export.loop,
+            "surroundings with [export] loop",
+            "a bank that the host makes: a device cannot make one with surroundings yet",
+        ),
+    ]
+    return [
+        BadInput(
+            "train.surroundings",
+            found=found,
+            expected=expected,
+            remedy="remove surroundings: patches then train without them",
+        )
+        for is_fault, found, expected in faults
+        if is_fault
+    ]
+
+
 def _plan(
     job: Job, source: Located, model: Model, split: Split, tail: Tail, prompts: set[str]
 ) -> Plan:
@@ -136,6 +169,7 @@ def _plan(
         tail=tail if split.tail_skip else STORED,
         s_min=job.train.patch,
         window=job.train.window,
+        surroundings=job.train.surroundings,
         s_max=job.train.resolution,
         multiple=model.multiple,
         text_tokens=model.family.text_tokens(model.folder, sorted(prompts)),

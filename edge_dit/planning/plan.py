@@ -51,6 +51,8 @@ class Plan(PatchSizes):
         inner_skips: runs [first, end) of blocks between trained ones that are not trained either.
         tail: what takes the place of the trailing blocks that are not trained.
         text_tokens: length of encoded text: that of the job's longest prompt.
+        surroundings: whether blocks that run are given what is around a window
+            (`edge_dit.models.families.parts.surroundings`).
         rank, alpha: of the LoRA; W' = W + alpha / rank B A.
         lora_targets: modules within a block that carry LoRA.
         optimizer: AdamW's hyper-parameters.
@@ -88,6 +90,7 @@ class Plan(PatchSizes):
     inner_skips: list[tuple[Natural, Natural]] = Field(default_factory=list)
     tail: Tail = STORED
     text_tokens: Positive
+    surroundings: bool = False
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
     lora_targets: list[str]
@@ -210,6 +213,7 @@ class Plan(PatchSizes):
             "weighted": False,
             "masked": False,
             "window": False,
+            "surroundings": False,
         }
         shared = {k: v for k, v in shared.items() if k not in plain or v != plain[k]}
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()

@@ -67,10 +67,15 @@ def _blank(plan: Plan, model: Model, objective: Objective) -> dict[str, torch.Te
     latents, prompt = family.blank(transformer, plan.grid, plan.text_tokens)
     inputs = family.inputs(transformer, latents, objective.timestep(0.5), prompt, plan.grid)
     entry, cond = family.begin(transformer, inputs)
+    names = family.block_names(model.config)
+    if plan.surroundings:
+        running = [names[number] for number in plan.running]
+        side, whole = plan.grid[0], plan.passing_grid[0]
+        cond |= family.blank_surroundings(transformer, running, side, whole)
     return as_batch(
         entry,
         torch.zeros_like(entry.image) if plan.tail == STORED else None,
-        plan.reads(family.block_names(model.config), cond),
+        plan.reads(names, cond),
         objective.target(latents, torch.ones_like(latents)),
         _blank_weight(plan, model, latents),
         dict.fromkeys(inner_runs(plan.trained).values(), entry),

@@ -55,11 +55,10 @@ from edge_dit.reference.index_claims import false_index
 from edge_dit.reference.precompute import (
     Source,
     Start,
-    borders_of,
     encoders_of,
     normal_of,
+    passed,
     source_of,
-    states_at,
     tensors_of,
 )
 
@@ -343,6 +342,8 @@ class _Work:
         found = {}
         for number, tensors in zip(numbers, self._through(begun, from_entry), strict=True):
             kinds = RESIDUALS if from_entry else (*STATE, *RESIDUALS)
+            if self.plan.surroundings:  # taken on the way
+                kinds += (COND,)
             kinds += (TARGET,) if self._prior(number) else ()
             rows = self._rows(number, tensors, kinds)
             if not all(row.passed for row in rows.values()):
@@ -382,10 +383,9 @@ class _Work:
         if not begun:
             return []
         first = self.plan.head_skip if from_entry else 0
-        order, borders = list(begun), borders_of(self.plan, begun)
-        kept = states_at(borders, self.checkpoint, order, self.plan.passing_grid, _quiet, first)
+        kept = passed(self.plan, self.checkpoint, begun, _quiet, first)
         tensors = partial(tensors_of, self.plan, self.source, self.checkpoint.names)
-        return list(map(tensors, order, kept))
+        return list(map(tensors, begun, kept))
 
     def _early(self, number: int) -> dict[str, Difference]:
         """Differences of what is known before the first block: target, conditioning, weight."""

@@ -20,7 +20,7 @@ from edge_dit.models.subgraph import TrainableSubgraph
 from edge_dit.pictures.dataset import Captioned
 from edge_dit.pictures.tiles import tiled
 from edge_dit.planning.plan import Plan
-from edge_dit.reference.precompute import Source, borders_of, states_at, tensors_of
+from edge_dit.reference.precompute import Source, passed, tensors_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class WholeModel:
             windows=plan.window_rule,
         )
         starts = [source.start(draw) for draw in draws]
-        kept = states_at(borders_of(plan), self.checkpoint, starts, plan.passing_grid, _silent)
+        kept = passed(plan, self.checkpoint, starts, _silent)
         return [
             tensors_of(plan, source, self.checkpoint.names, *pair)
             for pair in zip(starts, kept, strict=True)

@@ -100,8 +100,7 @@ class _Maker:
     ) -> Iterator[dict[str, np.ndarray]]:
         with self.checkpoint.outside(self.source.skeleton):
             starts = [self.source.start(self.index.draws[number]) for number in numbers]
-        borders, grid = borders_of(self.plan, starts), self.plan.passing_grid
-        kept = states_at(borders, self.checkpoint, starts, grid, advance)
+        kept = passed(self.plan, self.checkpoint, starts, advance)
         tensors = partial(tensors_of, self.plan, self.source, self.checkpoint.names)
         if not any(start.prior for start in starts):
             return map(tensors, starts, kept)
@@ -372,41 +371,56 @@ def borders_of(plan: Plan, starts: Sequence[Start] = ()) -> set[int]:
     return borders(plan.layers, plan.trained, tail=plan.tail == STORED) | last
 
 
+class Passed(NamedTuple):
+    """What is kept of a draw that passed the blocks.
+
+    Attributes:
+        states: at the `borders_of` its plan.
+        outside: what blocks are given of what is around its window, by full names.
+    """
+
+    states: States
+    outside: Conditioning
+
+
 @torch.no_grad()
-def states_at(
-    borders: set[int],
+def passed(
+    plan: Plan,
     checkpoint: Checkpoint,
-    starts: list[Start],
-    grid: Grid,
+    starts: Sequence[Start],
     advance: Callable[..., None],
     first: int = 0,
-) -> list[States]:
-    """Run draws through the model, block by block, up to the last border; each draw's states at
-    the borders.
+) -> list[Passed]:
+    """Run draws through the model, block by block, up to the last one that something is kept of.
 
     Args:
-        borders: numbers of blocks.
+        plan: of the bank.
         checkpoint: of the model.
         starts: the draws.
-        grid: token rows and columns of the draws.
         advance: of a progress bar that counts draws.
         first: number of the block that the draws start at.
     """
-    last = max(borders)
+    borders, family, grid = borders_of(plan, starts), checkpoint.family, plan.passing_grid
+    watched = {*plan.running} if plan.surroundings else set()
+    last = max(borders | {number + 1 for number in watched})
     states = [start.state for start in starts]
-    kept: list[States] = [{} for _ in starts]
+    kept = [Passed({}, {}) for _ in starts]
     for number in range(first, last + 1):
         if number in borders:
-            for states_of_draw, state in zip(kept, states, strict=True):
-                states_of_draw[number] = state
+            for of, state in zip(kept, states, strict=True):
+                of.states[number] = state
         if number == last:
             break
         name = checkpoint.names[number]
         with checkpoint.block(number) as block:
-            states = [
-                checkpoint.family.run_block(name, block, state, start.cond, grid)
-                for state, start in zip(states, starts, strict=True)
-            ]
+            for row, (start, of) in enumerate(zip(starts, kept, strict=True)):
+                if number in watched and family.surroundings and start.window:
+                    with family.surroundings.watch(block) as seen:
+                        states[row] = family.run_block(name, block, states[row], start.cond, grid)
+                    around = family.surroundings.around(block, seen, start.window)
+                    of.outside.update({f"{what}.{name}": value for what, value in around.items()})
+                else:
+                    states[row] = family.run_block(name, block, states[row], start.cond, grid)
         advance(len(starts) / (last - first))
     if last == first:
         advance(len(starts))
@@ -414,7 +428,7 @@ def states_at(
 
 
 def tensors_of(
-    plan: Plan, source: Source, blocks: Sequence[str], start: Start, states: States
+    plan: Plan, source: Source, blocks: Sequence[str], start: Start, kept: Passed
 ) -> dict[str, np.ndarray]:
     """The tensors of a draw, with those that depend on its prompt alone.
 
@@ -423,9 +437,9 @@ def tensors_of(
         source: that the draw is from.
         blocks: names of all blocks of the model, in order.
         start: the draw.
-        states: at the `borders_of` of the plan.
+        kept: of it.
     """
-    tail = None
+    states, tail = kept.states, None
     if plan.tail == STORED:
         tail = difference(states[plan.layers], states[plan.layers - plan.tail_skip]).image
     inner = {
@@ -433,7 +447,7 @@ def tensors_of(
         for after, first in inner_runs(plan.trained).items()
     }
     entry = states[plan.head_skip]
-    cond, target = plan.reads(blocks, start.cond), start.target
+    cond, target = plan.reads(blocks, {**start.cond, **kept.outside}), start.target
     if start.prior:
         target = source.prediction(states[plan.layers].image, start.cond)
     batch = as_batch(entry, tail, cond, target, start.weight, inner)

@@ -48,7 +48,7 @@ from edge_dit.pictures.draws import BankRequest, bank_index
 from edge_dit.planning.plan import Plan, model_of
 from edge_dit.planning.split import split_by_ratio
 from edge_dit.reference.evaluate import LEVELS, Whole
-from edge_dit.reference.precompute import source_of, tensors_of
+from edge_dit.reference.precompute import Passed, source_of, tensors_of
 from edge_dit.reference.prior import base_pictures
 from edge_dit.store.files import write_json
 from scenes import draw, random_scene
@@ -118,7 +118,7 @@ def bank_of(run: Run, arm: PriorArm) -> list[dict[str, torch.Tensor]]:
     prompts, images = dict(enumerate(index.prompts)), dict(enumerate(pictures))
     source = replace(source_of(plan, model, pipeline, prompts, images), listed=index.images)
     starts = [source.start(drawn) for drawn in index.draws]
-    kept = [{0: start.state} for start in starts]
+    kept: list[dict[int, State]] = [{0: start.state} for start in starts]
     blocks = model.family.blocks(pipeline.transformer)
     for number, (name, block) in enumerate(blocks.items()):
         for first in range(0, len(starts), 16):
@@ -127,10 +127,13 @@ def bank_of(run: Run, arm: PriorArm) -> list[dict[str, torch.Tensor]]:
             cond = joined([starts[n].cond for n in some])
             after = model.family.run_block(name, block, state, cond, plan.grid)
             for row, n in enumerate(some):
-                part = [None if v is None else v[row : row + 1].clone() for v in after]
-                kept[n][number + 1] = State(*part)
+                image, text = (None if v is None else v[row : row + 1].clone() for v in after)
+                assert image is not None
+                kept[n][number + 1] = State(image, text)
     pairs = zip(starts, kept, strict=True)
-    made = [tensors_of(plan, source, list(blocks), *pair) for pair in pairs]
+    made = [
+        tensors_of(plan, source, list(blocks), start, Passed(states, {})) for start, states in pairs
+    ]
     return [{name: torch.from_numpy(value) for name, value in one.items()} for one in made]
 
 

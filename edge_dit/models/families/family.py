@@ -14,7 +14,7 @@ forward bit by bit.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -31,6 +31,7 @@ from edge_dit.errors import BadInput
 from edge_dit.models.components import check_vocabulary, read_json, refusing
 from edge_dit.models.families.parts import switches
 from edge_dit.models.families.parts.real import RealRotations
+from edge_dit.models.families.parts.surroundings import Surroundings, are_given
 from edge_dit.models.families.parts.switches import Misfits, Rules
 from edge_dit.models.pipeline import quiet
 from edge_dit.pictures.tiles import tiled
@@ -140,6 +141,8 @@ class Family:
     """Conditioning with a row for each token, text first, which a window cuts with the states; None
     where patches cannot be windows.
     """
+    surroundings: ClassVar[Surroundings | None] = None
+    """How blocks are given what is around a window; None where they cannot be."""
     aliases: ClassVar[tuple[str, ...]] = ()
     """Other classes that published configurations name; diffusers builds `transformer` for them."""
     needs: ClassVar[tuple[str, ...]] = ()
@@ -485,13 +488,39 @@ class Family:
             cond: conditioning, by full names or by those that this block reads.
             grid: token rows and columns.
         """
-        arguments = self.arguments(read_by(name, cond), grid)
-        if not self.joint:
-            return State(block(hidden_states=state.image, **arguments))
-        text, image = block(
-            hidden_states=state.image, encoder_hidden_states=state.text, **arguments
-        )
-        return State(image, text)
+        own = read_by(name, cond)
+        arguments = self.arguments(own, grid)
+        given: AbstractContextManager[None] = nullcontext()
+        if self.surroundings and are_given(own):
+            given = self.surroundings.given(block, own)
+        with given:
+            if not self.joint:
+                return State(block(hidden_states=state.image, **arguments))
+            text, image = block(
+                hidden_states=state.image, encoder_hidden_states=state.text, **arguments
+            )
+            return State(image, text)
+
+    def blank_surroundings(
+        self, model: nn.Module, blocks: Iterable[str], side: int, whole: int
+    ) -> Conditioning:
+        """Zeros shaped as what blocks are given of what is around a window.
+
+        Args:
+            model: the transformer; its blocks may lie on the meta device.
+            blocks: names of those that are given it.
+            side: tokens of a window's side.
+            whole: tokens of the picture's side.
+        """
+        if self.surroundings is None:
+            raise TypeError(f"blocks of {self.name} cannot be given surroundings")
+        return {
+            f"{what}.{name}": value
+            for name in blocks
+            for what, value in self.surroundings.blank(
+                model.get_submodule(name), side, whole
+            ).items()
+        }
 
     @contextmanager
     def traceable(self) -> Iterator[None]:

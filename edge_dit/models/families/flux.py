@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -32,10 +33,17 @@ from edge_dit.models.families.family import (
 )
 from edge_dit.models.families.parts import packing
 from edge_dit.models.families.parts.common import SHIFTED_SWITCHES, flow_objective
+from edge_dit.models.families.parts.surroundings import SoftmaxSurroundings
 from edge_dit.models.families.parts.switches import DEEPEST, Misfits, Rules, axes, flag, whole
 
 GUIDANCE = 3.5
 """Guidance with which diffusers' train_dreambooth_lora_flux.py trains dev."""
+
+
+def _blocks_module() -> ModuleType:
+    from diffusers.models.transformers import transformer_flux
+
+    return transformer_flux
 
 
 class Flux(Family):
@@ -50,6 +58,7 @@ class Flux(Family):
     text_output = packing.TEXT_OUTPUT
     per_prompt = ("rope_cos", "rope_sin")
     placed = ("rope_cos", "rope_sin")
+    surroundings = SoftmaxSurroundings(_blocks_module)
     needs = ("text_encoder_2", "tokenizer_2")
     text_widths: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "pooled_projection_dim": ("text_encoder",),

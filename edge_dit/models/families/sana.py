@@ -49,6 +49,7 @@ from edge_dit.models.families.parts.common import (
     flow_objective,
     patch_misfits,
 )
+from edge_dit.models.families.parts.surroundings import LinearSurroundings
 from edge_dit.models.families.parts.switches import (
     DEEPEST,
     LARGEST,
@@ -89,6 +90,7 @@ class Sana(Family):
     before_relu = ("attn1.to_q", "attn1.to_k")
     per_prompt = ("encoder_hidden_states", "encoder_attention_mask")
     placed = ()
+    surroundings = LinearSurroundings()
     samples_posterior = False
     text_widths: ClassVar[Mapping[str, tuple[str, ...]]] = {"caption_channels": ("text_encoder",)}
     switches: ClassVar[Rules] = {
