@@ -22,7 +22,7 @@ VARIATIONS = 2
 SPREAD = 0.5
 """Size of a change, in standard deviations of the input."""
 MASK = "mask"
-"""End of the names of masks, whose values say nothing of the size of a change."""
+"""End of the names of masks (before that of a block), whose values say nothing of the size of a change."""
 SIZES = ((0, 0), (9, 5), (0, 64), (128, 3))
 """Rows and columns that an image of the patch sampler has beyond s_max."""
 PLACES = (
@@ -106,7 +106,8 @@ def varied(draw: Mapping[str, np.ndarray], seed: int) -> Tensors:
     rng = np.random.default_rng(seed)
     changed = {}
     for name, value in sorted(draw.items()):
-        size = 1.0 if name.endswith(MASK) else float(value.std()) or 1.0
+        masks = any(part.endswith(MASK) for part in name.split("."))
+        size = 1.0 if masks else float(value.std()) or 1.0
         noise = rng.normal(0, SPREAD * size, value.shape)
         changed[name] = (value + noise).astype(np.float32)
     return changed

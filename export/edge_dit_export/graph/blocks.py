@@ -84,12 +84,10 @@ class Block:
             tensors: the state before it, conditioning by the names of `cond` or by those of the
                 batch, and the block's weights and LoRA by the names of `weights` and `lora`.
         """
-        subgraph = self.subgraph
         cond = conditioning_of(tensors)
         state = State(tensors[ENTRY], tensors.get(ENTRY_TEXT))
-        own = {self.own[name]: tensors[name] for name in self.own}
-        module = _Functional(self.module, own)
-        after = subgraph.family.run_block(self.name, module, state, cond, subgraph.grid)
+        own = {f"block.{self.own[name]}": tensors[name] for name in self.own}
+        after = functional_call(_Running(self.subgraph, self.name), own, (state, cond))
         return State(after.image, after.text if ENTRY_TEXT in self.states else None)
 
     def arrive(
@@ -119,16 +117,17 @@ class Block:
             return torch.autograd.grad(after, list(leaves.values()), given)
 
 
-class _Functional(nn.Module):
-    """A module called with other tensors than its own."""
+class _Running(nn.Module):
+    """A block of a sub-graph that runs, to be called with other tensors than its own."""
 
-    def __init__(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, subgraph: TrainableSubgraph, name: str) -> None:
         super().__init__()
-        self.inner = [module]  # in a list, so that it is no sub-module
-        self.tensors = tensors
+        self.block = subgraph.get_submodule(name)
+        self.run = [subgraph.run]  # in a list, so that the sub-graph is no sub-module
+        self.name = name
 
-    def forward(self, **arguments: Any) -> Any:
-        return functional_call(self.inner[0], self.tensors, (), arguments)
+    def forward(self, state: State, cond: Mapping[str, Tensor]) -> State:
+        return self.run[0](self.name, state, cond)
 
 
 def _local(parameter: str) -> str:

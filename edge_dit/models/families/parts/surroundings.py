@@ -5,22 +5,24 @@ A block that sees a window of a picture's tokens lacks the others in two places:
 - In attention. Softmax attention reads keys and values of every token: those around the window are
   given as means over cells of 2 x 2 tokens, each counted four times. Linear attention reads sums
   over tokens: those around the window have a sum too, which is small however many they are.
-- In convolutions. A 3 x 3 depthwise convolution reads one token beyond the window: a ring.
+- In convolutions. A 3 x 3 depthwise convolution reads one token beyond the window. It is frozen, so
+  what that adds to its output is a constant.
 
 All of it is the base model's, taken where the whole picture passes its blocks. The adapted model's
-would differ a little, as a stored residual does. With LoRA's B at zero a block with sums and rings
-computes in the window what it computes in the whole picture.
+would differ a little, as a stored residual does. With LoRA's B at zero blocks with linear attention
+compute in a window what they compute in the whole picture.
 
 Conditioning of a block ("outside_<what>.<block>"), with d the width of a head:
 
     linear attention
         outside_sums     [1, heads, d + 1, d]   sum of [v, 1] relu(k)^T
-        outside_ring     [1, C, 4 side + 4]     what the convolution reads: row above and row below,
-                                                with corners, then column left and column right
+        outside_edge     [1, C, 4 side - 4]     what the convolution reads beyond the window, times
+                                                its weights, at the tokens that read it: first and
+                                                last row, then the rest of first and last column
     softmax attention
         outside_keys     [1, cells, heads, d]   rotated
         outside_values   [1, cells, heads, d]
-        outside_weights  [1, cells]             added to logits: log of a cell's tokens, or -10000
+        outside_mask     [1, cells]             added to logits: log of a cell's tokens, or -10000
                                                 where not all of them are outside
 """
 
@@ -35,7 +37,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from edge_dit.pictures.window import Window
 
@@ -128,10 +130,11 @@ class LinearSurroundings:
         sums = torch.einsum("nhe,nhd->hed", F.pad(value, (0, 1), value=1.0), F.relu(key))
         inner = F.pad(block.ff.nonlinearity(seen["inner"]), (1, 1, 1, 1))
         top, left, side = window.place.top, window.place.left, window.place.side
-        square = inner[:, :, top : top + side + 2, left : left + side + 2]
-        columns = square[:, :, 1:-1]
-        edges = [square[:, :, 0], square[:, :, -1], columns[..., 0], columns[..., -1]]
-        return {f"{OUTSIDE}sums": sums[None], f"{OUTSIDE}ring": torch.cat(edges, 2)}
+        beyond = inner[:, :, top : top + side + 2, left : left + side + 2].clone()
+        beyond[:, :, 1:-1, 1:-1] = 0
+        convolution = block.ff.conv_depth
+        added = F.conv2d(beyond, convolution.weight, groups=convolution.groups)
+        return {f"{OUTSIDE}sums": sums[None], f"{OUTSIDE}edge": _edge_of(added)}
 
     def blank(self, block: Any, side: int, whole: int) -> dict[str, Tensor]:
         """As `Surroundings.blank`."""
@@ -140,20 +143,41 @@ class LinearSurroundings:
         channels = block.ff.conv_depth.in_channels
         return {
             f"{OUTSIDE}sums": torch.zeros(1, heads, each + 1, each),
-            f"{OUTSIDE}ring": torch.zeros(1, channels, 4 * side + 4),
+            f"{OUTSIDE}edge": _edge_of(torch.zeros(1, channels, side, side)),
         }
 
     @contextmanager
     def given(self, block: Any, cond: Mapping[str, Tensor]) -> Iterator[None]:
         """As `Surroundings.given`."""
-        processor, convolution = block.attn1.processor, block.ff.conv_depth
+        processor, edge = block.attn1.processor, cond[f"{OUTSIDE}edge"]
         block.attn1.processor = partial(_linear_attention, cond[f"{OUTSIDE}sums"])
-        convolution.forward = partial(_convolved, convolution, cond[f"{OUTSIDE}ring"])
+        hook = block.ff.conv_depth.register_forward_hook(
+            lambda _module, _inputs, output: output + _at_edge(edge, output.shape[-1])
+        )
         try:
             yield
         finally:
             block.attn1.processor = processor
-            del convolution.forward
+            hook.remove()
+
+
+def _edge_of(image: Tensor) -> Tensor:
+    """The outermost values of a square [1, C, side, side], as `_at_edge` takes them."""
+    if image.shape[-1] == 1:
+        return image.flatten(2)
+    columns = image[:, :, 1:-1]
+    parts = [image[:, :, 0], image[:, :, -1], columns[..., 0], columns[..., -1]]
+    return torch.cat(parts, 2)
+
+
+def _at_edge(edge: Tensor, side: int) -> Tensor:
+    """A square [1, C, side, side] of zeros but for its outermost values, [1, C, 4 side - 4]."""
+    if side == 1:
+        return edge[..., None]
+    first, last, left, right = edge.split([side, side, side - 2, side - 2], 2)
+    zeros = edge.new_zeros(*edge.shape[:2], side - 2, side - 2)
+    middle = torch.cat([left[..., None], zeros, right[..., None]], 3)
+    return torch.cat([first[:, :, None], middle, last[:, :, None]], 2)
 
 
 def _linear_attention(sums: Tensor, attention: Any, hidden_states: Tensor, **_: Any) -> Tensor:
@@ -172,15 +196,6 @@ def _linear_attention(sums: Tensor, attention: Any, hidden_states: Tensor, **_: 
     found = every @ F.relu(query)
     mean = found[:, :, :-1] / (found[:, :, -1:] + 1e-15)
     return attention.to_out[1](attention.to_out[0](mean.flatten(1, 2).transpose(1, 2)))
-
-
-def _convolved(convolution: nn.Conv2d, ring: Tensor, x: Tensor) -> Tensor:
-    """A 3 x 3 convolution that reads a ring around its input, not zeros."""
-    rows, columns = x.shape[2] + 2, x.shape[2]
-    above, below, left, right = ring.split([rows, rows, columns, columns], 2)
-    middle = torch.cat([left[..., None], x, right[..., None]], 3)
-    around = torch.cat([above[:, :, None], middle, below[:, :, None]], 2)
-    return F.conv2d(around, convolution.weight, convolution.bias, groups=convolution.groups)
 
 
 # ---------------------------------------------------------------- softmax attention
@@ -230,11 +245,11 @@ class SoftmaxSurroundings:
 
         outside = torch.from_numpy(window.outside).reshape(count, cell, count, cell)
         whole = outside.all(3).all(1).flatten()
-        weights = torch.where(whole, math.log(cell**2), ABSENT)
+        mask = torch.where(whole, math.log(cell**2), ABSENT)
         return {
             f"{OUTSIDE}keys": means(seen["key"]),
             f"{OUTSIDE}values": means(seen["value"]),
-            f"{OUTSIDE}weights": weights[None],
+            f"{OUTSIDE}mask": mask[None],
         }
 
     def blank(self, block: Any, side: int, whole: int) -> dict[str, Tensor]:
@@ -244,16 +259,16 @@ class SoftmaxSurroundings:
         return {
             f"{OUTSIDE}keys": torch.zeros(shape),
             f"{OUTSIDE}values": torch.zeros(shape),
-            f"{OUTSIDE}weights": torch.zeros(1, cells),
+            f"{OUTSIDE}mask": torch.zeros(1, cells),
         }
 
     def given(self, block: Any, cond: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """As `Surroundings.given`."""
-        keys, values, weights = (cond[OUTSIDE + kind] for kind in ("keys", "values", "weights"))
+        keys, values, outside = (cond[OUTSIDE + kind] for kind in ("keys", "values", "mask"))
 
         def attend(own: Any, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
-            within = weights.new_zeros(weights.shape[0], key.shape[1])
-            mask = torch.cat([within, weights], 1)[:, None, None]
+            within = outside.new_zeros(outside.shape[0], key.shape[1])
+            mask = torch.cat([within, outside], 1)[:, None, None]
             every = torch.cat([key, keys], 1), torch.cat([value, values], 1)
             return own(query, *every, **{**more, "attn_mask": mask})
 
