@@ -45,6 +45,7 @@ OTHER = {
     "train.lr": "2e-3",
     "train.beta1": "0.0",
     "train.window": "true",
+    "train.surroundings": "true",
     "train.loraplus_lr_ratio": "4.0",
     "train.schedule": '"cosine"',
     "train.warmup": "3",
