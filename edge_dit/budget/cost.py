@@ -106,6 +106,19 @@ def parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Patches that are windows, whose positions are stored with each draw.
+
+    Attributes:
+        whole: tokens of the picture's side.
+        surroundings: whether blocks are given what is around a window.
+    """
+
+    whole: int
+    surroundings: bool
+
+
 class Shapes:
     """The shapes of a model at one patch size; gives the cost of any choice of trained blocks.
 
@@ -116,8 +129,7 @@ class Shapes:
         text: number of text tokens.
         targets: modules within a block that carry LoRA; default the family's.
         moments: how many the optimizer keeps of each parameter.
-        windows: whether patches are windows, whose positions are stored with each draw.
-        whole: tokens of the picture's side, where blocks are given what is around a window.
+        windows: what they are windows of, if patches are windows.
     """
 
     def __init__(
@@ -128,8 +140,7 @@ class Shapes:
         text: int,
         targets: Sequence[str] | None = None,
         moments: int = len(MOMENTS),
-        windows: bool = False,
-        whole: int | None = None,
+        windows: Windows | None = None,
     ) -> None:
         self.family, self.grid, self.moments = family, grid, moments
         self.targets = tuple(targets or family.lora_targets)
@@ -139,10 +150,10 @@ class Shapes:
             self.latents, prompt = family.blank(self.model, grid, text)
             inputs = family.inputs(self.model, self.latents, 500.0, prompt, grid)
             self.entry, self.cond = family.begin(self.model, inputs)
-            if whole is not None:
-                outside = family.blank_surroundings(self.model, self.names, grid[0], whole)
+            if windows and windows.surroundings:
+                outside = family.blank_surroundings(self.model, self.names, grid[0], windows.whole)
                 self.cond = {**self.cond, **outside}
-        self._per_prompt = family.by_prompt(windows)
+        self._per_prompt = family.by_prompt(windows is not None)
         kinds: dict[Any, int] = {}
         self.kinds = [kinds.setdefault(_kind(block), len(kinds)) for block in self.blocks]
         """The kind of each block, by block number. Blocks of one kind have the same shapes."""
@@ -336,8 +347,9 @@ def shapes_of(plan: Plan) -> tuple[Shapes, Shapes]:
             plan.text_tokens,
             plan.lora_targets,
             len(plan.optimizer.moments),
-            plan.window,
-            plan.passing_grid[0] if plan.surroundings and side == plan.s_min else None,
+            Windows(plan.passing_grid[0], plan.surroundings and side == plan.s_min)
+            if plan.window
+            else None,
         )
 
     patch = at(plan.s_min)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from math import inf, log2
 from typing import Any
 
-from edge_dit.budget.cost import Shapes
+from edge_dit.budget.cost import Shapes, Windows
 from edge_dit.budget.footprint import MEMORY_ERROR, TIME_ERROR, Footprint, Footprints, Profile
 from edge_dit.budget.limits import Limits
 from edge_dit.budget.quality import THROUGH_SHARE, quality, skip_cost, tail_cost, terms_of_patch
@@ -470,10 +470,12 @@ def space_of(
         selection: measured on the model, if there is one.
     """
     model, patches = meta_model(family, config), {}
-    whole = bounds.s_max // bounds.multiple if bounds.surroundings else None
+    windows = None
+    if bounds.windows:
+        windows = Windows(bounds.s_max // bounds.multiple, bounds.surroundings)
     for side in bounds.sides():
         grid = (side // bounds.multiple, side // bounds.multiple)
-        own = bounds.lora_targets, bounds.moments, bounds.windows, whole
+        own = bounds.lora_targets, bounds.moments, windows
         shapes = Shapes(family, model, grid, bounds.text_tokens, *own)
         patches[side] = Footprints(shapes, profile, bounds.bank_dtype, bounds.kept)
     layers = len(family.block_names(config))

@@ -22,8 +22,10 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 
 from edge_dit.contract.names import (
+    COND,
     ENTRY,
     ENTRY_TEXT,
+    OUTSIDE,
     RESIDUAL,
     RESIDUAL_TEXT,
     TAIL_RESIDUAL,
@@ -40,8 +42,9 @@ SCHEMA = 2
 SHARD = 64
 """Default number of draws in a shard: a few megabytes, so that a stopped run loses only seconds."""
 HALVED = (ENTRY, ENTRY_TEXT, TAIL_RESIDUAL, TARGET, RESIDUAL, RESIDUAL_TEXT)
-"""Tensors that grow with the patch, by their names up to the first dot. A float16 bank stores these
-in float16."""
+"""Tensors that grow with the patch, by their names up to the first dot."""
+HALVED_OUTSIDE = tuple(COND + OUTSIDE + what for what in ("edge", "keys", "values"))
+"""Beginnings of the names of others that do."""
 INDEX = "index.json"
 PROMPTS = "prompts.safetensors"
 
@@ -120,7 +123,7 @@ class Index:
         prompts: distinct prompts.
         draws: all draws.
         shard: number of draws in a shard.
-        dtype: of the tensors in `HALVED`, "float32" or "float16".
+        dtype: of the tensors that grow with the patch, "float32" or "float16".
     """
 
     __pydantic_config__ = STRICT
@@ -202,12 +205,17 @@ def write_shard(folder: Path, shard: int, draws: Mapping[int, Mapping[str, np.nd
     _write(shard_path(folder, shard), draws)
 
 
+def is_halved(name: str) -> bool:
+    """Whether a float16 bank stores a tensor in float16: one that grows with the patch."""
+    return name.partition(".")[0] in HALVED or name.startswith(HALVED_OUTSIDE)
+
+
 def narrowed(draw: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
     """A draw as a bank of ``dtype`` stores it; a tensor beyond float16's range stays float32."""
     largest = np.finfo(np.float16).max
 
     def halved(name: str, value: np.ndarray) -> bool:
-        return name.partition(".")[0] in HALVED and bool(np.abs(value).max() <= largest)
+        return is_halved(name) and bool(np.abs(value).max() <= largest)
 
     return {
         name: value.astype(np.float16) if dtype == "float16" and halved(name, value) else value

@@ -4,6 +4,9 @@ Batch tensors, which a bank stores for every draw:
 
     entry, entry_text        state before the first trained block; text only with joint attention
     cond.<name>              conditioning of the family; `read_by` says who reads it
+    cond.outside_<what>.<block>
+                             what a block is given of what is around a window
+                             (`edge_dit.models.families.parts.surroundings`)
     residual.<first>, residual_text.<first>
                              what blocks skipped between trained ones add, from block <first> on
     tail_residual            what the blocks after the last trained one add, where it is `STORED`
@@ -38,6 +41,8 @@ STATE = (ENTRY, ENTRY_TEXT)
 """What flows between blocks: image tokens [1, N, D] and, with joint attention, text tokens."""
 COND = "cond."
 """Prefix of the conditioning tensors."""
+OUTSIDE = "outside_"
+"""Beginning of the names of conditioning that says what is around a window."""
 AT_HEAD = "head"
 """The head among the readers of conditioning, see `read_by`; the others are names of blocks."""
 RESIDUAL, RESIDUAL_TEXT = "residual", "residual_text"

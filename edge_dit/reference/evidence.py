@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edge_dit.contract.bank import HALVED, INDEX, Bank, Draw, Index
+from edge_dit.contract.bank import INDEX, Bank, Draw, Index, is_halved
 from edge_dit.contract.certificate import BankResult, Difference, differences
 from edge_dit.contract.names import (
     COND,
@@ -415,11 +415,11 @@ class _Work:
             tensors: recomputed.
             kinds: what is compared: beginnings of names up to the first dot.
         """
-        half = HALVED if self.bank.index.dtype == "float16" else ()
+        half = self.bank.index.dtype == "float16"
         rows = {}
         for name in sorted(tensors, key=lambda name: _place(name, kinds)):
             if _place(name, kinds) < len(kinds):
-                width = "float16" if name.partition(".")[0] in half else "float32"
+                width = "float16" if half and is_halved(name) else "float32"
                 one = {KIND: tensors[name]}
                 limit = {KIND: TOLERANCES[width]}
                 (rows[name],) = differences(one, {KIND: self.stored[number][name]}, limit)

@@ -39,7 +39,7 @@ def test_all_faults_at_once_with_their_lines(job_file):
     for line in ('path = "nowhere"', "rank = 0", "sead = 3", "patch = 128"):
         assert f":{lines.index(line) + 1}: " in message, message
     assert "unknown key train.sead" in message
-    assert "resolution, patch, window, rank" in message  # the known keys are listed
+    assert "resolution, patch, window, surroundings, rank" in message  # the known keys are listed
 
 
 def test_missing_folders_are_named(job_file):

@@ -17,11 +17,10 @@ from edge_dit.app import api
 from edge_dit.budget.cost import cost_of_plan
 from edge_dit.contract import bank as banks
 from edge_dit.contract.bank import Bank
-from edge_dit.contract.names import COND, FRESH, THROUGH
+from edge_dit.contract.names import COND, FRESH, OUTSIDE, THROUGH
 from edge_dit.errors import BadInput
 from edge_dit.models.families import FAMILIES as MODULES
 from edge_dit.models.families import family_of
-from edge_dit.models.families.parts.surroundings import OUTSIDE
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
 from edge_dit.planning.plan import Plan, model_of
@@ -211,6 +210,26 @@ def test_the_planner_knows_what_a_draw_takes(make: Make, name: str) -> None:
         draw, once = made.bank(folder)[0], plan.per_prompt(family_of(plan.family))
         stored = sum(v.nbytes for k, v in draw.items() if k.removeprefix(COND) not in once)
         assert cost_of_plan(plan)["this plan"].bank_bytes == stored
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_float16_bank_has_the_large_ones_in_float16(
+    make: Make, name: str, tmp_path: Path
+) -> None:
+    made = make(name)
+    plan = made.plan.model_copy(update={"bank_dtype": "float16"})
+    pictures = api.read_pictures(read_job(made.folder / "job.toml"), plan)
+    api.precompute(plan, pictures, tmp_path / "bank")
+    stored = TensorFile(banks.shard_path(tmp_path / "bank", 0)).read()
+    outside = {k: v for k, v in stored.items() if k.partition(".")[2].startswith(COND + OUTSIDE)}
+    kinds = {k.partition(OUTSIDE)[2].partition(".")[0]: v.dtype.name for k, v in outside.items()}
+    assert kinds == (
+        {"sums": "float32", "edge": "float16"}
+        if name == "sana"
+        else {"keys": "float16", "values": "float16", "mask": "float32"}
+    )
+    seen = examine(plan, model_of(plan), Bank(tmp_path / "bank", plan.identity()), pictures)
+    assert all(row.passed for row in seen.tensors)
 
 
 # ---------------------------------------------------------------- jobs that cannot have them

@@ -39,10 +39,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edge_dit.contract.names import OUTSIDE
 from edge_dit.pictures.window import Window
 
-OUTSIDE = "outside_"
-"""Beginning of the names of what is given."""
 CELL = 2
 """Tokens of the side of the cells whose keys and values are averaged; 1 if the picture's is odd."""
 ABSENT = -10000.0

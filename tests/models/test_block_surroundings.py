@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_dit.contract.bank import Crop, Draw
+from edge_dit.contract.names import OUTSIDE
 from edge_dit.models.families import family_of
 from edge_dit.models.families.family import State
-from edge_dit.models.families.parts.surroundings import OUTSIDE, _at_edge, _edge_of, are_given
+from edge_dit.models.families.parts.surroundings import _at_edge, _edge_of, are_given
 from edge_dit.pictures.window import Window, WindowRule
 
 WIDTH, TEXT, TOLERANCE = 16, 3, 1e-4
