@@ -22,7 +22,7 @@ VARIATIONS = 2
 SPREAD = 0.5
 """Size of a change, in standard deviations of the input."""
 MASK = "mask"
-"""End of the names of masks, before that of a block. Their values say nothing of a change's size."""
+"""End of the names of masks, before a block's. Their values say nothing of a change's size."""
 SIZES = ((0, 0), (9, 5), (0, 64), (128, 3))
 """Rows and columns that an image of the patch sampler has beyond s_max."""
 PLACES = (

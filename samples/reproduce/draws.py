@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from arms import ARMS, CROPS, Arm
-from context import Heard, Place, ear_of, listening
+from context import around, surroundings_of
 from runs import Run, model_for, pipeline_of, plan_for, subject_of
 from side_by_side import joined
 from torch import Tensor
@@ -32,7 +32,7 @@ from edge_dit.reference.precompute import normal_of
 @dataclass(frozen=True)
 class Through:
     """A draw on its way: the states entering each block so far, and what goes with them; its noise
-    level; and of a window what the rest of the picture is to a block, by its number.
+    level; and what blocks are given of what is around a window, as conditioning.
     """
 
     states: list[State]
@@ -40,7 +40,7 @@ class Through:
     target: Tensor
     weight: float | Tensor | None
     sigma: float = 0.5
-    heard: dict[int, Heard] = field(default_factory=dict)
+    heard: dict[str, Tensor] = field(default_factory=dict)
 
 
 def draws_of(run: Run, count: int) -> list[Draw]:
@@ -131,6 +131,7 @@ def bank_of(run: Run, hears: Sequence[int] = ()) -> list[Through]:
             arm.draws,
             arm.margin,
             arm.cell,
+            arm.context,
         )
 
     mine = decides(ARMS[run.arm])
@@ -163,11 +164,11 @@ def _passed(run: Run, drawn: Sequence[Draw], grid: Grid, hears: tuple[int, ...])
     arm, plan, family = ARMS[run.arm], plan_for(run), model_for(run.job).family
     draws = [begin(run, draw) for draw in drawn]
     cond = None if arm.told else joined([through.cond for through in draws])
-    rule = WindowRule(plan.grid[0], grid[0])
+    rule, way = WindowRule(plan.grid[0], grid[0]), surroundings_of(family, arm) if hears else None
     blocks = family.blocks(pipeline_of(run.job).transformer)
     for number, (name, block) in enumerate(blocks.items()):
         with ExitStack() as stack:
-            seen = stack.enter_context(listening(block)) if number in hears else None
+            seen = stack.enter_context(way.watch(block)) if way and number in hears else None
             if cond is None:  # positions differ from draw to draw
                 after = [
                     family.run_block(name, block, through.states[-1], through.cond, grid)
@@ -182,11 +183,9 @@ def _passed(run: Run, drawn: Sequence[Draw], grid: Grid, hears: tuple[int, ...])
                 ]
         for row, (through, draw, state) in enumerate(zip(draws, drawn, after, strict=True)):
             through.states.append(state)
-            if seen is not None:
-                place = Place(rule.window(draw).place, grid)
-                through.heard[number] = ear_of(block).of(
-                    block, seen, place, row, through.cond, arm.cell
-                )
+            if way and seen is not None:
+                found = around(way, arm, block, seen, row, rule.window(draw))
+                through.heard.update({f"{what}.{name}": value for what, value in found.items()})
     if arm.crop == "window":
         cuts: list[Window | Spread] = [rule.window(draw) for draw in drawn]
     elif arm.crop == "spread":
@@ -283,4 +282,5 @@ def stored(
         for behind, first in runs
     }
     kept = tail if kind == STORED else None
-    return as_batch(entry, kept, through.cond, through.target, through.weight, inner)
+    cond = {**through.cond, **through.heard}
+    return as_batch(entry, kept, cond, through.target, through.weight, inner)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from arms import ARMS, INT4, NO_LORA, Skips, lora_blocks, ranks_by_block
-from context import Ear, counting, hearing, set_heard
+from context import counting
 from draws import Through, bank_of, begin, draws_of, stored
 from four_bits import begin_in_four_bits, end_in_four_bits, measuring
 from measures import adherence, similarity
@@ -189,7 +189,6 @@ class Trainer:
         )
         self.sessions = ManySessions(self.subgraph, lora, plan.optimizer, arm.by_rows)
         blocks = list(self.family.blocks(transformer).items())
-        self.hears = hearing_blocks(runs[0])
         self.blocks = [block for _, block in blocks]
         self.after = blocks[chosen[-1] + 1 :]
         self.lora, self.frozen = lora, frozen_layers(self.subgraph.blocks())
@@ -200,7 +199,7 @@ class Trainer:
         """Train; the losses by step."""
         arm, plan = self.arm, self.plan
         progress, losses = Progress(arm.title, 0, plan.steps), []
-        with self.hearing() as ears, self._counting(), self._computing():
+        with self._counting(), self._computing():
             for step in range(plan.steps):
                 first = step * arm.draws
                 if arm.refresh and step % arm.refresh == 0:
@@ -210,21 +209,10 @@ class Trainer:
                 if arm.nested:
                     self._use(plan.rank // int(self.prefixes.choice([1, 2, 4])))
                 lr = learning_rate(step, plan.steps, plan.optimizer.lr)
-                hear = partial(self.hear, ears, first)
-                losses.append(self.sessions.step_of_several(turns, lr, hear))
+                losses.append(self.sessions.step_of_several(turns, lr))
                 progress.add(step + 1, float(np.mean(losses[-1])))
         self._use(arm.rank or plan.rank)
         return losses
-
-    def hearing(self) -> AbstractContextManager[list[Ear]]:
-        """A context in which blocks hear what `hear` says, if the arm's do."""
-        return hearing([self.blocks[n] for n in self.hears], self.arm.context == "all")
-
-    def hear(self, ears: list[Ear], first: int, turn: int) -> None:
-        """Let blocks that hear do so of the windows of a turn, counted from ``first``."""
-        if ears:
-            draws = self.feed.at(first + turn)
-            set_heard(ears, [[draw.heard[n] for n in self.hears] for draw in draws])
 
     def _use(self, ranks: int) -> None:
         """Let the first of the ranks count."""

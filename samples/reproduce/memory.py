@@ -27,6 +27,7 @@ from run import JOBS, SAMPLES, all_runs
 from runs import Run, pipeline_of
 from side_by_side import remove_many_lora
 
+from edge_dit.contract.names import COND, OUTSIDE
 from edge_dit.contract.targets import WIDE
 from edge_dit.store.files import write_json
 
@@ -47,7 +48,8 @@ def bytes_of(run: Run) -> dict[str, int]:
     """What a step of an arm keeps, by kind."""
     arm, trainer = ARMS[run.arm], Trainer([run])
     lora = [parameter for layer in trainer.lora for parameter in (layer.a, layer.b)]
-    heard = [part for kept in trainer.feed.at(0)[0].heard.values() for part in kept]
+    batch = trainer.batch(0)
+    heard = [value for name, value in batch[0].items() if name.startswith(COND + OUTSIDE)]
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -55,12 +57,10 @@ def bytes_of(run: Run) -> dict[str, int]:
         return tensor
 
     with (
-        trainer.hearing() as ears,
         sdpa_kernel(SDPBackend.MATH),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        trainer.hear(ears, 0, 0)
-        trainer.sessions.losses(trainer.batch(0)).sum().backward()
+        trainer.sessions.losses(batch).sum().backward()
     weights = {p.untyped_storage()._cdata for p in trainer.subgraph.parameters()}
     kept = [t for storage, t in saved.items() if storage not in weights]
     frozen = 4 * sum(p.numel() for p in trainer.subgraph.parameters() if not p.requires_grad)

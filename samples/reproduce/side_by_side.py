@@ -8,7 +8,7 @@ is that of `edge_dit.reference.eager.EagerSession`, to rounding (tests/samples/t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -185,22 +185,17 @@ class ManySessions:
         return self.step_of_several([draws], lr)
 
     def step_of_several(
-        self,
-        turns: Sequence[Sequence[dict[str, Tensor]]],
-        lr: float,
-        before: Callable[[int], None] = lambda _turn: None,
+        self, turns: Sequence[Sequence[dict[str, Tensor]]], lr: float
     ) -> list[float]:
         """One AdamW step of every run on several draws, one after the other; the mean losses.
 
         Args:
             turns: a draw for each run, in each turn.
             lr: learning rate.
-            before: called with each turn's number before it.
         """
         self.optimizer.zero_grad()
         total = torch.zeros(len(turns[0]))
-        for number, draws in enumerate(turns):
-            before(number)
+        for draws in turns:
             losses = self.losses(draws) / len(turns)
             losses.sum().backward()
             total += losses.detach()

@@ -27,6 +27,7 @@ from edge_dit.budget.cost import shapes_of
 from edge_dit.contract.adamw import AdamW
 from edge_dit.contract.bank import Crop, Draw
 from edge_dit.contract.names import TAILS
+from edge_dit.models.families import family_of
 from edge_dit.models.families.family import State
 from edge_dit.models.subgraph import (
     TrainableSubgraph,
@@ -47,7 +48,7 @@ import measures
 import pages
 import tables
 from arms import ARMS, CLAIMS, CROPS, NO_LORA, Claim, Skips, lora_blocks, ranks_by_block
-from context import Place, counting, ear_of, hearing, listening, set_heard
+from context import around, counting, surroundings_of
 from draws import Through, cut, inside, spread, stored, told
 from everything import stages
 from experiment import how_selected, settings
@@ -274,107 +275,46 @@ def test_modules_of_other_ranks_begin_as_those_of_one() -> None:
     assert float(layers[1].a.detach().std()) == pytest.approx(size, rel=0.3)
 
 
-def place_at(u: float, v: float, grid: tuple[int, int]) -> Place:
-    """A window of 3 x 3 tokens."""
-    draw = Draw(0, 0, 0, 0.5, u, v, Crop(0, 0, 8))
-    return Place(WindowRule(3, grid[0]).window(draw).place, grid)
-
-
-def sana_block() -> SanaTransformerBlock:
+@pytest.mark.parametrize(
+    ("arm", "given"),
+    [
+        ("context-50", {"outside_sums", "outside_edge"}),
+        ("ring-50", {"outside_edge"}),
+        ("context-cells-50", {"outside_keys", "outside_values", "outside_mask"}),
+        ("context-50", {"outside_keys", "outside_values", "outside_mask"}),
+    ],
+)
+def test_an_arm_is_given_what_edge_dit_gives(arm: str, given: set[str]) -> None:
+    """But for cells of one token, and attention that is given nothing."""
     torch.manual_seed(3)
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_cross_attention_heads": 2}
-    return SanaTransformerBlock(
-        16, **sizes, cross_attention_head_dim=8, cross_attention_dim=16, attention_bias=True
+    linear = "outside_edge" in given
+    family = family_of("sana" if linear else "flux")
+    block: Any = (
+        SanaTransformerBlock(16, 2, 8, 0.0, 2, 8, 16) if linear else FluxTransformerBlock(16, 2, 8)
     )
-
-
-@pytest.mark.parametrize(("u", "v"), [(0.0, 0.0), (0.5, 0.3), (1.0, 1.0)])
-def test_a_window_that_hears_the_rest_is_the_whole_pictures(u: float, v: float) -> None:
-    block, grid = sana_block(), (6, 6)
-    generator = torch.Generator().manual_seed(1)
-    image, text, modulation = (
-        torch.randn(shape, generator=generator) for shape in ((2, 36, 16), (2, 4, 16), (2, 96))
-    )
-    given = {"encoder_hidden_states": text, "timestep": modulation}
-    place = place_at(u, v, grid)
-    inside = ~place.outside
-    with torch.no_grad():
-        with listening(block) as seen:
-            whole = block(image, height=6, width=6, **given)[:, inside.flatten()]
-        heard = [[ear_of(block).of(block, seen, place, row, {}, 1)] for row in range(2)]
-        small = {"height": 3, "width": 3, **given}
-        deaf = block(image[:, inside.flatten()], **small)
-        with hearing([block], True) as ears:
-            set_heard(ears, heard)
-            found = block(image[:, inside.flatten()], **small)
-        with hearing([block], False) as ears:
-            set_heard(ears, heard)
-            halfway = block(image[:, inside.flatten()], **small)
-        again = block(image[:, inside.flatten()], **small)
-    assert torch.equal(again, deaf)
-    assert (deaf - whole).abs().max() > 0.05
-    # rings are stored in float16
-    assert (found - whole).abs().max() < 2e-3
-    # convolutions alone are not enough, and are not nothing
-    assert (halfway - whole).abs().max() > 2e-3
-    assert (halfway - deaf).abs().max() > 2e-3
-
-
-def flux_block(single: bool) -> Any:
-    torch.manual_seed(2)
-    return (FluxSingleTransformerBlock if single else FluxTransformerBlock)(16, 2, 8)
-
-
-@pytest.mark.parametrize("single", [False, True])
-@pytest.mark.parametrize(("u", "v"), [(0.0, 0.0), (0.5, 0.3), (1.0, 1.0)])
-def test_a_flux_window_that_hears_the_rest_is_the_whole_pictures(
-    u: float, v: float, single: bool
-) -> None:
-    block, grid = flux_block(single), (6, 6)
-    text, image, temb = torch.randn(2, 4, 16), torch.randn(2, 36, 16), torch.randn(2, 16)
-    angles = torch.rand(40, 4).repeat_interleave(2, 1)
-    place = place_at(u, v, grid)
-    inside = ~place.outside.flatten()
-    kept = torch.cat([torch.ones(4, dtype=torch.bool), inside])
-
-    def run(image: Tensor, at: Tensor) -> Tensor:
-        return block(image, text, temb, image_rotary_emb=(at.cos(), at.sin()))[1]
-
-    cond = {"rope_cos": angles.cos(), "rope_sin": angles.sin()}
-    found: dict[int, Tensor] = {}
-    with torch.no_grad():
-        with listening(block) as seen:
-            whole = run(image, angles)[:, inside]
-        deaf = run(image[:, inside], angles[kept])
-        for cell in (1, 2):
-            heard = [[ear_of(block).of(block, seen, place, row, cond, cell)] for row in range(2)]
-            with hearing([block], True) as ears:
-                set_heard(ears, heard)
-                found[cell] = run(image[:, inside], angles[kept])
-        again = run(image[:, inside], angles[kept])
-    assert torch.equal(again, deaf)
-    assert (deaf - whole).abs().max() > 0.01
-    # keys and values are stored in float16
-    assert (found[1] - whole).abs().max() < 2e-3
-    assert (found[2] - deaf).abs().max() > 1e-3
-
-
-def test_cells_that_are_all_alike_are_their_tokens() -> None:
-    block, grid = flux_block(True), (6, 6)
-    text, temb = torch.randn(1, 4, 16), torch.randn(1, 16)
-    image = torch.randn(1, 3, 1, 3, 1, 16).expand(1, 3, 2, 3, 2, 16).reshape(1, 36, 16)
-    place = Place(Crop(2, 2, 2), grid)
-    still = (torch.ones(40, 8), torch.zeros(40, 8))  # no positions
-    cond = dict(zip(("rope_cos", "rope_sin"), still, strict=True))
-    here = torch.cat([torch.ones(4, dtype=torch.bool), ~place.outside.flatten()])
-    with torch.no_grad():
-        with listening(block) as seen:
-            whole = block(image, text, temb, image_rotary_emb=still)[1][:, here[4:]]
-        with hearing([block], True) as ears:
-            set_heard(ears, [[ear_of(block).of(block, seen, place, 0, cond, 2)]])
-            rotary = tuple(each[here] for each in still)
-            found = block(image[:, here[4:]], text, temb, image_rotary_emb=rotary)[1]
-    assert (found - whole).abs().max() < 2e-3
+    way, own = surroundings_of(family, ARMS[arm]), family.surroundings
+    assert own is not None
+    window = WindowRule(3, 6).window(Draw(0, 0, 0, 0.5, 0.4, 0.9, Crop(0, 0, 8)))
+    if linear:
+        text, modulation = torch.randn(2, 4, 16), torch.randn(2, 96)
+        cond = {"encoder_hidden_states": text, "timestep": modulation}
+        cond["encoder_attention_mask"] = torch.zeros(2, 1, 4)
+    else:
+        angles = torch.rand(40, 4).repeat_interleave(2, 1)
+        cond = {"temb": torch.randn(2, 16), "rope_cos": angles.cos(), "rope_sin": angles.sin()}
+    state = State(torch.randn(2, 36, 16), None if linear else torch.randn(2, 4, 16))
+    with torch.no_grad(), way.watch(block) as seen:
+        family.run_block("b.0", block, state, cond, (6, 6))
+    found = around(way, ARMS[arm], block, seen, 1, window)
+    wanted = own.around(block, {k: v[1:] for k, v in seen.items()}, window)
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        if name not in given:
+            assert not value.any(), name
+        elif ARMS[arm].cell == (1 if linear else 2):
+            torch.testing.assert_close(value.float(), wanted[name], atol=1e-3, rtol=1e-3)
+        else:
+            assert value.shape[1] == 4 * wanted[name].shape[1], name
 
 
 def test_positions_of_a_whole_picture_and_of_a_corner() -> None:
@@ -403,9 +343,7 @@ def test_a_step_of_several_draws_lowers_their_mean_loss() -> None:
     alone = [one.losses(draws) for draws in turns]
     wanted = torch.autograd.grad(torch.stack(alone).mean(0).sum(), layers[0].b)[0]
     several, layers = small_sessions()
-    seen: list[int] = []
-    losses = several.step_of_several(turns, 0.0, seen.append)
-    assert seen == [0, 1, 2]
+    losses = several.step_of_several(turns, 0.0)
     assert losses == pytest.approx(torch.stack(alone).mean(0).tolist())
     # clipped to a norm, run by run: directions are the same
     for run in range(2):

@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
@@ -42,8 +43,6 @@ from torch import Tensor
 from edge_dit.contract.names import OUTSIDE
 from edge_dit.pictures.window import Window
 
-CELL = 2
-"""Tokens of the side of the cells whose keys and values are averaged; 1 if the picture's is odd."""
 ABSENT = -10000.0
 """Added to the logit of what is not there; its weight is then exactly 0 in float32."""
 Seen = dict[str, Tensor]
@@ -200,20 +199,23 @@ def _linear_attention(sums: Tensor, attention: Any, hidden_states: Tensor, **_: 
 # ---------------------------------------------------------------- softmax attention
 
 
+@dataclass(frozen=True)
 class SoftmaxSurroundings:
     """Of blocks "attn" whose one softmax attention is over text and image tokens, image last.
 
-    Args:
+    Attributes:
         module: gives the module of diffusers that has the family's blocks.
+        cell: tokens of the side of the cells whose keys and values are averaged; 1 if the picture's
+            side is odd.
     """
 
-    def __init__(self, module: Callable[[], ModuleType]) -> None:
-        self._module = module
+    module: Callable[[], ModuleType]
+    cell: int = 2
 
     @contextmanager
     def _attending(self, attend: Callable[..., Tensor]) -> Iterator[None]:
         """A context in which attention is ``attend`` of diffusers' own and its arguments."""
-        module: Any = self._module()
+        module: Any = self.module()
         own = module.dispatch_attention_fn
         module.dispatch_attention_fn = partial(attend, own)
         try:
@@ -235,7 +237,7 @@ class SoftmaxSurroundings:
 
     def around(self, block: Any, seen: Seen, window: Window) -> dict[str, Tensor]:
         """As `Surroundings.around`."""
-        cell = math.gcd(window.side, CELL)
+        cell = math.gcd(window.side, self.cell)
         count = window.side // cell
 
         def means(x: Tensor) -> Tensor:
@@ -253,7 +255,7 @@ class SoftmaxSurroundings:
 
     def blank(self, block: Any, side: int, whole: int) -> dict[str, Tensor]:
         """As `Surroundings.blank`."""
-        cells = (whole // math.gcd(whole, CELL)) ** 2
+        cells = (whole // math.gcd(whole, self.cell)) ** 2
         shape = (1, cells, block.attn.heads, block.attn.head_dim)
         return {
             f"{OUTSIDE}keys": torch.zeros(shape),
