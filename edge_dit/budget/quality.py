@@ -3,7 +3,7 @@
 The gain is the improvement of held-out loss over the base model; a plan keeps a share of what LoRA
 on all blocks at full resolution gains in as many steps. What it misses is taken as a sum:
 
-    missing = SKIPPED skipped + CROP crop + WINDOW window + RANK rank
+    missing = SKIPPED skipped + CROP crop + WINDOW window + RANK rank + SURROUNDED surrounded
 
 with the terms of `Terms`. samples/reproduce/calibrate.py fits the factors, none below 0, to the
 ablations of tiny-sana and tiny-flux (samples/reproduce/results), and writes them to quality.json
@@ -66,16 +66,20 @@ def terms_of(plan: Plan, selection: Selection) -> Terms | None:
         skipped = skip_cost(selection, split, plan.tail)
     except ValueError:
         return None
-    return replace(terms_of_patch(plan.s_min / plan.s_max, plan.window), skipped=skipped)
+    patch = terms_of_patch(plan.s_min / plan.s_max, plan.window, plan.surroundings)
+    return replace(patch, skipped=skipped)
 
 
-def terms_of_patch(share: float, window: bool) -> Terms:
+def terms_of_patch(share: float, window: bool, surroundings: bool = False) -> Terms:
     """What a patch gives up.
 
     Args:
         share: s_min / s_max.
         window: whether it is a window.
+        surroundings: whether blocks are given what is around it.
     """
+    if surroundings:
+        return Terms(surrounded=1 - share)
     return Terms(window=1 - share) if window else Terms(crop=1 - share)
 
 
@@ -95,16 +99,18 @@ class Terms:
         crop: 1 - s_min / s_max, where patches are resized crops.
         window: the same, where they are windows.
         rank: how often full LoRA's rank is halved.
+        surrounded: as window, where blocks are given what is around it.
     """
 
     skipped: float = 0.0
     crop: float = 0.0
     window: float = 0.0
     rank: float = 0.0
+    surrounded: float = 0.0
 
     def values(self) -> list[float]:
         """In the order of the fields."""
-        return [self.skipped, self.crop, self.window, self.rank]
+        return [self.skipped, self.crop, self.window, self.rank, self.surrounded]
 
 
 @dataclass(frozen=True)

@@ -266,7 +266,8 @@ class Space:
 
     def missing(self, option: Option) -> float:
         """The share of full LoRA's gain that an option is predicted to miss; see the module."""
-        patch = terms_of_patch(option.s_min / self.bounds.s_max, self.bounds.windows)
+        share, bounds = option.s_min / self.bounds.s_max, self.bounds
+        patch = terms_of_patch(share, bounds.windows, bounds.surroundings)
         halvings = log2(self.bounds.rank / option.rank)
         skipped = self.skip_penalty(
             option.head_skip, option.tail_skip, option.inner_skips, option.tail

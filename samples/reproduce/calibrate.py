@@ -2,10 +2,10 @@
 
     python samples/reproduce/calibrate.py [samples/reproduce/results] [-o FOLDER]
 
-Of results.json it takes the arms that differ in skipped blocks, tail, patch and rank alone, and of
-several with the same blocks the first. The fit
-is least squares without factors below 0 (`edge_dit.budget.quality`). Prints a table of every point
-with the prediction of the factors that fit the others.
+Of results.json it takes the arms that differ in skipped blocks, tail, patch, surroundings and rank
+alone, and of several with the same blocks the first. The fit is least squares without factors below
+0 (`edge_dit.budget.quality`). Prints a table of every point with the prediction of the factors that
+fit the others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from arms import Arm
 from tables import Mean, mean_of, table
 
-from edge_dit.budget.quality import NAME, Terms, skip_cost
+from edge_dit.budget.quality import NAME, Terms, skip_cost, terms_of_patch
 from edge_dit.contract.split import inner_runs
 from edge_dit.planning.selection import NAME as SELECTION
 from edge_dit.planning.selection import Selection, read_selection
@@ -34,17 +34,21 @@ from edge_dit.store.files import write_json
 SAMPLES = Path(__file__).resolve().parents[1]
 MODELS = ("tiny-sana", "tiny-flux")
 WORDS = ("title", "source")
-DIFFER = ("skipped", "where", "tail", "crop", "patch", "rank", "stand_in", "family")
+GIVEN = ("context", "cell")
+DIFFER = ("skipped", "where", "tail", "crop", "patch", "rank", "stand_in", "family", *GIVEN)
 """What may differ between the arms that are taken."""
 CROPS = ("low-to-high", "window", "whole")
 
 
-def is_plain(arm: dict[str, Any]) -> bool:
+def is_plain(arm: dict[str, Any], model: str) -> bool:
     """Whether an arm differs from the paper's recipe in what a plan decides alone."""
     plain = asdict(Arm("", ""))
     fixed = plain.keys() - {*WORDS, *DIFFER}
     same = all(arm.get(key, plain[key]) == plain[key] for key in fixed)
-    return same and arm["crop"] in CROPS and arm["stand_in"] != "nothing"
+    context = arm.get("context", "")
+    # surroundings as a plan has them: means over cells in FLUX, sums in SANA
+    given = context == "all" and (model != "tiny-flux" or arm["cell"] > 1)
+    return same and (given or not context) and arm["crop"] in CROPS and arm["stand_in"] != "nothing"
 
 
 def terms_of(settings: dict[str, Any], selection: Selection, highest: int) -> Terms:
@@ -62,8 +66,8 @@ def terms_of(settings: dict[str, Any], selection: Selection, highest: int) -> Te
     less = 1 - (1.0 if arm["crop"] == "whole" else arm["patch"])
     skipped = skip_cost(selection, (blocks[0], tail, runs), kind)
     halvings = float(np.log2(highest / settings["rank"]))
-    window = arm["crop"] == "window"
-    return Terms(skipped, 0.0 if window else less, less if window else 0.0, halvings)
+    patch = terms_of_patch(1 - less, arm["crop"] == "window", bool(arm.get("context")))
+    return replace(patch, skipped=skipped, rank=halvings)
 
 
 def shares(results: dict[str, Any], arm: str) -> Mean:
@@ -95,7 +99,7 @@ def main() -> None:
         selection = read_selection(SAMPLES / model / SELECTION)
         highest = results["arms"]["full"]["rank"]
         for arm, settings in results["arms"].items():
-            if arm in ("base", "full") or not is_plain(settings["arm"]):
+            if arm in ("base", "full") or not is_plain(settings["arm"], model):
                 continue
             try:
                 terms = terms_of(settings, selection, highest)
