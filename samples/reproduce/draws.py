@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from edge_dit.contract.noise import NOISE, POSTERIOR
 from edge_dit.models.families.family import Grid, State
 from edge_dit.models.patch_sampler import PatchSampler
 from edge_dit.models.subgraph import as_batch, difference, inner_runs
+from edge_dit.pictures.crop import CropRule
 from edge_dit.pictures.draws import Drawn, DrawRule
 from edge_dit.pictures.masks import of_tokens
 from edge_dit.pictures.window import Window, WindowRule, with_text
@@ -59,12 +61,15 @@ def begin(run: Run, draw: Draw) -> Through:
     family, objective = model.family, model.objective
     chance = float(np.random.default_rng([draw.seed, 1]).random())
     share = 1.0 if arm.whole else CROPS[arm.crop](draw.sigma, chance)
-    pixels = torch.from_numpy(subject.train[draw.image].pixels).unsqueeze(0)
     side = side_of(arm, plan, draw.sigma)
-    sampler = PatchSampler(replace(plan.crop_rule, s_min=side))
-    patch = sampler(pixels, torch.tensor([share]), torch.tensor([draw.u, draw.v]))
+    rule = replace(plan.crop_rule, s_min=side)
+    pixels = subject.train[draw.image].pixels
+    # A picture that no place is chosen in is encoded once.
+    once = share == 1.0 and pixels.shape[1:] == (plan.s_max,) * 2
+    encode, place = (_moments, (0.0, 0.0)) if once else (_moments.__wrapped__, (draw.u, draw.v))
+    moments = encode(run.job, run.subject, draw.image, rule, share, place)
     posterior = functools.partial(normal_of, draw.seed, POSTERIOR)
-    clean = family.encode_image(pipeline.vae, patch, posterior)
+    clean = family.clean(pipeline.vae, *moments, posterior)
     noise = normal_of(draw.seed, NOISE, tuple(clean.shape))
     inputs = family.inputs(
         pipeline.transformer,
@@ -80,6 +85,25 @@ def begin(run: Run, draw: Draw) -> Through:
     if arm.emphasis:
         weight = (weight or 1.0) * (1 + arm.emphasis) * draw.sigma**arm.emphasis
     return Through([state], cond, objective.target(clean, noise), weight, draw.sigma)
+
+
+@functools.lru_cache(maxsize=256)
+def _moments(
+    job: Path, folder: Path, image: int, rule: CropRule, share: float, place: tuple[float, float]
+) -> tuple[Tensor, Tensor | None]:
+    """`Family.moments` of a training picture's crop.
+
+    Args:
+        job: of the model.
+        folder: of the subject.
+        image: number of the picture.
+        rule: of the crop.
+        share: (side - s_min) / (s_max - s_min).
+        place: u and v.
+    """
+    pixels = torch.from_numpy(subject_of(job, folder).train[image].pixels).unsqueeze(0)
+    patch = PatchSampler(rule)(pixels, torch.tensor([share]), torch.tensor(place))
+    return model_for(job).family.moments(pipeline_of(job).vae, patch)
 
 
 def told(crop: Crop, grid: Grid, multiple: int) -> Tensor:

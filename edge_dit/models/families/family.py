@@ -580,8 +580,17 @@ class Family:
             factor = self.latents(vae).factor
             made = tiled(pixels.numpy(), run, tile, factor, (1, factor))
             raw, deviation, *_ = [*map(torch.from_numpy, made), None]
-        if deviation is not None:
-            raw = raw + deviation * posterior(tuple(raw.shape))
+        return self.clean(vae, raw, deviation, posterior)
+
+    def clean(self, vae: Any, mean: Tensor, deviation: Tensor | None, posterior: Normal) -> Tensor:
+        """Clean latents, as `encode_image` gives them, of a picture's `moments`.
+
+        Args:
+            vae: the autoencoder; only its configuration is read.
+            mean, deviation: from `moments`.
+            posterior: as `encode_image` takes it.
+        """
+        raw = mean if deviation is None else mean + deviation * posterior(tuple(mean.shape))
         return torch.from_numpy(self.latents(vae).scaled(raw.numpy()))
 
     def moments(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
