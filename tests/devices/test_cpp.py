@@ -292,12 +292,28 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def surrounded(tmp_path_factory) -> Path:
+    """A folder with bundle and bank of windows that are given what is around them."""
+    folder = tmp_path_factory.mktemp("surrounded")
+    wanted = {"window": "true", "surroundings": "true", "draws": DRAWS, "steps": STEPS}
+    job = read_job(write_world(folder, "flux-dev", 'targets = ["onnx"]', **wanted))
+    plan = make_plan(job)
+    api.precompute(plan, api.read_pictures(job, plan), folder / "bank")
+    api.export(plan, folder / "bundle", ["onnx"], job=job)
+    return folder
+
+
 @pytest.fixture
 def case(request, small) -> Case:
-    """A case of `CASES`, or a target of the whole road's bundle."""
+    """A case of `CASES`, a target of the whole road's bundle, or one of `surrounded`."""
     if request.param in CASES:
         made, target = CASES[request.param]
         return Case(small(made) / "bundle", small(made) / "bank", target)
+    kind, _, layout = request.param.partition(", ")
+    if kind == "surroundings":
+        folder = request.getfixturevalue("surrounded")
+        return Case(folder / "bundle", folder / "bank", f"onnx:{layout}")
     road = request.getfixturevalue("road")
     return Case(road.bundle, road.bank, request.param)
 
@@ -310,7 +326,11 @@ def assert_same_run(run: Path, other: Path) -> None:
 # ---------------------------------------------------------------- the same bits
 
 
-@pytest.mark.parametrize("case", [*CASES, "onnx", "onnx:streamed", "executorch"], indirect=True)
+WHOLE = ["onnx", "onnx:streamed", "executorch"]
+SURROUNDED = ["surroundings, fused", "surroundings, streamed"]
+
+
+@pytest.mark.parametrize("case", [*CASES, *WHOLE, *SURROUNDED], indirect=True)
 def test_ten_steps_are_pythons(trainers: Trainers, case: Case, tmp_path: Path):
     if processor_refuses(case):
         done = trainers.cpp(case.bundle, "--bank", case.bank, "-o", tmp_path / "cpp")

@@ -194,10 +194,11 @@ def test_a_step_on_webgpu(world, trained):
     assert difference(wanted, gradients) < GRADIENT
 
 
-CASES = {
-    "float16, through": ("float16", "through"),
-    "int8, fresh": ("int8", "fresh"),
-    "int4, stored": ("int4", "stored"),
+CASES: dict[str, tuple[str, dict[str, object]]] = {
+    "float16, through": ("float16", {"tail": "through"}),
+    "int8, fresh": ("int8", {"tail": "fresh"}),
+    "int4, stored": ("int4", {"tail": "stored"}),
+    "surroundings": ("float32", {"window": True, "surroundings": True}),
 }
 FEW = in_page("""
   await open();
@@ -207,10 +208,10 @@ FEW = in_page("""
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_other_weights_and_tails(tmp_path, case):
-    weights, tail = CASES[case]
+def test_other_weights_tails_and_windows(tmp_path, case):
+    weights, plan = CASES[case]
     keys = f'targets = ["onnx"]\nweights = "{weights}"\n'
-    world = make_world(tmp_path, "sana", keys, tail=tail)
+    world = make_world(tmp_path, "sana", keys, **plan)
     with serving(world.bundle.folder, world.bank.folder) as url:
         found = browse(url, FEW, {"layout": "streamed"})
     assert loss_difference(world.losses("streamed")[0], found) < LOSS
