@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -411,16 +412,14 @@ def passed(
                 of.states[number] = state
         if number == last:
             break
-        name = checkpoint.names[number]
+        name, way = checkpoint.names[number], family.surroundings if number in watched else None
         with checkpoint.block(number) as block:
             for row, (start, of) in enumerate(zip(starts, kept, strict=True)):
-                if number in watched and family.surroundings and start.window:
-                    with family.surroundings.watch(block) as seen:
-                        states[row] = family.run_block(name, block, states[row], start.cond, grid)
-                    around = family.surroundings.around(block, seen, start.window)
-                    of.outside.update({f"{what}.{name}": value for what, value in around.items()})
-                else:
+                with way.watch(block) if way else nullcontext({}) as seen:
                     states[row] = family.run_block(name, block, states[row], start.cond, grid)
+                if way and start.window:
+                    around = way.around(block, seen, start.window)
+                    of.outside.update({f"{what}.{name}": value for what, value in around.items()})
         advance(len(starts) / (last - first))
     if last == first:
         advance(len(starts))

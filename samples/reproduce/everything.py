@@ -3,8 +3,10 @@
     python samples/reproduce/everything.py --work DIR
 
 Stage by stage, each a command of its own that can be stopped and goes on; a stage that is finished
-is skipped. In the end samples/reproduce/results, docs/results, edge_dit/budget/quality.json and the
-tables of the documents hold what was measured, and DIR/seconds.json how long each stage took.
+is skipped. What a stage measured is in samples/reproduce/results or docs/results when it ends; in
+the end edge_dit/budget/quality.json and the tables of the documents are made of it. DIR/seconds.json
+has how long each stage took, samples/reproduce/results/seconds.json how long all that ran side by
+side did.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 from edge_dit.progress import bar
 from edge_dit.store.files import write_atomic, write_json
@@ -53,11 +56,40 @@ def stages(work: Path) -> list[dict[str, list[str]]]:
     ]
 
 
-def perform(command: list[str]) -> float:
-    """Run a stage; its seconds."""
-    begun = time.monotonic()
-    subprocess.run([sys.executable, *command], check=True)
-    return time.monotonic() - begun
+class Record:
+    """How long each stage took, in all its attempts, and which are done: DIR/seconds.json.
+
+    Args:
+        file: of the record.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self._lock = file, Lock()
+        kept = json.loads(file.read_text()) if file.exists() else {"seconds": {}, "done": []}
+        self.seconds: dict[str, float] = kept["seconds"]
+        self.done: list[str] = kept["done"]
+
+    def perform(self, stage: str, command: list[str]) -> None:
+        """Run a stage to its end."""
+        begun, done = time.monotonic(), False
+        try:
+            subprocess.run([sys.executable, *command], check=True)
+            done = True
+        finally:
+            with self._lock:
+                took = time.monotonic() - begun
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + took
+                self.done += [stage] if done else []
+                write_json(self.file, {"seconds": self.seconds, "done": self.done})
+
+
+def take(work: Path) -> None:
+    """Copy what stages that left it in ``work`` measured to `HERE`/results."""
+    for model in MODELS:
+        files = [*(work / "ablations" / model).glob("*.*")]
+        files += (work / "diagnosis" / model).glob("*.json")
+        for file in files:
+            write_atomic(HERE / "results" / model / file.name, file.read_bytes())
 
 
 def main() -> None:
@@ -65,29 +97,25 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for what is finished")
     work = parser.parse_args().work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    kept = work / "seconds.json"
-    seconds: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
-    rounds = stages(work)
-    with bar("stages", sum(map(len, rounds)), len(seconds)) as advance:
+    record, rounds = Record(work / "seconds.json"), stages(work)
+    with bar("stages", sum(map(len, rounds)), len(record.done)) as advance:
         for together in rounds:
-            missing = {name: words for name, words in together.items() if name not in seconds}
+            missing = {name: words for name, words in together.items() if name not in record.done}
             with ThreadPoolExecutor(max(1, len(missing))) as pool:
-                for name, took in zip(missing, pool.map(perform, missing.values()), strict=True):
-                    seconds[name] = took
-                    write_json(kept, seconds)
+                made = pool.map(record.perform, missing, missing.values())
+                for name, _ in zip(missing, made, strict=True):
                     advance(note=name)
-    for model in MODELS:
-        for file in sorted((work / "ablations" / model).iterdir()):
-            if file.is_file():
-                write_atomic(HERE / "results" / model / file.name, file.read_bytes())
-    diagnosis = work / "diagnosis" / MODELS[0] / "diagnosis.json"
-    write_atomic(HERE / "results" / MODELS[0] / diagnosis.name, diagnosis.read_bytes())
+            take(work)
     for script in ("calibrate", "pages"):
         subprocess.run([sys.executable, str(HERE / f"{script}.py")], check=True)
-    for name, took in seconds.items():
-        print(f"{name}: {took / 60:.0f} min")
-    rounds_took = sum(max(seconds[name] for name in together) for together in rounds)
-    print(f"all: {rounds_took / 60:.0f} min")
+    took = {
+        " and ".join(together): max(record.seconds[name] for name in together)
+        for together in rounds
+    }
+    write_json(HERE / "results" / "seconds.json", took)
+    for name, seconds in took.items():
+        print(f"{name}: {seconds / 60:.0f} min")
+    print(f"all: {sum(took.values()) / 60:.0f} min")
 
 
 if __name__ == "__main__":
