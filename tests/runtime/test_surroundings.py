@@ -177,6 +177,7 @@ def test_every_target_has_them_and_tails_that_run_too(
     assert {*targets} <= certificate.targets.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["int8", "float32"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_frozen_matrices_in_int8_change_nothing_of_it(
@@ -192,7 +193,7 @@ def test_frozen_matrices_in_int8_change_nothing_of_it(
     assert certificate.passed, certificate
 
 
-@pytest.mark.parametrize("layout", ["fused", "streamed"])
+@pytest.mark.parametrize("layout", [pytest.param("fused", marks=pytest.mark.slow), "streamed"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_device_trains_on_them(make: Make, name: str, layout: str) -> None:
     made = make(name)
