@@ -3,8 +3,9 @@
 A block that sees a window of a picture's tokens lacks the others in two places:
 
 - In attention. Softmax attention reads keys and values of every token: those around the window are
-  given as means over cells of 2 x 2 tokens, each counted four times. Linear attention reads sums
-  over tokens: those around the window have a sum too, which is small however many they are.
+  given as means over cells of 2 x 2 tokens, each counted as often as it has tokens there. Linear
+  attention reads sums over tokens: those around the window have a sum too, which is small however
+  many they are.
 - In convolutions. A 3 x 3 depthwise convolution reads one token beyond the window. It is frozen, so
   what that adds to its output is a constant.
 
@@ -20,10 +21,10 @@ Conditioning of a block ("outside_<what>.<block>"), with d the width of a head:
                                                 its weights, at the tokens that read it: first and
                                                 last row, then the rest of first and last column
     softmax attention
-        outside_keys     [1, cells, heads, d]   rotated
-        outside_values   [1, cells, heads, d]
-        outside_mask     [1, cells]             added to logits: log of a cell's tokens, or -10000
-                                                where not all of them are outside
+        outside_keys     [1, cells, heads, d]   rotated; means over a cell's tokens outside
+        outside_values   [1, cells, heads, d]   the same
+        outside_mask     [1, cells]             added to logits: log of how many these are, or
+                                                -10000 where there are none
 """
 
 from __future__ import annotations
@@ -240,13 +241,15 @@ class SoftmaxSurroundings:
         cell = math.gcd(window.side, self.cell)
         count = window.side // cell
 
-        def means(x: Tensor) -> Tensor:
-            image = x[:, -(window.side**2) :]
-            return image.unflatten(1, (count, cell, count, cell)).mean((2, 4)).flatten(1, 2)
+        outside = torch.from_numpy(window.outside).float().reshape(count, cell, count, cell)
+        tokens = outside.sum((1, 3)).flatten()
 
-        outside = torch.from_numpy(window.outside).reshape(count, cell, count, cell)
-        whole = outside.all(3).all(1).flatten()
-        mask = torch.where(whole, math.log(cell**2), ABSENT)
+        def means(x: Tensor) -> Tensor:
+            image = x[:, -(window.side**2) :].unflatten(1, (count, cell, count, cell))
+            sums = (image * outside[..., None, None]).sum((2, 4)).flatten(1, 2)
+            return sums / tokens.clamp(min=1)[:, None, None]
+
+        mask = torch.where(tokens > 0, tokens.clamp(min=1).log(), ABSENT)
         return {
             f"{OUTSIDE}keys": means(seen["key"]),
             f"{OUTSIDE}values": means(seen["value"]),
