@@ -5,8 +5,8 @@
 Stage by stage, each a command of its own that can be stopped and goes on; a stage that is finished
 is skipped. What a stage measured is in samples/reproduce/results or docs/results when it ends; in
 the end edge_dit/budget/quality.json and the tables of the documents are made of it.
-DIR/seconds.json has how long each stage took, samples/reproduce/results/seconds.json how long all
-that ran side by side did.
+DIR/seconds.json has how long each stage took; a seconds.json beside the results, made when all are
+done, how long those that run side by side did.
 """
 
 from __future__ import annotations
