@@ -353,7 +353,7 @@ def export(
     read = api.read_job(job)
     planned = plan_of(read, plan_file)
     planned = planned.model_copy(update={"loop": planned.loop or loop})
-    raise_any("export", loop_faults(loop, target or planned.targets))
+    raise_any("export", loop_faults(loop, target or planned.targets, planned.surroundings))
     if planned.loop and LOOP_TARGET not in (target or planned.targets):
         warn(f"the loop's parts are in target {LOOP_TARGET} alone, which is not written")
     bundle = api.export(planned, output, target, job=read, version=version)

@@ -85,7 +85,7 @@ def make(job: Job, request: SplitRequest | None = None) -> Made:
         weighted |= any(found.counts(name, subject).weight != 1 for name in names)
         masked |= bool(found.masks) or subject.alpha_masks
     faults += compute_faults(job.export.weights, job.export.compute, job.export.targets)
-    faults += loop_faults(job.export.loop, job.export.targets)
+    faults += loop_faults(job.export.loop, job.export.targets, job.train.surroundings)
     raise_any("job", faults)
     encoded = set(job_prompts(job, captions))
     if job.export.loop:
@@ -123,11 +123,6 @@ def surroundings_faults(job: Job, model: Model) -> list[BadInput]:
             not job.train.window,
             "surroundings of crops",
             "window = true: around a crop the model saw nothing",
-        ),
-        (
-            job.export.loop,
-            "surroundings with [export] loop",
-            "a bank that the host makes: a device cannot make one with surroundings yet",
         ),
     ]
     return [

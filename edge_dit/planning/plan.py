@@ -219,18 +219,34 @@ class Plan(PatchSizes):
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 
-def loop_faults(loop: bool, targets: Sequence[str]) -> list[BadInput]:
-    """A fault if the loop's parts are wanted and no target has them."""
-    if not loop or LOOP_TARGET in targets:
-        return []
-    return [
-        BadInput(
-            "export.loop",
-            found=f"the loop's parts with target {', '.join(targets)}",
-            expected=f"{LOOP_TARGET} among the targets: its streamed layout runs the loop",
-            remedy=f"add {LOOP_TARGET} to [export] targets, or remove loop",
+def loop_faults(loop: bool, targets: Sequence[str], surroundings: bool = False) -> list[BadInput]:
+    """Faults if the loop's parts are wanted, and no target has them or they cannot make the bank.
+
+    Args:
+        loop: whether they are wanted.
+        targets: to export.
+        surroundings: of the plan.
+    """
+    faults = []
+    if loop and LOOP_TARGET not in targets:
+        faults.append(
+            BadInput(
+                "export.loop",
+                found=f"the loop's parts with target {', '.join(targets)}",
+                expected=f"{LOOP_TARGET} among the targets: its streamed layout runs the loop",
+                remedy=f"add {LOOP_TARGET} to [export] targets, or remove loop",
+            )
         )
-    ]
+    if loop and surroundings:
+        faults.append(
+            BadInput(
+                "export.loop",
+                found="the loop's parts with [train] surroundings",
+                expected="a bank that the host makes: a device cannot make one with them yet",
+                remedy="remove loop, or surroundings",
+            )
+        )
+    return faults
 
 
 def read_plan(path: Path) -> Plan:

@@ -63,10 +63,10 @@ def terms_of(settings: dict[str, Any], selection: Selection, highest: int) -> Te
     runs = [(first, after) for after, first in inner_runs(blocks).items()]
     tail = selection.layers - 1 - blocks[-1]
     kind = "through" if arm["stand_in"] == "blocks" else arm["tail"]
-    less = 1 - (1.0 if arm["crop"] == "whole" else arm["patch"])
+    share = 1.0 if arm["crop"] == "whole" else arm["patch"]
     skipped = skip_cost(selection, (blocks[0], tail, runs), kind)
     halvings = float(np.log2(highest / settings["rank"]))
-    patch = terms_of_patch(1 - less, arm["crop"] == "window", bool(arm.get("context")))
+    patch = terms_of_patch(share, arm["crop"] == "window", bool(arm.get("context")))
     return replace(patch, skipped=skipped, rank=halvings)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from edge_dit.models.families import FAMILIES as MODULES
 from edge_dit.models.families import family_of
 from edge_dit.planning.job import read_job
 from edge_dit.planning.make import make_plan
-from edge_dit.planning.plan import Plan, model_of
+from edge_dit.planning.plan import Plan, model_of, write_plan
 from edge_dit.reference.eager import adapted_subgraph
 from edge_dit.reference.evidence import examine
 from edge_dit.store.tensors import TensorFile
@@ -38,6 +40,7 @@ recompute = true
 DEVICE_DOES = """
 er.train("bundle", "bank", "run", target="onnx:{}")
 """
+MAIN = "from edge_dit.cli import main; main()"
 GIVEN = {"window": "true", "surroundings": "true"}
 
 
@@ -50,13 +53,17 @@ class Made:
     alone: Plan
     whole: Plan
 
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """The plan of each bank, by its folder."""
+        return {"bank": self.plan, "alone": self.alone, "whole": self.whole}
+
     def bank(self, name: str) -> Bank:
-        return Bank(self.folder / name, getattr(self, {"bank": "plan"}.get(name, name)).identity())
+        return Bank(self.folder / name, self.plans[name].identity())
 
     def predicted(self, name: str, number: int) -> np.ndarray:
         """What the fresh sub-graph predicts of a draw, in the window."""
-        bank = self.bank(name)
-        plan = {"bank": self.plan, "alone": self.alone, "whole": self.whole}[name]
+        bank, plan = self.bank(name), self.plans[name]
         subgraph, _ = adapted_subgraph(plan, model_of(plan))
         batch = {key: torch.from_numpy(value) for key, value in bank[number].items()}
         with torch.no_grad():
@@ -86,11 +93,11 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         plan = make_plan(job)
         alone = plan.model_copy(update={"surroundings": False})
         whole = alone.model_copy(update={"window": False, "s_min": plan.s_max})
-        pictures = api.read_pictures(job, plan)
-        for folder_name, one in (("bank", plan), ("alone", alone), ("whole", whole)):
-            api.precompute(one, pictures, folder / folder_name)
+        built = Made(folder, plan, alone, whole)
+        for kind, one in built.plans.items():
+            api.precompute(one, api.read_pictures(job, one), folder / kind)
         api.export(plan, folder / "bundle", ["onnx"], job=job)
-        return Made(folder, plan, alone, whole)
+        return built
 
     return made
 
@@ -247,9 +254,25 @@ def test_of_crops_and_of_other_families_they_are_refused(tmp_path: Path) -> None
 
 def test_a_device_makes_no_bank_with_them_yet(tmp_path: Path) -> None:
     path = write_world(tmp_path, "sana", EXPORT + "loop = true\n", **GIVEN)
-    with pytest.raises(BadInput, match=r"\[export\] loop") as caught:
+    with pytest.raises(BadInput, match=r"\[train\] surroundings") as caught:
         make_plan(read_job(path))
-    assert caught.value.where == "train.surroundings"
+    assert caught.value.where == "export.loop"
+
+
+def test_nor_does_a_bundle_that_is_exported_with_the_loops_parts(
+    make: Make, tmp_path: Path
+) -> None:
+    made = make("sana")
+    write_plan(made.plan, tmp_path / "plan.json")
+    asked = ["export", made.folder / "job.toml", "--plan", tmp_path / "plan.json", "--loop"]
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, *map(str, asked), "-o", str(tmp_path / "bundle")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "the loop's parts with [train] surroundings" in done.stderr
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_the_families_that_can_are_named() -> None:
