@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,6 +240,22 @@ def test_a_float16_bank_has_the_large_ones_in_float16(
     )
     seen = examine(plan, model_of(plan), Bank(tmp_path / "bank", plan.identity()), pictures)
     assert all(row.passed for row in seen.tensors)
+
+
+def test_the_documents_recipe_is_a_job(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    (recipe,) = (r for r in re.findall(r"```toml\n(.*?)```", text, re.S) if "surroundings" in r)
+    asked = tomllib.loads(recipe)
+    path = write_world(tmp_path, "sana", 'targets = ["onnx"]\n', steps=4 * 8)
+    job = tomllib.loads(path.read_text())
+    lines = []
+    for section in job.keys() | asked.keys():
+        values = {**job.get(section, {}), **asked.get(section, {})}
+        lines += [f"[{section}]", *(f"{key} = {json.dumps(v)}" for key, v in values.items())]
+    path.write_text("\n".join(lines))
+    plan = make_plan(read_job(path))
+    assert (plan.window, plan.surroundings, plan.tail) == (True, True, FRESH)
+    assert (plan.accumulate, plan.weights, plan.compute) == (8, "int8", "int8")
 
 
 # ---------------------------------------------------------------- jobs that cannot have them
