@@ -24,6 +24,8 @@ named "window" is too, on its way through the skipped blocks; the trained ones s
 square of tokens, or with "spread" one token of each cell of as many as the patch has."""
 
 
+MODELS = {"tiny-sana": "sana", "tiny-flux": "flux"}
+"""Models in samples/ that arms are run on -> their family."""
 CUT = ("window", "spread")
 """Crops of the states of whole pictures."""
 

@@ -22,7 +22,7 @@ from scipy.optimize import nnls
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from arms import Arm
+from arms import MODELS, Arm
 from tables import Mean, mean_of, table
 
 from edge_dit.budget.quality import NAME, Terms, skip_cost, terms_of_patch
@@ -32,7 +32,6 @@ from edge_dit.planning.selection import Selection, read_selection
 from edge_dit.store.files import write_json
 
 SAMPLES = Path(__file__).resolve().parents[1]
-MODELS = ("tiny-sana", "tiny-flux")
 WORDS = ("title", "source")
 GIVEN = ("context", "cell")
 DIFFER = ("skipped", "where", "tail", "crop", "patch", "rank", "stand_in", "family", *GIVEN)
@@ -47,7 +46,7 @@ def is_plain(arm: dict[str, Any], model: str) -> bool:
     same = all(arm.get(key, plain[key]) == plain[key] for key in fixed)
     context = arm.get("context", "")
     # surroundings as a plan has them: means over cells in FLUX, sums in SANA
-    given = context == "all" and (model != "tiny-flux" or arm["cell"] > 1)
+    given = context == "all" and (MODELS[model] != "flux" or arm["cell"] > 1)
     return same and (given or not context) and arm["crop"] in CROPS and arm["stand_in"] != "nothing"
 
 

@@ -5,8 +5,8 @@
 Stage by stage, each a command of its own that can be stopped and goes on; a stage that is finished
 is skipped. What a stage measured is in samples/reproduce/results or docs/results when it ends; in
 the end edge_dit/budget/quality.json and the tables of the documents are made of it.
-DIR/seconds.json has how long each stage took; a seconds.json beside the results, made when all are
-done, how long those that run side by side did.
+DIR/seconds.json has how long each round of stages took, in all attempts; it is beside the results
+when all are done.
 """
 
 from __future__ import annotations
@@ -16,21 +16,26 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
+
+from arms import MODELS
 
 from edge_dit.progress import bar
 from edge_dit.store.files import write_atomic, write_json
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-MODELS = ("tiny-sana", "tiny-flux")
+CORES = 2
 
 
 def stages(work: Path) -> list[dict[str, list[str]]]:
-    """Rounds of stages, which run side by side: name of a stage -> its command, after the
-    interpreter. A stage that takes both cores is alone.
+    """Rounds of stages: name of a stage -> its command, after the interpreter.
+
+    As many stages of a round run side by side as there are cores; one that takes all is alone.
     """
     runs, priors, found = (str(work / "ablations"), str(work / "prior"), str(ROOT / "docs/results"))
 
@@ -47,17 +52,17 @@ def stages(work: Path) -> list[dict[str, list[str]]]:
             for model in MODELS
         ),
         {"diagnosis": script("diagnose", "--work", str(work / "diagnosis"))},
-        {f"priors of {model}": script("prior", priors, found, model) for model in MODELS},
         {
+            **{f"priors of {model}": script("prior", priors, found, model) for model in MODELS},
             "masks": script("masks", str(work / "masks"), found),
-            "gap": script("gap", "--subjects", "2", "--seeds", "1"),
+            "memory": script("memory"),
         },
-        {"priors": script("prior", priors, found), "memory": script("memory")},
+        {"priors": script("prior", priors, found)},
     ]
 
 
 class Record:
-    """How long each stage took, in all its attempts, and which are done: DIR/seconds.json.
+    """How long each round took, in all its attempts, and which stages are done: DIR/seconds.json.
 
     Args:
         file: of the record.
@@ -69,18 +74,26 @@ class Record:
         self.seconds: dict[str, float] = kept["seconds"]
         self.done: list[str] = kept["done"]
 
+    @contextmanager
+    def timing(self, together: str) -> Iterator[None]:
+        """A context in which a round runs."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            took = time.monotonic() - begun
+            self.seconds[together] = self.seconds.get(together, 0.0) + took
+            self._write()
+
     def perform(self, stage: str, command: list[str]) -> None:
         """Run a stage to its end."""
-        begun, done = time.monotonic(), False
-        try:
-            subprocess.run([sys.executable, *command], check=True)
-            done = True
-        finally:
-            with self._lock:
-                took = time.monotonic() - begun
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + took
-                self.done += [stage] if done else []
-                write_json(self.file, {"seconds": self.seconds, "done": self.done})
+        subprocess.run([sys.executable, *command], check=True)
+        with self._lock:
+            self.done.append(stage)
+            self._write()
+
+    def _write(self) -> None:
+        write_json(self.file, {"seconds": self.seconds, "done": self.done})
 
 
 def take(work: Path) -> None:
@@ -101,21 +114,17 @@ def main() -> None:
     with bar("stages", sum(map(len, rounds)), len(record.done)) as advance:
         for together in rounds:
             missing = {name: words for name, words in together.items() if name not in record.done}
-            with ThreadPoolExecutor(max(1, len(missing))) as pool:
+            with record.timing(" and ".join(together)), ThreadPoolExecutor(CORES) as pool:
                 made = pool.map(record.perform, missing, missing.values())
                 for name, _ in zip(missing, made, strict=True):
                     advance(note=name)
             take(work)
     for script in ("calibrate", "pages"):
         subprocess.run([sys.executable, str(HERE / f"{script}.py")], check=True)
-    took = {
-        " and ".join(together): max(record.seconds[name] for name in together)
-        for together in rounds
-    }
-    write_json(HERE / "results" / "seconds.json", took)
-    for name, seconds in took.items():
+    write_json(HERE / "results" / "seconds.json", record.seconds)
+    for name, seconds in record.seconds.items():
         print(f"{name}: {seconds / 60:.0f} min")
-    print(f"all: {sum(took.values()) / 60:.0f} min")
+    print(f"all: {sum(record.seconds.values()) / 60:.0f} min")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from arms import ARMS, CLAIMS, PAST, SHARE_CLAIM, Arm
+from arms import ARMS, CLAIMS, MODELS, PAST, SHARE_CLAIM, Arm
 from diagnose import in_words
 from matplotlib import pyplot as plt
 from tables import (
@@ -44,7 +44,6 @@ from edge_dit.store.files import write_atomic
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
 PAGES = (HERE / "README.md", DOCS / "method.md")
-FAMILIES = {"tiny-sana": "sana", "tiny-flux": "flux"}
 MARKED = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->\n)", re.DOTALL)
 KEPT = {
     "low-to-high": "all blocks, patches of half the side",
@@ -73,7 +72,7 @@ def bold(verdict: str) -> str:
 
 def missing(arm: Arm, model: str) -> str:
     """What stands where an arm has no result."""
-    return "not run" if arm.family in ("", FAMILIES[model]) else "-"
+    return "not run" if arm.family in ("", MODELS[model]) else "-"
 
 
 def verdicts(all_of: Everything) -> str:
@@ -255,7 +254,7 @@ def draw_tails(all_of: Everything) -> Any:
 
 def everything() -> Everything:
     """The runs of results/."""
-    return {model: read_results(HERE / "results" / model / "results.json") for model in FAMILIES}
+    return {model: read_results(HERE / "results" / model / "results.json") for model in MODELS}
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from arms import ARMS, Arm
+from arms import ARMS, MODELS, Arm
 from experiment import execute, how_selected, selection_of, settings
 from runs import Run, plan_of
 from subjects import subjects, write_subject
@@ -44,7 +44,7 @@ from edge_dit.progress import bar
 from edge_dit.store.files import write_atomic, write_json
 
 SAMPLES = Path(__file__).resolve().parents[1]
-JOBS = {"tiny-sana": "sana.toml", "tiny-flux": "flux.toml"}
+JOBS = {model: f"{family}.toml" for model, family in MODELS.items()}
 
 
 def all_runs(

@@ -681,7 +681,7 @@ def test_what_a_step_keeps_is_what_the_planner_counts(model: str) -> None:
 def test_everything_is_made_of_scripts_that_exist(tmp_path: Path) -> None:
     planned = [command for together in stages(tmp_path) for command in together.values()]
     scripts = {Path(command[0]).stem for command in planned}
-    assert scripts == {"fair", "run", "diagnose", "prior", "masks", "gap", "memory"}
+    assert scripts == {"fair", "run", "diagnose", "prior", "masks", "memory"}
     for command in planned:
         assert Path(command[0]).is_file(), command
         subprocess.run([sys.executable, "-m", "py_compile", command[0]], check=True)
