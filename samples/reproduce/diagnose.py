@@ -4,8 +4,8 @@
     python samples/reproduce/diagnose.py --work DIR [--model tiny-sana|tiny-flux] [--subjects 4]
         [--seeds 2] [--jobs 2]
 
-Trains `full`, `low-to-high`, `resize` and `skip-30` for 200 and 800 steps, `RECIPES` for 200, and
-measures each run in four ways, so that each suspect has a number of its own:
+Trains `full`, `low-to-high`, `resize` and `skip-30` for 200 and 800 steps, and measures each run in
+four ways, so that each suspect has a number of its own:
 
     steps     the share of full LoRA's gain after 800 steps, both trained as long, against 200
     scale     the share at the patch's own size: held-out views resized to it, where `resize`, whole
@@ -51,7 +51,6 @@ from edge_dit.store.files import write_atomic, write_json
 
 STEPS = (200, 800)
 NAMES = (NO_LORA, "full", "resize", "low-to-high", "skip-30")
-RECIPES = ("skip-50", "window-50", "window-four-50")
 REFERENCE = {"full": "full", "patch": "resize"}
 """Size that is measured -> the arm whose gain counts as all of it."""
 INPUT = 224
@@ -241,7 +240,7 @@ def main() -> None:
     groups = []
     for steps in STEPS:
         runs = all_runs(job, work, asked.subjects, asked.seeds, steps, ARMS)
-        names = (*NAMES, *RECIPES) if steps == STEPS[0] else NAMES[1:]
+        names = NAMES if steps == STEPS[0] else NAMES[1:]
         groups += [[run for run in runs if run.arm == name] for name in names]
     perform_all(groups, work / "diagnosis", asked.jobs)
     found: Outcomes = {}
